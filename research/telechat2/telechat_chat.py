@@ -1,0 +1,328 @@
+"""The one renderer of conversations: messages -> segments -> ids and loss mask.
+
+Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or literal text:
+what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The loss mask is 1 on answers
+(tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere.
+
+As a command it shows what a model is trained on:
+    python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[2]
+    )  # run as a file from anywhere: the checkout is the import root
+
+import argparse
+import json
+import os
+import re
+from itertools import groupby
+from typing import NamedTuple
+
+from research.telechat2 import telechat_prompt_format
+
+START, END, USER, BOT, SYSTEM = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>"
+TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+ROLES = ("system", "user", "assistant", "bot", "tool")
+# What the chat template says when a conversation brings no system message.
+DEFAULT_SYSTEM = (
+    "你是中国电信星辰语义大模型，英文名是TeleChat，"
+    "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
+)
+_TOOLS_HEAD = "\n\n# 可用工具\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n<tools>\n"
+_TOOLS_TAIL = (
+    "</tools>\n\n# 调用方法\n你需要遵循工具的要求，使用json格式返回工具名称及参数，"
+    "并用<tool_call></tool_call>包含。下方是一个调用模板：\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n'
+)
+_TOOL_TAG = re.compile("(" + "|".join(map(re.escape, TOOL_TAGS)) + ")")
+# Keys of a message that name or link things the template does not print.
+_SILENT_KEYS = {"name", "tool_call_id", "id", "type"}
+
+
+class Segment(NamedTuple):
+    """One special token, or literal text; ``trained`` says whether the loss counts it."""
+
+    text: str
+    special: bool = False
+    trained: bool = False
+
+
+def render(
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    *,
+    prompt_format: str = "chat",
+    add_generation_prompt: bool = False,
+    tool_tags_in_content: bool = False,
+) -> list[Segment]:
+    """Render a conversation.
+
+    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str; None beside
+    tool calls) and, for the assistant, ``tool_calls`` in OpenAI's shape (arguments a dict or its JSON). A system
+    message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function descriptions.
+    The plain format has neither system prompt nor tools. ``add_generation_prompt`` ends with ``<_bot>``; only then may
+    an answer of the history be empty. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are
+    special (``dialog`` data).
+
+    Raises ValueError naming the message at fault.
+    """
+    telechat_prompt_format.check(prompt_format)
+    _check_messages(messages, allow_empty_answers=add_generation_prompt)
+    pieces = _text_with_tags if tool_tags_in_content else _literal
+    if prompt_format == "plain":
+        segments = [Segment(START, special=True)]
+        after_answer = ""
+        _refuse_in_plain(messages, tools)
+    else:
+        segments = _system_turn(messages, tools, pieces)
+        after_answer = "\n"
+    previous = None
+    for message in messages:
+        role = message["role"]
+        if role == "user":
+            segments += [Segment(USER, special=True), *pieces(message["content"])]
+        elif role in ("assistant", "bot"):
+            segments += [Segment(BOT, special=True), *_answer(message, pieces), *_literal(after_answer)]
+        elif role == "tool":
+            opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
+            segments += [*opening, *_tagged("tool_response", message["content"])]
+        previous = role
+    if add_generation_prompt:
+        segments.append(Segment(BOT, special=True))
+    return segments
+
+
+def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
+    """Return ids and loss mask (1 where trained), of equal length.
+
+    Adjacent text is joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special
+    token it lacks a ValueError.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    resolved = [(s, tokenizer.special_id(s.text) if s.special else None) for s in segments]
+    for is_text, run in groupby(resolved, key=lambda pair: pair[1] is None):
+        run = list(run)
+        if not is_text:
+            ids += [index for _, index in run]
+            mask += [int(segment.trained) for segment, _ in run]
+            continue
+        for segment, _ in run:
+            if segment.special and segment.text not in TOOL_TAGS:
+                raise ValueError(
+                    f"the vocabulary has no special token {segment.text!r}; use a TeleChat2 tokenizer.model"
+                )
+        assert len({segment.trained for segment, _ in run}) == 1, "a special token parts prompt and answer"
+        new = tokenizer.encode_text("".join(segment.text for segment, _ in run))
+        ids += new
+        mask += [int(run[0][0].trained)] * len(new)
+    return ids, mask
+
+
+def conversation_text(segments: list[Segment]) -> str:
+    """Return the rendered conversation as the chat template's text."""
+    return "".join(segment.text for segment in segments)
+
+
+def raw_prompt(text: str, tokenizer) -> list[int]:
+    """Encode a prompt written by hand (``--predict_data``): the documented markers in it are special tokens."""
+    return encode(
+        [Segment(part, special=marker) for part, marker in tokenizer.split_markers(text)], tokenizer
+    )[0]
+
+
+# ---------------------------------------------------------------------- turns
+def _system_turn(messages, tools, pieces) -> list[Segment]:
+    has_system = messages[0]["role"] == "system"
+    system = pieces(messages[0]["content"]) if has_system else _literal(DEFAULT_SYSTEM)
+    segments = [Segment(SYSTEM, special=True), *system]
+    if tools:
+        lines = "".join(
+            json.dumps(_checked_tool(tool, i), ensure_ascii=False) + "\n" for i, tool in enumerate(tools, 1)
+        )
+        segments += [*_literal(_TOOLS_HEAD + lines), *_text_with_tags(_TOOLS_TAIL)]
+    return [*segments, *_literal("\n")]
+
+
+def _answer(message: dict, pieces) -> list[Segment]:
+    segments = pieces(message.get("content") or "")
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        segments += _literal("\n" if number else "") + _tagged("tool_call", _call_json(call))
+    segments.append(Segment(END, special=True))
+    return [segment._replace(trained=True) for segment in segments]
+
+
+def _tagged(tag: str, text: str) -> list[Segment]:
+    return [Segment(f"<{tag}>", special=True), *_literal(f"\n{text}\n"), Segment(f"</{tag}>", special=True)]
+
+
+def _literal(text: str) -> list[Segment]:
+    return [Segment(text)] if text else []
+
+
+def _text_with_tags(text: str) -> list[Segment]:
+    return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
+
+
+def _call_json(call: dict) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f'a tool call is {call!r}; expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(
+                f"the arguments of tool call {function['name']!r} are not JSON: {error}"
+            ) from error
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"the arguments of tool call {function['name']!r} are {arguments!r}; expected a JSON object"
+        )
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------- checks
+def _check_messages(messages, allow_empty_answers: bool) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages are {_short(messages)}; expected a list of at least one message")
+    previous = None
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is {_short(message)}; expected a dict with role and content")
+        where = f"message {number}"
+        _check_message(message, where, allow_empty_answers)
+        role = message["role"]
+        if role == "system" and number > 1:
+            raise ValueError(f"{where} has role 'system'; a system message must be the first one")
+        if role == "tool" and previous not in ("assistant", "bot", "tool"):
+            raise ValueError(
+                f"{where} is a tool's result, but no assistant message with a tool call stands before it"
+            )
+        previous = role
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
+
+
+def _check_message(message: dict, where: str, allow_empty_answers: bool) -> None:
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
+    unknown = [
+        k
+        for k in message
+        if k not in {"role", "content", "tool_calls"} | _SILENT_KEYS and message[k] is not None
+    ]
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
+    is_answer = role in ("assistant", "bot")
+    if calls and not is_answer:
+        raise ValueError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
+    if calls is not None and not isinstance(calls, list):
+        raise ValueError(f"{where} has tool_calls {_short(calls)}; expected a list")
+    if not isinstance(content, str) and not (content is None and is_answer and calls):
+        raise ValueError(f"{where} has content {_short(content)}; expected a string")
+    if not content and not calls and is_answer and not allow_empty_answers:
+        raise ValueError(
+            f"{where} is an empty answer; there is nothing to learn from it: remove it or fill it in"
+        )
+    if not content and role == "user":
+        raise ValueError(f"{where} is an empty question; remove it or fill it in")
+
+
+def _checked_tool(tool, number: int) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f'tool {number} is {_short(tool)}; expected {{"type": "function", "function": {{"name": "…", …}}}}'
+        )
+    return tool
+
+
+def _refuse_in_plain(messages: list[dict], tools) -> None:
+    used = "a system prompt" if messages[0]["role"] == "system" else "tools" if tools else None
+    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        used = "tools"
+    if used:
+        raise ValueError(f"the plain prompt format has no place for {used}; use the prompt format 'chat'")
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------- show
+def coloured(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
+    """Return the text of ``ids``; trained tokens green (in ⟦⟧ without colour), special ones bold."""
+    from research.telechat2.telechat_tokenizer import StreamDecoder
+
+    stream = StreamDecoder(tokenizer, skip_special_tokens=False)
+    specials = {tokenizer.special_id(marker) for marker in (START, END, USER, BOT, SYSTEM, *TOOL_TAGS)} - {
+        None
+    }
+    parts = [(stream.put(i), bool(m), i in specials) for i, m in zip(ids, mask, strict=True)]
+    parts.append((stream.end(), False, False))
+    text = ""
+    for trained, run in groupby(parts, key=lambda part: part[1]):
+        if not colour:
+            plain = "".join(part for part, _, _ in run)
+            text += f"⟦{plain}⟧" if trained else plain
+            continue
+        for part, _, special in run:
+            codes = ["32"] * trained + ["1"] * special
+            text += f"\033[{';'.join(codes)}m{part}\033[0m" if codes and part else part
+    return text
+
+
+def _show(args) -> None:
+    from research.telechat2.data import formats
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(args.vocab_file_path)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = 0
+    for number, line in formats.read_lines(args.file):
+        if args.line in (None, number):
+            shown += 1
+            with formats.naming(args.file, number):
+                conversation = formats.parse_line(line)
+                prompt_format = args.prompt_format or conversation.prompt_format
+                ids, mask = encode(conversation.render(prompt_format), tokenizer)
+            print(f"--- line {number}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
+            print(coloured(ids, mask, tokenizer, colour))
+    if not shown:
+        raise ValueError(
+            f"{args.file} has no line {args.line} with a conversation"
+            if args.line
+            else f"{args.file} is empty"
+        )
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description="The renderer of conversations.")
+    show = parser.add_subparsers(dest="command", required=True).add_parser(
+        "show", help="print conversations with their trained tokens green (in ⟦⟧ where there is no colour)"
+    )
+    show.add_argument("file", help="jsonl file of conversations")
+    show.add_argument("--vocab_file_path", required=True, help="the model's tokenizer.model")
+    show.add_argument(
+        "--prompt_format", choices=telechat_prompt_format.PROMPT_FORMATS, help="default: the data's own"
+    )
+    show.add_argument("--line", type=int, help="show this line only (from 1); default: all")
+    _show(parser.parse_args())
+
+
+if __name__ == "__main__":
+    from research.telechat2.telechat_cli import run
+
+    run(main)

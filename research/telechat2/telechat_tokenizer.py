@@ -1,0 +1,390 @@
+"""TelechatTokenizer: the released SentencePiece vocabularies for MindFormers, and streaming decode.
+
+Design: the SentencePiece model is the whole vocabulary. Special tokens are the control symbols it contains, at its own
+ids; nothing is ever added, so no id can fall outside the embedding. ``encode_text`` cannot produce a control symbol:
+text a user types stays text. Only ``tokenizer(text)``, which MindFormers calls for raw prompts, reads the markers
+``<_start> <_end> <_pad> <_user> <_bot> <_system>`` and the tool tags (where the vocabulary has them) as special.
+
+Exception of the round trip: U+2581 (▁) is SentencePiece's own mark for a space and decodes to a space.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import sentencepiece
+from mindformers.models.tokenization_utils import PreTrainedTokenizer
+from mindformers.models.tokenization_utils_base import AddedToken
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+from research.telechat2 import telechat_chat
+
+__all__ = ["StreamDecoder", "TelechatTokenizer"]
+
+logger = logging.getLogger(__name__)
+
+# What MindFormers' base class reads from the keyword arguments.
+_BASE_SETTINGS = {
+    *("name_or_path", "processor_class", "model_max_length", "max_len", "padding_side", "truncation_side"),
+    *("model_input_names", "split_special_tokens", "verbose", "sep_token", "cls_token", "mask_token"),
+}
+
+
+@MindFormerRegister.register(MindFormerModuleType.TOKENIZER)
+class TelechatTokenizer(PreTrainedTokenizer):
+    """Tokenizer on a TeleChat2 ``tokenizer.model``.
+
+    ``vocab_file``: path of the SentencePiece model. ``add_bos_token``, ``add_eos_token``: whether ``tokenizer(text)``
+    puts ``<_start>`` before and ``<_end>`` behind. The markers must be in the vocabulary (ValueError); any other
+    special token that is not maps to the model's unknown id, with one warning. Tool tags count as content: they stay
+    when ``skip_special_tokens`` drops the rest. Settings of the base class (``padding_side``, ``model_max_length``, …)
+    are passed on; any other is named in a warning, since it has no effect.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file,
+        unk_token="<_unk>",
+        bos_token="<_start>",
+        eos_token="<_end>",
+        pad_token="<_pad>",
+        usr_token="<_user>",
+        bot_token="<_bot>",
+        sys_token="<_system>",
+        add_bos_token=False,
+        add_eos_token=False,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=(),
+        **kwargs,
+    ):
+        self.vocab_file = str(vocab_file)
+        self.sp_model = _load(vocab_file)
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        self.user_token, self.bot_token, self.system_token = (
+            _text(t) for t in (usr_token, bot_token, sys_token)
+        )
+        markers = [bos_token, eos_token, pad_token, usr_token, bot_token, sys_token]
+        self._require(markers)
+        self._warned: set[str] = set()
+        _warn_unused(kwargs)
+        super().__init__(
+            unk_token=_text(unk_token),
+            bos_token=_text(bos_token),
+            eos_token=_text(eos_token),
+            pad_token=_text(pad_token),
+            additional_special_tokens=[_text(t) for t in (*markers[3:], *additional_special_tokens)],
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+        self._add_tokens([tag for tag in telechat_chat.TOOL_TAGS if tag in self._ids])
+        # What __init__ above was given, for saving: the base class records only what it was passed.
+        self.init_kwargs.update(
+            vocab_file=self.vocab_file, add_bos_token=add_bos_token, add_eos_token=add_eos_token
+        )
+
+    # ------------------------------------------------------------------ vocabulary
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces; every id is below it."""
+        return self.sp_model.get_piece_size()
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return piece -> id, a copy."""
+        return dict(self._ids)
+
+    @property
+    def user_token_id(self) -> int:
+        """Id of ``<_user>``."""
+        return self._ids[self.user_token]
+
+    @property
+    def bot_token_id(self) -> int:
+        """Id of ``<_bot>``."""
+        return self._ids[self.bot_token]
+
+    @property
+    def system_token_id(self) -> int:
+        """Id of ``<_system>``."""
+        return self._ids[self.system_token]
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.get_piece_size())))
+        return {piece: index for index, piece in enumerate(pieces)}
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return list(self._ids)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: control symbols and the unknown piece."""
+        model = self.sp_model
+        return frozenset(i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i))
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        model = self.sp_model
+        return {i: int(self._pieces[i][1:-1], 16) for i in range(self.vocab_size) if model.is_byte(i)}
+
+    @cached_property
+    def _content_ids(self) -> frozenset[int]:
+        """Control symbols that are part of an answer: the tool tags."""
+        return frozenset(self._ids[tag] for tag in telechat_chat.TOOL_TAGS if tag in self._ids)
+
+    def special_id(self, token: str) -> int | None:
+        """Return the id of a control symbol, None when the vocabulary has no such one."""
+        index = self._ids.get(token)
+        return index if index in self._control_ids else None
+
+    def _require(self, markers: Sequence) -> None:
+        for marker in markers:
+            if self.special_id(_text(marker)) is None:
+                some = ", ".join(self._pieces[i] for i in sorted(self._control_ids))
+                raise ValueError(
+                    f"{self.vocab_file} has no control symbol {_text(marker)!r}; it has {some}: this is not a TeleChat2 "
+                    f"vocabulary, or the token is misspelt"
+                )
+
+    def _add_tokens(self, new_tokens, special_tokens=False) -> int:
+        """Mark tokens of the vocabulary as never to be split; what it does not contain is not added."""
+        for token in new_tokens or ():
+            text = _text(token)
+            if text == self._text_of_unknown or not text:
+                continue  # `<_unk>` in a prompt is text; as an id it comes out of encoding only
+            if self.special_id(text) is None:
+                self._warn_absent(text)
+                continue
+            index = self._ids[text]
+            special = index not in self._content_ids
+            added = AddedToken(
+                text, lstrip=False, rstrip=False, single_word=False, normalized=False, special=special
+            )
+            self._added_tokens_decoder[index] = added
+            self._added_tokens_encoder[text] = index
+        self.__dict__.pop("_split_pattern", None)
+        return 0
+
+    @property
+    def _text_of_unknown(self) -> str:
+        return self._pieces[self.sp_model.unk_id()]
+
+    def _warn_absent(self, token: str) -> None:
+        if token not in self._warned:
+            self._warned.add(token)
+            logger.warning(
+                "%s has no control symbol %r: it is not added, its id is the unknown id %d",
+                self.vocab_file, token, self.sp_model.unk_id(),
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------ text -> ids
+    def encode_text(self, text: str) -> list[int]:
+        """Encode ``text`` literally: ``<_end>`` in it is text. ValueError for text that is not valid Unicode."""
+        try:
+            return self.sp_model.encode(text)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode: half of a surrogate pair (U+{ord(error.object[error.start]):04X}) "
+                f"at character {error.start}; repair the text"
+            ) from error
+
+    @cached_property
+    def _split_pattern(self) -> re.Pattern:
+        markers = sorted(self._added_tokens_encoder, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+
+    def split_markers(self, text: str) -> list[tuple[str, bool]]:
+        """Split a raw prompt into (text, is a marker) parts; empty parts are left out."""
+        parts = self._split_pattern.split(text)
+        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+    def tokenize(self, text, pair=None, add_special_tokens=False, split_special_tokens=False, **kwargs):
+        """Return the pieces of a raw prompt; its markers are single pieces unless ``split_special_tokens``."""
+        if kwargs:
+            raise TypeError(f"tokenize() does not know {', '.join(kwargs)}")
+        if split_special_tokens or self.split_special_tokens:
+            return self._tokenize(text)
+        pieces = []
+        for part, is_marker in self.split_markers(text):
+            pieces.extend([part] if is_marker else self._tokenize(part))
+        return pieces
+
+    def _tokenize(self, text, **kwargs):
+        return [self._pieces[i] for i in self.encode_text(text)]
+
+    def _convert_token_to_id(self, token):
+        return self._ids.get(token, self.sp_model.unk_id())
+
+    def _convert_token_to_id_with_added_voc(self, token):
+        return None if token is None else self._convert_token_to_id(token)
+
+    def _convert_id_to_token(self, index):
+        return self._pieces[index]
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        """Put ``<_start>`` before and ``<_end>`` behind each sequence, as configured."""
+        head = [self.bos_token_id] if self.add_bos_token else []
+        tail = [self.eos_token_id] if self.add_eos_token else []
+        ids = head + list(token_ids_0) + tail
+        return ids if token_ids_1 is None else ids + head + list(token_ids_1) + tail
+
+    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
+        """Return 1 for each id that ``build_inputs_with_special_tokens`` adds (or that is special already), else 0."""
+        if already_has_special_tokens:
+            special = set(self.all_special_ids)
+            return [int(i in special) for i in token_ids_0]
+        head, tail = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
+        mask = head + [0] * len(token_ids_0) + tail
+        return mask if token_ids_1 is None else mask + head + [0] * len(token_ids_1) + tail
+
+    def apply_chat_template(self, conversation, tools=None, add_generation_prompt=False, tokenize=True):
+        """Render messages with the chat template: ids, or the text when ``tokenize`` is False."""
+        segments = telechat_chat.render(conversation, tools, add_generation_prompt=add_generation_prompt)
+        return (
+            telechat_chat.encode(segments, self)[0] if tokenize else telechat_chat.conversation_text(segments)
+        )
+
+    # ------------------------------------------------------------------ ids -> text
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None):
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        self.check_ids(ids)
+        parts = []
+        for is_control, run in groupby(ids, self._control_ids.__contains__):
+            if is_control:
+                parts.extend(self._pieces[i] for i in run if not self.is_skipped(i, skip_special_tokens))
+            else:
+                parts.append(self.sp_model.decode(list(run)))
+        text = "".join(parts)
+        clean = (
+            self.clean_up_tokenization_spaces
+            if clean_up_tokenization_spaces is None
+            else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
+
+    def convert_tokens_to_string(self, tokens):
+        """Return the text of a list of pieces."""
+        return self._decode([self._convert_token_to_id(token) for token in tokens])
+
+    def is_skipped(self, index: int, skip_special_tokens: bool) -> bool:
+        """Whether a control symbol is left out of decoded text; tool tags are content and never are."""
+        return skip_special_tokens and index not in self._content_ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """ValueError for an id that is no row of the embedding (such as the ignored label -100)."""
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            hint = "; -100 is an ignored label: leave those out" if wrong == -100 else ""
+            raise ValueError(
+                f"token id {wrong} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}{hint}"
+            )
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        """Copy the SentencePiece model into ``save_directory``; return a tuple of its path."""
+        if not os.path.isdir(save_directory):
+            raise ValueError(
+                f"cannot save the vocabulary: {save_directory} is not a directory; create it first"
+            )
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        target = Path(save_directory) / f"{prefix}{self.vocab_files_names['vocab_file']}"
+        if not (target.exists() and target.samefile(self.vocab_file)):
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            shutil.copyfile(self.vocab_file, temporary)
+            os.replace(temporary, target)
+        return (str(target),)
+
+
+class StreamDecoder:
+    """Decode ids one by one; all that is returned, joined, equals ``tokenizer.decode`` of all ids.
+
+    A character whose bytes are spread over several tokens comes out when it is complete.
+    """
+
+    def __init__(self, tokenizer: TelechatTokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._bytes = bytearray()
+        self._at_start = True  # SentencePiece drops the space it put before the first piece of a text
+
+    def put(self, index: int) -> str:
+        """Take the next id; return the text it completes, "" while a character is incomplete."""
+        tokenizer = self._tokenizer
+        index = int(index)
+        tokenizer.check_ids([index])
+        if index in tokenizer._byte_ids:
+            self._at_start = False
+            self._bytes.append(tokenizer._byte_ids[index])
+            return self._take_characters(at_end=False)
+        text = self._take_characters(at_end=True)
+        piece = tokenizer._pieces[index]
+        if index in tokenizer._control_ids:
+            self._at_start = True
+            return text if tokenizer.is_skipped(index, self._skip) else text + piece
+        text += tokenizer.sp_model.decode([index]) if self._at_start else piece.replace("▁", " ")
+        self._at_start = False
+        return text
+
+    def end(self) -> str:
+        """Return what is left: a replacement character for each byte of an incomplete character."""
+        self._at_start = True
+        return self._take_characters(at_end=True)
+
+    def _take_characters(self, at_end: bool) -> str:
+        """Take complete characters off the pending bytes, replacing bytes that cannot become one, as SentencePiece does."""
+        text = ""
+        while self._bytes:
+            try:
+                done = self._bytes.decode("utf-8")
+                self._bytes.clear()
+                return text + done
+            except UnicodeDecodeError as error:
+                text += self._bytes[: error.start].decode("utf-8")
+                del self._bytes[: error.start]
+                if error.reason == "unexpected end of data" and not at_end:
+                    return text
+                text += "\ufffd"
+                del self._bytes[:1]
+        return text
+
+
+def _text(token) -> str:
+    """Text of a special token given as str or AddedToken."""
+    return token.content if isinstance(token, AddedToken) else str(token)
+
+
+def _warn_unused(kwargs: dict) -> None:
+    unused = [key for key in kwargs if key not in _BASE_SETTINGS]
+    if unused:
+        logger.warning("TelechatTokenizer has no %s: without effect", ", ".join(sorted(unused)))
+
+
+def _load(vocab_file) -> sentencepiece.SentencePieceProcessor:
+    if vocab_file is None:
+        raise ValueError("vocab_file is not set; give the path of the model's tokenizer.model")
+    path = Path(vocab_file)
+    if path.is_dir():
+        raise ValueError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
+    if not path.is_file():
+        raise ValueError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        if model.get_piece_size() == 0:
+            raise RuntimeError("it holds no pieces")
+    except (RuntimeError, OSError, TypeError) as error:
+        raise ValueError(
+            f"vocab_file {path} ({path.stat().st_size:,} bytes) is not a SentencePiece model ({error}); "
+            f"give the tokenizer.model that was released with the weights, and check that its download is complete"
+        ) from error
+    return model
