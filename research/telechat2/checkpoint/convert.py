@@ -1,0 +1,166 @@
+"""The two conversions, torch -> MindSpore and back, and reading a MindSpore checkpoint tensor by tensor."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.checkpoint.dtypes import WIDTH, widen
+from research.telechat2.checkpoint.output import SINGLE_FILE, plan_shards, require_new, write_checkpoint
+from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.sources import read_mindspore_source, read_torch_source
+
+MAX_SHARD_BYTES = 5_000_000_000  # of an HF folder: what transformers itself writes
+CKPT_FORMATS = ("safetensors", "ckpt")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote; ``ignored`` counts, by kind, the source tensors that are not weights."""
+
+    files: tuple[Path, ...]
+    tensors: int
+    parameters: int
+    bytes: int
+    ignored: dict[str, int]
+    dtypes: tuple[str, ...]
+    sizes: TelechatSizes
+    prompt_format: str | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"wrote {self.tensors:,} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes, "
+            f"{' and '.join(self.dtypes)}, to {self.files[0]}"
+            + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""),
+            f"model: {self.sizes.num_layers} layers, hidden size {self.sizes.hidden_size}, feed-forward size "
+            f"{self.sizes.intermediate_size}, vocabulary {self.sizes.vocab_size}"
+            + (", output layer tied to the embeddings" if self.sizes.tie_word_embeddings else ""),
+            f"left out: {', '.join(f'{count} {kind}' for kind, count in self.ignored.items()) or 'nothing'}",
+        ]
+        if self.prompt_format:
+            lines.append(f"prompt format recorded with the weights: {self.prompt_format}")
+        return "\n".join(lines)
+
+
+def convert_to_mindspore(
+    torch_path: str | Path,
+    mindspore_path: str | Path,
+    dtype: str | None = None,
+    ckpt_format: str | None = None,
+) -> Summary:
+    """Convert an HF folder of a dense TeleChat model to one MindSpore checkpoint file.
+
+    ``mindspore_path`` is a file when it ends in ``.safetensors`` or ``.ckpt``, else a folder that receives
+    ``model.safetensors`` (``model.ckpt`` with ``ckpt_format="ckpt"``). ``dtype`` (float32, float16, bfloat16)
+    None keeps each tensor's own. Sizes are those of ``config.json``, where there is one.
+
+    Raises:
+        ValueError: a source that is broken or not such a model, or a target that exists.
+    """
+    source, target = _path(torch_path, "torch_path"), _path(mindspore_path, "mindspore_path")
+    _check_choice("dtype", dtype, WIDTH)
+    _check_choice("ckpt_format", ckpt_format, CKPT_FORMATS)
+    wanted = f".{ckpt_format}" if ckpt_format else None
+    is_folder = target.suffix not in (".safetensors", ".ckpt")
+    if not is_folder and wanted not in (None, target.suffix):
+        raise ValueError(
+            f"{target} ends in {target.suffix}, but format {ckpt_format} is asked for; drop one of the two"
+        )
+    require_new(target, is_folder, source)
+    if is_folder:
+        target = target / Path(SINGLE_FILE).with_suffix(wanted or ".safetensors")
+    plan = make_plan(read_torch_source(source), "torch", _configured_sizes(source), str(source))
+    return _write({target: plan.weights}, plan, dtype, "ms", source)
+
+
+def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: str | None = None) -> Summary:
+    """Convert a MindSpore checkpoint of a dense TeleChat model to Hugging Face's names.
+
+    ``mindspore_path`` is a ``.safetensors`` or ``.ckpt`` file or a folder, such as what MindFormers' training
+    leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder that receives
+    ``model.safetensors``, or shards of at most 5 GB and an index. ``dtype`` as in ``convert_to_mindspore``.
+
+    Raises:
+        ValueError: a source that is broken or not such a model, or a target that exists.
+    """
+    source, target = _path(mindspore_path, "mindspore_path"), _path(torch_path, "torch_path")
+    _check_choice("dtype", dtype, WIDTH)
+    is_folder = target.suffix not in (".safetensors", ".bin")
+    require_new(target, is_folder, source)
+    plan = make_plan(read_mindspore_source(source), "mindspore", None, str(source))
+    files = {target: plan.weights}
+    if is_folder:
+        files = plan_shards(target, plan.weights, dtype, MAX_SHARD_BYTES)
+    return _write(files, plan, dtype, "pt", source)
+
+
+def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the weights of a MindSpore checkpoint: (name, array), one in memory at a time.
+
+    ``path`` as in ``convert_to_torch``. float32 and float16 come as they are, bfloat16 as float32 (exact):
+    NumPy has no bfloat16. Optimizer states and the like are left out.
+
+    Raises:
+        ValueError: the checkpoint is broken or incomplete, or not a dense TeleChat model.
+    """
+    source = _path(path, "path")
+    plan = make_plan(read_mindspore_source(source), "mindspore", None, str(source))
+    for tensor, _ in plan.weights:
+        data = tensor.read(tensor.dtype)
+        array = widen(data, "bfloat16") if tensor.dtype == "bfloat16" else np.frombuffer(data, tensor.dtype)
+        yield tensor.name, array.reshape(tensor.shape)
+
+
+def _write(files: dict, plan: Plan, dtype: str | None, framework: str, source: Path) -> Summary:
+    prompt_format = telechat_prompt_format.find(source)
+    folder = next(iter(files)).parent
+
+    def record_prompt_format(where: Path) -> None:
+        if prompt_format is not None:
+            telechat_prompt_format.write(where, prompt_format)
+
+    if (folder / telechat_prompt_format.FILE_NAME).exists():
+        record_prompt_format(folder)  # another format there is an error, better known before the work
+    write_checkpoint(files, dtype, framework, record_prompt_format)
+    tensors = [tensor for tensor, _ in plan.weights]
+    return Summary(
+        files=tuple(files),
+        tensors=len(tensors),
+        parameters=sum(tensor.size for tensor in tensors),
+        bytes=sum(tensor.nbytes(dtype) for tensor in tensors),
+        ignored=plan.ignored,
+        dtypes=tuple(sorted({dtype or tensor.dtype for tensor in tensors})),
+        sizes=plan.sizes,
+        prompt_format=prompt_format,
+    )
+
+
+def _check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(choices)}")
+
+
+def _path(path: str | Path, what: str) -> Path:
+    if not str(path).strip():
+        raise ValueError(f"{what} is empty; expected the path of a file or a folder")
+    return Path(path)
+
+
+def _configured_sizes(source: Path) -> TelechatSizes | None:
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a JSON {type(config).__name__}, expected an object")
+    try:
+        return TelechatSizes.from_hf_config(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

@@ -1,0 +1,111 @@
+"""The two older formats, torch ``.bin`` and MindSpore ``.ckpt``, through their frameworks.
+
+Both are read by their framework and written from memory: converting to or from them needs as much memory as
+the model has bytes (a ``.bin`` saved by a current torch is mapped instead of read). The frameworks are
+imported only here and only when such a file is met.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from research.telechat2.checkpoint.stored import StoredTensor, blocks_of
+
+
+def read_bin(file: Path) -> list[StoredTensor]:
+    """The tensors of a ``torch.save`` file of a dictionary of tensors (and no code: ``weights_only``).
+
+    Raises:
+        ValueError: torch is not installed, or the file is broken or holds something else.
+    """
+    torch = _import_torch(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again"
+        ) from None
+    if not isinstance(content, dict) or not all(torch.is_tensor(tensor) for tensor in content.values()):
+        raise ValueError(
+            f"{file} does not hold a dictionary of tensors, which is what model weights are saved as; "
+            "save the model's state_dict() alone"
+        )
+    return [_from_torch(torch, name, tensor, file) for name, tensor in content.items()]
+
+
+def _from_torch(torch, name: str, tensor, file: Path) -> StoredTensor:
+    def blocks():
+        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredTensor(str(name), dtype, tuple(tensor.shape), file, blocks)
+
+
+def write_bin(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
+    """Write (name, dtype, shape, bytes) as a dictionary of tensors with ``torch.save``."""
+    torch = _import_torch(file)
+    content = {}
+    for name, dtype, shape, data in tensors:
+        content[name] = torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(shape)
+    torch.save(content, file)
+
+
+def read_ckpt(file: Path) -> list[StoredTensor]:
+    """The tensors of a MindSpore ``.ckpt`` file.
+
+    Raises:
+        ValueError: the file is broken or holds something else.
+    """
+    import mindspore
+
+    if not file.stat().st_size:
+        raise ValueError(f"{file} is empty. Download or copy it again")
+    try:
+        content = mindspore.load_checkpoint(str(file))
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} is not a complete MindSpore checkpoint ({reason})") from None
+    return [_from_mindspore(name, value, file) for name, value in content.items()]
+
+
+def _from_mindspore(name: str, value, file: Path) -> StoredTensor:
+    if isinstance(value, str):  # text that the training script stored beside the parameters
+        return StoredTensor(name, "text", (), file, partial(blocks_of, value.encode()))
+    array = np.ascontiguousarray(value.asnumpy())
+    bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return StoredTensor(name, array.dtype.name, tuple(value.shape), file, partial(blocks_of, bits))
+
+
+def write_ckpt(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
+    """Write (name, dtype, shape, bytes) with ``mindspore.save_checkpoint``; ``file`` ends in ``.ckpt``."""
+    import mindspore
+    from mindspore.common.np_dtype import bfloat16
+
+    parameters = []
+    for name, dtype, shape, data in tensors:
+        array = np.frombuffer(data, bfloat16 if dtype == "bfloat16" else dtype).reshape(shape)
+        parameters.append({"name": name, "data": mindspore.Tensor(array)})
+    mindspore.save_checkpoint(parameters, str(file))
+
+
+def _import_torch(file: Path):
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{file.name} is a torch file, and torch is not installed: pip install torch "
+            "(safetensors files need neither torch nor MindSpore)"
+        ) from None
+    return torch

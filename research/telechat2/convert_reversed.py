@@ -1,0 +1,40 @@
+"""Convert a MindSpore checkpoint of TeleChat2 to torch weights (Hugging Face's names)."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a file from anywhere: the checkout is the import root
+
+import argparse  # noqa: E402
+
+from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
+from research.telechat2.telechat_cli import run  # noqa: E402
+
+
+def main() -> None:
+    """Parse the arguments, convert, print what was written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--mindspore_path",
+        required=True,
+        help="a .safetensors or .ckpt file, or a folder such as MindFormers' output/checkpoint",
+    )
+    parser.add_argument(
+        "--torch_path",
+        required=True,
+        help="the new weights: a folder for safetensors, or a file ending in .safetensors or .bin "
+        "(.bin needs torch and the whole model in memory)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the new weights (default: as they are)",
+    )
+    args = parser.parse_args()
+    print(convert_to_torch(args.mindspore_path, args.torch_path, args.dtype))
+
+
+if __name__ == "__main__":
+    run(main)

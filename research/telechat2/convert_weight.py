@@ -1,0 +1,42 @@
+"""Convert torch weights of TeleChat2 (a Hugging Face folder) to a MindSpore checkpoint."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a file from anywhere: the checkout is the import root
+
+import argparse  # noqa: E402
+
+from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
+from research.telechat2.telechat_cli import run  # noqa: E402
+
+
+def main() -> None:
+    """Parse the arguments, convert, print what was written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--torch_path", required=True, help="folder with *.safetensors or pytorch_model*.bin, and config.json"
+    )
+    parser.add_argument(
+        "--mindspore_path",
+        required=True,
+        help="the new checkpoint: a file ending in .safetensors or .ckpt, or a folder for model.safetensors",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the new weights (default: as they are)",
+    )
+    parser.add_argument(
+        "--ckpt_format",
+        choices=("safetensors", "ckpt"),
+        help="default: as --mindspore_path ends, else safetensors; a ckpt needs the whole model in memory",
+    )
+    args = parser.parse_args()
+    print(convert_to_mindspore(args.torch_path, args.mindspore_path, args.dtype, args.ckpt_format))
+
+
+if __name__ == "__main__":
+    run(main)
