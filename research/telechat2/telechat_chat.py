@@ -1,8 +1,8 @@
 """The one renderer of conversations: messages -> segments -> ids and loss mask.
 
-Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or literal text:
-what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The loss mask is 1 on answers
-(tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere.
+Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or
+literal text: what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The
+loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere.
 
 As a command it shows what a model is trained on:
     python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
@@ -33,7 +33,11 @@ DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，"
     "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
 )
-_TOOLS_HEAD = "\n\n# 可用工具\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n<tools>\n"
+_TOOLS_HEAD = (
+    "\n\n# 可用工具\n"
+    "你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
+    "<tools>\n"
+)
 _TOOLS_TAIL = (
     "</tools>\n\n# 调用方法\n你需要遵循工具的要求，使用json格式返回工具名称及参数，"
     "并用<tool_call></tool_call>包含。下方是一个调用模板：\n"
@@ -62,12 +66,13 @@ def render(
 ) -> list[Segment]:
     """Render a conversation.
 
-    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str; None beside
-    tool calls) and, for the assistant, ``tool_calls`` in OpenAI's shape (arguments a dict or its JSON). A system
-    message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function descriptions.
-    The plain format has neither system prompt nor tools. ``add_generation_prompt`` ends with ``<_bot>``; only then may
-    an answer of the history be empty. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are
-    special (``dialog`` data).
+    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str;
+    None beside tool calls) and, for the assistant, ``tool_calls`` in OpenAI's shape (arguments a dict or
+    its JSON). A system message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``:
+    OpenAI's function descriptions. The plain format has neither system prompt nor tools.
+    ``add_generation_prompt`` ends with ``<_bot>``; only then may an answer of the history be empty.
+    ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are special (``dialog``
+    data).
 
     Raises ValueError naming the message at fault.
     """
@@ -100,8 +105,8 @@ def render(
 def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
     """Return ids and loss mask (1 where trained), of equal length.
 
-    Adjacent text is joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special
-    token it lacks a ValueError.
+    Adjacent text is joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other
+    special token it lacks a ValueError.
     """
     ids: list[int] = []
     mask: list[int] = []
@@ -130,7 +135,7 @@ def conversation_text(segments: list[Segment]) -> str:
 
 
 def raw_prompt(text: str, tokenizer) -> list[int]:
-    """Encode a prompt written by hand (``--predict_data``): the documented markers in it are special tokens."""
+    """Encode a prompt written by hand (``--predict_data``): the documented markers in it are special."""
     return encode(
         [Segment(part, special=marker) for part, marker in tokenizer.split_markers(text)], tokenizer
     )[0]
@@ -242,7 +247,7 @@ def _checked_tool(tool, number: int) -> dict:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'tool {number} is {_short(tool)}; expected {{"type": "function", "function": {{"name": "…", …}}}}'
+            f'tool {number} is {_short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
         )
     return tool
 
@@ -284,10 +289,9 @@ def coloured(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
 
 
 def _show(args) -> None:
-    from research.telechat2.data import formats
-    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+    from research.telechat2.data import formats, tokenizer_loading
 
-    tokenizer = TelechatTokenizer(args.vocab_file_path)
+    tokenizer = tokenizer_loading.load_tokenizer(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
     for number, line in formats.read_lines(args.file):

@@ -1,8 +1,8 @@
-"""Which prompt format a model was tuned with: recorded with the data, carried to the checkpoint, used by prediction.
+"""Which prompt format a model was tuned with: recorded with data and checkpoint, used by prediction.
 
 ``chat`` is the chat template (``<_system>…\\n<_user>…<_bot>…<_end>\\n``), ``plain`` the README's
-(``<_start><_user>…<_bot>…<_end>``). A model answers badly in the other one, and nothing in its weights tells which
-it saw, so a small file beside them does.
+(``<_start><_user>…<_bot>…<_end>``). A model answers badly in the other one, and nothing in its weights
+tells which it saw, so a small file beside them does.
 """
 
 import json
@@ -39,15 +39,16 @@ def find(path: str | Path) -> str | None:
 
 
 def write(directory: str | Path, prompt_format: str) -> None:
-    """Record ``prompt_format`` in ``directory``, atomically; ValueError when another one is recorded there."""
+    """Record ``prompt_format`` in ``directory``, atomically; ValueError when another one is there."""
     path = Path(directory) / FILE_NAME
     check(prompt_format)
     if path.exists():
         recorded = _read(path)
         if recorded != prompt_format:
             raise ValueError(
-                f"{path} says prompt format {recorded!r}, but {prompt_format!r} was to be recorded there: one folder "
-                f"holds checkpoints of one format; use another output folder, or delete the file if it is wrong"
+                f"{path} says prompt format {recorded!r}, but {prompt_format!r} was to be recorded "
+                f"there: one folder holds checkpoints of one format; use another output folder, or delete "
+                f"the file if it is wrong"
             )
         return
     write_json(path, {"prompt_format": prompt_format})

@@ -1,9 +1,10 @@
 """TelechatTokenizer: the released SentencePiece vocabularies for MindFormers, and streaming decode.
 
-Design: the SentencePiece model is the whole vocabulary. Special tokens are the control symbols it contains, at its own
-ids; nothing is ever added, so no id can fall outside the embedding. ``encode_text`` cannot produce a control symbol:
-text a user types stays text. Only ``tokenizer(text)``, which MindFormers calls for raw prompts, reads the markers
-``<_start> <_end> <_pad> <_user> <_bot> <_system>`` and the tool tags (where the vocabulary has them) as special.
+Design: the SentencePiece model is the whole vocabulary. Special tokens are the control symbols it contains,
+at its own ids; nothing is ever added, so no id can fall outside the embedding. ``encode_text`` cannot
+produce a control symbol: text a user types stays text. Only ``tokenizer(text)``, which MindFormers calls
+for raw prompts, reads the markers ``<_start> <_end> <_pad> <_user> <_bot> <_system>`` and the tool tags
+(where the vocabulary has them) as special.
 
 Exception of the round trip: U+2581 (▁) is SentencePiece's own mark for a space and decodes to a space.
 """
@@ -39,11 +40,12 @@ _BASE_SETTINGS = {
 class TelechatTokenizer(PreTrainedTokenizer):
     """Tokenizer on a TeleChat2 ``tokenizer.model``.
 
-    ``vocab_file``: path of the SentencePiece model. ``add_bos_token``, ``add_eos_token``: whether ``tokenizer(text)``
-    puts ``<_start>`` before and ``<_end>`` behind. The markers must be in the vocabulary (ValueError); any other
-    special token that is not maps to the model's unknown id, with one warning. Tool tags count as content: they stay
-    when ``skip_special_tokens`` drops the rest. Settings of the base class (``padding_side``, ``model_max_length``, …)
-    are passed on; any other is named in a warning, since it has no effect.
+    ``vocab_file``: path of the SentencePiece model. ``add_bos_token``, ``add_eos_token``: whether
+    ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. The markers must be in the
+    vocabulary (ValueError); any other special token that is not maps to the model's unknown id, with one
+    warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the rest. Settings of
+    the base class (``padding_side``, ``model_max_length``, …) are passed on; any other is named in a
+    warning, since it has no effect.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -154,8 +156,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
             if self.special_id(_text(marker)) is None:
                 some = ", ".join(self._pieces[i] for i in sorted(self._control_ids))
                 raise ValueError(
-                    f"{self.vocab_file} has no control symbol {_text(marker)!r}; it has {some}: this is not a TeleChat2 "
-                    f"vocabulary, or the token is misspelt"
+                    f"{self.vocab_file} has no control symbol {_text(marker)!r}; it has {some}: this is not "
+                    f"a TeleChat2 vocabulary, or the token is misspelt"
                 )
 
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
@@ -191,13 +193,13 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ text -> ids
     def encode_text(self, text: str) -> list[int]:
-        """Encode ``text`` literally: ``<_end>`` in it is text. ValueError for text that is not valid Unicode."""
+        """Encode ``text`` literally: ``<_end>`` in it is text. ValueError when it is not valid Unicode."""
         try:
             return self.sp_model.encode(text)
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the text is not valid Unicode: half of a surrogate pair (U+{ord(error.object[error.start]):04X}) "
-                f"at character {error.start}; repair the text"
+                f"the text is not valid Unicode: half of a surrogate pair "
+                f"(U+{ord(error.object[error.start]):04X}) at character {error.start}; repair the text"
             ) from error
 
     @cached_property
@@ -210,8 +212,12 @@ class TelechatTokenizer(PreTrainedTokenizer):
         parts = self._split_pattern.split(text)
         return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
+    def has_marker(self, text: str) -> bool:
+        """Whether ``text`` contains what would be special in a raw prompt."""
+        return self._split_pattern.search(text) is not None
+
     def tokenize(self, text, pair=None, add_special_tokens=False, split_special_tokens=False, **kwargs):
-        """Return the pieces of a raw prompt; its markers are single pieces unless ``split_special_tokens``."""
+        """Return the pieces of a raw prompt, markers whole unless ``split_special_tokens``."""
         if kwargs:
             raise TypeError(f"tokenize() does not know {', '.join(kwargs)}")
         if split_special_tokens or self.split_special_tokens:
@@ -241,7 +247,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return ids if token_ids_1 is None else ids + head + list(token_ids_1) + tail
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """Return 1 for each id that ``build_inputs_with_special_tokens`` adds (or that is special already), else 0."""
+        """Return 1 for ids that ``build_inputs_with_special_tokens`` adds (or special already), else 0."""
         if already_has_special_tokens:
             special = set(self.all_special_ids)
             return [int(i in special) for i in token_ids_0]
@@ -342,7 +348,7 @@ class StreamDecoder:
         return self._take_characters(at_end=True)
 
     def _take_characters(self, at_end: bool) -> str:
-        """Take complete characters off the pending bytes, replacing bytes that cannot become one, as SentencePiece does."""
+        """Take complete characters off the pending bytes; invalid bytes are replaced singly."""
         text = ""
         while self._bytes:
             try:
@@ -385,6 +391,6 @@ def _load(vocab_file) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, OSError, TypeError) as error:
         raise ValueError(
             f"vocab_file {path} ({path.stat().st_size:,} bytes) is not a SentencePiece model ({error}); "
-            f"give the tokenizer.model that was released with the weights, and check that its download is complete"
+            f"give the tokenizer.model that was released with the weights, and check that it is complete"
         ) from error
     return model

@@ -1,0 +1,1 @@
+"""Training data: formats, packing, writing (MindRecord), and the whole way from jsonl."""
