@@ -1,0 +1,169 @@
+"""TelechatModel and TelechatForCausalLM: training, evaluation and prediction with a paged cache."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2 import telechat_ops
+from research.telechat2.telechat_compat import (
+    CrossEntropyLoss,
+    MindFormerModuleType,
+    MindFormerRegister,
+    PreTrainedModel,
+    greedy_token,
+    is_predict_run,
+)
+from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_generation import dynamic_inputs, paged_step
+from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
+from research.telechat2.telechat_rope import RotaryTables
+from research.telechat2.telechat_transformer import TelechatDecoderLayer
+
+LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the other linears
+
+
+class TelechatModel(nn.Cell):
+    """The decoder stack: token ids to normalised hidden states ``[T, H]`` in ``compute_dtype``."""
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__()
+        self.tok_embeddings = TelechatEmbedding(config)
+        self.layers = nn.CellList([TelechatDecoderLayer(config) for _ in range(config.num_layers)])
+        self.norm_out = TelechatRMSNorm(config)
+        self.rotary_tables = RotaryTables(config)
+        if config.use_past:
+            self.paged_inputs = telechat_ops.paged_inputs(config)
+        else:
+            self.causal_mask = telechat_ops.causal_mask(config)
+        self.reshape = P.Reshape()
+
+    def construct(self, tokens):
+        """Whole sequences ``[B, S]``; returns ``[B*S, H]``."""
+        batch_size, seq_length = tokens.shape
+        tables = self.rotary_tables.sequence(seq_length)
+        mask = self.causal_mask(seq_length)
+        x = self.tok_embeddings(self.reshape(tokens, (-1,)))
+        for layer in self.layers:
+            x = layer(x, batch_size, tables, mask)
+        return self.norm_out(x)
+
+    def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
+        """Tokens ``[T]`` of sequences in the cache; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
+        prepare = self.paged_inputs.prefill if prefill else self.paged_inputs.decode
+        inputs = prepare(positions, lengths, block_tables, slot_mapping)
+        tables = self.rotary_tables.tokens(positions)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer.paged(x, prefill, tables, inputs, lengths)
+        return self.norm_out(x)
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class TelechatForCausalLM(PreTrainedModel):
+    """TeleChat2 as a language model.
+
+    Inputs of ``construct`` (int32):
+        - **input_ids**: training and evaluation ``[B, seq_length + 1]``; prediction without a cache
+          ``[B, S]``; with one ``[1, T]`` (prefill: all prompts one after the other) or ``[B, 1]`` (decode).
+        - **labels**: as ``input_ids``, the id that each position holds if it is trained, else
+          ``ignore_token_id``. Without labels every token but padding is trained.
+        - **position_ids** ``[T]``, **batch_valid_length** ``[B]``, **block_tables** ``[B, M]``,
+          **slot_mapping** ``[T]``, **last_token** ``[B]``: prediction with a cache; ``last_token`` is the
+          index of each sequence's last token in the flattened prompts.
+
+    Returns:
+        Training: the loss ``[1]``, the sum over trained tokens divided by their number (0 if there are none).
+        Evaluation: logits ``[B, S, V]`` float32, tokens and the mask of trained tokens ``[B, S]``.
+        Prediction: logits float32, ``[B, V]`` of the last tokens with a cache, else ``[B*S, V]``.
+    """
+
+    config_class = TelechatConfig
+    base_model_prefix = "telechat"
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__(config, auto_prefix=True)
+        self.model = TelechatModel(config)
+        self.lm_head = TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.tok_embeddings.embedding_weight
+        self.loss = CrossEntropyLoss(calculate_per_token_loss=config.calculate_per_token_loss)
+        self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
+        self.use_past = config.use_past
+        self.predicting = is_predict_run()
+        self.is_first_iteration = True
+        self.argmax = greedy_token
+        self.slice = P.StridedSlice()
+        self.reshape = P.Reshape()
+        self.gather = P.Gather()
+        self.not_equal = P.NotEqual()
+        self.mul = P.Mul()
+        self.cast = P.Cast()
+        self.load_checkpoint(config)
+
+    def construct(
+        self,
+        input_ids,
+        labels=None,
+        position_ids=None,
+        batch_valid_length=None,
+        block_tables=None,
+        slot_mapping=None,
+        last_token=None,
+    ):
+        if self.use_past:
+            lengths = self.reshape(batch_valid_length, (-1,))
+            tokens = self.reshape(input_ids, (-1,))
+            hidden = self.model.paged(
+                tokens, self.is_first_iteration, position_ids, lengths, block_tables, slot_mapping
+            )
+            if self.is_first_iteration:
+                hidden = self.gather(hidden, last_token, 0)
+            return self._logits(hidden)
+        if self.training:
+            return self._loss(input_ids, labels)
+        logits = self._logits(self.model(input_ids))
+        if self.predicting:
+            return logits
+        return self.reshape(logits, (*input_ids.shape, -1)), input_ids, self._trained(input_ids, labels)
+
+    def _logits(self, hidden):
+        return self.cast(self.lm_head(hidden), ms.float32)
+
+    def _trained(self, input_ids, labels):
+        """Float mask of the tokens that are trained, in the shape of ``input_ids``."""
+        if labels is None:
+            return self.cast(self.not_equal(input_ids, self.pad_token_id), ms.float32)
+        return self.cast(self.not_equal(labels, self.ignore_token_id), ms.float32)
+
+    def _loss(self, input_ids, labels):
+        batch_size, length = input_ids.shape
+        first, last, step = (0, 1), (batch_size, length), (1, 1)
+        tokens = self.slice(input_ids, (0, 0), (batch_size, length - 1), step)
+        targets = input_ids if labels is None else labels
+        trained = self._trained(input_ids, labels)
+        logits = self._logits(self.model(tokens))
+        return self.loss(
+            logits,
+            self.reshape(self.slice(targets, first, last, step), (-1,)),
+            self.reshape(self.slice(trained, first, last, step), (-1,)),
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """Inputs of one step of ``generate``, made on the host: prompts flattened, or one token of each row."""
+        if not self.use_past:
+            return {"input_ids": Tensor(input_ids.astype(np.int32))}
+        return paged_step(self.config, input_ids, **kwargs)
+
+    def set_dynamic_inputs(self, **kwargs):
+        """Compile one graph for prompts and batches of every size."""
+        if self.use_past:
+            self.set_inputs(**dynamic_inputs())
+
+    def get_model_parameters(self):
+        """The trainable parameters, as MindFormers' optimizers ask for them."""
+        return set(self.trainable_params())
+
+    def add_flags_custom(self, is_first_iteration):
+        """Switch between the prefill and the decode graph."""
+        self.add_flags(is_first_iteration=is_first_iteration)

@@ -1,0 +1,98 @@
+"""The one file that knows which MindFormers this is, and what its Trainer needs to run on a CPU.
+
+Everything the model takes from MindFormers comes through here, so that a move to another release is a
+change of one file. The two workarounds for the CPU target are at the end; both change nothing on Ascend.
+"""
+
+import mindspore as ms
+from mindformers.core.loss.loss import CrossEntropyLoss
+from mindformers.models.configuration_utils import PretrainedConfig
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.modules.transformer.transformer import (
+    TransformerOpParallelConfig,
+    default_transformer_config,
+)
+from mindformers.tools.logger import logger
+from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.utils import get_predict_run_mode
+from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
+from mindspore import nn, ops
+
+__all__ = [
+    "CrossEntropyLoss",
+    "MFTrainOneStepCell",
+    "MindFormerModuleType",
+    "MindFormerRegister",
+    "PreTrainedModel",
+    "PretrainedConfig",
+    "TransformerOpParallelConfig",
+    "default_transformer_config",
+    "greedy_token",
+    "is_cpu",
+    "is_predict_run",
+    "logger",
+    "parallel_config_from",
+]
+
+# Keys that the Trainer adds to a model's config and that say nothing about the model.
+TRAINER_KEYS = ("dataset_config", "type", "auto_register", "auto_map")
+
+
+def is_cpu() -> bool:
+    """Whether graphs are built for the CPU target."""
+    return ms.get_context("device_target") == "CPU"
+
+
+def is_predict_run() -> bool:
+    """Whether MindFormers was started to predict: it says so in the environment, not in the config."""
+    return get_predict_run_mode()
+
+
+def parallel_config_from(value) -> TransformerOpParallelConfig:
+    """A YAML's ``parallel_config`` section, or the object MindFormers made of it, as that object."""
+    if isinstance(value, TransformerOpParallelConfig):
+        return value
+    return TransformerOpParallelConfig(**dict(value))
+
+
+class _AnyNotFinite(nn.Cell):
+    """Whether any element of any gradient is infinite or not a number; a scalar bool tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.isfinite = ops.IsFinite()
+        self.all = ops.ReduceAll()
+        self.logical_and = ops.LogicalAnd()
+        self.logical_not = ops.LogicalNot()
+
+    def construct(self, grads):
+        finite = self.all(self.isfinite(grads[0]))
+        for grad in grads[1:]:
+            finite = self.logical_and(finite, self.all(self.isfinite(grad)))
+        return self.logical_not(finite)
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER)
+class MFTrainOneStepCell(_MFTrainOneStepCell):
+    """MindFormers' training step, under its own name, with an overflow check that exists on a CPU.
+
+    MindFormers takes every target but GPU and 910B for an NPU and falls through to
+    ``NPUGetFloatStatusV2``, which a CPU does not have. Registered under the same name, so that a YAML
+    written for NPUs trains on a CPU unchanged; on Ascend the inherited check runs.
+    """
+
+    def __init__(self, network, optimizer, **kwargs):
+        super().__init__(network, optimizer, **kwargs)
+        self.on_cpu = is_cpu()
+        self.any_not_finite = _AnyNotFinite()
+
+    def get_overflow_status(self, status, compute_output):
+        """A scalar bool tensor: whether this step's gradients overflowed."""
+        if self.on_cpu:
+            return self.any_not_finite(compute_output)
+        return super().get_overflow_status(status, compute_output)
+
+
+def greedy_token(logits, axis=-1):
+    """Index of the largest logit, int64 ``[...]``. ``generate`` calls ``mint.argmax``, which has no CPU kernel."""
+    return ops.Argmax(axis=axis, output_type=ms.int64)(logits)

@@ -1,0 +1,424 @@
+"""One cell per fused Ascend kernel, and its portable twin: same signature, shapes and meaning.
+
+A model built on Ascend gets the fused kernels, on a CPU the twins; the factory functions at the end
+choose once, when the model is built. B: sequences, S: tokens of each, T: tokens of all sequences one
+after the other without padding, N: query heads, K: key/value heads, D: channels of a head.
+"""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+from mindspore.ops import auto_generate
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2.telechat_compat import is_cpu
+
+NEG_INF = -3.0e38  # added to masked scores; finite, so that a row without any key stays finite
+
+
+class RMSNormTwin(nn.Cell):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.square = P.Square()
+        self.mean = P.ReduceMean(keep_dims=True)
+        self.add = P.Add()
+        self.rsqrt = P.Rsqrt()
+        self.scale = P.Mul()
+        self.mul = P.Mul()
+
+    def construct(self, x, weight):
+        inverse = self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))
+        return self.mul(self.scale(x, inverse), weight)
+
+
+class RMSNormFused(nn.Cell):
+    """Ascend's RmsNorm."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = P.RmsNorm(eps)
+
+    def construct(self, x, weight):
+        return self.norm(x, weight)[0]
+
+
+class SwiGLUTwin(nn.Cell):
+    """``silu(gate) * up``, both ``[T, F]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.silu = auto_generate.SiLU()
+        self.mul = P.Mul()
+
+    def construct(self, gate, up):
+        return self.mul(self.silu(gate), up)
+
+
+class SwiGLUFused(nn.Cell):
+    """Ascend's Swiglu. Gate and up are stacked on an axis of their own, which no plan ever splits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = P.Stack(axis=1)
+        self.swiglu = auto_generate.Swiglu()
+        self.reshape = P.Reshape()
+
+    def construct(self, gate, up):
+        return self.reshape(self.swiglu(self.stack((gate, up)), 1), gate.shape)
+
+
+class RotaryTwin(nn.Cell):
+    """Half-split rotation of ``[B, N, S, D]`` queries and ``[B, K, S, D]`` keys by ``[1, 1, S, D]`` tables.
+
+    ``x * cos + (-x2, x1) * sin``, where x1 and x2 are the first and second half of the channels.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.split = P.Split(-1, 2)
+        self.neg = P.Neg()
+        self.concat = P.Concat(-1)
+        self.mul_cos = P.Mul()
+        self.mul_sin = P.Mul()
+        self.add = P.Add()
+
+    def rotate(self, x, cos, sin):
+        """Rotate one tensor."""
+        first, second = self.split(x)
+        turned = self.concat((self.neg(second), first))
+        return self.add(self.mul_cos(x, cos), self.mul_sin(turned, sin))
+
+    def construct(self, query, key, cos, sin):
+        return self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+
+
+class RotaryFused(nn.Cell):
+    """Ascend's RotaryPositionEmbedding in its half-split mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.rotary = auto_generate.RotaryPositionEmbedding()
+
+    def construct(self, query, key, cos, sin):
+        return self.rotary(query, cos, sin, 0), self.rotary(key, cos, sin, 0)
+
+
+class RotaryTokensTwin(nn.Cell):
+    """Half-split rotation of ``[T, N*D]`` queries and ``[T, K*D]`` keys by ``[T, D]`` tables."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.reshape = P.Reshape()
+        self.rotary = RotaryTwin()
+
+    def heads(self, x):
+        """``[T, N*D]`` as ``[T, N, D]``."""
+        return self.reshape(x, (-1, x.shape[-1] // self.head_dim, self.head_dim))
+
+    def construct(self, query, key, cos, sin, lengths):
+        cos = self.reshape(cos, (-1, 1, self.head_dim))
+        sin = self.reshape(sin, (-1, 1, self.head_dim))
+        q, k = self.rotary(self.heads(query), self.heads(key), cos, sin)
+        return self.reshape(q, (-1, query.shape[-1])), self.reshape(k, (-1, key.shape[-1]))
+
+
+class RotaryTokensFused(nn.Cell):
+    """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.rotary = auto_generate.ApplyRotaryPosEmb(2)
+
+    def construct(self, query, key, cos, sin, lengths):
+        return self.rotary(query, key, cos, sin, lengths)
+
+
+class GroupedAttention(nn.Cell):
+    """Softmax attention of ``[B, N, S, D]`` queries on ``[B, K, L, D]`` keys and values, N a multiple of K.
+
+    The N / K queries that share a key head lie one after the other on the token axis, so no key is copied.
+    ``bias`` is added to the scores: ``[1, 1, S, L]`` or ``[B, 1, 1, L]``. Returns ``[B, N, S, D]``.
+    """
+
+    def __init__(self, head_dim: int, softmax_dtype):
+        super().__init__()
+        self.scale = 1.0 / math.sqrt(head_dim)
+        self.softmax_dtype = softmax_dtype
+        self.scores = P.BatchMatMul(transpose_b=True)
+        self.weighted = P.BatchMatMul()
+        self.mul = P.Mul()
+        self.add = P.Add()
+        self.softmax = P.Softmax(-1)
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, query, key, value, bias):
+        b, n, s, d = query.shape
+        k, length = key.shape[1], key.shape[2]
+        query = self.reshape(self.mul(query, self.scale), (b, k, n // k * s, d))
+        scores = self.cast(self.scores(query, key), self.softmax_dtype)
+        scores = self.add(self.reshape(scores, (b, n, s, length)), bias)
+        weights = self.cast(self.softmax(scores), value.dtype)
+        weights = self.reshape(weights, (b, k, n // k * s, length))
+        return self.reshape(self.weighted(weights, value), (b, n, s, d))
+
+
+class CausalMaskTwin(nn.Cell):
+    """Score bias ``[1, 1, S, S]`` of causal attention over ``seq_length`` = S tokens."""
+
+    def __init__(self, softmax_dtype):
+        super().__init__()
+        self.softmax_dtype = softmax_dtype
+
+    def construct(self, seq_length):
+        future = ops.triu(ops.ones((seq_length, seq_length), self.softmax_dtype), 1)
+        return P.Mul()(future, NEG_INF).reshape(1, 1, seq_length, seq_length)
+
+
+class CausalMaskFused(nn.Cell):
+    """The compressed mask that FlashAttentionScore expands to any length (sparse mode 2): ``[2048, 2048]`` uint8."""
+
+    def __init__(self, softmax_dtype):
+        super().__init__()
+        self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+
+    def construct(self, seq_length):
+        return self.mask
+
+
+class CausalAttentionFused(nn.Cell):
+    """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.flash = P.nn_ops.FlashAttentionScore(
+            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD", sparse_mode=2,
+        )  # fmt: skip
+
+    def construct(self, query, key, value, mask):
+        return self.flash(query, key, value, None, None, None, mask)[3]
+
+
+class PagedInputsTwin(nn.Cell):
+    """What the paged twins need besides their operands, made once for all layers.
+
+    Args:
+        num_blocks: blocks of the cache. The twins keep one more, where padding (slot -1) is written.
+        block_size: tokens of a block.
+        softmax_dtype: dtype of the score bias.
+
+    Inputs: ``positions`` ``[T]`` of the tokens in their sequences, ``lengths`` ``[B]``, ``block_tables``
+    ``[B, M]`` (-1 where a sequence has no block), ``slots`` ``[T]`` (-1: do not write), all int32.
+
+    Outputs of ``prefill``: where to write ``[T, 2]``, block tables, score bias ``[1, 1, T, T]``; of
+    ``decode`` (T = B): the same with score bias ``[B, 1, 1, M * block_size]``.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, softmax_dtype):
+        super().__init__()
+        self.block_size = block_size
+        self.spare_slot = num_blocks * block_size
+        self.softmax_dtype = softmax_dtype
+        self.select = P.Select()
+        self.stack = P.Stack(-1)
+        self.cumsum = P.CumSum()
+        self.cast = P.Cast()
+
+    def _write_index(self, slots):
+        slots = self.select(slots < 0, ops.full_like(slots, self.spare_slot), slots)
+        return self.stack((slots // self.block_size, slots % self.block_size))
+
+    def _bias(self, masked):
+        return self.cast(masked, self.softmax_dtype) * NEG_INF
+
+    def prefill(self, positions, lengths, block_tables, slots):
+        """A token sees those of its own sequence up to itself."""
+        index = self.cumsum(ops.ones_like(positions), 0) - 1
+        row, column = index.reshape(-1, 1), index.reshape(1, -1)
+        start = (index - positions).reshape(-1, 1)
+        masked = ops.logical_or(column > row, column < start)
+        return self._write_index(slots), block_tables, self._bias(masked).reshape(1, 1, *masked.shape)
+
+    def decode(self, positions, lengths, block_tables, slots):
+        """A sequence sees its first ``lengths`` cached tokens."""
+        tables = ops.maximum(block_tables, 0)
+        index = ops.repeat_interleave(tables, self.block_size, 1)
+        index = self.cumsum(ops.ones_like(index), 1) - 1
+        masked = index >= lengths.reshape(-1, 1)
+        return self._write_index(slots), tables, self._bias(masked).reshape(masked.shape[0], 1, 1, -1)
+
+
+class PagedInputsFused(nn.Cell):
+    """The fused kernels take slots, tables and lengths as they are, and a fixed ``[128, 128]`` triangle."""
+
+    def __init__(self, compute_dtype):
+        super().__init__()
+        triangle = np.triu(np.ones((128, 128), np.float32), 1)
+        self.mask = Tensor(triangle * (1.0 if compute_dtype == ms.bfloat16 else -10000.0), compute_dtype)
+
+    def prefill(self, positions, lengths, block_tables, slots):
+        """See PagedInputsTwin."""
+        return slots, block_tables, self.mask
+
+    def decode(self, positions, lengths, block_tables, slots):
+        """See PagedInputsTwin."""
+        return slots, block_tables, None
+
+
+class PagedAttentionTwin(nn.Cell):
+    """Attention with a paged cache of keys and values, by plain operators.
+
+    Holds ``key_cache`` and ``value_cache`` ``[num_blocks + 1, block_size, K, D]``; tensors that come and
+    go are ``[T, N*D]`` (queries, result) and ``[T, K*D]`` (keys, values).
+    """
+
+    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
+        super().__init__()
+        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
+        shape = (num_blocks + 1, block_size, n_kv_heads, head_dim)
+        self.key_cache = _cache("key_cache", shape, dtype)
+        self.value_cache = _cache("value_cache", shape, dtype)
+        self.write_key = P.ScatterNdUpdate()
+        self.write_value = P.ScatterNdUpdate()
+        self.gather = P.Gather()
+        self.reshape = P.Reshape()
+        self.transpose = P.Transpose()
+        self.attend = GroupedAttention(head_dim, softmax_dtype)
+
+    def _heads_first(self, x, batch):
+        """``[B*S, n*D]``, or cache blocks ``[B, M, block_size, n, D]``, as ``[B, n, S, D]``."""
+        return self.transpose(
+            self.reshape(x, (batch, -1, x.shape[-1] // self.head_dim, self.head_dim)), (0, 2, 1, 3)
+        )
+
+    def _write(self, key, value, where):
+        shape = (-1, self.n_kv_heads, self.head_dim)
+        keys = self.write_key(self.key_cache, where, self.reshape(key, shape))
+        values = self.write_value(self.value_cache, where, self.reshape(value, shape))
+        return keys, values
+
+    def prefill(self, query, key, value, inputs, lengths):
+        """Write keys and values, and attend among the tokens given."""
+        where, _, bias = inputs
+        written = self._write(key, value, where)
+        query = ops.depend(query, written)
+        out = self.attend(
+            self._heads_first(query, 1), self._heads_first(key, 1), self._heads_first(value, 1), bias
+        )
+        return self.reshape(self.transpose(out, (0, 2, 1, 3)), query.shape)
+
+    def decode(self, query, key, value, inputs, lengths):
+        """Write one key and value for each sequence, and attend to all it has in the cache."""
+        where, tables, bias = inputs
+        keys, values = self._write(key, value, where)
+        batch, blocks = tables.shape
+        shape = (batch, blocks * keys.shape[1], self.n_kv_heads, self.head_dim)
+        keys = self.transpose(self.reshape(self.gather(keys, tables, 0), shape), (0, 2, 1, 3))
+        values = self.transpose(self.reshape(self.gather(values, tables, 0), shape), (0, 2, 1, 3))
+        out = self.attend(self.reshape(query, (batch, self.num_heads, 1, self.head_dim)), keys, values, bias)
+        return self.reshape(out, query.shape)
+
+
+class PagedAttentionFused(nn.Cell):
+    """Ascend's ReshapeAndCache, FlashAttentionScore (prefill) and PagedAttention (decode).
+
+    Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; otherwise as the twin.
+    """
+
+    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
+        super().__init__()
+        shape = (num_blocks, block_size, n_kv_heads, head_dim)
+        self.key_cache = _cache("key_cache", shape, dtype)
+        self.value_cache = _cache("value_cache", shape, dtype)
+        scale = 1.0 / math.sqrt(head_dim)
+        self.write = auto_generate.ReshapeAndCache()
+        self.paged = auto_generate.PagedAttention(num_heads, scale, n_kv_heads)
+        self.flash = P.nn_ops.FlashAttentionScore(
+            head_num=num_heads, scale_value=scale, input_layout="TH", sparse_mode=0, next_tokens=0,
+        )  # fmt: skip
+        self.expand = P.ExpandDims()
+        self.reshape = P.Reshape()
+
+    def prefill(self, query, key, value, inputs, lengths):
+        """See PagedAttentionTwin."""
+        slots, _, mask = inputs
+        written = self.write(
+            self.expand(key, 0), self.expand(value, 0), self.key_cache, self.value_cache, slots
+        )
+        query = ops.depend(query, written)
+        return self.flash(query, key, value, None, None, None, mask, None, lengths, lengths)[3]
+
+    def decode(self, query, key, value, inputs, lengths):
+        """See PagedAttentionTwin."""
+        slots, tables, _ = inputs
+        written = self.write(
+            self.expand(key, 1), self.expand(value, 1), self.key_cache, self.value_cache, slots
+        )
+        query = ops.depend(self.expand(query, 1), written)
+        out = self.paged(query, self.key_cache, self.value_cache, tables, lengths)
+        return self.reshape(out, (out.shape[0], -1))
+
+
+def _cache(name, shape, dtype):
+    return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
+
+
+def rms_norm(eps: float) -> nn.Cell:
+    """RMSNorm kernel: ``(x [T, H], weight [H]) -> [T, H]``, computed in the dtype given."""
+    return RMSNormTwin(eps) if is_cpu() else RMSNormFused(eps)
+
+
+def swiglu() -> nn.Cell:
+    """SwiGLU kernel: ``(gate [T, F], up [T, F]) -> [T, F]``."""
+    return SwiGLUTwin() if is_cpu() else SwiGLUFused()
+
+
+def rotary() -> nn.Cell:
+    """Rotation of whole sequences: ``(q [B, N, S, D], k [B, K, S, D], cos, sin [1, 1, S, D]) -> (q, k)``."""
+    return RotaryTwin() if is_cpu() else RotaryFused()
+
+
+def rotary_tokens(head_dim: int) -> nn.Cell:
+    """Rotation of single tokens: ``(q [T, N*D], k [T, K*D], cos, sin [T, D], lengths [B]) -> (q, k)``."""
+    return RotaryTokensTwin(head_dim) if is_cpu() else RotaryTokensFused(head_dim)
+
+
+def causal_mask(config) -> nn.Cell:
+    """Mask for ``causal_attention``: ``(seq_length) -> tensor``, made once for all layers."""
+    fused = config.use_flash_attention and not is_cpu()
+    return (CausalMaskFused if fused else CausalMaskTwin)(config.softmax_compute_type)
+
+
+def causal_attention(config) -> nn.Cell:
+    """Training attention: ``(q [B, N, S, D], k, v [B, K, S, D], mask) -> [B, N, S, D]``."""
+    if config.use_flash_attention and not is_cpu():
+        return CausalAttentionFused(config.num_heads, config.head_dim)
+    return GroupedAttention(config.head_dim, config.softmax_compute_type)
+
+
+def paged_inputs(config) -> nn.Cell:
+    """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin."""
+    if not is_cpu() and not config.is_dynamic:
+        raise ValueError(
+            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
+            "set model_config.is_dynamic: True."
+        )
+    if is_cpu():
+        return PagedInputsTwin(config.num_blocks, config.block_size, config.softmax_compute_type)
+    return PagedInputsFused(config.compute_dtype)
+
+
+def paged_attention(config) -> nn.Cell:
+    """Prediction attention with its cache; see PagedAttentionTwin."""
+    kind = PagedAttentionTwin if is_cpu() else PagedAttentionFused
+    return kind(
+        config.num_heads, config.n_kv_heads, config.head_dim, config.num_blocks, config.block_size,
+        config.compute_dtype, config.softmax_compute_type,
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Attention and the decoder layer. Activations are ``[T, H]``: all tokens of all sequences in one axis."""
+
+from mindspore import nn
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2 import telechat_ops
+from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear, TelechatRMSNorm
+
+
+class TelechatAttention(nn.Cell):
+    """Grouped-query attention with rotary positions.
+
+    The rows of ``wk_v`` are packed per key/value head: head g has its D key rows, then its D value rows.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.n_kv_heads = config.num_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        hidden = config.hidden_size
+        self.wq = TelechatLinear(hidden, hidden, config, has_bias=config.qkv_has_bias)
+        self.wk_v = TelechatLinear(
+            hidden, 2 * config.n_kv_heads * config.head_dim, config, has_bias=config.qkv_has_bias
+        )
+        self.wo = TelechatLinear(
+            hidden, hidden, config, has_bias=config.out_proj_has_bias, dropout=config.hidden_dropout_prob
+        )
+        self.rotary_dtype, self.compute_dtype = config.rotary_dtype, config.compute_dtype
+        self.use_past = config.use_past
+        if config.use_past:
+            self.rotary = telechat_ops.rotary_tokens(config.head_dim)
+            self.paged_attention = telechat_ops.paged_attention(config)
+        else:
+            self.rotary = telechat_ops.rotary()
+            self.causal_attention = telechat_ops.causal_attention(config)
+        self.reshape = P.Reshape()
+        self.transpose_q = P.Transpose()
+        self.transpose_kv = P.Transpose()
+        self.transpose_out = P.Transpose()
+        self.split_kv = P.Split(-1, 2)
+        self.cast = P.Cast()
+
+    def _rotate(self, query, key, tables):
+        query, key = self.cast(query, self.rotary_dtype), self.cast(key, self.rotary_dtype)
+        query, key = self.rotary(query, key, *tables)
+        return self.cast(query, self.compute_dtype), self.cast(key, self.compute_dtype)
+
+    def construct(self, x, batch_size, tables, mask):
+        """Whole sequences: ``x`` ``[B*S, H]``, ``tables`` cos and sin ``[1, 1, S, D]``; returns ``[B*S, H]``."""
+        query = self.reshape(self.wq(x), (batch_size, -1, self.num_heads, self.head_dim))
+        key_value = self.reshape(self.wk_v(x), (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
+        query = self.transpose_q(query, (0, 2, 1, 3))
+        key, value = self.split_kv(self.transpose_kv(key_value, (0, 2, 1, 3)))
+        query, key = self._rotate(query, key, tables)
+        out = self.transpose_out(self.causal_attention(query, key, value, mask), (0, 2, 1, 3))
+        return self.wo(self.reshape(out, x.shape))
+
+    def paged(self, x, prefill, tables, inputs, lengths):
+        """Tokens ``x`` ``[T, H]`` with the cache, ``tables`` cos and sin ``[T, D]``; returns ``[T, H]``."""
+        query = self.wq(x)
+        key_value = self.reshape(self.wk_v(x), (-1, self.n_kv_heads, 2 * self.head_dim))
+        key, value = self.split_kv(key_value)
+        flat = (-1, self.n_kv_heads * self.head_dim)
+        key, value = self.reshape(key, flat), self.reshape(value, flat)
+        query, key = self._rotate(query, key, (*tables, lengths))
+        attend = self.paged_attention.prefill if prefill else self.paged_attention.decode
+        return self.wo(attend(query, key, value, inputs, lengths))
+
+
+class TelechatDecoderLayer(nn.Cell):
+    """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``, the sums in ``res_dtype``."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = TelechatRMSNorm(config)
+        self.attention = TelechatAttention(config)
+        self.ffn_norm = TelechatRMSNorm(config)
+        self.feed_forward = TelechatFeedForward(config)
+        self.res_dtype = config.res_dtype
+        self.add_attention = P.Add()
+        self.add_feed_forward = P.Add()
+        self.cast = P.Cast()
+
+    def _feed_forward(self, x, attention):
+        hidden = self.add_attention(x, self.cast(attention, self.res_dtype))
+        out = self.feed_forward(self.ffn_norm(hidden))
+        return self.add_feed_forward(hidden, self.cast(out, self.res_dtype))
+
+    def construct(self, x, batch_size, tables, mask):
+        """Whole sequences, see TelechatAttention."""
+        return self._feed_forward(x, self.attention(self.attention_norm(x), batch_size, tables, mask))
+
+    def paged(self, x, prefill, tables, inputs, lengths):
+        """Tokens with the cache, see TelechatAttention."""
+        return self._feed_forward(
+            x, self.attention.paged(self.attention_norm(x), prefill, tables, inputs, lengths)
+        )
