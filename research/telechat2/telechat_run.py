@@ -1,0 +1,221 @@
+"""The work behind run_mindformer.py and run_telechat.py: from a config and overrides to a finished task.
+
+MindFormers writes relative to the working directory in four places. Three are steered below the output
+directory (its logs, its copies of registered modules go to a temporary directory, the answers of a
+prediction); what ``--output_dir`` itself holds is the user's.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.telechat_run_checkpoint import (
+    checkpoint_folder,
+    prepare_checkpoint,
+    refuse_overwriting,
+)
+from research.telechat2.telechat_run_config import (
+    CHECKOUT,
+    SHIPPED,
+    apply_overrides,
+    read_config,
+    resolve_config,
+    resolve_folder,
+)
+
+RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
+TRAINING = ("train", "finetune")
+
+
+def run(config_name: str, overrides: dict[str, object], register_path: str | None = None) -> list | None:
+    """Carry out the task that a config describes: train, finetune, evaluate or predict.
+
+    Args:
+        config_name: the YAML; any spelling of ``resolve_config``.
+        overrides: dotted key to value, e.g. ``{"runner_config.epochs": 2}``; they win over the YAML.
+        register_path: the directory that ``auto_register`` names refer to; research/telechat2 by default.
+
+    Returns:
+        The answers, for a prediction; None otherwise.
+
+    Raises:
+        ValueError: whatever a user can mend in the config, the overrides, the data or the checkpoint.
+    """
+    cwd = Path.cwd()
+    path = resolve_config(config_name, cwd)
+    register = resolve_folder(register_path, cwd) if register_path else CHECKOUT / SHIPPED
+    print(f"config: {path}", flush=True)
+    config = read_config(path)
+    _apply(config, overrides)
+    mode = _check_task(config, path)
+    training = mode in TRAINING
+    if training:
+        _check_dataset(config, "train")
+    prepare_checkpoint(config, training=training)
+    if training:
+        refuse_overwriting(config)
+    prepare_environment(config, register)
+    return _carry_out(config, path)
+
+
+def _apply(config: dict, overrides: dict[str, object]) -> None:
+    """Apply overrides; MindFormers is asked only about what the YAML lacks: its import takes seconds."""
+    own = {section: value if isinstance(value, dict) else {} for section, value in config.items()} | {"": {}}
+    try:
+        apply_overrides(config, overrides, own)
+    except ValueError:
+        apply_overrides(config, overrides, _template())
+
+
+def _template() -> dict[str, dict]:
+    """MindFormers' own sections and their defaults; the top-level keys under ``""``."""
+    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+
+    sections = {name: dict.fromkeys(section.keys()) for name, section in CONFIG_NAME_TO_CLASS.items()}
+    sections[""] = sections.pop("general_config")
+    return sections
+
+
+def _check_task(config: dict, path: Path) -> str:
+    mode = config.get("run_mode")
+    if mode not in RUN_MODES:
+        raise ValueError(
+            f"{path}: run_mode is {mode!r}, expected one of {', '.join(RUN_MODES)}; set it or --run_mode."
+        )
+    if (config.get("context") or {}).get("mode", 0) != 0:
+        raise ValueError("context.mode must be 0: the TeleChat2 models run in static graph mode only.")
+    needed = ["model", "trainer"] + (
+        ["train_dataset", "optimizer", "runner_wrapper"] if mode in TRAINING else []
+    )
+    missing = [section for section in needed if not config.get(section)]
+    if missing:
+        raise ValueError(
+            f"{path} has no section {', '.join(missing)}, which run_mode {mode} needs; "
+            f"use the {'finetune' if mode in TRAINING else 'predict'} YAML of this model."
+        )
+    if mode.startswith("predict") and not config.get("input_data"):
+        raise ValueError(
+            "nothing to predict: give --predict_data PROMPT…, or a text file with a prompt on each line."
+        )
+    return mode
+
+
+def _check_dataset(config: dict, which: str) -> None:
+    """Refuse a missing data set before the model is built."""
+    loader = config[f"{which}_dataset"].get("data_loader") or {}
+    if "dataset_dir" not in loader:
+        return  # other loaders name their source otherwise
+    name = loader["dataset_dir"]
+    if not name:
+        raise ValueError(
+            f"no data: give --{which}_dataset_dir a .mindrecord file or a directory of them, as written by "
+            f"research/telechat2/telechat_preprocess.py."
+        )
+    if isinstance(name, str) and not Path(name).expanduser().exists():
+        raise ValueError(f"there is no data set {name}; give --{which}_dataset_dir a path that exists.")
+
+
+def prepare_environment(config: dict, register: Path) -> None:
+    """Set what MindFormers reads from the environment; call before its first import.
+
+    The copies that MindFormers makes of registered modules go to a directory of this process, which is
+    removed at its end: on them several ranks would race, and in a user's folder they are litter.
+    """
+    output = Path(config.get("output_dir") or "./output").expanduser().absolute()
+    config["output_dir"] = str(output)
+    os.environ["LOCAL_DEFAULT_PATH"] = str(output)
+    os.environ["REGISTER_PATH"] = str(register)
+    if "OM_MODULES_CACHE" not in os.environ:
+        cache = tempfile.mkdtemp(prefix="telechat_modules_")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        os.environ["OM_MODULES_CACHE"] = cache
+    for folder in (str(register), str(CHECKOUT)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _carry_out(raw: dict, path: Path) -> list | None:
+    """Build MindFormers' config and context, and run its Trainer."""
+    raw.setdefault("save_file", str(Path(raw["output_dir"]) / "text_generation_result.txt"))
+    config = _build_config(raw, path)
+    if config.run_mode in TRAINING:
+        _record_prompt_format(config)
+    from mindformers import Trainer
+    from mindformers.core.context import build_context
+    from mindformers.utils.file_utils import set_output_path
+
+    set_output_path(config.output_dir)
+    try:
+        build_context(config)
+        return _run_task(Trainer(config), config)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}\n(traceback: {_save_traceback(config.output_dir)})") from error
+
+
+def _build_config(raw: dict, path: Path):
+    """Fill in MindFormers' template, with its complaints as sentences."""
+    from mindformers import MindFormerConfig
+    from mindformers.tools.register.template import ConfigTemplate
+
+    try:
+        ConfigTemplate.apply_template(raw)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"MindFormers does not accept {path} with these settings: {error.args[0]}."
+        ) from error
+    return MindFormerConfig(**raw)
+
+
+def _record_prompt_format(config) -> None:
+    """Carry the format that the data was rendered in over to the checkpoints."""
+    dataset = (config.train_dataset.data_loader or {}).get("dataset_dir")
+    prompt_format = (
+        telechat_prompt_format.of_dataset(dataset) if isinstance(dataset, str) and dataset else None
+    )
+    if prompt_format is None:
+        return
+    folder = checkpoint_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    telechat_prompt_format.write(folder, prompt_format)
+    print(f"prompt format: {prompt_format} (recorded in {folder})", flush=True)
+
+
+def _run_task(trainer, config) -> list | None:
+    weights = config.load_checkpoint or None
+    if config.run_mode == "train":
+        trainer.train(resume_from_checkpoint=weights)
+    elif config.run_mode == "finetune":
+        trainer.finetune(resume_from_checkpoint=weights)
+    elif config.run_mode == "eval":
+        trainer.evaluate(eval_checkpoint=weights or False)
+    else:
+        return _predict(trainer, config, weights)
+    return None
+
+
+def _predict(trainer, config, weights: str | None) -> list:
+    prompts = config.input_data
+    if isinstance(prompts, list) and len(prompts) == 1:
+        prompts = prompts[0]  # one word may name a file of prompts: MindFormers opens it
+    results = trainer.predict(
+        predict_checkpoint=weights, input_data=prompts, batch_size=config.predict_batch_size
+    )
+    return [text for result in results for text in _texts(result)]
+
+
+def _texts(result) -> list[str]:
+    text = result["text_generation_text"]
+    return [text] if isinstance(text, str) else list(text)
+
+
+def _save_traceback(output_dir: str) -> Path:
+    """Keep the traceback of an error that the user sees as one sentence."""
+    path = Path(output_dir) / "log" / f"traceback_{os.getpid()}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(traceback.format_exc(), encoding="utf-8")
+    return path

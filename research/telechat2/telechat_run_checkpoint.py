@@ -1,0 +1,281 @@
+"""Which files ``--load_checkpoint`` means, and the shape in which MindFormers 1.9 can load them.
+
+MindFormers has two loaders. The one behind the YAML section ``checkpoint:`` resumes on one device, and loads
+directories of safetensors only; the older one loads files too, but takes any file in a folder ``rank_*`` for
+one slice of many. Where a loader is too narrow for what the user gave, the files meant are linked into
+``<output_dir>/load_checkpoint/…`` and that folder is loaded; nothing is copied.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MERGING = "(README, 分布式训练/微调权重合并)"
+
+
+def prepare_checkpoint(config: dict, *, training: bool) -> None:
+    """Point ``config`` at what is to be loaded, in place, and print what that is.
+
+    Sets ``load_checkpoint``, ``load_ckpt_format``, ``resume_training`` and, where the config has the section,
+    ``checkpoint.load_path`` and ``checkpoint.no_load_optim``. Nothing given: nothing changes, and the
+    output says that the weights are random.
+
+    Args:
+        config: the settings, template not needed.
+        training: a train or finetune run, the only ones that read the ``checkpoint:`` section.
+
+    Raises:
+        ValueError: the path does not exist, holds no checkpoint, or cannot be loaded in this way.
+    """
+    section = config.get("checkpoint") or None
+    given = config.get("load_checkpoint") or (section or {}).get("load_path")
+    resume = config.get("resume_training") or False
+    if not given:
+        _no_checkpoint(config, resume)
+        return
+    path = Path(given).expanduser().absolute()
+    sectioned = training and section is not None
+    kind = checkpoint_kind(path)
+    if kind == "iteration":
+        path = latest_iteration(path)
+        resume = resume or (sectioned and section.get("no_load_optim") is False)
+    _check_resume(path, kind, resume, sectioned, parallel=_is_parallel(config))
+    loaded = path if resume else _loadable(config, path, kind, sectioned)
+    config["load_checkpoint"] = str(loaded)
+    config["load_ckpt_format"] = (
+        "ckpt" if kind.startswith("ckpt") or _holds_ckpt_slices(path) else "safetensors"
+    )
+    config["resume_training"] = resume
+    if section is not None:
+        section["load_path"] = str(loaded)
+        section["no_load_optim"] = not resume
+    what = "weights, optimizer and step" if resume else "weights"
+    print(f"load_checkpoint: {path} ({what}; format {config['load_ckpt_format']})", flush=True)
+
+
+def checkpoint_kind(path: Path) -> str:
+    """What ``path`` is: ``ckpt`` or ``safetensors`` (a file), ``ckpt folder``, ``safetensors folder``,
+    ``iteration`` (written by the ``checkpoint:`` section) or ``ranks`` (a folder of ``rank_*`` folders).
+
+    Raises:
+        ValueError: it does not exist, or is none of these.
+    """
+    if path.is_file():
+        if path.suffix in (".ckpt", ".safetensors"):
+            return path.suffix[1:]
+        raise ValueError(f"{path} is no checkpoint: its name must end in .safetensors or .ckpt.")
+    if not path.is_dir():
+        raise ValueError(
+            f"there is no checkpoint {path}; give --load_checkpoint a file or a directory that exists."
+        )
+    if (path / TRACKER).is_file() or (path / "common.json").is_file():
+        return "iteration"
+    if any(path.glob("rank_*/")):
+        return "ranks"
+    found = [suffix for suffix in ("safetensors", "ckpt") if any(path.glob(f"*.{suffix}"))]
+    if len(found) == 1:
+        return f"{found[0]} folder"
+    if found:
+        raise ValueError(
+            f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
+        )
+    hint = _torch_hint(path)
+    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
+
+
+def _torch_hint(path: Path) -> str:
+    if not any(path.glob("*.bin")):
+        return ""
+    return " Its .bin files are torch weights; convert them first with research/telechat2/convert_weight.py."
+
+
+def latest_iteration(path: Path) -> Path:
+    """The ``iteration_*`` folder that ``path`` is, or that its tracker file names as the latest."""
+    if not (path / TRACKER).is_file():
+        return path
+    step = (path / TRACKER).read_text().strip()
+    folder = path / f"iteration_{int(step):08d}" if step.isdecimal() else path / step
+    if not folder.is_dir():
+        raise ValueError(f"{path / TRACKER} names iteration {step}, but there is no folder {folder}.")
+    return folder
+
+
+def _no_checkpoint(config: dict, resume: bool | str) -> None:
+    if resume:
+        raise ValueError(
+            "resume_training is set, but there is nothing to resume from: give --load_checkpoint the "
+            "`checkpoint` folder of the run that is to be continued."
+        )
+    print("load_checkpoint: none given, the weights are random", flush=True)
+
+
+def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, parallel: bool) -> None:
+    """Refuse what MindFormers 1.9 cannot resume, before it fails half way."""
+    if not resume:
+        return
+    if sectioned and kind != "iteration":
+        raise ValueError(
+            f"cannot resume from {path}: it holds weights, but no optimizer state and step. Resume from the "
+            f"`checkpoint` folder of a run that was trained with the section `checkpoint:`, or leave out "
+            f"--resume_training to start from these weights."
+        )
+    if not sectioned and not parallel and not kind.startswith("ckpt") and not _holds_ckpt_slices(path):
+        raise ValueError(
+            f"cannot resume from {path} on one device: this config has no section `checkpoint:`, and "
+            f"without it MindFormers resumes .ckpt files only. Add the section `checkpoint:` to the YAML."
+        )
+
+
+def _loadable(config: dict, path: Path, kind: str, sectioned: bool) -> Path:
+    """The path to hand to the loader in charge, for weights alone."""
+    parallel = _is_parallel(config)
+    if sectioned:
+        return _for_section(config, path, kind)
+    if kind == "iteration":
+        return _stage(config, path, _model_files(path))
+    if kind == "ranks" and not parallel:
+        path = _newest(path / "rank_0", _only_rank(path))
+        return _stage(config, path, [path]) if path.suffix == ".safetensors" else path
+    if kind.endswith("folder") and path.name.startswith("rank_") and not parallel:
+        path = _newest(path, kind.split()[0])
+        return _stage(config, path, [path]) if path.suffix == ".safetensors" else path
+    if kind == "safetensors" and (parallel or path.parent.name.startswith("rank_")):
+        return _stage(config, path, [path])
+    return path
+
+
+def _for_section(config: dict, path: Path, kind: str) -> Path:
+    """As ``_loadable``, for a training run whose config has the section ``checkpoint:``."""
+    if kind == "iteration":
+        return path
+    if kind == "safetensors":
+        return _stage(config, path, [path])
+    if kind == "safetensors folder":
+        return _stage(config, path, sorted(path.glob("*.safetensors")))
+    if kind == "ranks":
+        newest = _newest(path / "rank_0", _only_rank(path))
+        return _for_section(config, newest, newest.suffix[1:])
+    return _ckpt_as_safetensors(config, path, kind)
+
+
+def _only_rank(path: Path) -> str:
+    """The suffix of the files in ``path/rank_0``, which must be the only rank."""
+    ranks = sorted(folder.name for folder in path.glob("rank_*/"))
+    if ranks != ["rank_0"]:
+        raise ValueError(
+            f"{path} holds slices of {len(ranks)} ranks ({', '.join(ranks[:8])}): load them with "
+            f"--use_parallel True and --auto_trans_ckpt True, or merge them first {MERGING}."
+        )
+    return "safetensors" if any((path / "rank_0").glob("*.safetensors")) else "ckpt"
+
+
+def _newest(folder: Path, suffix: str) -> Path:
+    """The file of the highest epoch and step in a ``rank_*`` folder: ``prefix_rank_0-<epoch>_<step>.…``."""
+    steps = {}
+    for path in folder.glob(f"*.{suffix}"):
+        numbers = re.search(r"-(\d+)_(\d+)$", path.stem)
+        if numbers:
+            steps[int(numbers[1]), int(numbers[2])] = path
+    if not steps:
+        raise ValueError(
+            f"{folder} holds no file named <prefix>-<epoch>_<step>.{suffix}; give the file itself."
+        )
+    return steps[max(steps)]
+
+
+def _model_files(path: Path) -> list[Path]:
+    """The weights of an ``iteration_*`` folder, without the optimizer's states."""
+    files = [
+        file for file in sorted(path.glob("*.safetensors")) if re.search(r"(^|-)model-\d+-\d+$", file.stem)
+    ]
+    if len(files) != 1:
+        raise ValueError(
+            f"{path} holds the weights in {len(files)} files, one for each rank that saved; predicting and "
+            f"evaluating load one file. Merge them first {MERGING}."
+        )
+    return files
+
+
+def _stage(config: dict, source: Path, files: list[Path]) -> Path:
+    """Link ``files`` into a folder of their own below the output directory.
+
+    ``model.safetensors`` gets another name: the ``checkpoint:`` loader takes a folder that holds one, or an
+    index of shards, for a Hugging Face model.
+    """
+    key = hashlib.sha256("\n".join(map(str, [source, *files])).encode()).hexdigest()[:8]
+    folder = (
+        Path(config.get("output_dir") or "./output").absolute() / "load_checkpoint" / f"{source.stem}-{key}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        name = "weights.safetensors" if path.name == "model.safetensors" else path.name
+        _link(folder / name, path.resolve())
+    return folder
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make or replace a symbolic link; several ranks may do so at once."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def _ckpt_as_safetensors(config: dict, path: Path, kind: str) -> Path:
+    """Write .ckpt weights as safetensors, which is all the ``checkpoint:`` loader reads; one device only."""
+    if _is_parallel(config):
+        raise ValueError(
+            f"{path} is in .ckpt format, and a parallel run whose config has the section `checkpoint:` loads "
+            f"safetensors only. Convert it once (in research/telechat2: convert_reversed.py --mindspore_path "
+            f"{path} --torch_path TORCH_DIR, then convert_weight.py --torch_path TORCH_DIR --mindspore_path "
+            f"NEW_DIR), or remove the section `checkpoint:` from the YAML."
+        )
+    files = [path] if kind == "ckpt" else sorted(path.glob("*.ckpt"))
+    folder = _stage(config, path, [])
+    print(f"load_checkpoint: writing {path} as safetensors into {folder}", flush=True)
+    import mindspore as ms
+
+    for file in files:
+        temporary = folder / f".{file.stem}.{os.getpid()}.safetensors"
+        ms.save_checkpoint(ms.load_checkpoint(str(file)), str(temporary), format="safetensors")
+        os.replace(temporary, folder / f"{file.stem}.safetensors")
+    return folder
+
+
+def _is_parallel(config: dict) -> bool:
+    return bool(config.get("use_parallel"))
+
+
+def _holds_ckpt_slices(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("rank_*/*.ckpt"))
+
+
+def refuse_overwriting(config: dict) -> None:
+    """Refuse to train into a folder that already holds the iterations of another run.
+
+    The ``checkpoint:`` section names its folders by step alone, so a second run would replace the first's.
+
+    Raises:
+        ValueError: the folder holds iterations, and this run does not continue them.
+    """
+    section = config.get("checkpoint")
+    if not section:
+        return
+    folder = checkpoint_folder(config)
+    iterations = sorted(path.name for path in folder.glob("iteration_*"))
+    source = section.get("load_path") or ""
+    continued = config.get("resume_training") and Path(source).parent == folder
+    if iterations and not continued:
+        raise ValueError(
+            f"{folder} already holds {iterations[-1]} of an earlier run: give another --output_dir, continue "
+            f"that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
+        )
+
+
+def checkpoint_folder(config: dict) -> Path:
+    """The folder that a training run writes its checkpoints into."""
+    section = config.get("checkpoint") or {}
+    folder = section.get("save_path") or Path(config.get("output_dir") or "./output") / "checkpoint"
+    return Path(folder).expanduser().absolute()

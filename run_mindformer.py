@@ -1,0 +1,129 @@
+"""MindFormers' entry for every task, with its own arguments, working from this checkout.
+
+Any further ``--section.key value`` overrides that key of the YAML.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parent
+)  # run as a file from anywhere: the checkout is the import root
+
+from research.telechat2.telechat_cli import run as run_command  # noqa: E402
+from research.telechat2.telechat_run import RUN_MODES, run  # noqa: E402
+from research.telechat2.telechat_run_config import parse_options, parse_overrides  # noqa: E402
+
+
+def boolean(text: str) -> bool:
+    """Read True or False, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() == "true"
+
+
+def resume(text: str) -> bool | str:
+    """Read True, False or the name of a checkpoint file."""
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
+# argument, the key of the YAML it sets, how argparse reads it
+ARGUMENTS = (
+    ("--run_mode", "run_mode", {"choices": RUN_MODES, "help": "the task"}),
+    ("--mode", "context.mode", {"type": int, "help": "0, static graph, is the only one TeleChat2 runs in"}),
+    ("--device_id", "context.device_id", {"type": int, "help": "the device to use"}),
+    ("--device_target", "context.device_target", {"choices": ("Ascend", "CPU"), "help": "where to run"}),
+    (
+        "--use_parallel",
+        "use_parallel",
+        {"type": boolean, "help": "several devices, started by msrun_launcher.sh"},
+    ),
+    ("--train_dataset_dir", "train_dataset.data_loader.dataset_dir", {"help": "training data"}),
+    ("--eval_dataset_dir", "eval_dataset.data_loader.dataset_dir", {"help": "evaluation data"}),
+    ("--do_eval", "do_eval", {"type": boolean, "help": "evaluate while training"}),
+    (
+        "--predict_data",
+        "input_data",
+        {"nargs": "+", "help": "prompts, or one text file with a prompt on each line"},
+    ),
+    ("--predict_batch_size", "predict_batch_size", {"type": int, "help": "prompts answered at once"}),
+    (
+        "--do_sample",
+        "model.model_config.do_sample",
+        {"type": boolean, "help": "sample instead of greedy decoding"},
+    ),
+    ("--load_checkpoint", "load_checkpoint", {"help": ".safetensors or .ckpt file, or a directory"}),
+    (
+        "--resume_training",
+        "resume_training",
+        {"type": resume, "help": "continue the run of --load_checkpoint"},
+    ),
+    (
+        "--auto_trans_ckpt",
+        "auto_trans_ckpt",
+        {"type": boolean, "help": "slice the weights for this parallel plan"},
+    ),
+    ("--src_strategy_path_or_dir", "src_strategy_path_or_dir", {"help": "plan the weights were saved under"}),
+    ("--strategy_load_checkpoint", "parallel.strategy_ckpt_load_file", {"help": "parallel plan to load"}),
+    (
+        "--transform_process_num",
+        "transform_process_num",
+        {"type": int, "help": "processes that slice weights"},
+    ),
+    ("--only_save_strategy", "only_save_strategy", {"type": boolean, "help": "compile, save the plan, stop"}),
+    ("--remote_save_url", "remote_save_url", {"help": "ModelArts: where to upload the output"}),
+    ("--output_dir", "output_dir", {"help": "where everything is written"}),
+    ("--epochs", "runner_config.epochs", {"type": int, "help": "passes over the data"}),
+    ("--batch_size", "runner_config.batch_size", {"type": int, "help": "records per device and step"}),
+    (
+        "--gradient_accumulation_steps",
+        "runner_config.gradient_accumulation_steps",
+        {"type": int, "help": "steps whose gradients are summed"},
+    ),
+    ("--sink_mode", "runner_config.sink_mode", {"type": boolean, "help": "feed the data on the device"}),
+    ("--num_samples", "train_dataset.data_loader.num_samples", {"type": int, "help": "records to use"}),
+    ("--seed", "seed", {"type": int, "help": "seed of every random number"}),
+    ("--profile", "profile", {"type": boolean, "help": "record a profile"}),
+    (
+        "--trust_remote_code",
+        "trust_remote_code",
+        {"type": boolean, "help": "run code of a downloaded tokenizer"},
+    ),
+)
+
+UNSUPPORTED = {
+    "--modal_type": "the TeleChat2 models read text only; leave it out",
+    "--adapter_id": "the TeleChat2 models here have no LoRA adapters; leave it out",
+}
+
+
+def main() -> None:
+    """Read the arguments and carry out the task."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML: a path, or the name of a shipped one")
+    parser.add_argument(
+        "--register_path", help="directory of the model's code; research/telechat2 by default"
+    )
+    parser.add_argument("--options", nargs="+", default=[], help="key=value …, the older form of --key value")
+    for flag, _, how in ARGUMENTS:
+        parser.add_argument(flag, **how)
+    for flag in UNSUPPORTED:
+        parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
+    arguments, further = parser.parse_known_args()
+    for flag, reason in UNSUPPORTED.items():
+        if getattr(arguments, flag[2:]) is not None:
+            parser.error(f"{flag} has no meaning here: {reason}")
+    overrides = {
+        key: value for flag, key, _ in ARGUMENTS if (value := getattr(arguments, flag[2:])) is not None
+    }
+    overrides |= parse_options(arguments.options) | parse_overrides(further)
+    answers = run(arguments.config, overrides, arguments.register_path)
+    if answers is not None:
+        print("\n".join(answers))
+
+
+if __name__ == "__main__":
+    run_command(main)
