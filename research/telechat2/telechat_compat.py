@@ -14,11 +14,13 @@ from mindformers.modules.transformer.transformer import (
 )
 from mindformers.tools.logger import logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_predict_run_mode
+from mindformers.tools.utils import get_output_root_path, get_predict_run_mode
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
 from mindspore import nn, ops
+from mindspore.train.callback import Callback
 
 __all__ = [
+    "Callback",
     "CrossEntropyLoss",
     "MFTrainOneStepCell",
     "MindFormerModuleType",
@@ -31,6 +33,7 @@ __all__ = [
     "is_cpu",
     "is_predict_run",
     "logger",
+    "output_directory",
     "parallel_config_from",
 ]
 
@@ -46,6 +49,11 @@ def is_cpu() -> bool:
 def is_predict_run() -> bool:
     """Whether MindFormers was started to predict: it says so in the environment, not in the config."""
     return get_predict_run_mode()
+
+
+def output_directory() -> str:
+    """The run's ``output_dir``."""
+    return get_output_root_path()
 
 
 def parallel_config_from(value) -> TransformerOpParallelConfig:

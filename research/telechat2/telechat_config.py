@@ -174,6 +174,7 @@ _LIBRARY_KEYS = (
     "model_type",
     "moe_config",
     "parallel_decoding_params",
+    "disable_lazy_inline",
     *TRAINER_KEYS,
 )
 

@@ -1,8 +1,9 @@
 """What YAMLs name in ``auto_register``: MindFormers copies this file and runs the copy, so it only re-exports."""
 
 from research.telechat2.telechat import TelechatForCausalLM
+from research.telechat2.telechat_callback import TelechatMonitor
 from research.telechat2.telechat_compat import MFTrainOneStepCell
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
-__all__ = ["MFTrainOneStepCell", "TelechatConfig", "TelechatForCausalLM", "TelechatTokenizer"]
+__all__ = ["MFTrainOneStepCell", "TelechatConfig", "TelechatForCausalLM", "TelechatMonitor", "TelechatTokenizer"]
