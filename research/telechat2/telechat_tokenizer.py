@@ -195,7 +195,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def encode_text(self, text: str) -> list[int]:
         """Encode ``text`` literally: ``<_end>`` in it is text. ValueError when it is not valid Unicode."""
         try:
-            return self.sp_model.encode(text)
+            return self.sp_model.encode(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the text is not valid Unicode: half of a surrogate pair "
