@@ -121,6 +121,19 @@ def write_hf_folder(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def stored_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Name -> (dtype, shape, bytes) of a safetensors file or a folder of them, read by the library."""
+    from safetensors import deserialize
+
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {
+        name: (entry["dtype"], entry["shape"], bytes(entry["data"]))
+        for file in files
+        for name, entry in deserialize(file.read_bytes())
+    }
+
+
 def load_llama(folder: Path, rope_theta: float = 10000.0):
     """An HF TeleChat2 folder as ``transformers.LlamaForCausalLM``: fp32, eager attention, eval mode.
 

@@ -20,7 +20,9 @@ CKPT_FORMATS = ("safetensors", "ckpt")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote; ``ignored`` counts, by kind, the source tensors that are not weights."""
+    """What a conversion read and wrote; ``ignored`` counts, by kind, source tensors that are not weights."""
+
+    sources: tuple[Path, ...]
 
     files: tuple[Path, ...]
     tensors: int
@@ -33,6 +35,8 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [
+            f"read {', '.join(map(str, self.sources[:3]))}"
+            + (f" and {len(self.sources) - 3} more files" if len(self.sources) > 3 else ""),
             f"wrote {self.tensors:,} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes, "
             f"{' and '.join(self.dtypes)}, to {self.files[0]}"
             + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""),
@@ -128,6 +132,7 @@ def _write(files: dict, plan: Plan, dtype: str | None, framework: str, source: P
     write_checkpoint(files, dtype, framework, record_prompt_format)
     tensors = [tensor for tensor, _ in plan.weights]
     return Summary(
+        sources=tuple(dict.fromkeys(tensor.file for tensor in tensors)),
         files=tuple(files),
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors),

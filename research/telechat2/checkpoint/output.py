@@ -132,7 +132,6 @@ def _new_files(folder: Path, files: list[Path], nbytes: int) -> Iterator[dict[Pa
             )
         yield temporary
         for path in temporary.values():
-            path.chmod(0o644)  # MindSpore leaves its files unwritable
             _fsync(path)
         for file, path in temporary.items():
             if file.exists():

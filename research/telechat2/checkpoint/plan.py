@@ -104,11 +104,12 @@ def _require_same(head: StoredTensor, embedding: StoredTensor | None, origin: st
 def _report(problems: dict[str, list[str]], sizes: TelechatSizes, origin: str) -> str:
     lines = [
         f"{origin} is not a dense TeleChat checkpoint of {sizes.num_layers} layers, hidden size "
-        f"{sizes.hidden_size}, feed-forward size {sizes.intermediate_size} and vocabulary {sizes.vocab_size}:"
+        f"{sizes.hidden_size}, feed-forward size {sizes.intermediate_size}, vocabulary {sizes.vocab_size}. "
+        "Tensors that are"
     ]
     for kind, names in problems.items():
         if names:
             shown = [name if name.isprintable() else ascii(name) for name in names[:10]]
             more = f", … and {len(names) - 10} more" if len(names) > 10 else ""
-            lines.append(f"  {len(names)} {kind} tensor{'s'[: len(names) > 1]}: {', '.join(shown)}{more}")
+            lines.append(f"  {len(names)} {kind}: {', '.join(shown)}{more}")
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         begin, next_begin = _offsets(file, name, entry)
         code, shape = entry.get("dtype"), _shape(file, name, entry)
-        if code not in ITEM_BYTES:
+        if not isinstance(code, str) or code not in ITEM_BYTES:
             raise _broken(file, f"tensor {name} has dtype {code!r}; known are {', '.join(ITEM_BYTES)}")
         if begin != end or next_begin - begin != prod(shape) * ITEM_BYTES[code]:
             raise _broken(

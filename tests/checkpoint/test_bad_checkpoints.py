@@ -1,0 +1,275 @@
+"""Checkpoints that are incomplete, foreign or in the way: one sentence that says so, and nothing written."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from oracle import write_hf_folder
+from safetensors.numpy import load_file, save_file
+
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, output
+
+
+@pytest.fixture
+def hf(tmp_path):
+    """A sound folder of three shards, with an index."""
+    write_hf_folder(tmp_path / "hf", {"num_key_value_heads": 2}, seed=1, shards=3)
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def ms(hf, tmp_path):
+    """The same as a MindSpore file."""
+    convert_to_mindspore(hf, tmp_path / "ms.safetensors")
+    return tmp_path / "ms.safetensors"
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def edit(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_indexed(hf, shard, change):
+    """Change the tensors of a shard, and the index with them."""
+    edit(shards(hf)[shard], change)
+    index = hf / "model.safetensors.index.json"
+    weight_map = {name: file.name for file in shards(hf) for name in load_file(file)}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def refuses(source, message, convert=convert_to_mindspore):
+    """The conversion fails with ``message`` and leaves the folder of its target as it was."""
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(source, source.parent / "new" / "target")
+    assert sorted(source.parent.rglob("*")) == before
+    return str(caught.value)
+
+
+def test_unknown_missing_and_misshapen_are_listed_together(hf):
+    def change(tensors):
+        for number in range(12):
+            tensors[f"transformer.h.0.adapter_{number:02d}.weight"] = np.ones(2, np.float32)
+        del tensors["transformer.h.1.mlp.up_proj.weight"]
+        tensors["lm_head.weight"] = np.ones((127, 64), np.float32)
+        tensors["transformer.ln_f.weight"] = np.ones(64, np.int32)
+
+    edit_indexed(hf, 2, change)
+    text = refuses(hf, "is not a dense TeleChat checkpoint of 2 layers")
+    assert "12 unknown: transformer.h.0.adapter_00.weight, " in text
+    assert "adapter_09.weight, … and 2 more" in text and "adapter_10" not in text
+    assert "1 missing: transformer.h.1.mlp.up_proj.weight" in text
+    assert "1 misshapen: lm_head.weight [127, 64], expected [128, 64]" in text
+    assert "1 non-floating-point: transformer.ln_f.weight (I32)" in text
+
+
+def test_duplicate_tensor_in_two_shards(hf):
+    (hf / "model.safetensors.index.json").unlink()
+    first, second, _ = shards(hf)
+    name, array = next(iter(load_file(first).items()))
+    edit(second, lambda tensors: tensors.update({name: array}))
+    text = refuses(hf, "1 duplicate")
+    assert f"{name} (in {first.name} and {second.name})" in text
+
+
+def test_shard_named_by_the_index_is_absent(hf):
+    shards(hf)[1].unlink()
+    refuses(hf, "1 of its files are absent: model-00002-of-00003.safetensors")
+
+
+def test_shard_beside_the_index_is_not_in_it(hf):
+    shutil.copy(shards(hf)[0], hf / "model-extra.safetensors")
+    refuses(hf, r"1 files are not in it: model-extra\.safetensors")
+
+
+def test_tensor_is_not_where_the_index_says(hf):
+    edit(shards(hf)[0], lambda tensors: tensors.pop("transformer.word_embeddings.weight"))
+    refuses(hf, r"1 tensors are not where it says: transformer\.word_embeddings\.weight \(model-00001")
+
+
+def test_tensor_is_not_in_the_index(hf):
+    edit(shards(hf)[0], lambda tensors: tensors.update({"transformer.extra": np.ones(1, np.float32)}))
+    refuses(hf, r"1 tensors are not listed: transformer\.extra \(model-00001")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[" * 100_000]
+)
+def test_index_is_not_one(hf, content):
+    (hf / "model.safetensors.index.json").write_text(content)
+    refuses(hf, "is not an index of weights")
+
+
+def test_index_points_out_of_its_folder(hf):
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../other.safetensors"}}))
+    refuses(hf, "expected the name of a file beside it")
+
+
+def test_numbered_shard_is_missing_and_there_is_no_index(hf):
+    (hf / "model.safetensors.index.json").unlink()
+    shards(hf)[2].unlink()
+    refuses(hf, "holds 2 files of a checkpoint in 3 parts, and no index")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, 3000, -1])
+def test_truncated_shard(hf, kept):
+    file = shards(hf)[1]
+    file.write_bytes(file.read_bytes()[:kept])
+    refuses(hf, r"model-00002-of-00003\.safetensors is not a complete safetensors file")
+
+
+def test_longer_file_than_its_header_says(ms):
+    ms.write_bytes(ms.read_bytes() + b"\0" * 8)
+    refuses(ms, "its header describes a file of", convert_to_torch)
+
+
+def test_header_with_a_name_twice(ms):
+    entry = '"lm_head.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    ms.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    refuses(ms, r"1 names twice: lm_head\.weight", convert_to_torch)
+
+
+def test_fewer_layers_than_the_config_says(hf):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    refuses(hf, r"10 missing: transformer\.h\.2\.input_layernorm\.weight")
+    (hf / "config.json").write_text(json.dumps(config | {"n_layer": 10**12}))
+    refuses(hf, "the config says 1000000000000 layers, but .* holds only 23 tensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a JSON list"),
+        ('{"model_type": "llama"}', "has no n_layer or num_layers"),
+    ],
+)
+def test_config_is_not_a_telechat_config(hf, content, message):
+    (hf / "config.json").write_text(content)
+    refuses(hf, message)
+
+
+def test_untied_model_without_its_head(hf):
+    edit_indexed(hf, 2, lambda tensors: tensors.pop("lm_head.weight"))
+    refuses(hf, r"1 missing: lm_head\.weight")
+
+
+def test_a_llama_checkpoint(tmp_path):
+    (tmp_path / "llama").mkdir()
+    save_file(
+        {"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, tmp_path / "llama" / "m.safetensors"
+    )
+    refuses(tmp_path / "llama", "no dense TeleChat checkpoint.*model.embed_tokens.weight")
+
+
+def test_the_wrong_direction(hf, ms):
+    refuses(hf, "no dense TeleChat checkpoint", convert_to_torch)
+    refuses(ms, "no dense TeleChat checkpoint")
+
+
+def test_huge_layer_number_in_a_name(tmp_path):
+    (tmp_path / "x").mkdir()
+    write_hf_folder(tmp_path / "x", {}, seed=1)
+    (tmp_path / "x" / "config.json").unlink()
+    file = tmp_path / "x" / "model.safetensors"
+    stray = {"transformer.h.999999999.mlp.down_proj.bias": np.ones(64, np.float32)}
+    edit(file, lambda tensors: tensors.update(stray))
+    assert "1 unknown: transformer.h.999999999.mlp.down_proj.bias" in refuses(
+        file.parent, "checkpoint of 24 layers"
+    )
+
+
+def test_empty_and_absent_sources(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refuses(tmp_path / "empty", r"holds no \*\.safetensors and no pytorch_model\*\.bin.*found nothing")
+    refuses(tmp_path / "empty", r"holds no \*\.safetensors and no \*\.ckpt; found nothing", convert_to_torch)
+    refuses(tmp_path / "absent", "does not exist")
+    refuses(tmp_path / "absent.ckpt", "does not exist", convert_to_torch)
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    refuses(tmp_path / "weights.pth", r"ends in '\.pth'; expected \.safetensors or \.bin")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04broken", b"\x80\x02}q\x00.", b"\n\x05hello" * 50])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "telechat.ckpt"])
+def test_broken_bin_and_ckpt(tmp_path, name, content):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    if name.endswith(".bin"):
+        refuses(tmp_path / "in", "is not a complete torch file|holds no weights")
+    else:
+        refuses(tmp_path / "in", "is not a complete MindSpore checkpoint|is empty", convert_to_torch)
+
+
+def test_bin_that_is_not_a_dictionary_of_tensors(tmp_path):
+    import torch
+
+    torch.save({"state_dict": {"lm_head.weight": torch.ones(1)}}, tmp_path / "pytorch_model.bin")
+    refuses(tmp_path / "pytorch_model.bin", "does not hold a dictionary of tensors")
+
+
+def test_existing_results_are_not_overwritten(hf, ms, tmp_path):
+    before = ms.read_bytes()
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        convert_to_mindspore(hf, ms)
+    assert ms.read_bytes() == before
+    convert_to_mindspore(hf, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors; nothing is overwritten"):
+        convert_to_mindspore(hf, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
+        convert_to_torch(ms, tmp_path / "out")
+    (tmp_path / "plain").write_text("a file")
+    with pytest.raises(ValueError, match="plain is a file; expected a folder"):
+        convert_to_mindspore(hf, tmp_path / "plain")
+
+
+def test_output_is_input(hf, ms):
+    before = sorted(hf.iterdir())
+    with pytest.raises(ValueError, match=r"it is the input"):
+        convert_to_mindspore(hf, hf)
+    with pytest.raises(ValueError, match="would lie among the files it is converted from"):
+        convert_to_mindspore(hf, hf / "telechat.safetensors")
+    assert sorted(hf.iterdir()) == before
+    with pytest.raises(ValueError, match=r"it is the input"):
+        convert_to_torch(ms, ms)
+
+
+def test_disk_without_room(hf, monkeypatch):
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    refuses(hf, "has room for 1,000 bytes, the converted checkpoint needs")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_an_interrupted_conversion(hf, tmp_path, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(output, "_fsync", fail)
+    (tmp_path / "there").mkdir()
+    for target in ("there", "new/deep/target", "there/a.ckpt"):
+        with pytest.raises(type(error)):
+            convert_to_mindspore(hf, tmp_path / target)
+    assert list((tmp_path / "there").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_unknown_options_and_empty_paths(hf, tmp_path):
+    with pytest.raises(
+        ValueError, match="dtype 'int8' is unknown; expected one of float32, float16, bfloat16"
+    ):
+        convert_to_mindspore(hf, tmp_path / "x", dtype="int8")
+    with pytest.raises(ValueError, match="ckpt_format 'zip' is unknown"):
+        convert_to_mindspore(hf, tmp_path / "x", ckpt_format="zip")
+    with pytest.raises(ValueError, match=r"ends in \.ckpt, but format safetensors is asked for"):
+        convert_to_mindspore(hf, tmp_path / "x.ckpt", ckpt_format="safetensors")
+    with pytest.raises(ValueError, match="mindspore_path is empty"):
+        convert_to_mindspore(hf, "")

@@ -1,0 +1,94 @@
+"""The real index of the 115B release against its config: everything is mapped, and the totals are exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+from oracle import hf_shapes
+
+from research.telechat2.checkpoint import TelechatSizes
+from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.stored import StoredTensor
+
+# n_layer, hidden, ffn, heads, kv heads, vocabulary, tied -> parameters: the published totals of the family
+FAMILY = {
+    "TeleChat 7B": ((30, 4096, 12288, 32, None, 160256, True), 7_200_018_432),
+    "TeleChat 12B": ((38, 5120, 12288, 32, None, 120000, False), 12_386_432_000),
+    "TeleChat2 3B": ((24, 3072, 6144, 24, None, 131072, False), 3_070_528_512),
+    "TeleChat2 7B": ((30, 4096, 12288, 32, None, 131072, False), 7_617_351_680),
+    "TeleChat2 35B": ((64, 6144, 20480, 48, None, 131072, False), 35_435_059_200),
+    "TeleChat2 115B": ((96, 8192, 40960, 64, 8, 131072, False), 113_282_916_352),
+}
+KEYS = ("n_layer", "hidden_size", "ffn_hidden_size", "n_head", "num_key_value_heads", "vocab_size")
+
+
+def described(shapes: dict[str, tuple[int, ...]], dtype: str = "float32") -> list[StoredTensor]:
+    """Tensors without bytes: enough for a plan."""
+    return [StoredTensor(name, dtype, shape, Path("shard"), iter) for name, shape in shapes.items()]
+
+
+def test_the_115b_index(shared_data):
+    folder = shared_data / "release_115b"
+    config = json.loads((folder / "config.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shapes = hf_shapes(config)
+    tensors = described({name: shapes[name] for name in index["weight_map"]})
+
+    plan = make_plan(tensors, "torch", TelechatSizes.from_hf_config(config), "the 115B release")
+    assert len(plan.weights) == 963
+    assert plan.ignored == {}
+    hidden, ffn, layers, vocab = 8192, 40960, 96, 131072
+    per_layer = 2 * hidden**2 + 2 * 8 * 128 * hidden + hidden + 3 * ffn * hidden + hidden + 2 * hidden
+    parameters = sum(tensor.size for tensor, _ in plan.weights)
+    assert parameters == layers * per_layer + 2 * vocab * hidden + hidden == 113_282_916_352
+    total_size = index["metadata"]["total_size"]
+    assert sum(tensor.nbytes("float32") for tensor, _ in plan.weights) == total_size == 453_131_665_408
+
+    there = [(StoredTensor(name, "float32", t.shape, t.file, t.blocks)) for t, name in plan.weights]
+    back = make_plan(there, "mindspore", None, "the same, converted")
+    assert [name for _, name in back.weights] == list(index["weight_map"])
+    assert back.sizes.num_layers == 96 and back.sizes.kv_size == 1024
+
+
+@pytest.mark.parametrize("model", FAMILY)
+def test_parameters_of_every_dense_size(model):
+    values, parameters = FAMILY[model]
+    config = {key: value for key, value in zip(KEYS, values, strict=False) if value is not None}
+    config["tie_word_embeddings"] = values[-1]
+    sizes = TelechatSizes.from_hf_config(config)
+    plan = make_plan(described(hf_shapes(config)), "torch", sizes, model)
+    assert sum(tensor.size for tensor, _ in plan.weights) == parameters
+    assert len({name for _, name in plan.weights}) == len(plan.weights)  # every target is filled once
+
+
+def test_mindformers_key_names_mean_the_same():
+    hf = {"n_layer": 3, "n_head": 8, "hidden_size": 64, "num_key_value_heads": 2, "ffn_hidden_size": 48}
+    mindformers = {
+        "num_layers": 3,
+        "num_heads": 8,
+        "hidden_size": 64,
+        "n_kv_heads": 2,
+        "intermediate_size": 48,
+    }
+    sizes = TelechatSizes.from_hf_config(hf | {"vocab_size": 10})
+    assert sizes == TelechatSizes.from_hf_config(mindformers | {"vocab_size": 10})
+    assert sizes.kv_size == 16
+    assert TelechatSizes.from_hf_config(hf | {"vocab_size": 10, "num_key_value_heads": None}).kv_size == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": None}, "no n_layer or num_layers"),
+        ({"n_layer": 0}, r"n_layer = 0; expected a positive whole number"),
+        ({"hidden_size": "64"}, "hidden_size = '64'"),
+        ({"vocab_size": True}, "vocab_size = True"),
+        ({"n_head": 7}, "hidden_size = 64 and 7 heads"),
+        ({"num_key_value_heads": 3}, "8 heads and 3 key/value heads"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+    ],
+)
+def test_a_config_that_cannot_be(change, message):
+    config = {"n_layer": 3, "n_head": 8, "hidden_size": 64, "ffn_hidden_size": 48, "vocab_size": 10}
+    with pytest.raises(ValueError, match=message):
+        TelechatSizes.from_hf_config(config | change)
