@@ -1,4 +1,4 @@
-"""The renderer: the template's text and ids, the loss mask, literal contents, errors that name the message."""
+"""The renderer: the template's text and ids, the loss mask, literal contents, errors naming the message."""
 
 import json
 import subprocess

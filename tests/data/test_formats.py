@@ -1,0 +1,142 @@
+"""Data formats: what each line becomes, and that nothing in it is lost without an error."""
+
+import json
+
+import pytest
+
+from research.telechat2.data.formats import input_files, parse_line, read_lines
+from research.telechat2.telechat_chat import conversation_text
+
+
+def text_of(**data) -> str:
+    """The rendered conversation of a line."""
+    return conversation_text(parse_line(json.dumps(data)).render())
+
+
+def trained_text(**data) -> str:
+    """All that a line trains, joined."""
+    return "".join(s.text for s in parse_line(json.dumps(data)).render() if s.trained)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["q", "<_user>q", "<_user>q<_bot>", "<_start><_user>q<_bot>"],
+)
+def test_the_ways_to_write_a_single_turn_are_one(question):
+    assert text_of(input=question, output="a") == "<_start><_user>q<_bot>a<_end>"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["q1<_bot>a1<_user>q2", "<_user>q1<_bot>a1<_user>q2", "<_start><_user>q1<_bot>a1<_end><_user>q2<_bot>"],
+)
+def test_earlier_turns_stand_in_input_and_are_trained(question):
+    assert text_of(input=question, output="a2") == "<_start><_user>q1<_bot>a1<_end><_user>q2<_bot>a2<_end>"
+    assert trained_text(input=question, output="a2") == "a1<_end>a2<_end>"
+
+
+def test_special_text_in_a_question_or_answer_is_text():
+    conversation = parse_line(json.dumps({"input": "what is <_end>?", "output": "<_user> is"}))
+    assert conversation.prompt_format == "plain"
+    assert [m["content"] for m in conversation.messages] == ["what is <_end>?", "<_user> is"]
+    assert sum(segment.special for segment in conversation.render()) == 4
+
+
+def test_messages_with_tools_are_chat():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    line = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}],
+        "tools": tools,
+        "id": 7,
+    }
+    assert parse_line(json.dumps(line)).prompt_format == "chat"
+    assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in text_of(**line)
+    assert text_of(**line).endswith("<_user>q<_bot>a<_end>\n")
+
+
+def test_one_newline_at_the_end_of_a_dialogs_system_is_dropped():
+    dialog = [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]
+    for system, expected in (("s", "s\n"), ("s\n", "s\n"), ("s\n\n", "s\n\n"), ("", "\n")):
+        assert text_of(system=system, dialog=dialog) == f"<_system>{expected}<_user>q<_bot>a<_end>\n"
+    assert text_of(dialog=dialog).startswith("<_system>你是中国电信星辰语义大模型")
+
+
+def test_tool_tags_of_a_dialog_are_special():
+    dialog = [{"role": "user", "content": "q"}, {"role": "bot", "content": "<tool_call>\n{}\n</tool_call>"}]
+    segments = parse_line(
+        json.dumps({"system": "s", "dialog": dialog, "multiturn": False, "tool": True})
+    ).render()
+    assert [s.text for s in segments if s.special and s.trained] == ["<tool_call>", "</tool_call>", "<_end>"]
+
+
+def test_the_released_dialogues_render_to_what_the_golden_template_would_say(shared_data):
+    """The released files carry the system prompt (and tools) pre-rendered, newline included."""
+    for name in ("demo_single", "demo_code", "demo_multi", "demo_tool"):
+        for _, line in read_lines(shared_data / f"{name}.jsonl"):
+            data = json.loads(line)
+            turns = [("<_user>" if m["role"] == "user" else "<_bot>", m["content"]) for m in data["dialog"]]
+            body = "".join(mark + text + ("<_end>\n" if mark == "<_bot>" else "") for mark, text in turns)
+            assert conversation_text(parse_line(line).render()) == f"<_system>{data['system']}{body}"
+
+
+ERRORS = [
+    ("{", "not JSON"),
+    ('{"input": "q", "output"', "not JSON"),
+    ("[1]", "holds a JSON list; expected an object"),
+    ("{}", r"has the keys \(none\); expected input and output"),
+    ('{"question": "q", "answer": "a"}', "has the keys question, answer; expected input and output"),
+    ('{"text": "t"}', "has the keys text; expected"),
+    ('{"input": "q"}', "output is missing; expected a string"),
+    ('{"output": "a"}', "input is missing; expected a string"),
+    ('{"input": null, "output": "a"}', "input is a NoneType; expected a string"),
+    ('{"instruction": "i", "input": "q", "output": "a"}', "has instruction beside input"),
+    ('{"system": "s", "input": "q", "output": "a"}', "has system beside input"),
+    ('{"messages": [], "dialog": [1]}', "has dialog beside messages"),
+    ('{"messages": {}}', "messages is a dict; expected a list"),
+    ('{"messages": [{"role": "user", "content": "q"}]}', "no answer to train on"),
+    ('{"messages": [{"role": "user", "content": "q"}], "tools": "f"}', "tools are a str; expected a list"),
+    ('{"system": 1, "dialog": []}', "system is a int; expected a string"),
+    (
+        '{"input": "<_system>s<_user>q", "output": "a"}',
+        "input contains <_system>, but this format has no system",
+    ),
+    ('{"input": "<_user>a<_user>b", "output": "a"}', "turn 2 of input begins with <_user>; expected <_bot>"),
+    ('{"input": "<_bot>a<_user>b", "output": "a"}', "turn 1 of input begins with <_bot>; expected <_user>"),
+    (
+        '{"input": "<_user>a<_bot>b", "output": "a"}',
+        "input ends with an answer; it must end with the question",
+    ),
+    ('{"input": "q", "output": ""}', "message 2 is an empty answer"),
+    ('{"input": "<_user>q<_bot><_user>r", "output": "a"}', "message 2 is an empty answer"),
+    ('{"input": "", "output": "a"}', "message 1 is an empty question"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), ERRORS, ids=[line for line, _ in ERRORS])
+def test_what_cannot_be_used_is_an_error(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_line(line).render()
+
+
+def test_lines_are_those_of_the_file_and_utf_8(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": "x\xe2\x80\xa8y"}\r\n\n{"b": 1}')
+    assert [(n, line.strip()) for n, line in read_lines(file)] == [
+        (1, '{"a": "x\u2028y"}'),
+        (2, ""),
+        (3, '{"b": 1}'),
+    ]
+    file.write_bytes('{"a": 1}\n{"a": "你"}'.encode("gbk"))
+    with pytest.raises(ValueError, match="data.jsonl, line 2: not UTF-8 at byte 7"):
+        list(read_lines(file))
+
+
+def test_an_input_is_a_file_or_a_directory_of_jsonl(tmp_path):
+    with pytest.raises(ValueError, match="holds no .jsonl file"):
+        input_files(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in input_files(tmp_path)] == ["a.jsonl", "b.jsonl"]
+    assert input_files(tmp_path / "c.txt") == [tmp_path / "c.txt"]
+    with pytest.raises(ValueError, match="absent.jsonl does not exist"):
+        input_files(tmp_path / "absent.jsonl")

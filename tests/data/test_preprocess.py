@@ -1,0 +1,286 @@
+"""Preprocessing: records read back with MindSpore equal what SentencePiece alone gives; none is lost."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.data import writing
+from research.telechat2.data.preparing import prepare, report
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+COMMAND = CHECKOUT / "research" / "telechat2" / "telechat_preprocess.py"
+ANSWER, SYSTEM = "the fox jumps", "dog"
+
+
+def read(path):
+    """Records of a MindRecord file in their order, as MindSpore reads them."""
+    from mindspore.dataset import MindDataset
+
+    data = MindDataset(str(path), columns_list=["input_ids", "labels"], shuffle=False)
+    return [(r["input_ids"], r["labels"]) for r in data.create_dict_iterator(num_epochs=1, output_numpy=True)]
+
+
+def write_lines(path, *lines):
+    text = "".join(
+        (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in lines
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def plain(question="q", answer=ANSWER):
+    return {"input": question, "output": answer}
+
+
+def chat(question="q", answer=ANSWER):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def answers_in(records, tokenizer):
+    """Decoded runs of trained tokens; a run ends with `<_end>`."""
+    found = Counter()
+    for _, labels in records:
+        run = []
+        for label in labels.tolist():
+            if label != -100:
+                run.append(label)
+            if label == 2:
+                found[tokenizer.decode(run)] += 1
+                run = []
+        assert not run, "a trained run without its <_end>"
+    return found
+
+
+def test_records_equal_an_expectation_from_sentencepiece_alone(small_vocab, tmp_path):
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(small_vocab)).encode
+    lines = [
+        plain("<_user>the fox<_bot>a dog<_user>生抽", "老抽"),
+        {
+            "system": "dog\n",
+            "dialog": [{"role": "user", "content": "fox"}, {"role": "bot", "content": "today"}],
+        },
+    ]
+    conversations = [
+        (
+            [1, 4, *encode("the fox"), 5, *encode("a dog"), 2, 4, *encode("生抽"), 5, *encode("老抽"), 2],
+            [*[-100] * (3 + len(encode("the fox"))), *encode("a dog"), 2]
+            + [*[-100] * (2 + len(encode("生抽"))), *encode("老抽"), 2],
+        ),
+        (
+            [6, *encode("dog\n"), 4, *encode("fox"), 5, *encode("today"), 2, *encode("\n")],
+            [
+                *[-100] * (3 + len(encode("dog\n")) + len(encode("fox"))),
+                *encode("today"),
+                2,
+                *[-100] * len(encode("\n")),
+            ],
+        ),
+    ]
+    data = write_lines(tmp_path / "data.jsonl", *lines)
+    result = prepare(data, small_vocab, tmp_path / "out", max_length=99, seed=0)
+    ((input_ids, labels),) = read(tmp_path / "out" / "dataset.mindrecord")
+    assert input_ids.dtype == labels.dtype == np.int32
+    assert input_ids.shape == labels.shape == (100,)
+    orders = [conversations, conversations[::-1]]
+    padding = 100 - sum(len(ids) for ids, _ in conversations)
+    expected = [
+        (sum((c[0] for c in order), []) + [3] * padding, sum((c[1] for c in order), []) + [-100] * padding)
+        for order in orders
+    ]
+    assert (input_ids.tolist(), labels.tolist()) in expected
+    assert result["counts"]["padding_tokens"] == padding
+    assert result["counts"]["trained_tokens"] == sum(label != -100 for label in labels.tolist())
+
+
+def test_counts_add_up_and_say_what_was_skipped(small_vocab, small_tokenizer, tmp_path):
+    data = write_lines(
+        tmp_path / "d.jsonl", plain(), "", plain(answer="ab cd " * 400), chat(), plain("<_end>")
+    )
+    result = prepare(data, small_vocab, tmp_path / "x.mindrecord", max_length=300, seed=1)
+    counts = result["counts"]
+    assert counts["lines"] == 5 == counts["conversations"] + sum(counts["skipped"].values())
+    assert counts["skipped"] == {"blank line": 1, "longer than a record of 301 tokens": 1}
+    records = read(tmp_path / "x.mindrecord")
+    assert counts["tokens"] + counts["padding_tokens"] == sum(len(ids) for ids, _ in records)
+    assert answers_in(records, small_tokenizer) == {f"{ANSWER}<_end>": 3}
+    text = report(result)
+    assert "read 5 lines = 3 conversations written + 2 skipped" in text
+    assert "skipped 1: longer than a record of 301 tokens" in text
+    assert "mixed prompt formats: 1 chat and 2 plain; recorded as plain" in text
+    assert "1 contain special-token text (such as <_end>), encoded as text" in text
+    assert f"{counts['trained_tokens']:,} of them trained" in text
+
+
+def test_a_conversation_as_long_as_a_record_is_kept_and_one_longer_is_not(
+    small_vocab, small_tokenizer, tmp_path
+):
+    length = len(small_tokenizer.encode("<_start><_user>q<_bot>" + ANSWER + "<_end>"))
+    data = write_lines(tmp_path / "d.jsonl", plain())
+    result = prepare(data, small_vocab, tmp_path / "fits", max_length=length - 1, seed=0)
+    assert result["counts"]["padding_tokens"] == 0
+    with pytest.raises(
+        ValueError, match=f"holds no conversation to write .1 longer than a record of {length - 1} tokens"
+    ):
+        prepare(data, small_vocab, tmp_path / "short", max_length=length - 2, seed=0)
+    assert not (tmp_path / "short").exists()
+
+
+def test_the_seed_decides_the_order(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", *[plain(f"{i} fox") for i in range(40)])
+    ids = [
+        np.stack(
+            [r[0] for r in read(prepare(data, small_vocab, tmp_path / str(n), 63, seed)["output"])]
+        ).tolist()
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_the_manifest_records_inputs_tokenizer_and_format(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", chat())
+    prepare(data, small_vocab, tmp_path / "out", max_length=200, seed=5)
+    manifest = json.loads((tmp_path / "out" / "dataset.mindrecord.json").read_text())
+    assert telechat_prompt_format.of_dataset(tmp_path / "out") == "chat"
+    assert (manifest["max_length"], manifest["seed"]) == (200, 5)
+    for entry, file in ((manifest["inputs"][0], data), (manifest["tokenizer"], small_vocab)):
+        expected = subprocess.run(["sha256sum", file], capture_output=True, text=True).stdout.split()[0]
+        assert entry["sha256"] == expected
+    # MindFormers takes every file of the folder that this pattern fits.
+    assert [p.name for p in (tmp_path / "out").iterdir() if re.findall(r"mindrecord\d*$", p.name)] == [
+        "dataset.mindrecord"
+    ]
+
+
+def test_output_path_is_a_directory_or_a_mindrecord_file(tmp_path):
+    (tmp_path / "there.mindrecord").mkdir()
+    cases = {
+        "new": "new/dataset.mindrecord",
+        "new/": "new/dataset.mindrecord",
+        "a/b.mindrecord": "a/b.mindrecord",
+        "there.mindrecord": "there.mindrecord/dataset.mindrecord",
+        "slash.mindrecord/": "slash.mindrecord/dataset.mindrecord",
+    }
+    for given_path, expected in cases.items():
+        assert writing.output_file(f"{tmp_path}/{given_path}") == tmp_path / expected
+
+
+@pytest.mark.parametrize(
+    "existing", ["dataset.mindrecord", "dataset.mindrecord.db", "dataset.mindrecord.json"]
+)
+def test_an_existing_result_is_not_overwritten(small_vocab, tmp_path, existing):
+    data = write_lines(tmp_path / "d.jsonl", plain())
+    (tmp_path / existing).write_text("mine")
+    with pytest.raises(ValueError, match=f"{existing} exists and is not overwritten"):
+        prepare(data, small_vocab, tmp_path, max_length=64, seed=0)
+    assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_a_failure_leaves_nothing_behind_and_an_interrupted_run_is_noticed(tmp_path):
+    def failing():
+        yield {"input_ids": np.zeros(9, np.int32), "labels": np.zeros(9, np.int32)}
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        writing.write(tmp_path / "x.mindrecord", failing(), {})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".x.mindrecord.partial").mkdir()
+    with pytest.raises(ValueError, match="another run is writing there, or one was interrupted"):
+        writing.check_absent(tmp_path / "x.mindrecord")
+
+
+def test_a_record_without_a_trained_token_is_refused():
+    ids = np.array([1, 4, 30, 5], np.int32)
+    with pytest.raises(ValueError, match="no trained token"):
+        writing.fill_record([(ids, np.zeros(4, bool))], 8, 3)
+    only_first = np.array([True, False, False, False])  # shifted away: nothing predicts the first token
+    with pytest.raises(ValueError, match="no trained token"):
+        writing.fill_record([(ids, only_first)], 8, 3)
+
+
+def test_all_bad_lines_are_named_at_once(small_vocab, tmp_path):
+    data = write_lines(
+        tmp_path / "d.jsonl",
+        plain(),
+        '{"input": "q"',
+        plain(answer=""),
+        r'{"input": "a\ud83db", "output": "c"}',
+    )
+    message = (
+        r"d.jsonl, line 2: not JSON .*3 of 4 lines cannot be used; others: d.jsonl:3, d.jsonl:4. Nothing"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(data, small_vocab, tmp_path / "out", max_length=64, seed=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_data_set_is_refused(small_vocab, tmp_path):
+    for lines in ([], ["", "  "]):
+        data = write_lines(tmp_path / "d.jsonl", *lines)
+        with pytest.raises(ValueError, match="holds no conversation to write"):
+            prepare(data, small_vocab, tmp_path / "out", max_length=64, seed=0)
+
+
+def test_the_readmes_command(small_vocab, small_tokenizer, tmp_path):
+    """From another folder, which stays clean; a second run refuses with a sentence."""
+    write_lines(
+        tmp_path / "data.jsonl", plain("<_user>描述一下", "好"), plain("<_user>q<_bot>a<_user>r", "s")
+    )
+    command = [
+        sys.executable,
+        COMMAND,
+        "--input_dataset_file",
+        "data.jsonl",
+        "--vocab_file_path",
+        small_vocab,
+    ]
+    command += ["--max_length", "128", "--output_path", "out/"]
+    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(
+        "read 2 lines = 2 conversations written + 0 skipped\nwrote 1 records of 129 tokens"
+    )
+    assert answers_in(read(tmp_path / "out" / "dataset.mindrecord"), small_tokenizer) == {
+        "好<_end>": 1,
+        "a<_end>": 1,
+        "s<_end>": 1,
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out"]
+    second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr == (
+        "error: out/dataset.mindrecord exists and is not overwritten; "
+        "delete it or choose another --output_path\n"
+    )
+
+
+def test_the_released_dialogues_lose_nothing(shared_data, tmp_path):
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    files = [shared_data / f"demo_{name}.jsonl" for name in ("single", "code", "multi", "tool")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    data = write_lines(tmp_path / "all.jsonl", *lines)
+    result = prepare(data, shared_data / "tokenizer.model", tmp_path / "out", max_length=8192, seed=2024)
+    assert result["counts"]["lines"] == result["counts"]["conversations"] == 1700
+    tokenizer = TelechatTokenizer(shared_data / "tokenizer.model")
+    records = read(tmp_path / "out" / "dataset.mindrecord")
+    assert {len(ids) for ids, _ in records} == {8193}
+    wanted = Counter(
+        m["content"] + "<_end>" for line in lines for m in json.loads(line)["dialog"] if m["role"] == "bot"
+    )
+    assert answers_in(records, tokenizer) == wanted
+    texts = Counter()
+    for ids, labels in records:
+        assert ((labels == -100) | (labels == ids)).all()
+        whole = tokenizer.decode(ids).rstrip("\n").removesuffix("<_pad>" * int((ids == 3).sum()))
+        texts.update(whole.split("<_system>")[1:])
+    systems = Counter(json.loads(line)["system"] for line in lines)
+    assert sum(texts.values()) == 1700
+    assert Counter(text.split("<_user>")[0] for text in texts.elements()) == systems
