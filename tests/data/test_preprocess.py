@@ -113,7 +113,8 @@ def test_counts_add_up_and_say_what_was_skipped(small_vocab, small_tokenizer, tm
     assert answers_in(records, small_tokenizer) == {f"{ANSWER}<_end>": 3}
     text = report(result)
     assert "read 5 lines = 3 conversations written + 2 skipped" in text
-    assert "skipped 1: longer than a record of 301 tokens" in text
+    assert "skipped 1: longer than a record of 301 tokens (first: d.jsonl:3)" in text
+    assert counts["skipped_lines"]["blank line"] == ["d.jsonl:2"]
     assert "mixed prompt formats: 1 chat and 2 plain; recorded as plain" in text
     assert "1 contain special-token text (such as <_end>), encoded as text" in text
     assert f"{counts['trained_tokens']:,} of them trained" in text
@@ -181,6 +182,12 @@ def test_an_existing_result_is_not_overwritten(small_vocab, tmp_path, existing):
     with pytest.raises(ValueError, match=f"{existing} exists and is not overwritten"):
         prepare(data, small_vocab, tmp_path, max_length=64, seed=0)
     assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_a_file_in_the_way_of_the_output_is_named(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", plain())
+    with pytest.raises(ValueError, match="d.jsonl is a file, not a directory"):
+        prepare(data, small_vocab, data, max_length=64, seed=0)
 
 
 def test_a_failure_leaves_nothing_behind_and_an_interrupted_run_is_noticed(tmp_path):

@@ -57,14 +57,14 @@ def prepare(
 def _read(files: list[Path], tokenizer, capacity: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict]:
     """Encode every conversation; return (ids, mask) pairs and the counts."""
     conversations, bad, lines = [], [], 0
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, list[str]] = {}
     by_format: Counter[str] = Counter()
     with_markers = 0
     for file in files:
         for number, line in formats.read_lines(file):
             lines += 1
             if not line.strip():
-                skipped["blank line"] += 1
+                skipped.setdefault("blank line", []).append(f"{file.name}:{number}")
                 continue
             try:
                 with formats.naming(file, number):
@@ -75,7 +75,8 @@ def _read(files: list[Path], tokenizer, capacity: int) -> tuple[list[tuple[np.nd
                 bad.append((f"{file.name}:{number}", error))
                 continue
             if len(ids) > capacity:
-                skipped[f"longer than a record of {capacity} tokens"] += 1
+                reason = f"longer than a record of {capacity} tokens"
+                skipped.setdefault(reason, []).append(f"{file.name}:{number}")
                 continue
             by_format[conversation.prompt_format] += 1
             with_markers += any(not s.special and tokenizer.has_marker(s.text) for s in segments)
@@ -84,12 +85,13 @@ def _read(files: list[Path], tokenizer, capacity: int) -> tuple[list[tuple[np.nd
         raise ValueError(_describe(bad, lines))
     if not conversations:
         names = ", ".join(map(str, files))
-        reasons = "; ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no lines"
+        reasons = "; ".join(f"{len(where)} {reason}" for reason, where in skipped.items()) or "no lines"
         raise ValueError(f"{names} holds no conversation to write ({reasons}); nothing was written")
     return conversations, {
         "lines": lines,
         "conversations": len(conversations),
-        "skipped": dict(skipped),
+        "skipped": {reason: len(where) for reason, where in skipped.items()},
+        "skipped_lines": skipped,
         "by_format": dict(by_format),
         "with_special_text": with_markers,
     }
@@ -113,7 +115,8 @@ def report(result: dict) -> str:
         f"read {counts['lines']:,} lines = {counts['conversations']:,} conversations written "
         f"+ {sum(skipped.values()):,} skipped"
     ]
-    lines += [f"  skipped {count:,}: {reason}" for reason, count in skipped.items()]
+    first = {reason: where[0] for reason, where in counts["skipped_lines"].items()}
+    lines += [f"  skipped {count:,}: {reason} (first: {first[reason]})" for reason, count in skipped.items()]
     if len(counts["by_format"]) > 1:
         both = " and ".join(f"{count:,} {name}" for name, count in sorted(counts["by_format"].items()))
         lines.append(f"  mixed prompt formats: {both}; recorded as {result['prompt_format']}")

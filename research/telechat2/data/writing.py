@@ -29,7 +29,12 @@ def output_file(output_path: str | Path) -> Path:
 
 
 def check_absent(path: Path) -> None:
-    """ValueError when the result, part of it or the leftover of an interrupted run exists."""
+    """ValueError when the result, part of it or an interrupted run's leftover exists, or a file is in the way."""
+    file = next((folder for folder in path.parents if folder.is_file()), None)
+    if file:
+        raise ValueError(
+            f"cannot write {path}: {file} is a file, not a directory; choose another --output_path"
+        )
     for existing in (path, _index(path), telechat_prompt_format.manifest_path(path)):
         if existing.exists():
             raise ValueError(
