@@ -29,7 +29,7 @@ def output_file(output_path: str | Path) -> Path:
 
 
 def check_absent(path: Path) -> None:
-    """ValueError when the result, part of it or an interrupted run's leftover exists, or a file is in the way."""
+    """ValueError when the result, part of it or a leftover of it exists, or a file is in the way."""
     file = next((folder for folder in path.parents if folder.is_file()), None)
     if file:
         raise ValueError(
