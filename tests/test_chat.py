@@ -188,13 +188,13 @@ ERRORS = [
     ([{**user("a"), "tool_calls": [{}]}], "message 1 has tool_calls, but its role is 'user'"),
     (
         [user("a"), bot(None, tool_calls=[{"name": "f", "arguments": "{"}])],
-        "arguments of tool call 'f' are not JSON",
+        "message 2: the arguments of tool call 'f' are not JSON",
     ),
     (
         [user("a"), bot(None, tool_calls=[{"name": "f"}])],
-        "arguments of tool call 'f' are None; expected a JSON object",
+        "arguments of tool call 'f' are None; expected an object",
     ),
-    ([user("a"), bot(None, tool_calls=["f"])], "a tool call is 'f'; expected"),
+    ([user("a"), bot(None, tool_calls=["f"])], "message 2 has the tool call 'f'; expected"),
 ]
 
 

@@ -87,12 +87,16 @@ def render(
         segments = _system_turn(messages, tools, pieces)
         after_answer = "\n"
     previous = None
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "user":
             segments += [Segment(USER, special=True), *pieces(message["content"])]
         elif role in ("assistant", "bot"):
-            segments += [Segment(BOT, special=True), *_answer(message, pieces), *_literal(after_answer)]
+            segments += [
+                Segment(BOT, special=True),
+                *_answer(message, number, pieces),
+                *_literal(after_answer),
+            ]
         elif role == "tool":
             opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
             segments += [*opening, *_tagged("tool_response", message["content"])]
@@ -154,10 +158,10 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
     return [*segments, *_literal("\n")]
 
 
-def _answer(message: dict, pieces) -> list[Segment]:
+def _answer(message: dict, number: int, pieces) -> list[Segment]:
     segments = pieces(message.get("content") or "")
-    for number, call in enumerate(message.get("tool_calls") or ()):
-        segments += _literal("\n" if number else "") + _tagged("tool_call", _call_json(call))
+    for i, call in enumerate(message.get("tool_calls") or ()):
+        segments += _literal("\n" if i else "") + _tagged("tool_call", _call_json(call, f"message {number}"))
     segments.append(Segment(END, special=True))
     return [segment._replace(trained=True) for segment in segments]
 
@@ -174,11 +178,12 @@ def _text_with_tags(text: str) -> list[Segment]:
     return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
 
 
-def _call_json(call: dict) -> str:
+def _call_json(call: dict, where: str) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'a tool call is {call!r}; expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
+            f"{where} has the tool call {_short(call)}; "
+            f'expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -186,11 +191,11 @@ def _call_json(call: dict) -> str:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise ValueError(
-                f"the arguments of tool call {function['name']!r} are not JSON: {error}"
+                f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
             ) from error
     if not isinstance(arguments, dict):
         raise ValueError(
-            f"the arguments of tool call {function['name']!r} are {arguments!r}; expected a JSON object"
+            f"{where}: the arguments of tool call {function['name']!r} are {arguments!r}; expected an object"
         )
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
@@ -271,9 +276,7 @@ def coloured(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
     from research.telechat2.telechat_tokenizer import StreamDecoder
 
     stream = StreamDecoder(tokenizer, skip_special_tokens=False)
-    specials = {tokenizer.special_id(marker) for marker in (START, END, USER, BOT, SYSTEM, *TOOL_TAGS)} - {
-        None
-    }
+    specials = {tokenizer.special_id(marker) for marker in (START, END, USER, BOT, SYSTEM, *TOOL_TAGS)}
     parts = [(stream.put(i), bool(m), i in specials) for i, m in zip(ids, mask, strict=True)]
     parts.append((stream.end(), False, False))
     text = ""
@@ -295,7 +298,7 @@ def _show(args) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
     for number, line in formats.read_lines(args.file):
-        if args.line in (None, number):
+        if args.line in (None, number) and line.strip():
             shown += 1
             with formats.naming(args.file, number):
                 conversation = formats.parse_line(line)
@@ -306,7 +309,7 @@ def _show(args) -> None:
     if not shown:
         raise ValueError(
             f"{args.file} has no line {args.line} with a conversation"
-            if args.line
+            if args.line is not None
             else f"{args.file} is empty"
         )
 

@@ -35,6 +35,14 @@ def test_earlier_turns_stand_in_input_and_are_trained(question):
     assert trained_text(input=question, output="a2") == "a1<_end>a2<_end>"
 
 
+def test_line_breaks_of_earlier_turns_are_kept():
+    rendered = text_of(input="q1\n<_bot>a1\n<_user>\nq2", output="a2\n")
+    assert rendered == "<_start><_user>q1\n<_bot>a1\n<_end><_user>\nq2<_bot>a2\n<_end>"
+    assert text_of(input="q1<_bot>a1<_end>\n<_user>q2", output="a2") == text_of(
+        input="q1<_bot>a1<_user>q2", output="a2"
+    )
+
+
 def test_special_text_in_a_question_or_answer_is_text():
     conversation = parse_line(json.dumps({"input": "what is <_end>?", "output": "<_user> is"}))
     assert conversation.prompt_format == "plain"

@@ -27,6 +27,7 @@ _TEXT_KEYS = set().union(*_FORMATS.values()) | {
     *("instruction", "history", "prompt", "query", "question", "answer", "response", "conversations", "text"),
 }
 _TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
+_CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
 
 
 class Conversation(NamedTuple):
@@ -158,7 +159,7 @@ def _turns(text: str) -> list[dict]:
                 f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
             )
         if marker == telechat_chat.BOT:
-            content = content.removesuffix("\n").removesuffix(telechat_chat.END)
+            content = _CLOSING.sub("", content)
         messages.append({"role": "user" if marker == telechat_chat.USER else "assistant", "content": content})
     if len(turns) % 2 == 0:
         raise ValueError("input ends with an answer; it must end with the question that output answers")
