@@ -6,6 +6,8 @@ NumPy has no bfloat16: here it is its bit pattern, uint16, the upper half of a f
 import numpy as np
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
+INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}  # bit patterns, without the sign
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38}
 
 
 def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memoryview:
@@ -19,31 +21,34 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
     if source == target:
         return memoryview(block)
     values = widen(block, source)
-    result = _to_bfloat16(values) if target == "bfloat16" else _to_numpy(values, target)
-    overflow = np.isfinite(values) & ~np.isfinite(widen(result, target))
-    if overflow.any():
+    if target == "float32":
+        return memoryview(values).cast("B")
+    result = _to_bfloat16(values) if target == "bfloat16" else _to_float16(values)
+    infinite = (result.view(np.uint16) & 0x7FFF) == INFINITY[target]
+    if infinite.any() and np.isfinite(values[infinite]).any():
         raise ValueError(
-            f"{name} holds {float(values[overflow][0])!r}, which {target} cannot hold "
-            f"(largest {65504 if target == 'float16' else 3.39e38}); keep the dtype, or ask for "
-            + ("bfloat16" if target == "float16" else "float32")
+            f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, which {target} cannot hold "
+            f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or ask for another"
         )
     return memoryview(result).cast("B")
 
 
-def widen(block: memoryview | bytes | np.ndarray, source: str) -> np.ndarray:
+def widen(block: memoryview | bytes | bytearray, source: str) -> np.ndarray:
     """The elements of a block as float32, one-dimensional: exact for every type of weights."""
     if source != "bfloat16":
         return np.frombuffer(block, source).astype(np.float32, copy=False)
     return (np.frombuffer(block, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _to_numpy(values: np.ndarray, target: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # told apart from infinities that were there by the caller
-        return values.astype(target)
+def _to_float16(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # the caller tells these from infinities that were there before
+        return values.astype(np.float16)
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
-    nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet_nan = (bits >> 16) | 0x40  # rounding could carry a NaN's bits over into an infinity or a zero
-    return np.where(np.isnan(values), quiet_nan, nearest_even).astype(np.uint16)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():  # rounding could carry a NaN's bits over into an infinity or a zero
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded

@@ -25,7 +25,7 @@ def read_bin(file: Path) -> list[StoredTensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a broken pickle can fail in any way
-        reason = str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
             f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again"
         ) from None
