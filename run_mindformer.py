@@ -13,20 +13,12 @@ sys.path[0] = str(
 
 from research.telechat2.telechat_cli import run as run_command  # noqa: E402
 from research.telechat2.telechat_run import RUN_MODES, run  # noqa: E402
-from research.telechat2.telechat_run_config import parse_options, parse_overrides  # noqa: E402
-
-
-def boolean(text: str) -> bool:
-    """Read True or False, in any case."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return text.lower() == "true"
-
-
-def resume(text: str) -> bool | str:
-    """Read True, False or the name of a checkpoint file."""
-    return text.lower() == "true" if text.lower() in ("true", "false") else text
-
+from research.telechat2.telechat_run_config import (  # noqa: E402
+    boolean,
+    boolean_or_text,
+    parse_options,
+    parse_overrides,
+)
 
 # argument, the key of the YAML it sets, how argparse reads it
 ARGUMENTS = (
@@ -57,7 +49,7 @@ ARGUMENTS = (
     (
         "--resume_training",
         "resume_training",
-        {"type": resume, "help": "continue the run of --load_checkpoint"},
+        {"type": boolean_or_text, "help": "continue the run of --load_checkpoint"},
     ),
     (
         "--auto_trans_ckpt",

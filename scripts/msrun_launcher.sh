@@ -27,7 +27,7 @@ fail() {
 }
 
 whole_number() {  # name value
-    [[ "$2" =~ ^[0-9]+$ ]] || fail "$1 must be a whole number, got '$2'."
+    [[ "$2" =~ ^(0|[1-9][0-9]*)$ ]] || fail "$1 must be a whole number, got '$2'."
 }
 
 workers=8 address=127.0.0.1 port=8118 node=0 log_dir=output/msrun_log join=False timeout=7200

@@ -51,7 +51,10 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     register = resolve_folder(register_path, cwd) if register_path else CHECKOUT / SHIPPED
     print(f"config: {path}", flush=True)
     config = read_config(path)
+    shipped_output = config.get("output_dir") or "./output"
+    prepare_environment(overrides.get("output_dir") or shipped_output, register)
     _apply(config, overrides)
+    _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
     training = mode in TRAINING
     if training:
@@ -59,7 +62,6 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)
-    prepare_environment(config, register)
     return _carry_out(config, path)
 
 
@@ -70,6 +72,15 @@ def _apply(config: dict, overrides: dict[str, object]) -> None:
         apply_overrides(config, overrides, own)
     except ValueError:
         apply_overrides(config, overrides, _template())
+
+
+def _move_output(config: dict, output_dir: str, old: str) -> None:
+    """Make ``output_dir`` absolute, and let TensorBoard's events follow it where they lay inside it."""
+    config["output_dir"] = output_dir
+    board = config.get("tensorboard") or {}
+    events = Path(board.get("tensorboard_dir") or "")
+    if events.is_relative_to(Path(old)):
+        board["tensorboard_dir"] = str(Path(output_dir) / events.relative_to(Path(old)))
 
 
 def _template() -> dict[str, dict]:
@@ -120,15 +131,13 @@ def _check_dataset(config: dict, which: str) -> None:
         raise ValueError(f"there is no data set {name}; give --{which}_dataset_dir a path that exists.")
 
 
-def prepare_environment(config: dict, register: Path) -> None:
-    """Set what MindFormers reads from the environment; call before its first import.
+def prepare_environment(output_dir: str, register: Path) -> None:
+    """Set what MindFormers reads from the environment when it is imported.
 
     The copies that MindFormers makes of registered modules go to a directory of this process, which is
     removed at its end: on them several ranks would race, and in a user's folder they are litter.
     """
-    output = Path(config.get("output_dir") or "./output").expanduser().absolute()
-    config["output_dir"] = str(output)
-    os.environ["LOCAL_DEFAULT_PATH"] = str(output)
+    os.environ["LOCAL_DEFAULT_PATH"] = str(Path(output_dir).expanduser().absolute())
     os.environ["REGISTER_PATH"] = str(register)
     if "OM_MODULES_CACHE" not in os.environ:
         cache = tempfile.mkdtemp(prefix="telechat_modules_")
@@ -147,8 +156,11 @@ def _carry_out(raw: dict, path: Path) -> list | None:
         _record_prompt_format(config)
     from mindformers import Trainer
     from mindformers.core.context import build_context
+    from mindformers.tools.utils import check_in_modelarts
     from mindformers.utils.file_utils import set_output_path
 
+    if config.remote_save_url and not check_in_modelarts():
+        raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
     set_output_path(config.output_dir)
     try:
         build_context(config)

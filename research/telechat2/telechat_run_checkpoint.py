@@ -11,6 +11,11 @@ import os
 import re
 from pathlib import Path
 
+from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes
+from research.telechat2.checkpoint.sources import read_mindspore_source
+from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
+
 TRACKER = "latest_checkpointed_iteration.txt"
 MERGING = "(README, 分布式训练/微调权重合并)"
 
@@ -37,22 +42,70 @@ def prepare_checkpoint(config: dict, *, training: bool) -> None:
         return
     path = Path(given).expanduser().absolute()
     sectioned = training and section is not None
-    kind = checkpoint_kind(path)
-    if kind == "iteration":
-        path = latest_iteration(path)
-        resume = resume or (sectioned and section.get("no_load_optim") is False)
-    _check_resume(path, kind, resume, sectioned, parallel=_is_parallel(config))
-    loaded = path if resume else _loadable(config, path, kind, sectioned)
+    source, kind = _source(path, _is_parallel(config))
+    resume = resume or (sectioned and kind == "iteration" and section.get("no_load_optim") is False)
+    _check_resume(path, kind, resume, sectioned, _is_parallel(config))
+    check_weights(config, source, kind)
+    loaded = (source if sectioned else path) if resume else _loadable(config, source, kind, sectioned)
     config["load_checkpoint"] = str(loaded)
-    config["load_ckpt_format"] = (
-        "ckpt" if kind.startswith("ckpt") or _holds_ckpt_slices(path) else "safetensors"
-    )
+    config["load_ckpt_format"] = "ckpt" if _is_ckpt(loaded) else "safetensors"
     config["resume_training"] = resume
     if section is not None:
         section["load_path"] = str(loaded)
         section["no_load_optim"] = not resume
     what = "weights, optimizer and step" if resume else "weights"
-    print(f"load_checkpoint: {path} ({what}; format {config['load_ckpt_format']})", flush=True)
+    print(f"load_checkpoint: {source} ({what}; format {config['load_ckpt_format']})", flush=True)
+
+
+def _source(path: Path, parallel: bool) -> tuple[Path, str]:
+    """The file or folder that ``path`` stands for, and its kind: the latest iteration, the newest file of
+    a run's only rank, or ``path`` itself."""
+    kind = checkpoint_kind(path)
+    if kind == "iteration":
+        return latest_iteration(path), kind
+    if parallel:
+        return path, kind
+    if kind == "ranks":
+        path, kind = path / "rank_0", f"{_only_rank(path)} folder"
+    if kind.endswith("folder") and path.name.startswith("rank_"):
+        return _newest(path, kind.split()[0]), kind.split()[0]
+    return path, kind
+
+
+def check_weights(config: dict, source: Path, kind: str) -> None:
+    """Compare the tensors of a dense TeleChat checkpoint with the model before either is loaded.
+
+    MindFormers only logs what it does not find and leaves those parameters random. Not checked: slices of a
+    parallel run, models whose config does not give all sizes, and MoE.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
+    """
+    model_config = (config.get("model") or {}).get("model_config") or {}
+    sized = all(
+        any(model_config.get(key) for key in keys) for keys in SPELLINGS.values() if "n_kv_heads" not in keys
+    )
+    dense = (config.get("moe_config") or {}).get("expert_num", 1) == 1
+    if (
+        _is_parallel(config)
+        or kind == "ranks"
+        or model_config.get("type") != "TelechatConfig"
+        or not (sized and dense)
+    ):
+        return
+    files = _model_files(source) if kind == "iteration" else [source]
+    tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
+    if any(canonical_name(tensor.name, "torch") == EMBEDDING.torch for tensor in tensors):
+        raise ValueError(
+            f"{source} is a torch checkpoint; convert it first: python research/telechat2/convert_weight.py "
+            f"--torch_path {source if source.is_dir() else source.parent} --mindspore_path NEW_DIR"
+        )
+    make_plan(
+        tensors,
+        "mindspore",
+        TelechatSizes.from_hf_config({"tie_word_embeddings": False} | model_config),
+        str(source),
+    )
 
 
 def checkpoint_kind(path: Path) -> str:
@@ -121,43 +174,28 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
             f"`checkpoint` folder of a run that was trained with the section `checkpoint:`, or leave out "
             f"--resume_training to start from these weights."
         )
-    if not sectioned and not parallel and not kind.startswith("ckpt") and not _holds_ckpt_slices(path):
+    if not sectioned and not parallel and not _is_ckpt(path):
         raise ValueError(
             f"cannot resume from {path} on one device: this config has no section `checkpoint:`, and "
             f"without it MindFormers resumes .ckpt files only. Add the section `checkpoint:` to the YAML."
         )
 
 
-def _loadable(config: dict, path: Path, kind: str, sectioned: bool) -> Path:
+def _loadable(config: dict, source: Path, kind: str, sectioned: bool) -> Path:
     """The path to hand to the loader in charge, for weights alone."""
-    parallel = _is_parallel(config)
-    if sectioned:
-        return _for_section(config, path, kind)
+    if sectioned and kind == "iteration":
+        return source
+    if sectioned and kind.startswith("ckpt"):
+        return _ckpt_as_safetensors(config, source, kind)
     if kind == "iteration":
-        return _stage(config, path, _model_files(path))
-    if kind == "ranks" and not parallel:
-        path = _newest(path / "rank_0", _only_rank(path))
-        return _stage(config, path, [path]) if path.suffix == ".safetensors" else path
-    if kind.endswith("folder") and path.name.startswith("rank_") and not parallel:
-        path = _newest(path, kind.split()[0])
-        return _stage(config, path, [path]) if path.suffix == ".safetensors" else path
-    if kind == "safetensors" and (parallel or path.parent.name.startswith("rank_")):
-        return _stage(config, path, [path])
-    return path
-
-
-def _for_section(config: dict, path: Path, kind: str) -> Path:
-    """As ``_loadable``, for a training run whose config has the section ``checkpoint:``."""
-    if kind == "iteration":
-        return path
-    if kind == "safetensors":
-        return _stage(config, path, [path])
-    if kind == "safetensors folder":
-        return _stage(config, path, sorted(path.glob("*.safetensors")))
-    if kind == "ranks":
-        newest = _newest(path / "rank_0", _only_rank(path))
-        return _for_section(config, newest, newest.suffix[1:])
-    return _ckpt_as_safetensors(config, path, kind)
+        return _stage(config, source, _model_files(source))
+    if kind == "safetensors" and (
+        sectioned or _is_parallel(config) or source.parent.name.startswith("rank_")
+    ):
+        return _stage(config, source, [source])
+    if kind == "safetensors folder" and sectioned:
+        return _stage(config, source, sorted(source.glob("*.safetensors")))
+    return source
 
 
 def _only_rank(path: Path) -> str:
@@ -248,8 +286,8 @@ def _is_parallel(config: dict) -> bool:
     return bool(config.get("use_parallel"))
 
 
-def _holds_ckpt_slices(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("rank_*/*.ckpt"))
+def _is_ckpt(path: Path) -> bool:
+    return path.suffix == ".ckpt" or any(path.glob("*.ckpt")) or any(path.glob("rank_*/*.ckpt"))
 
 
 def refuse_overwriting(config: dict) -> None:

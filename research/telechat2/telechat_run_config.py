@@ -5,6 +5,7 @@ override of ``run_mode`` selects the template, a typo is found before the slow i
 overridden sections exactly as it checks the YAML's own.
 """
 
+import argparse
 import difflib
 import re
 from pathlib import Path
@@ -126,6 +127,18 @@ def _merge(base: dict, own: dict) -> dict:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def boolean(text: str) -> bool:
+    """Read True or False, in any case: an argparse type."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() == "true"
+
+
+def boolean_or_text(text: str) -> bool | str:
+    """Read True or False, or anything else as text: an argparse type."""
+    return boolean(text) if text.lower() in ("true", "false") else text
 
 
 def parse_value(text: str) -> object:

@@ -1,0 +1,123 @@
+"""--load_checkpoint: which files it means, and in which shape they are handed to MindFormers."""
+
+from pathlib import Path
+
+import pytest
+from oracle import write_hf_folder
+
+from research.telechat2.checkpoint.convert import convert_to_mindspore
+from research.telechat2.telechat_run_checkpoint import checkpoint_kind, prepare_checkpoint, refuse_overwriting
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "n_kv_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 600,
+}
+HF_SIZES = {
+    "n_layer": 2,
+    "hidden_size": 32,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "ffn_hidden_size": 64,
+    "vocab_size": 600,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with model.safetensors: random MindSpore weights of SIZES."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_hf_folder(folder / "torch", HF_SIZES, seed=0)
+    convert_to_mindspore(folder / "torch", folder / "ms")
+    return folder / "ms"
+
+
+def model_config(**changes) -> dict:
+    return {"model": {"model_config": {"type": "TelechatConfig", **SIZES, **changes}}}
+
+
+def test_loaders_get_the_shape_they_can_load(weights, tmp_path):
+    file = weights / "model.safetensors"
+    ranks = tmp_path / "checkpoint"
+    (ranks / "rank_0").mkdir(parents=True)
+    for step in (9, 10):
+        (ranks / "rank_0" / f"t_rank_0-1_{step}.safetensors").write_bytes(file.read_bytes())
+    newest = ranks / "rank_0" / "t_rank_0-1_10.safetensors"
+    for given, source in ((file, file), (weights, file), (ranks, newest), (ranks / "rank_0", newest)):
+        config = model_config() | {
+            "load_checkpoint": str(given),
+            "checkpoint": {"prefix": "x"},
+            "output_dir": str(tmp_path),
+        }
+        prepare_checkpoint(config, training=True)
+        loaded = Path(config["checkpoint"]["load_path"])
+        # a folder of its own, without the name that MindFormers takes for a Hugging Face model
+        assert [link.resolve() for link in loaded.iterdir()] == [source]
+        assert not (loaded / "model.safetensors").exists()
+        assert config["load_ckpt_format"] == "safetensors"
+        assert config["checkpoint"]["no_load_optim"] is True
+    config = model_config() | {"load_checkpoint": str(file), "output_dir": str(tmp_path)}
+    prepare_checkpoint(config, training=False)
+    assert config["load_checkpoint"] == str(file)  # nothing in the way: loaded where it is
+    config = model_config() | {"load_checkpoint": str(ranks), "output_dir": str(tmp_path)}
+    prepare_checkpoint(config, training=False)
+    assert [link.resolve() for link in Path(config["load_checkpoint"]).iterdir()] == [newest]
+
+
+def test_checkpoints_that_cannot_be_loaded_are_refused(weights, tmp_path):
+    def prepare(path, training=False, **changes):
+        config = (
+            model_config() | {"load_checkpoint": str(path), "output_dir": str(tmp_path / "out")} | changes
+        )
+        prepare_checkpoint(config, training=training)
+
+    with pytest.raises(ValueError, match="there is no checkpoint .*nowhere"):
+        prepare(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="must end in .safetensors or .ckpt"):
+        prepare(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        prepare(tmp_path)
+    with pytest.raises(ValueError, match="is a torch checkpoint; convert it first"):
+        prepare(weights.parent / "torch")
+    with pytest.raises(ValueError, match="missing: .*model.layers.2"):
+        prepare(weights, **model_config(num_layers=3))
+    with pytest.raises(ValueError, match="misshapen: .*feed_forward"):
+        prepare(weights, **model_config(intermediate_size=96))
+    with pytest.raises(ValueError, match="cannot resume from .* holds weights, but no optimizer"):
+        prepare(weights, training=True, resume_training=True, checkpoint={"no_save_optim": False})
+    with pytest.raises(ValueError, match="Add the section `checkpoint:`"):
+        prepare(weights, training=True, resume_training=True)
+    with pytest.raises(ValueError, match="nothing to resume from"):
+        prepare("", training=True, resume_training=True)
+    for rank in range(2):
+        (tmp_path / "cut" / f"rank_{rank}").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"slices of 2 ranks \(rank_0, rank_1\)"):
+        prepare(tmp_path / "cut")
+
+
+def test_a_truncated_checkpoint_is_refused(weights, tmp_path):
+    short = tmp_path / "short.safetensors"
+    short.write_bytes((weights / "model.safetensors").read_bytes()[:-100])
+    config = model_config() | {"load_checkpoint": str(short), "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"short\.safetensors"):
+        prepare_checkpoint(config, training=False)
+
+
+def test_iterations_are_resumed_from_the_latest_and_never_overwritten(tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "iteration_00000020").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("20")
+    assert checkpoint_kind(folder) == "iteration"
+    config = {"load_checkpoint": str(folder), "resume_training": True, "checkpoint": {"prefix": "x"}}
+    config["output_dir"] = str(tmp_path)
+    prepare_checkpoint(config, training=True)
+    assert config["checkpoint"]["load_path"] == str(folder / "iteration_00000020")
+    assert config["checkpoint"]["no_load_optim"] is False
+    refuse_overwriting(config)  # the run that is continued
+    with pytest.raises(ValueError, match="already holds iteration_00000020 of an earlier run"):
+        refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path)})
+    refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path / "new")})

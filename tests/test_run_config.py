@@ -1,0 +1,163 @@
+"""What the arguments of run_mindformer.py mean: files, folders, values and overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from research.telechat2.telechat_run_config import (
+    apply_overrides,
+    parse_options,
+    parse_overrides,
+    parse_value,
+    read_config,
+    resolve_config,
+    resolve_folder,
+)
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def shipped(tmp_path) -> Path:
+    """A checkout with the YAML files of all sizes, empty, as the project will ship them."""
+    root = tmp_path / "checkout"
+    for size in ("7b", "35b", "115b", "39b_a12b"):
+        folder = root / "research" / "telechat2" / f"telechat2-{size.replace('_', '-')}"
+        folder.mkdir(parents=True)
+        (folder / f"finetune_telechat_{size}.yaml").touch()
+        (folder / f"predict_telechat_{size}_parallel.yaml").touch()
+        if size != "39b_a12b":
+            (folder / f"predict_telechat_{size}.yaml").touch()
+    (root / "research" / "telechat2" / "telechat2-base").mkdir()
+    (root / "research" / "telechat2" / "telechat2-base" / "finetune.yaml").touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("spelling", "file"),
+    [
+        ("research/telechat2/finetune_telechat_115b.yaml", "telechat2-115b/finetune_telechat_115b.yaml"),
+        ("./research/telechat2/predict_telechat_7b.yaml", "telechat2-7b/predict_telechat_7b.yaml"),
+        ("./research/telechat2/predict_telechat_35b.yaml", "telechat2-35b/predict_telechat_35b.yaml"),
+        ("./research/telechat2/predict_telechat_115b.yaml", "telechat2-115b/predict_telechat_115b.yaml"),
+        (
+            "./research/telechat2/predict_telechat_39b_a12b.yaml",
+            "telechat2-39b-a12b/predict_telechat_39b_a12b_parallel.yaml",
+        ),
+        (
+            "research/telechat2/infer/predict_telechat2_7b.yaml",
+            "telechat2-7b/predict_telechat_7b_parallel.yaml",
+        ),
+        (
+            "research/telechat2/telechat2-7b/finetune_telechat_7b.yaml",
+            "telechat2-7b/finetune_telechat_7b.yaml",
+        ),
+        ("finetune_telechat_35b.yaml", "telechat2-35b/finetune_telechat_35b.yaml"),
+        ("finetune_telechat_35b", "telechat2-35b/finetune_telechat_35b.yaml"),
+    ],
+)
+def test_every_config_spelling_of_the_readme_names_one_file(shipped, tmp_path, spelling, file):
+    assert resolve_config(spelling, tmp_path, shipped) == shipped / "research" / "telechat2" / file
+
+
+def test_a_users_own_config_wins_over_the_shipped_one(shipped, tmp_path):
+    own = tmp_path / "finetune_telechat_7b.yaml"
+    own.touch()
+    assert resolve_config("finetune_telechat_7b.yaml", tmp_path, shipped) == own
+
+
+@pytest.mark.parametrize("name", ["finetune_telechat_11b.yaml", "/home/me/finetune_telechat_115b.yaml"])
+def test_unknown_config_names_the_nearest(shipped, tmp_path, name):
+    with pytest.raises(ValueError, match=r"there is no config .*finetune_telechat_115b\.yaml"):
+        resolve_config(name, tmp_path, shipped)
+
+
+def test_a_folder_of_the_users_is_never_taken_for_a_shipped_file(shipped, tmp_path):
+    with pytest.raises(ValueError, match="there is no config my_configs/finetune_telechat_7b.yaml"):
+        resolve_config("my_configs/finetune_telechat_7b.yaml", tmp_path, shipped)
+
+
+def test_ambiguous_config_lists_the_candidates(shipped, tmp_path):
+    twin = shipped / "research" / "telechat2" / "telechat2-35b" / "finetune_telechat_7b.yaml"
+    twin.touch()
+    with pytest.raises(ValueError, match=r"2 shipped files: .*telechat2-35b.*telechat2-7b"):
+        resolve_config("finetune_telechat_7b.yaml", tmp_path, shipped)
+
+
+def test_register_path_is_found_below_the_checkout_from_anywhere(tmp_path):
+    assert resolve_folder("./research/telechat2", tmp_path) == CHECKOUT / "research" / "telechat2"
+    (tmp_path / "research" / "telechat2").mkdir(parents=True)
+    assert resolve_folder("research/telechat2", tmp_path) == tmp_path / "research" / "telechat2"
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        resolve_folder("nowhere", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("True", True),
+        ("false", False),
+        ("3", 3),
+        ("-1", -1),
+        ("1e-4", 1e-4),
+        ("1.5E2", 150.0),
+        ("[1, [2, x]]", [1, [2, "x"]]),
+        ("{a: 1}", {"a": 1}),
+        ("null", None),
+        ("None", "None"),
+        ("'3'", "3"),
+        ("12:30", "12:30"),
+        ("010", "010"),
+        ("2024-01-01", "2024-01-01"),
+        ("/data/a: b#c", "/data/a: b#c"),
+        ("生抽", "生抽"),
+        ("", ""),
+    ],
+)
+def test_values_on_the_command_line(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_override_pairs_and_options():
+    words = ["--optimizer.eps", "-1", "--a.b=x=y", "--c.d", "True"]
+    assert parse_overrides(words) == {"optimizer.eps": -1, "a.b": "x=y", "c.d": True}
+    assert parse_options(["a.b=False", "c=1,2", "d=[3]"]) == {"a.b": False, "c": [1, 2], "d": [3]}
+    with pytest.raises(ValueError, match="--a.b is given without a value"):
+        parse_overrides(["--a.b", "--c.d", "1"])
+    with pytest.raises(ValueError, match="unexpected argument 'lost'"):
+        parse_overrides(["lost"])
+    with pytest.raises(ValueError, match="expected key=value"):
+        parse_options(["a"])
+
+
+def test_overrides_set_new_keys_but_no_new_sections():
+    config = {"model": {"model_config": {"seq_length": 8}}, "callbacks": [{"type": "x"}], "processor": None}
+    template = {"": {"seed": 1}, "context": {"mode": 0}}
+    values = {"model.model_config.new": 1, "context.device_id": 2, "processor.type": "p", "seed": 3}
+    apply_overrides(config, values, template)
+    assert config["model"]["model_config"] == {"seq_length": 8, "new": 1}
+    assert (config["context"], config["processor"], config["seed"]) == ({"device_id": 2}, {"type": "p"}, 3)
+    for key, message in (
+        ("modle.model_config.seq_length", "no section `modle`. Did you mean model"),
+        ("model.model_confg.seq_length", "no section `model.model_confg`. Did you mean model_config"),
+        ("sead", "neither an argument nor a key.*Did you mean seed"),
+        ("callbacks.type", "`callbacks` is no section but a list"),
+        ("seed.x", "`seed` is no section but the value 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            apply_overrides(config, {key: 1}, template)
+
+
+def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: {p: 1, q: {r: 1, s: [1, 2]}}\ny: 1\n")
+    (tmp_path / "b.yaml").write_text("base_config: a.yaml\nx: {q: {s: [3]}}\nz: null\n")
+    (tmp_path / "c.yaml").write_text("base_config: [b.yaml]\ny: {k: 2}\n")
+    expected = {"x": {"p": 1, "q": {"r": 1, "s": [3]}}, "y": {"k": 2}, "z": None}
+    assert read_config(tmp_path / "c.yaml") == expected
+    (tmp_path / "d.yaml").write_text("base_config: nowhere.yaml\n")
+    with pytest.raises(ValueError, match=r"d\.yaml stands on base_config nowhere\.yaml"):
+        read_config(tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match=r"e\.yaml is not valid YAML"):
+        read_config(tmp_path / "e.yaml")

@@ -1,0 +1,205 @@
+"""run_mindformer.py on a CPU, as a user runs it: trains, resumes, predicts, and says what is wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import write_hf_folder
+
+from research.telechat2.checkpoint.convert import convert_to_mindspore
+from research.telechat2.telechat_run import run
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "n_kv_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 600,
+}
+HF_SIZES = {
+    "n_layer": 2,
+    "hidden_size": 32,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "ffn_hidden_size": 64,
+    "vocab_size": 600,
+}
+SEQ_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with model.safetensors: random MindSpore weights of SIZES."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_hf_folder(folder / "torch", HF_SIZES, seed=0)
+    convert_to_mindspore(folder / "torch", folder / "ms")
+    return folder / "ms"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("finetune_telechat_tiny.yaml", {}, "no data: give --train_dataset_dir"),
+        (
+            "finetune_telechat_tiny.yaml",
+            {"train_dataset.data_loader.dataset_dir": "nowhere"},
+            "no data set nowhere",
+        ),
+        ("predict_telechat_tiny.yaml", {}, "nothing to predict"),
+        ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "has no section train_dataset"),
+        ("predict_telechat_tiny.yaml", {"context.mode": 1}, "static graph mode only"),
+        ("predict_telechat_tiny.yaml", {"run_mode": "dance"}, "run_mode is 'dance'"),
+    ],
+)
+def test_tasks_that_cannot_start_are_refused_at_once(tmp_path, monkeypatch, name, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "OM_MODULES_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path))  # set by run, restored by monkeypatch
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError, match=message):
+        run(name, overrides)
+    assert not any(tmp_path.iterdir())
+
+
+def start(cwd: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run run_mindformer.py in ``cwd`` as a user would: no PYTHONPATH, nothing set up."""
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "REGISTER_PATH")
+    }
+    command = [sys.executable, str(CHECKOUT / "run_mindformer.py"), *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_mistakes_end_in_a_sentence_and_no_traceback(tmp_path):
+    wrong = start(tmp_path, "--config", "finetune_telechat_tni.yaml")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert (
+        wrong.stderr.startswith("error: there is no config") and "finetune_telechat_tiny.yaml" in wrong.stderr
+    )
+    wrong = start(tmp_path, "--config", "finetune_telechat_tiny.yaml", "--use_parallel", "perhaps")
+    assert wrong.returncode == 2 and "expected True or False, got 'perhaps'" in wrong.stderr
+    wrong = start(tmp_path, "--config", "finetune_telechat_tiny.yaml", "--modal_type", "image")
+    assert wrong.returncode == 2 and "read text only" in wrong.stderr
+    assert not any(tmp_path.iterdir())
+
+
+LOSS = re.compile(r"step:\[\s*(\d+)/\s*\d+\], loss:\[([\d.]+)/")
+
+
+def losses(result: subprocess.CompletedProcess) -> dict[int, str]:
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    return {int(step): loss for step, loss in LOSS.findall(result.stdout + result.stderr)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Twelve records of random ids, whose manifest says that they are in the README's prompt format."""
+    from mindspore.mindrecord import FileWriter
+
+    file = tmp_path_factory.mktemp("data") / "dataset.mindrecord"
+    schema = {name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}
+    ids = np.random.default_rng(0).integers(4, SIZES["vocab_size"], (12, SEQ_LENGTH + 1)).astype(np.int32)
+    writer = FileWriter(str(file), 1)
+    writer.add_schema(schema, "records")
+    writer.write_raw_data([{"input_ids": row, "labels": row} for row in ids])
+    writer.commit()
+    (file.parent / f"{file.name}.json").write_text(json.dumps({"prompt_format": "plain"}))
+    return file
+
+
+def size_words(**more) -> list[str]:
+    return [
+        word
+        for key, value in (SIZES | {"seq_length": SEQ_LENGTH} | more).items()
+        for word in (f"--model.model_config.{key}", str(value))
+    ]
+
+
+def finetune_words(dataset: Path) -> list[str]:
+    # --train_dataset is the README's spelling; argparse completes it
+    words = ["--config", "research/telechat2/finetune_telechat_tiny.yaml", "--train_dataset", str(dataset)]
+    words += ["--register_path", "./research/telechat2", "--use_parallel", "False", "--batch_size", "2"]
+    words += ["--epochs", "1", "--checkpoint.save_interleaved_steps", "3"]
+    return words + size_words()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, dataset) -> tuple[Path, dict[int, str]]:
+    """The folder of a finished run of six steps, and its losses."""
+    cwd = tmp_path_factory.mktemp("trained")
+    return cwd, losses(start(cwd, *finetune_words(dataset)))
+
+
+def test_a_run_writes_into_its_output_folder_only(trained):
+    cwd, found = trained
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in cwd.iterdir()] == ["output"]
+    checkpoint = cwd / "output" / "checkpoint"
+    assert json.loads((checkpoint / "prompt_format.json").read_text()) == {"prompt_format": "plain"}
+    assert (checkpoint / "iteration_00000006" / "common.json").is_file()
+
+
+def test_a_resumed_run_continues_with_the_same_losses(trained, dataset, tmp_path):
+    cwd, found = trained
+    half = cwd / "output" / "checkpoint" / "iteration_00000003"
+    words = ["--load_checkpoint", str(half), "--resume_training", "True", "--output_dir", "elsewhere"]
+    resumed = losses(start(tmp_path, *finetune_words(dataset), *words))
+    assert resumed == {step: loss for step, loss in found.items() if step > 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def predict_words(vocab: Path, *more: str) -> list[str]:
+    words = ["--config", "./research/telechat2/predict_telechat_tiny.yaml", "--use_parallel", "False"]
+    words += ["--processor.tokenizer.vocab_file", str(vocab), "--register_path", "./research/telechat2"]
+    return words + size_words(max_decode_length=SEQ_LENGTH, num_blocks=8) + list(more)
+
+
+def test_prediction_prints_its_answers_last(trained, small_vocab, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "<_start><_user>生抽与老抽的区别？<_bot>\n<_start><_user>What is it?<_bot>\n", encoding="utf-8"
+    )
+    checkpoint = str(trained[0] / "output" / "checkpoint")
+    words = ["--load_checkpoint", checkpoint, "--predict_data", str(prompts), "--output_dir", "out"]
+    result = start(tmp_path, *predict_words(small_vocab, *words))
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    answers = result.stdout.rsplit("Predict Over!", 1)[1].split("\n", 1)[1]
+    assert answers.index("生抽与老抽的区别？") < answers.index("What is it?")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
+    assert "iteration_00000006" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "folder", "ckpt", "rank"])
+def test_every_kind_of_checkpoint_finetunes_and_predicts(kind, weights, dataset, small_vocab, tmp_path):
+    given = {"file": weights / "model.safetensors", "folder": weights}.get(kind)
+    if kind == "ckpt":
+        given = tmp_path / "telechat.ckpt"
+        code = (
+            "import sys, mindspore as ms; weights = ms.load_checkpoint(sys.argv[1], format='safetensors');"
+            "ms.save_checkpoint(weights, sys.argv[2])"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code, str(weights / "model.safetensors"), str(given)], check=True
+        )
+    if kind == "rank":
+        given = tmp_path / "rank_0"
+        given.mkdir()
+        (given / "t_rank_0-1_10.safetensors").write_bytes((weights / "model.safetensors").read_bytes())
+    reference = losses(
+        start(tmp_path, *finetune_words(dataset), "--load_checkpoint", str(weights), "--output_dir", "r")
+    )
+    found = losses(
+        start(tmp_path, *finetune_words(dataset), "--load_checkpoint", str(given), "--output_dir", "a")
+    )
+    random = losses(start(tmp_path, *finetune_words(dataset), "--output_dir", "b"))
+    assert found == reference != random
+    words = ["--load_checkpoint", str(given), "--predict_data", "<_user>hi<_bot>", "--output_dir", "c"]
+    assert start(tmp_path, *predict_words(small_vocab, *words)).returncode == 0
