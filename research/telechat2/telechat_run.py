@@ -1,8 +1,8 @@
 """The work behind run_mindformer.py and run_telechat.py: from a config and overrides to a finished task.
 
-MindFormers writes relative to the working directory in four places. Three are steered below the output
-directory (its logs, its copies of registered modules go to a temporary directory, the answers of a
-prediction); what ``--output_dir`` itself holds is the user's.
+MindFormers and MindSpore write relative to the working directory: logs, copies of registered modules, the
+answers of a prediction, the graph of a failed compilation. All of it is steered into the output directory,
+or into a temporary one, so that nothing else appears where a user works.
 """
 
 import atexit
@@ -137,7 +137,9 @@ def prepare_environment(output_dir: str, register: Path) -> None:
     The copies that MindFormers makes of registered modules go to a directory of this process, which is
     removed at its end: on them several ranks would race, and in a user's folder they are litter.
     """
-    os.environ["LOCAL_DEFAULT_PATH"] = str(Path(output_dir).expanduser().absolute())
+    output = Path(output_dir).expanduser().absolute()
+    os.environ["LOCAL_DEFAULT_PATH"] = str(output)
+    os.environ.setdefault("MS_OM_PATH", str(output / "log"))  # MindSpore's rank_N/om of a failed compilation
     os.environ["REGISTER_PATH"] = str(register)
     if "OM_MODULES_CACHE" not in os.environ:
         cache = tempfile.mkdtemp(prefix="telechat_modules_")

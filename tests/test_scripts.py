@@ -1,0 +1,216 @@
+"""The shell scripts: the launcher's positional contract, and an environment that is set up once."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+LAUNCHER = CHECKOUT / "scripts" / "msrun_launcher.sh"
+SCRIPTS = [*sorted((CHECKOUT / "scripts").glob("*.sh")), CHECKOUT / ".ci" / "run"]
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(textwrap.dedent(text))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def fake_bin(tmp_path) -> Path:
+    """A directory for programs that stand in for the real ones; ``msrun`` prints its words, one a line."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    executable(
+        folder / "msrun",
+        '#!/bin/bash\nprintf "%s\\n" "$@" "PYTHONPATH=$PYTHONPATH"\nexit "${MSRUN_STATUS:-0}"\n',
+    )
+    return folder
+
+
+def bash(*words, cwd: Path, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MF_LOG_SUFFIX")
+    }
+    environment |= variables
+    if path:
+        environment["PATH"] = f"{path}:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    shellcheck = shutil.which("shellcheck")
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed; the script was only parsed")
+    found = subprocess.run([shellcheck, "-x", str(script)], capture_output=True, text=True, cwd=CHECKOUT)
+    assert found.returncode == 0, found.stdout
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    lines = (CHECKOUT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["bash scripts/test.sh"]
+
+
+COMMAND = "python x.py --a 1"
+NINE = ["16", "8", "192.168.1.1", "8118", "1", "logs", "True", "300"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {"worker_num": "8", "local_worker_num": "8", "join": "False", "log_dir": "output/msrun_log"}),
+        (
+            ["4"],
+            {"worker_num": "4", "local_worker_num": "4", "master_addr": "127.0.0.1", "master_port": "8118"},
+        ),
+        (["2", "9000", "logs", "True", "60"], {"master_port": "9000", "log_dir": "logs", "join": "True"}),
+        (NINE, {"worker_num": "16", "local_worker_num": "8", "master_addr": "192.168.1.1", "node_rank": "1"}),
+        (NINE, {"cluster_time_out": "300", "tail_worker_log": "8", "bind_core": "False", "join": "True"}),
+    ],
+)
+def test_positional_arguments_reach_msrun(fake_bin, tmp_path, words, expected):
+    result = bash(LAUNCHER, COMMAND, *words, cwd=tmp_path, path=fake_bin)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    options = dict(line[2:].split("=", 1) for line in lines if line.startswith("--") and "=" in line)
+    assert expected.items() <= options.items()
+    assert lines[lines.index("python") :][:4] == COMMAND.split()
+    assert f"PYTHONPATH={CHECKOUT}" in lines
+    background = "follow them with: tail -f output/msrun_log/worker_0.log" in result.stdout
+    assert background == (options["join"] == "False" and options["log_dir"] != "logs")
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 5, 7, 8, 10])
+def test_a_wrong_number_of_arguments_shows_the_usage(fake_bin, tmp_path, count):
+    result = bash(LAUNCHER, *(["1"] * count), cwd=tmp_path, path=fake_bin)
+    assert result.returncode == 2
+    assert f"{count} arguments given, expected 1, 2, 6 or 9" in result.stderr and "usage:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([COMMAND, "two"], "WORKERS must be a whole number, got 'two'"),
+        ([COMMAND, "0"], "WORKERS must be at least 1"),
+        ([COMMAND, "2", "8118", "logs", "yes", "60"], "JOIN must be True or False, got 'yes'"),
+        (
+            [COMMAND, "2", "4", "127.0.0.1", "8118", "0", "l", "True", "60"],
+            "LOCAL_WORKERS must lie between 1",
+        ),
+        (["python 'open", "2"], "COMMAND is not a command line"),
+        (["", "2"], "COMMAND is empty"),
+    ],
+)
+def test_wrong_arguments_are_sentences(fake_bin, tmp_path, words, message):
+    result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
+
+
+def test_the_readme_command_keeps_its_quotes_and_loses_its_bare_newline(fake_bin, tmp_path):
+    command = "python run.py --config a.yaml\n   --train_dataset /d/x.mindrecord"
+    command += " \\\n --predict_data '<_start><_user>A B？<_bot>'"
+    lines = bash(LAUNCHER, command, "2", cwd=tmp_path, path=fake_bin).stdout.splitlines()
+    expected = ["run.py", "--config", "a.yaml", "--train_dataset", "/d/x.mindrecord", "--predict_data"]
+    assert lines[lines.index("run.py") :][:7] == [*expected, "<_start><_user>A B？<_bot>"]
+
+
+def test_one_worker_runs_the_command_and_passes_its_status_on(fake_bin, tmp_path):
+    executable(fake_bin / "job", '#!/bin/bash\necho "job $1 in $PYTHONPATH"\nexit 7\n')
+    result = bash(LAUNCHER, "job 'a b'", "1", cwd=tmp_path, path=fake_bin, PYTHONPATH="/mine")
+    assert (result.returncode, result.stdout) == (7, f"job a b in {CHECKOUT}:/mine\n")
+
+
+def test_a_failed_job_fails_the_launcher_with_the_workers_words(fake_bin, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "worker_0.log").write_text("fine\nerror: there is no data set /x\n")
+    words = [COMMAND, "2", "8118", "logs", "True", "60"]
+    result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin, MSRUN_STATUS="3")
+    assert result.returncode == 3
+    assert "error: there is no data set /x" in result.stderr
+
+
+def test_an_absent_msrun_is_a_sentence(tmp_path):
+    result = bash(LAUNCHER, COMMAND, "2", cwd=tmp_path, path=tmp_path)
+    assert result.returncode == 1 and "msrun is not on the PATH" in result.stderr
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A checkout of the scripts alone."""
+    root = tmp_path / "checkout"
+    shutil.copytree(CHECKOUT / "scripts", root / "scripts")
+    (root / "pyproject.toml").write_text("[project]\n")
+    return root
+
+
+FAKE_PYTHON = f"""\
+    #!/bin/bash
+    # stands in for an environment's python: notes what pip is asked, imports nothing
+    echo "python $*" >>"$CALLS"
+    case "$*" in
+        *"import torch"* | *urlopen*) exit 1 ;;
+        *"pip install"*) exit "${{PIP_STATUS:-0}}" ;;
+        *"-m venv"*) mkdir -p "$3/bin" && echo "export VIRTUAL_ENV=$3" >"$3/bin/activate" ;;
+        --version) echo "Python 3.11" ;;
+        *) exec {sys.executable} "$@" ;;
+    esac
+    """
+
+
+def setup(copy: Path, fake_bin: Path, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Source setup_env.sh in ``copy``; what it wrote, and what it asked of pip and venv."""
+    for name in ("python", "python3.11"):
+        executable(fake_bin / name, FAKE_PYTHON)
+    calls = copy.parent / "calls"
+    calls.write_text("")
+    variables = {"VIRTUAL_ENV": "", "CONDA_PREFIX": "", "CALLS": str(calls)} | variables
+    result = bash("-c", f"set -eu; source {copy}/scripts/setup_env.sh", cwd=copy, path=fake_bin, **variables)
+    asked = [line for line in calls.read_text().splitlines() if "pip install" in line or "venv" in line]
+    return result, asked
+
+
+def test_an_environment_is_made_and_filled_once(copy, fake_bin):
+    result, asked = setup(copy, fake_bin)
+    assert result.returncode == 0, result.stderr
+    assert asked == [f"python -m venv {copy}/.venv", f"python -m pip install -e {copy}[test]"]
+    stamp = (copy / ".venv" / "telechat2_installed").read_text().split()
+    assert stamp[0] == hashlib.sha256(b"[project]\n").hexdigest()
+    assert setup(copy, fake_bin)[1] == []  # a second run installs nothing
+    (copy / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert setup(copy, fake_bin)[1] == [f"python -m pip install -e {copy}[test]"]  # one with new pins does
+
+
+def test_an_active_environment_is_used(copy, fake_bin, tmp_path):
+    active = tmp_path / "active"
+    active.mkdir()
+    result, asked = setup(copy, fake_bin, VIRTUAL_ENV=str(active))
+    assert result.returncode == 0 and asked == [f"python -m pip install -e {copy}[test]"]
+    assert (active / "telechat2_installed").is_file() and not (copy / ".venv").exists()
+
+
+def test_a_failed_install_is_a_sentence_and_is_tried_again(copy, fake_bin):
+    result, _ = setup(copy, fake_bin, PIP_STATUS="1")
+    assert result.returncode == 1 and "error: pip could not install" in result.stderr
+    assert len(setup(copy, fake_bin)[1]) == 1
+
+
+def test_a_missing_python_is_a_sentence(copy, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "sha256sum", "uname"):
+        (tools / name).symlink_to(shutil.which(name))
+    environment = {"PATH": str(tools)}
+    command = ["bash", "-c", f"source {copy}/scripts/setup_env.sh"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no Python 3.11 found on the PATH")
+    assert not (copy / ".venv").exists()
