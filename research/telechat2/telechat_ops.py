@@ -209,31 +209,32 @@ class CausalAttentionFused(nn.Cell):
 class PagedInputsTwin(nn.Cell):
     """What the paged twins need besides their operands, made once for all layers.
 
-    Args:
-        num_blocks: blocks of the cache. The twins keep one more, where padding (slot -1) is written.
-        block_size: tokens of a block.
-        softmax_dtype: dtype of the score bias.
+    The twins' caches are ``[K * slots, D]``, head after head: the one layout in which a CPU writes tokens in
+    place and reads a head's keys as a matrix. They have one block more than ``num_blocks``, where padding
+    (slot -1) is written.
 
     Inputs: ``positions`` ``[T]`` of the tokens in their sequences, ``lengths`` ``[B]``, ``block_tables``
     ``[B, M]`` (-1 where a sequence has no block), ``slots`` ``[T]`` (-1: do not write), all int32.
 
-    Outputs of ``prefill``: where to write ``[T, 2]``, block tables, score bias ``[1, 1, T, T]``; of
-    ``decode`` (T = B): the same with score bias ``[B, 1, 1, M * block_size]``.
+    Outputs of ``prefill``: rows to write ``[T, K]``, None, score bias ``[1, 1, T, T]``; of ``decode``
+    (T = B): rows to write, rows to read ``[K, B, L]``, score bias ``[1, B, 1, L]``, L = M * block_size.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, softmax_dtype):
+    def __init__(self, num_blocks: int, block_size: int, n_kv_heads: int, softmax_dtype):
         super().__init__()
-        self.block_size = block_size
         self.spare_slot = num_blocks * block_size
+        num_slots = self.spare_slot + block_size
+        self.first_rows = Tensor(np.arange(n_kv_heads, dtype=np.int32) * num_slots)
+        self.offsets = Tensor(np.arange(block_size, dtype=np.int32))
+        self.block_size = block_size
         self.softmax_dtype = softmax_dtype
         self.select = P.Select()
-        self.stack = P.Stack(-1)
         self.cumsum = P.CumSum()
         self.cast = P.Cast()
 
-    def _write_index(self, slots):
+    def _rows_to_write(self, slots):
         slots = self.select(slots < 0, ops.full_like(slots, self.spare_slot), slots)
-        return self.stack((slots // self.block_size, slots % self.block_size))
+        return slots.reshape(-1, 1) + self.first_rows
 
     def _bias(self, masked):
         return self.cast(masked, self.softmax_dtype) * NEG_INF
@@ -244,15 +245,17 @@ class PagedInputsTwin(nn.Cell):
         row, column = index.reshape(-1, 1), index.reshape(1, -1)
         start = (index - positions).reshape(-1, 1)
         masked = ops.logical_or(column > row, column < start)
-        return self._write_index(slots), block_tables, self._bias(masked).reshape(1, 1, *masked.shape)
+        return self._rows_to_write(slots), None, self._bias(masked).reshape(1, 1, *masked.shape)
 
     def decode(self, positions, lengths, block_tables, slots):
         """A sequence sees its first ``lengths`` cached tokens."""
-        tables = ops.maximum(block_tables, 0)
-        index = ops.repeat_interleave(tables, self.block_size, 1)
-        index = self.cumsum(ops.ones_like(index), 1) - 1
-        masked = index >= lengths.reshape(-1, 1)
-        return self._write_index(slots), tables, self._bias(masked).reshape(masked.shape[0], 1, 1, -1)
+        batch = block_tables.shape[0]
+        first = ops.maximum(block_tables, 0) * self.block_size
+        rows = (first.reshape(batch, -1, 1) + self.offsets).reshape(1, batch, -1)
+        index = self.cumsum(ops.ones_like(rows), 2) - 1
+        masked = index >= lengths.reshape(1, -1, 1)
+        rows = rows + self.first_rows.reshape(-1, 1, 1)
+        return self._rows_to_write(slots), rows, self._bias(masked).reshape(1, batch, 1, -1)
 
 
 class PagedInputsFused(nn.Cell):
@@ -275,55 +278,49 @@ class PagedInputsFused(nn.Cell):
 class PagedAttentionTwin(nn.Cell):
     """Attention with a paged cache of keys and values, by plain operators.
 
-    Holds ``key_cache`` and ``value_cache`` ``[num_blocks + 1, block_size, K, D]``; tensors that come and
-    go are ``[T, N*D]`` (queries, result) and ``[T, K*D]`` (keys, values).
+    Holds ``key_cache`` and ``value_cache``, laid out as PagedInputsTwin says; tensors that come and go are
+    ``[T, N*D]`` (queries, result) and ``[T, K*D]`` (keys, values).
     """
 
     def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
         super().__init__()
-        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
-        shape = (num_blocks + 1, block_size, n_kv_heads, head_dim)
+        self.n_kv_heads, self.group, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
+        shape = (n_kv_heads * (num_blocks + 1) * block_size, head_dim)
         self.key_cache = _cache("key_cache", shape, dtype)
         self.value_cache = _cache("value_cache", shape, dtype)
-        self.write_key = P.ScatterNdUpdate()
-        self.write_value = P.ScatterNdUpdate()
+        self.write_key = P.ScatterUpdate()
+        self.write_value = P.ScatterUpdate()
         self.gather = P.Gather()
         self.reshape = P.Reshape()
         self.transpose = P.Transpose()
         self.attend = GroupedAttention(head_dim, softmax_dtype)
 
-    def _heads_first(self, x, batch):
-        """``[B*S, n*D]``, or cache blocks ``[B, M, block_size, n, D]``, as ``[B, n, S, D]``."""
-        return self.transpose(
-            self.reshape(x, (batch, -1, x.shape[-1] // self.head_dim, self.head_dim)), (0, 2, 1, 3)
-        )
-
-    def _write(self, key, value, where):
+    def _write(self, key, value, rows):
         shape = (-1, self.n_kv_heads, self.head_dim)
-        keys = self.write_key(self.key_cache, where, self.reshape(key, shape))
-        values = self.write_value(self.value_cache, where, self.reshape(value, shape))
+        keys = self.write_key(self.key_cache, rows, self.reshape(key, shape))
+        values = self.write_value(self.value_cache, rows, self.reshape(value, shape))
         return keys, values
+
+    def _heads_first(self, x):
+        """``[T, n*D]`` as ``[1, n, T, D]``."""
+        heads = self.reshape(x, (1, -1, x.shape[-1] // self.head_dim, self.head_dim))
+        return self.transpose(heads, (0, 2, 1, 3))
 
     def prefill(self, query, key, value, inputs, lengths):
         """Write keys and values, and attend among the tokens given."""
-        where, _, bias = inputs
-        written = self._write(key, value, where)
-        query = ops.depend(query, written)
-        out = self.attend(
-            self._heads_first(query, 1), self._heads_first(key, 1), self._heads_first(value, 1), bias
-        )
+        rows, _, bias = inputs
+        query = ops.depend(query, self._write(key, value, rows))
+        out = self.attend(self._heads_first(query), self._heads_first(key), self._heads_first(value), bias)
         return self.reshape(self.transpose(out, (0, 2, 1, 3)), query.shape)
 
     def decode(self, query, key, value, inputs, lengths):
         """Write one key and value for each sequence, and attend to all it has in the cache."""
-        where, tables, bias = inputs
-        keys, values = self._write(key, value, where)
-        batch, blocks = tables.shape
-        shape = (batch, blocks * keys.shape[1], self.n_kv_heads, self.head_dim)
-        keys = self.transpose(self.reshape(self.gather(keys, tables, 0), shape), (0, 2, 1, 3))
-        values = self.transpose(self.reshape(self.gather(values, tables, 0), shape), (0, 2, 1, 3))
-        out = self.attend(self.reshape(query, (batch, self.num_heads, 1, self.head_dim)), keys, values, bias)
-        return self.reshape(out, query.shape)
+        rows, cached, bias = inputs
+        keys, values = self._write(key, value, rows)
+        shape = (-1, self.n_kv_heads, self.group, self.head_dim)
+        heads = self.transpose(self.reshape(query, shape), (1, 0, 2, 3))
+        out = self.attend(heads, self.gather(keys, cached, 0), self.gather(values, cached, 0), bias)
+        return self.reshape(self.transpose(out, (1, 0, 2, 3)), query.shape)
 
 
 class PagedAttentionFused(nn.Cell):
@@ -411,7 +408,9 @@ def paged_inputs(config) -> nn.Cell:
             "set model_config.is_dynamic: True."
         )
     if is_cpu():
-        return PagedInputsTwin(config.num_blocks, config.block_size, config.softmax_compute_type)
+        return PagedInputsTwin(
+            config.num_blocks, config.block_size, config.n_kv_heads, config.softmax_compute_type
+        )
     return PagedInputsFused(config.compute_dtype)
 
 
