@@ -138,6 +138,17 @@ def test_header_with_a_name_twice(ms):
     refuses(ms, r"1 names twice: lm_head\.weight", convert_to_torch)
 
 
+def test_tensors_that_overlap(ms):
+    """Every length is right and the file is as long as the header says, but two tensors share their bytes."""
+    content = ms.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header["model.layers.1.ffn_norm.weight"] = header["model.layers.0.ffn_norm.weight"]
+    text = json.dumps(header).encode()
+    ms.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    refuses(ms, r"ffn_norm\.weight.* is said to lie at bytes", convert_to_torch)
+
+
 def test_fewer_layers_than_the_config_says(hf):
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
@@ -241,6 +252,13 @@ def test_output_is_input(hf, ms):
     assert sorted(hf.iterdir()) == before
     with pytest.raises(ValueError, match=r"it is the input"):
         convert_to_torch(ms, ms)
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "_fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
+    with pytest.raises(ValueError, match="appeared during the conversion"):
+        convert_to_mindspore(hf, tmp_path / "new.safetensors")
+    assert (tmp_path / "new.safetensors").read_text() == "another's"
 
 
 def test_disk_without_room(hf, monkeypatch):

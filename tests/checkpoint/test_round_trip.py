@@ -137,6 +137,49 @@ def test_shards_with_an_index(tmp_path, monkeypatch):
     assert stored_tensors(tmp_path / "again") == stored_tensors(tmp_path / "ms")
 
 
+def test_a_limit_below_every_tensor_gives_one_tensor_a_file(tmp_path, monkeypatch):
+    write_hf_folder(tmp_path / "hf", {"n_layer": 1}, seed=6)
+    convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 1)
+    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    assert [len(stored_tensors(file)) for file in sorted((tmp_path / "back").glob("*.safetensors"))] == [
+        1
+    ] * 13
+
+
+def test_mixed_dtypes_stay_and_are_aligned(tmp_path):
+    """Norms in float32 among bfloat16: each keeps its dtype and begins at a multiple of its width."""
+    from safetensors.torch import load_file, save_file
+
+    write_hf_folder(
+        tmp_path / "hf", {"vocab_size": 129, "hidden_size": 63, "n_head": 3}, seed=14, dtype="bfloat16"
+    )
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}, file)
+    summary = convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
+    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")
+    assert summary.dtypes == ("bfloat16", "float32")
+    content = (tmp_path / "ms" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    starts = [entry["data_offsets"][0] for entry in header.values() if entry.get("dtype") == "F32"]
+    assert len(starts) == 4 and all(start % 4 == 0 for start in starts)
+
+
+def test_unfinished_files_are_not_read(tmp_path):
+    """What a killed conversion leaves is hidden, and is no part of a checkpoint."""
+    write_hf_folder(tmp_path / "hf", {}, seed=15, shards=2)
+    (tmp_path / "hf" / ".123.part.model.safetensors").write_bytes(b"half")
+    convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
+    (tmp_path / "ms" / ".123.part.model.safetensors").write_bytes(b"half")
+    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    (tmp_path / "hf" / ".123.part.model.safetensors").unlink()
+    assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")
+
+
 def test_transformers_loads_the_result(tmp_path):
     """The written files are what the rest of the world takes for safetensors shards."""
     import torch
@@ -211,6 +254,11 @@ def test_tied_model_that_stores_its_head_too(tmp_path):
         convert_to_mindspore(tmp_path / "hf", tmp_path / "ms2")
     assert not (tmp_path / "ms2").exists()
 
+    half = tensors["transformer.word_embeddings.weight"].astype(np.float16)
+    save_file(tensors | {"lm_head.weight": half}, file)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings, but lm_head\.weight differs"):
+        convert_to_mindspore(tmp_path / "hf", tmp_path / "ms2")
+
 
 def test_rotary_buffers_are_left_out_and_counted(tmp_path):
     from safetensors.numpy import load_file, save_file
@@ -227,7 +275,7 @@ def test_rotary_buffers_are_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("recorded", ["chat", "plain"])
-def test_the_prompt_format_travels_with_the_weights(tmp_path, recorded):
+def test_the_prompt_format_travels_with_the_weights(tmp_path, monkeypatch, recorded):
     write_hf_folder(tmp_path / "hf", MHA, seed=11)
     (tmp_path / "hf" / "prompt_format.json").write_text(json.dumps({"prompt_format": recorded}))
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms" / "telechat.safetensors")
@@ -238,6 +286,7 @@ def test_the_prompt_format_travels_with_the_weights(tmp_path, recorded):
     other = "plain" if recorded == "chat" else "chat"
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "prompt_format.json").write_text(json.dumps({"prompt_format": other}))
+    monkeypatch.setattr(convert, "write_checkpoint", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(ValueError, match="prompt format"):
         convert_to_mindspore(tmp_path / "hf", tmp_path / "mixed")
     assert [file.name for file in (tmp_path / "mixed").iterdir()] == ["prompt_format.json"]
