@@ -88,7 +88,8 @@ status=$?
 
 if [[ "$join" == False ]]; then
     ((status == 0)) || fail "msrun could not start the job (status $status)."
-    echo "started $local_workers workers in the background; follow them with: tail -f $log_dir/worker_$first.log"
+    echo "started $local_workers workers in the background;" \
+        "follow them with: tail -f $log_dir/worker_$first.log"
     exit 0
 fi
 if ((status != 0)); then

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +205,22 @@ def test_every_kind_of_checkpoint_finetunes_and_predicts(kind, weights, dataset,
     assert found == reference != random
     words = ["--load_checkpoint", str(given), "--predict_data", "<_user>hi<_bot>", "--output_dir", "c"]
     assert start(tmp_path, *predict_words(small_vocab, *words)).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_workers_train_data_parallel_on_cpus(dataset, tmp_path):
+    words = finetune_words(dataset)
+    words += ["--use_parallel", "True", "--batch_size", "1", "--parallel.parallel_mode", "0"]
+    words += ["--parallel.full_batch", "False", "--parallel_config.data_parallel", "2"]
+    command = shlex.join(["python", str(CHECKOUT / "run_mindformer.py"), *words])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
+    launcher += ["2", str(port), "logs", "True", "120"]
+    result = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert sorted(losses(result)) == [1, 2, 3, 4, 5, 6]
+    saved = [path.name for path in (tmp_path / "output" / "checkpoint").rglob("*.safetensors")]
+    assert sorted(saved) == [
+        f"telechat2_rank_{rank}-1_{step}.safetensors" for rank in (0, 1) for step in (3, 6)
+    ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.telechat_run_checkpoint import (
     checkpoint_folder,
+    leave_section_in_data_parallel,
     prepare_checkpoint,
     refuse_overwriting,
 )
@@ -59,6 +60,7 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     training = mode in TRAINING
     if training:
         _check_dataset(config, "train")
+        leave_section_in_data_parallel(config)
     prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)

@@ -17,6 +17,14 @@ from research.telechat2.checkpoint.sources import read_mindspore_source
 from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# the section `checkpoint:` -> the callback CheckpointMonitor
+MONITOR_KEYS = {
+    "save_max": "keep_checkpoint_max",
+    "save_interleaved_steps": "save_checkpoint_steps",
+    "save_path": "directory",
+    "prefix": "prefix",
+    "async_save": "async_save",
+}
 MERGING = "(README, 分布式训练/微调权重合并)"
 
 
@@ -40,6 +48,12 @@ def prepare_checkpoint(config: dict, *, training: bool) -> None:
     if not given:
         _no_checkpoint(config, resume)
         return
+    if _is_parallel(config) and (config.get("context") or {}).get("device_target") == "CPU":
+        raise ValueError(
+            "a parallel run on CPUs cannot load a checkpoint: MindFormers 1.9 synchronises ranks with the "
+            "operator Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
+            "--load_checkpoint."
+        )
     path = Path(given).expanduser().absolute()
     sectioned = training and section is not None
     source, kind = _source(path, _is_parallel(config))
@@ -288,6 +302,25 @@ def _is_parallel(config: dict) -> bool:
 
 def _is_ckpt(path: Path) -> bool:
     return path.suffix == ".ckpt" or any(path.glob("*.ckpt")) or any(path.glob("rank_*/*.ckpt"))
+
+
+def leave_section_in_data_parallel(config: dict) -> None:
+    """Give the settings of the section ``checkpoint:`` to the CheckpointMonitor of a data parallel run.
+
+    The section's format describes slices by the strategies of a compiled plan; data parallelism has none, and
+    MindFormers 1.9 fails at the first save. Each rank then saves the whole model in its ``rank_*`` folder.
+    """
+    section = config.get("checkpoint")
+    if not section or not _is_parallel(config) or (config.get("parallel") or {}).get("parallel_mode", 1) != 0:
+        return
+    del config["checkpoint"]
+    config["load_checkpoint"] = config.get("load_checkpoint") or section.get("load_path")
+    settings = {new: section[old] for old, new in MONITOR_KEYS.items() if section.get(old) is not None}
+    settings["save_optimizer"] = not section.get("no_save_optim", True)
+    for callback in config.get("callbacks") or []:
+        if callback.get("type") == "CheckpointMonitor":
+            callback.update({"checkpoint_format": "safetensors"} | settings)
+    print("checkpoint: data parallel, so each rank saves the whole model into checkpoint/rank_*", flush=True)
 
 
 def refuse_overwriting(config: dict) -> None:
