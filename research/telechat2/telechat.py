@@ -7,7 +7,6 @@ from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_compat import (
-    CrossEntropyLoss,
     MindFormerModuleType,
     MindFormerRegister,
     PreTrainedModel,
@@ -35,17 +34,16 @@ class TelechatModel(nn.Cell):
         if config.use_past:
             self.paged_inputs = telechat_ops.paged_inputs(config)
         else:
-            self.causal_mask = telechat_ops.causal_mask(config)
+            self.sequence_inputs = telechat_ops.sequence_inputs(config)
         self.reshape = P.Reshape()
 
     def construct(self, tokens):
         """Whole sequences ``[B, S]``; returns ``[B*S, H]``."""
         batch_size, seq_length = tokens.shape
-        tables = self.rotary_tables.sequence(seq_length)
-        mask = self.causal_mask(seq_length)
+        inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size)
         x = self.tok_embeddings(self.reshape(tokens, (-1,)))
         for layer in self.layers:
-            x = layer(x, batch_size, tables, mask)
+            x = layer(x, batch_size, inputs)
         return self.norm_out(x)
 
     def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
@@ -87,7 +85,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.lm_head = TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.tok_embeddings.embedding_weight
-        self.loss = CrossEntropyLoss(calculate_per_token_loss=config.calculate_per_token_loss)
+        self.loss = telechat_ops.cross_entropy(config)
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
         self.use_past = config.use_past
         self.predicting = is_predict_run()

@@ -5,6 +5,7 @@ change of one file. The two workarounds for the CPU target are at the end; both 
 """
 
 import mindspore as ms
+import numpy as np
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.modeling_utils import PreTrainedModel
@@ -16,7 +17,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path, get_predict_run_mode
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
 __all__ = [
@@ -101,6 +102,9 @@ class MFTrainOneStepCell(_MFTrainOneStepCell):
         return super().get_overflow_status(status, compute_output)
 
 
-def greedy_token(logits, axis=-1):
-    """Index of the largest logit, int64 ``[...]``. ``generate`` calls ``mint.argmax``, which has no CPU kernel."""
-    return ops.Argmax(axis=axis, output_type=ms.int64)(logits)
+def greedy_token(logits, axis=-1) -> Tensor:
+    """Index of the largest logit, int64 ``[...]``, found by NumPy.
+
+    ``generate`` would call ``mint.argmax``, which has no CPU kernel; the host needs the index anyway.
+    """
+    return Tensor(np.argmax(logits.asnumpy(), axis))

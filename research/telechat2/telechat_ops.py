@@ -14,7 +14,7 @@ from mindspore.common.initializer import initializer
 from mindspore.ops import auto_generate
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.telechat_compat import is_cpu
+from research.telechat2.telechat_compat import CrossEntropyLoss, is_cpu
 
 NEG_INF = -3.0e38  # added to masked scores; finite, so that a row without any key stays finite
 
@@ -74,7 +74,7 @@ class SwiGLUFused(nn.Cell):
 
 
 class RotaryTwin(nn.Cell):
-    """Half-split rotation of ``[B, N, S, D]`` queries and ``[B, K, S, D]`` keys by ``[1, 1, S, D]`` tables.
+    """Half-split rotation of queries ``[B, N, S, D]`` and keys ``[B, K, S, D]``, each by its own cos and sin.
 
     ``x * cos + (-x2, x1) * sin``, where x1 and x2 are the first and second half of the channels.
     """
@@ -94,8 +94,8 @@ class RotaryTwin(nn.Cell):
         turned = self.concat((self.neg(second), first))
         return self.add(self.mul_cos(x, cos), self.mul_sin(turned, sin))
 
-    def construct(self, query, key, cos, sin):
-        return self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+    def construct(self, query, key, query_tables, key_tables):
+        return self.rotate(query, *query_tables), self.rotate(key, *key_tables)
 
 
 class RotaryFused(nn.Cell):
@@ -105,8 +105,8 @@ class RotaryFused(nn.Cell):
         super().__init__()
         self.rotary = auto_generate.RotaryPositionEmbedding()
 
-    def construct(self, query, key, cos, sin):
-        return self.rotary(query, cos, sin, 0), self.rotary(key, cos, sin, 0)
+    def construct(self, query, key, query_tables, key_tables):
+        return self.rotary(query, *query_tables, 0), self.rotary(key, *key_tables, 0)
 
 
 class RotaryTokensTwin(nn.Cell):
@@ -123,9 +123,8 @@ class RotaryTokensTwin(nn.Cell):
         return self.reshape(x, (-1, x.shape[-1] // self.head_dim, self.head_dim))
 
     def construct(self, query, key, cos, sin, lengths):
-        cos = self.reshape(cos, (-1, 1, self.head_dim))
-        sin = self.reshape(sin, (-1, 1, self.head_dim))
-        q, k = self.rotary(self.heads(query), self.heads(key), cos, sin)
+        tables = (self.reshape(cos, (-1, 1, self.head_dim)), self.reshape(sin, (-1, 1, self.head_dim)))
+        q, k = self.rotary(self.heads(query), self.heads(key), tables, tables)
         return self.reshape(q, (-1, query.shape[-1])), self.reshape(k, (-1, key.shape[-1]))
 
 
@@ -144,7 +143,7 @@ class GroupedAttention(nn.Cell):
     """Softmax attention of ``[B, N, S, D]`` queries on ``[B, K, L, D]`` keys and values, N a multiple of K.
 
     The N / K queries that share a key head lie one after the other on the token axis, so no key is copied.
-    ``bias`` is added to the scores: ``[1, 1, S, L]`` or ``[B, 1, 1, L]``. Returns ``[B, N, S, D]``.
+    ``bias`` is added to the scores ``[B, N, S, L]``. Returns ``[B, N, S, D]``.
     """
 
     def __init__(self, head_dim: int, softmax_dtype):
@@ -155,7 +154,9 @@ class GroupedAttention(nn.Cell):
         self.weighted = P.BatchMatMul()
         self.mul = P.Mul()
         self.add = P.Add()
-        self.softmax = P.Softmax(-1)
+        # exp(log_softmax): LogSoftmax has a gradient kernel on a CPU, Softmax falls apart into four slow passes
+        self.log_softmax = P.LogSoftmax(-1)
+        self.exp = P.Exp()
         self.reshape = P.Reshape()
         self.cast = P.Cast()
 
@@ -165,32 +166,54 @@ class GroupedAttention(nn.Cell):
         query = self.reshape(self.mul(query, self.scale), (b, k, n // k * s, d))
         scores = self.cast(self.scores(query, key), self.softmax_dtype)
         scores = self.add(self.reshape(scores, (b, n, s, length)), bias)
-        weights = self.cast(self.softmax(scores), value.dtype)
+        weights = self.cast(self.exp(self.log_softmax(scores)), value.dtype)
         weights = self.reshape(weights, (b, k, n // k * s, length))
         return self.reshape(self.weighted(weights, value), (b, n, s, d))
 
 
-class CausalMaskTwin(nn.Cell):
-    """Score bias ``[1, 1, S, S]`` of causal attention over ``seq_length`` = S tokens."""
+class SequenceInputsTwin(nn.Cell):
+    """What the kernels on whole sequences need besides their operands, made once for all layers.
 
-    def __init__(self, softmax_dtype):
+    A CPU works on equal shapes several times faster than it broadcasts, so everything has its full shape.
+
+    Inputs: cos and sin ``[S, D]`` of positions 0 to S - 1, and the batch size B.
+
+    Outputs: cos and sin for queries ``[B, N, S, D]``, those for keys ``[B, K, S, D]``, and the score bias
+    of causal attention ``[B, N, S, S]``.
+    """
+
+    def __init__(self, num_heads: int, n_kv_heads: int, softmax_dtype):
         super().__init__()
+        self.num_heads, self.n_kv_heads = num_heads, n_kv_heads
         self.softmax_dtype = softmax_dtype
 
-    def construct(self, seq_length):
-        future = ops.triu(ops.ones((seq_length, seq_length), self.softmax_dtype), 1)
-        return P.Mul()(future, NEG_INF).reshape(1, 1, seq_length, seq_length)
+    def construct(self, cos, sin, batch_size):
+        length, head_dim = cos.shape
+        queries, keys = (
+            (batch_size, self.num_heads, length, head_dim),
+            (batch_size, self.n_kv_heads, length, head_dim),
+        )
+        future = ops.triu(ops.ones((length, length), self.softmax_dtype), 1) * NEG_INF
+        return (
+            (ops.broadcast_to(cos, queries), ops.broadcast_to(sin, queries)),
+            (ops.broadcast_to(cos, keys), ops.broadcast_to(sin, keys)),
+            ops.broadcast_to(future, (batch_size, self.num_heads, length, length)),
+        )
 
 
-class CausalMaskFused(nn.Cell):
-    """The compressed mask that FlashAttentionScore expands to any length (sparse mode 2): ``[2048, 2048]`` uint8."""
+class SequenceInputsFused(nn.Cell):
+    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a compressed mask ``[2048, 2048]`` uint8.
 
-    def __init__(self, softmax_dtype):
+    FlashAttentionScore expands that triangle to any length (sparse mode 2).
+    """
+
+    def __init__(self):
         super().__init__()
         self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
 
-    def construct(self, seq_length):
-        return self.mask
+    def construct(self, cos, sin, batch_size):
+        tables = (cos.reshape(1, 1, *cos.shape), sin.reshape(1, 1, *sin.shape))
+        return tables, tables, self.mask
 
 
 class CausalAttentionFused(nn.Cell):
@@ -363,6 +386,28 @@ class PagedAttentionFused(nn.Cell):
         return self.reshape(out, (out.shape[0], -1))
 
 
+class CrossEntropyTwin(nn.Cell):
+    """Cross entropy of ``[T, V]`` float32 logits and ``[T]`` labels, over the tokens whose mask is 1.
+
+    Returns the mean ``[1]``, 0 if the mask is 0 everywhere, or the sum and the number of tokens.
+    MindFormers' own loss, which is used on Ascend because it can be split over a vocabulary's ranks, does the
+    same in ten passes over the logits; this one makes two.
+    """
+
+    def __init__(self, calculate_per_token_loss: bool):
+        super().__init__()
+        self.per_token = calculate_per_token_loss
+        self.log_softmax = P.LogSoftmax(-1)
+        self.pick = P.GatherD()
+        self.sum = P.ReduceSum()
+
+    def construct(self, logits, labels, mask):
+        picked = self.pick(self.log_softmax(logits), 1, ops.maximum(labels, 0).reshape(-1, 1))
+        numerator = self.sum(-picked.reshape(-1) * mask).reshape(1)
+        denominator = self.sum(mask).reshape(1) + 1e-8
+        return (numerator, denominator) if self.per_token else numerator / denominator
+
+
 def _cache(name, shape, dtype):
     return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
 
@@ -378,7 +423,7 @@ def swiglu() -> nn.Cell:
 
 
 def rotary() -> nn.Cell:
-    """Rotation of whole sequences: ``(q [B, N, S, D], k [B, K, S, D], cos, sin [1, 1, S, D]) -> (q, k)``."""
+    """Rotation of whole sequences: ``(q [B, N, S, D], k [B, K, S, D], (cos, sin), (cos, sin)) -> (q, k)``."""
     return RotaryTwin() if is_cpu() else RotaryFused()
 
 
@@ -387,10 +432,11 @@ def rotary_tokens(head_dim: int) -> nn.Cell:
     return RotaryTokensTwin(head_dim) if is_cpu() else RotaryTokensFused(head_dim)
 
 
-def causal_mask(config) -> nn.Cell:
-    """Mask for ``causal_attention``: ``(seq_length) -> tensor``, made once for all layers."""
-    fused = config.use_flash_attention and not is_cpu()
-    return (CausalMaskFused if fused else CausalMaskTwin)(config.softmax_compute_type)
+def sequence_inputs(config) -> nn.Cell:
+    """What the kernels on whole sequences need besides their operands; see SequenceInputsTwin."""
+    if config.use_flash_attention and not is_cpu():
+        return SequenceInputsFused()
+    return SequenceInputsTwin(config.num_heads, config.n_kv_heads, config.softmax_compute_type)
 
 
 def causal_attention(config) -> nn.Cell:
@@ -421,3 +467,9 @@ def paged_attention(config) -> nn.Cell:
         config.num_heads, config.n_kv_heads, config.head_dim, config.num_blocks, config.block_size,
         config.compute_dtype, config.softmax_compute_type,
     )  # fmt: skip
+
+
+def cross_entropy(config) -> nn.Cell:
+    """The training loss: ``(logits [T, V], labels [T], mask [T]) -> [1]``; see CrossEntropyTwin."""
+    kind = CrossEntropyTwin if is_cpu() else CrossEntropyLoss
+    return kind(calculate_per_token_loss=config.calculate_per_token_loss)

@@ -38,11 +38,9 @@ class RotaryTables(nn.Cell):
         self.head_dim = config.head_dim
 
     def sequence(self, length):
-        """Tables ``[1, 1, length, D]`` of positions 0 to length - 1."""
-        shape, size, step = (1, 1, length, self.head_dim), (length, self.head_dim), (1, 1)
-        cos = self.slice(self.cos, (0, 0), size, step)
-        sin = self.slice(self.sin, (0, 0), size, step)
-        return cos.reshape(shape), sin.reshape(shape)
+        """Tables ``[length, D]`` of positions 0 to length - 1."""
+        size, step = (length, self.head_dim), (1, 1)
+        return self.slice(self.cos, (0, 0), size, step), self.slice(self.sin, (0, 0), size, step)
 
     def tokens(self, positions):
         """Tables ``[T, D]`` of the positions ``[T]``."""

@@ -45,13 +45,14 @@ class TelechatAttention(nn.Cell):
         query, key = self.rotary(query, key, *tables)
         return self.cast(query, self.compute_dtype), self.cast(key, self.compute_dtype)
 
-    def construct(self, x, batch_size, tables, mask):
-        """Whole sequences: ``x`` ``[B*S, H]``, ``tables`` cos and sin ``[1, 1, S, D]``; returns ``[B*S, H]``."""
+    def construct(self, x, batch_size, inputs):
+        """Whole sequences: ``x`` ``[B*S, H]``, ``inputs`` rotary tables and mask; returns ``[B*S, H]``."""
+        query_tables, key_tables, mask = inputs
         query = self.reshape(self.wq(x), (batch_size, -1, self.num_heads, self.head_dim))
         key_value = self.reshape(self.wk_v(x), (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
         query = self.transpose_q(query, (0, 2, 1, 3))
         key, value = self.split_kv(self.transpose_kv(key_value, (0, 2, 1, 3)))
-        query, key = self._rotate(query, key, tables)
+        query, key = self._rotate(query, key, (query_tables, key_tables))
         out = self.transpose_out(self.causal_attention(query, key, value, mask), (0, 2, 1, 3))
         return self.wo(self.reshape(out, x.shape))
 
@@ -86,9 +87,9 @@ class TelechatDecoderLayer(nn.Cell):
         out = self.feed_forward(self.ffn_norm(hidden))
         return self.add_feed_forward(hidden, self.cast(out, self.res_dtype))
 
-    def construct(self, x, batch_size, tables, mask):
+    def construct(self, x, batch_size, inputs):
         """Whole sequences, see TelechatAttention."""
-        return self._feed_forward(x, self.attention(self.attention_norm(x), batch_size, tables, mask))
+        return self._feed_forward(x, self.attention(self.attention_norm(x), batch_size, inputs))
 
     def paged(self, x, prefill, tables, inputs, lengths):
         """Tokens with the cache, see TelechatAttention."""
