@@ -47,7 +47,7 @@ class TelechatModel(nn.Cell):
         return self.norm_out(x)
 
     def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
-        """Tokens ``[T]`` of sequences in the cache; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
+        """Tokens ``[T]`` of cached sequences; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
         prepare = self.paged_inputs.prefill if prefill else self.paged_inputs.decode
         inputs = prepare(positions, lengths, block_tables, slot_mapping)
         tables = self.rotary_tables.tokens(positions)
@@ -148,7 +148,7 @@ class TelechatForCausalLM(PreTrainedModel):
         )
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """Inputs of one step of ``generate``, made on the host: prompts flattened, or one token of each row."""
+        """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""
         if not self.use_past:
             return {"input_ids": Tensor(input_ids.astype(np.int32))}
         return paged_step(self.config, input_ids, **kwargs)

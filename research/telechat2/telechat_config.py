@@ -18,7 +18,7 @@ DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 EXTEND_METHODS = ("None", "PI", "NTK")
 # Keys of older TeleChat2 YAMLs that never had an effect: accepted there, refused here with the reason.
 DEAD_KEYS = {
-    "pretrain_seqlen": "nothing ever read it; set max_position_embedding for the length the model was trained at",
+    "pretrain_seqlen": "nothing ever read it; max_position_embedding is the length the model was trained at",
     "use_past_shard": "nothing ever read it",
     "use_rope_slice": "the rotary operators are chosen by the target",
     "use_attn_mask_compression": "the causal mask is always compressed",
@@ -38,7 +38,7 @@ class TelechatConfig(PretrainedConfig):
         num_heads: query heads; ``head_dim = hidden_size / num_heads``.
         n_kv_heads: key/value heads, a divisor of ``num_heads``; None means one per query head.
         intermediate_size: width F of the feed-forward block. None derives it from
-            ``ffn_dim_multiplier`` and ``multiple_of`` (spec 1.2): ``m = int((ffn_dim_multiplier + 0.01)·4H)``,
+            ``ffn_dim_multiplier`` and ``multiple_of``: ``m = int((ffn_dim_multiplier + 0.01)·4H)``,
             ``F = int(2m/3)`` rounded up to ``multiple_of``; without a multiplier ``m = 4H``.
         ffn_dim_multiplier, multiple_of: see ``intermediate_size``.
         vocab_size: rows V of embedding and output projection.
@@ -255,7 +255,7 @@ def _check_choices(config: TelechatConfig) -> None:
         )
     if config.attention_dropout_prob != 0.0:
         raise ValueError(
-            f"attention_dropout_prob is {config.attention_dropout_prob}; the fused attention kernels are used "
+            f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
             "without dropout (every TeleChat2 model was trained with 0.0). Set it to 0.0."
         )
     for name in ("embed_dropout_prob", "hidden_dropout_prob"):
@@ -263,7 +263,7 @@ def _check_choices(config: TelechatConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")
     if config.use_past and config.batch_size * config.seq_length > config.block_size * config.num_blocks:
         logger.warning(
-            "The paged cache holds %d tokens, less than batch_size * seq_length = %d: long batches will run out.",
+            "The paged cache holds %d tokens, fewer than batch_size * seq_length = %d: long batches run out.",
             config.block_size * config.num_blocks,
             config.batch_size * config.seq_length,
         )

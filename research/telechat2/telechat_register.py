@@ -1,4 +1,4 @@
-"""What YAMLs name in ``auto_register``: MindFormers copies this file and runs the copy, so it only re-exports."""
+"""What YAMLs name in ``auto_register``: MindFormers runs a copy of this file, so it only re-exports."""
 
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_callback import TelechatMonitor
@@ -6,4 +6,10 @@ from research.telechat2.telechat_compat import MFTrainOneStepCell
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
-__all__ = ["MFTrainOneStepCell", "TelechatConfig", "TelechatForCausalLM", "TelechatMonitor", "TelechatTokenizer"]
+__all__ = [
+    "MFTrainOneStepCell",
+    "TelechatConfig",
+    "TelechatForCausalLM",
+    "TelechatMonitor",
+    "TelechatTokenizer",
+]

@@ -6,7 +6,7 @@ from mindspore.ops import operations as P  # noqa: N812
 
 
 def rotary_tables(config, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of every position's angles, fp32 ``[length, head_dim]``, half-split (the halves repeat).
+    """Cosine and sine of every position's angles, fp32 ``[length, head_dim]``, the second half as the first.
 
     ``angle(t, i) = t * theta^(-2i/head_dim)``, i < head_dim/2. "PI" divides t by ``scaling_factor``,
     "NTK" multiplies theta by it (spec 6.4, as MindFormers' FreqsMgr). Computed in float64.
