@@ -63,8 +63,8 @@ def _our_model(use_past):
     return TelechatForCausalLM(
         TelechatConfig(
             hidden_size=SIZES["hidden"], num_layers=SIZES["layers"], num_heads=SIZES["heads"],
-            intermediate_size=SIZES["ffn"], vocab_size=SIZES["vocab"], seq_length=SEQ, compute_dtype="float32",
-            use_past=use_past, is_dynamic=False,
+            intermediate_size=SIZES["ffn"], vocab_size=SIZES["vocab"], seq_length=SEQ,
+            compute_dtype="float32", use_past=use_past, is_dynamic=False,
         )
     )  # fmt: skip
 
@@ -106,9 +106,9 @@ def _oracle_model():
     torch.set_num_threads(os.cpu_count())
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=SIZES["hidden"], num_hidden_layers=SIZES["layers"], num_attention_heads=SIZES["heads"],
-            intermediate_size=SIZES["ffn"], vocab_size=SIZES["vocab"], max_position_embeddings=SEQ,
-            attention_bias=True, mlp_bias=True,
+            hidden_size=SIZES["hidden"], num_hidden_layers=SIZES["layers"],
+            num_attention_heads=SIZES["heads"], intermediate_size=SIZES["ffn"],
+            vocab_size=SIZES["vocab"], max_position_embeddings=SEQ, attention_bias=True, mlp_bias=True,
         )
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _timed_generate(generate):
         generate(streamer=clock)
         tokens = clock.times[1:]
         unit.seconds = (tokens[-1] - tokens[0]) / (len(tokens) - 1)
-        return None
+        return
 
     return unit
 
@@ -180,7 +180,8 @@ def compare(what: str, rounds: int, scratch: str) -> None:
     ours, oracle = (statistics.median(seconds) for seconds in times)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     print(
-        f"{what}: ours {ours * 1e3:.1f} ms, oracle {oracle * 1e3:.1f} ms, ratio {statistics.median(ratios):.2f} "
+        f"{what}: ours {ours * 1e3:.1f} ms, oracle {oracle * 1e3:.1f} ms, "
+        f"ratio {statistics.median(ratios):.2f} "
         f"(paired, {min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)",
         flush=True,
     )

@@ -9,6 +9,7 @@ from research.telechat2.telechat_compat import (
     Callback,
     MindFormerModuleType,
     MindFormerRegister,
+    is_main_rank,
     logger,
     output_directory,
 )
@@ -39,8 +40,8 @@ class TelechatMonitor(Callback):
             logger.warning("Step %d trained nothing: every label of its records is ignored.", self.steps[-1])
 
     def epoch_end(self, run_context):
-        """Draw what is known so far."""
-        if self.losses:
+        """Draw what is known so far, on one rank."""
+        if self.losses and is_main_rank():
             draw_loss_curve(self.steps, self.losses, Path(output_directory()) / "loss_curve.png")
 
     def end(self, run_context):
@@ -48,7 +49,7 @@ class TelechatMonitor(Callback):
         if self.untrained_steps:
             logger.warning(
                 "%d of %d steps trained nothing: every label of their records is ignored. "
-                "Prepare the data with research/telechat2/telechat_preprocess.py, which refuses such records.",
+                "Prepare the data with telechat_preprocess.py, which refuses such records.",
                 self.untrained_steps,
                 len(self.steps),
             )

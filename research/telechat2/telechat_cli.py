@@ -1,6 +1,11 @@
-"""How every command of the plugin ends: one sentence and an exit code, never a traceback for a user's mistake."""
+"""What every command shares: how it ends for a user's mistake, and how it keeps the libraries quiet."""
 
+import atexit
+import logging
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 
 
@@ -19,3 +24,18 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Keep MindFormers' and MindSpore's progress notes off the terminal; call before their first import.
+
+    MindFormers writes ``output/log`` into the working directory when it is imported, unless LOG_MF_PATH
+    says otherwise; MindSpore writes ``rank_0/om`` when a compilation fails, unless MS_OM_PATH does. Both
+    go to a directory of this process, removed at its end. Errors are still shown.
+    """
+    os.environ.setdefault("GLOG_v", "3")
+    scratch = tempfile.mkdtemp(prefix="telechat_")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    os.environ.setdefault("LOG_MF_PATH", scratch)
+    os.environ.setdefault("MS_OM_PATH", scratch)
+    logging.disable(logging.WARNING)

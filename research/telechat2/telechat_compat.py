@@ -6,36 +6,58 @@ change of one file. The two workarounds for the CPU target are at the end; both 
 
 import mindspore as ms
 import numpy as np
+from mindformers import MindFormerConfig, Trainer
+from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.models.tokenization_utils import PreTrainedTokenizer
+from mindformers.models.tokenization_utils_base import AddedToken
 from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
 from mindformers.tools.logger import logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path, get_predict_run_mode
+from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, ConfigTemplate
+from mindformers.tools.utils import (
+    check_in_modelarts,
+    get_output_root_path,
+    get_predict_run_mode,
+    is_main_rank,
+)
+from mindformers.utils.file_utils import set_output_path
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
 __all__ = [
+    "AddedToken",
+    "CONFIG_NAME_TO_CLASS",
     "Callback",
+    "ConfigTemplate",
     "CrossEntropyLoss",
     "MFTrainOneStepCell",
+    "MindFormerConfig",
     "MindFormerModuleType",
     "MindFormerRegister",
     "PreTrainedModel",
+    "PreTrainedTokenizer",
     "PretrainedConfig",
+    "TRAINER_KEYS",
+    "Trainer",
     "TransformerOpParallelConfig",
+    "build_context",
+    "check_in_modelarts",
     "default_transformer_config",
     "greedy_token",
     "is_cpu",
+    "is_main_rank",
     "is_predict_run",
     "logger",
     "output_directory",
     "parallel_config_from",
+    "set_output_path",
 ]
 
 # Keys that the Trainer adds to a model's config and that say nothing about the model.

@@ -139,6 +139,38 @@ class RotaryTokensFused(nn.Cell):
         return self.rotary(query, key, cos, sin, lengths)
 
 
+class WeightedValues(nn.Cell):
+    """``softmax(scores) @ values``: ``[B, K, S, L]`` on ``[B, K, L, D]`` to ``[B, K, S, D]``.
+
+    The gradient is FlashAttention's (Dao et al. 2022, section 3.1), ``dS = P * (dO V^T - rowsum(dO * O))``
+    with the row sums taken over D and subtracted inside the product, by one more column: MindSpore's own
+    Softmax gradient makes four passes over ``[S, L]`` on a CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.softmax = P.Softmax(-1)
+        self.matmul = P.BatchMatMul()
+        self.matmul_ta = P.BatchMatMul(transpose_a=True)
+        self.matmul_tb = P.BatchMatMul(transpose_b=True)
+        self.mul = P.Mul()
+        self.sum = P.ReduceSum(keep_dims=True)
+        self.concat = P.Concat(-1)
+        self.cast = P.Cast()
+
+    def construct(self, scores, values):
+        return self.matmul(self.cast(self.softmax(scores), values.dtype), values)
+
+    def bprop(self, scores, values, out, dout):
+        """Gradients of scores and values."""
+        weights = self.cast(self.softmax(scores), values.dtype)
+        row_sums = self.sum(self.mul(dout, out), -1)
+        one = ops.ones_like(values[..., :1])
+        dweights = self.matmul_tb(self.concat((dout, -row_sums)), self.concat((values, one)))
+        dscores = self.cast(self.mul(weights, dweights), scores.dtype)
+        return dscores, self.matmul_ta(weights, dout)
+
+
 class GroupedAttention(nn.Cell):
     """Softmax attention of ``[B, N, S, D]`` queries on ``[B, K, L, D]`` keys and values, N a multiple of K.
 
@@ -151,12 +183,9 @@ class GroupedAttention(nn.Cell):
         self.scale = 1.0 / math.sqrt(head_dim)
         self.softmax_dtype = softmax_dtype
         self.scores = P.BatchMatMul(transpose_b=True)
-        self.weighted = P.BatchMatMul()
+        self.weighted_values = WeightedValues()
         self.mul = P.Mul()
         self.add = P.Add()
-        # exp(log_softmax): LogSoftmax has a gradient kernel on a CPU, Softmax falls apart into four slow passes
-        self.log_softmax = P.LogSoftmax(-1)
-        self.exp = P.Exp()
         self.reshape = P.Reshape()
         self.cast = P.Cast()
 
@@ -166,9 +195,8 @@ class GroupedAttention(nn.Cell):
         query = self.reshape(self.mul(query, self.scale), (b, k, n // k * s, d))
         scores = self.cast(self.scores(query, key), self.softmax_dtype)
         scores = self.add(self.reshape(scores, (b, n, s, length)), bias)
-        weights = self.cast(self.exp(self.log_softmax(scores)), value.dtype)
-        weights = self.reshape(weights, (b, k, n // k * s, length))
-        return self.reshape(self.weighted(weights, value), (b, n, s, d))
+        scores = self.reshape(scores, (b, k, n // k * s, length))
+        return self.reshape(self.weighted_values(scores, value), (b, n, s, d))
 
 
 class SequenceInputsTwin(nn.Cell):
@@ -202,7 +230,7 @@ class SequenceInputsTwin(nn.Cell):
 
 
 class SequenceInputsFused(nn.Cell):
-    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a compressed mask ``[2048, 2048]`` uint8.
+    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask ``[2048, 2048]`` uint8.
 
     FlashAttentionScore expands that triangle to any length (sparse mode 2).
     """

@@ -87,7 +87,7 @@ def _move_output(config: dict, output_dir: str, old: str) -> None:
 
 def _template() -> dict[str, dict]:
     """MindFormers' own sections and their defaults; the top-level keys under ``""``."""
-    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+    from research.telechat2.telechat_compat import CONFIG_NAME_TO_CLASS
 
     sections = {name: dict.fromkeys(section.keys()) for name, section in CONFIG_NAME_TO_CLASS.items()}
     sections[""] = sections.pop("general_config")
@@ -158,10 +158,12 @@ def _carry_out(raw: dict, path: Path) -> list | None:
     config = _build_config(raw, path)
     if config.run_mode in TRAINING:
         _record_prompt_format(config)
-    from mindformers import Trainer
-    from mindformers.core.context import build_context
-    from mindformers.tools.utils import check_in_modelarts
-    from mindformers.utils.file_utils import set_output_path
+    from research.telechat2.telechat_compat import (
+        Trainer,
+        build_context,
+        check_in_modelarts,
+        set_output_path,
+    )
 
     if config.remote_save_url and not check_in_modelarts():
         raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
@@ -175,8 +177,7 @@ def _carry_out(raw: dict, path: Path) -> list | None:
 
 def _build_config(raw: dict, path: Path):
     """Fill in MindFormers' template, with its complaints as sentences."""
-    from mindformers import MindFormerConfig
-    from mindformers.tools.register.template import ConfigTemplate
+    from research.telechat2.telechat_compat import ConfigTemplate, MindFormerConfig
 
     try:
         ConfigTemplate.apply_template(raw)

@@ -19,11 +19,14 @@ from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
-from mindformers.models.tokenization_utils import PreTrainedTokenizer
-from mindformers.models.tokenization_utils_base import AddedToken
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from research.telechat2 import telechat_chat
+from research.telechat2.telechat_compat import (
+    AddedToken,
+    MindFormerModuleType,
+    MindFormerRegister,
+    PreTrainedTokenizer,
+)
 
 __all__ = ["StreamDecoder", "TelechatTokenizer"]
 

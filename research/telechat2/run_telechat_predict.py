@@ -1,0 +1,105 @@
+"""Ask a TeleChat2 model: questions on the command line, a file of them, or a conversation.
+
+    python research/telechat2/run_telechat_predict.py --yaml_file predict_telechat_7b.yaml \\
+        --vocab_file_path tokenizer.model --checkpoint_path model.safetensors "生抽与老抽的区别？"
+
+Without a question it reads them from standard input and keeps the conversation; ``/new`` starts another.
+Answers go to standard output, figures to standard error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+
+from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402
+from research.telechat2.telechat_run_config import boolean, resolve_config  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", nargs="*", help="each is answered by itself")
+    parser.add_argument(
+        "--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one"
+    )
+    parser.add_argument("--vocab_file_path", help="tokenizer.model; by default the YAML's vocab_file")
+    parser.add_argument("--checkpoint_path", help="weights; by default the YAML's load_checkpoint")
+    parser.add_argument("--question_file", help="a question on each line, or .jsonl conversations")
+    parser.add_argument(
+        "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
+    )
+    parser.add_argument("--system", help="system message of the conversation (chat format)")
+    parser.add_argument(
+        "--use_parallel", type=boolean, default=False, help="several NPUs; not in this version"
+    )
+    parser.add_argument(
+        "--use_past", type=boolean, default=None, help="predict with a cache; by default the YAML's"
+    )
+    parser.add_argument("--device_id", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=1, help="questions of a file answered at once")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--max_length", type=int, default=8192, help="tokens of prompt and answer together")
+    parser.add_argument("--do_sample", type=boolean, default=False)
+    parser.add_argument("--top_k", type=int, default=1)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load once, then answer what was asked."""
+    args = parse_arguments()
+    if args.use_parallel:
+        raise ValueError(
+            "--use_parallel True: this version predicts on one device; leave the flag out or set it to False."
+        )
+    for name in ("batch_size", "max_new_tokens", "max_length"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    quiet_libraries()
+    from research.telechat2.telechat_predict_utils import answer_all, chat, load_predictor, read_questions
+
+    questions = [[{"role": "user", "content": text}] for text in args.question]
+    if args.question_file:
+        questions += read_questions(args.question_file)
+    if args.system:
+        questions = [[{"role": "system", "content": args.system}, *messages] for messages in questions]
+    predictor = load_predictor(
+        resolve_config(args.yaml_file, Path.cwd()),
+        args.vocab_file_path,
+        args.checkpoint_path,
+        prompt_format=args.prompt_format,
+        max_length=args.max_length,
+        device_id=args.device_id,
+        batch_size=args.batch_size,
+        use_past=args.use_past,
+        generation={
+            name: getattr(args, name)
+            for name in ("max_new_tokens", "do_sample", "top_k", "top_p", "repetition_penalty")
+        },
+    )
+    if questions:
+        answer_all(predictor, questions, args.batch_size)
+    else:
+        chat(predictor, args.system, _questions_from_a_person())
+
+
+def _questions_from_a_person():
+    """Lines of standard input, with a prompt if a person types them."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+if __name__ == "__main__":
+    run(main)
