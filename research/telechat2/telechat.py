@@ -16,6 +16,7 @@ from research.telechat2.telechat_compat import (
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import dynamic_inputs, paged_step
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
+from research.telechat2.telechat_mask import DocumentMask
 from research.telechat2.telechat_rope import RotaryTables
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
@@ -35,12 +36,16 @@ class TelechatModel(nn.Cell):
             self.paged_inputs = telechat_ops.paged_inputs(config)
         else:
             self.sequence_inputs = telechat_ops.sequence_inputs(config)
+        self.packed = bool(config.document_start_ids)
+        if self.packed:
+            self.document_mask = DocumentMask(config.document_start_ids)
         self.reshape = P.Reshape()
 
     def construct(self, tokens):
         """Whole sequences ``[B, S]``; returns ``[B*S, H]``."""
         batch_size, seq_length = tokens.shape
-        inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size)
+        masked = self.document_mask(tokens) if self.packed else None
+        inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size, masked)
         x = self.tok_embeddings(self.reshape(tokens, (-1,)))
         for layer in self.layers:
             x = layer(x, batch_size, inputs)

@@ -58,6 +58,8 @@ class TelechatConfig(PretrainedConfig):
         sigma, mean: normal initialisation of embedding and linears. The output projection uses 0.01.
         bos_token_id, eos_token_id, pad_token_id: special ids; ``pad_token_id`` -1 means there is none.
         ignore_token_id: label that is not trained.
+        document_start_ids: ids that begin a document in packed training records, which then sees nothing of
+            the others: every record gives the losses of its documents alone. Empty: one causal sequence.
         use_past: predict with a paged key/value cache.
         is_dynamic: with ``use_past``: one graph for all shapes (True), or one graph for each length
             rounded up to a power of two (False: faster steps, a compilation for each new length).
@@ -111,6 +113,7 @@ class TelechatConfig(PretrainedConfig):
         eos_token_id: int = 2,
         pad_token_id: int = 3,
         ignore_token_id: int = -100,
+        document_start_ids: tuple[int, ...] | list[int] = (),
         use_past: bool = False,
         is_dynamic: bool = True,
         block_size: int = 16,
@@ -134,6 +137,7 @@ class TelechatConfig(PretrainedConfig):
         values["embedding_init_type"] = values["embedding_init_type"] or values["param_init_type"]
         values["n_kv_heads"] = num_heads if n_kv_heads is None else n_kv_heads
         values["max_position_embedding"] = max_position_embedding or seq_length
+        values["document_start_ids"] = list(document_start_ids)
         values["extend_method"] = str(extend_method)
         values["parallel_config"] = parallel_config_from(parallel_config)
         if intermediate_size is None:
@@ -257,6 +261,11 @@ def _check_choices(config: TelechatConfig) -> None:
         raise ValueError(
             f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
             "without dropout (every TeleChat2 model was trained with 0.0). Set it to 0.0."
+        )
+    if any(not 0 <= token < config.vocab_size for token in config.document_start_ids):
+        raise ValueError(
+            f"document_start_ids is {config.document_start_ids}; ids lie between 0 and vocab_size - 1 = "
+            f"{config.vocab_size - 1}."
         )
     for name in ("embed_dropout_prob", "hidden_dropout_prob"):
         if not 0.0 <= getattr(config, name) < 1.0:

@@ -204,53 +204,58 @@ class SequenceInputsTwin(nn.Cell):
 
     A CPU works on equal shapes several times faster than it broadcasts, so everything has its full shape.
 
-    Inputs: cos and sin ``[S, D]`` of positions 0 to S - 1, and the batch size B.
+    Inputs: cos and sin ``[S, D]`` of positions 0 to S - 1, the batch size B, and what a token must not see
+    ``[B, 1, S, S]`` bool, or None if that is just what follows it.
 
     Outputs: cos and sin for queries ``[B, N, S, D]``, those for keys ``[B, K, S, D]``, and the score bias
-    of causal attention ``[B, N, S, S]``.
+    ``[B, N, S, S]``.
     """
 
     def __init__(self, num_heads: int, n_kv_heads: int, softmax_dtype):
         super().__init__()
         self.num_heads, self.n_kv_heads = num_heads, n_kv_heads
         self.softmax_dtype = softmax_dtype
+        self.cast = P.Cast()
 
-    def construct(self, cos, sin, batch_size):
+    def construct(self, cos, sin, batch_size, masked):
         length, head_dim = cos.shape
-        queries, keys = (
-            (batch_size, self.num_heads, length, head_dim),
-            (batch_size, self.n_kv_heads, length, head_dim),
-        )
-        future = ops.triu(ops.ones((length, length), self.softmax_dtype), 1) * NEG_INF
+        queries = (batch_size, self.num_heads, length, head_dim)
+        keys = (batch_size, self.n_kv_heads, length, head_dim)
+        if masked is None:
+            masked = ops.triu(ops.ones((length, length), self.softmax_dtype), 1)
+        bias = self.cast(masked, self.softmax_dtype) * NEG_INF
         return (
             (ops.broadcast_to(cos, queries), ops.broadcast_to(sin, queries)),
             (ops.broadcast_to(cos, keys), ops.broadcast_to(sin, keys)),
-            ops.broadcast_to(future, (batch_size, self.num_heads, length, length)),
+            ops.broadcast_to(bias, (batch_size, self.num_heads, length, length)),
         )
 
 
 class SequenceInputsFused(nn.Cell):
-    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask ``[2048, 2048]`` uint8.
+    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask in uint8.
 
-    FlashAttentionScore expands that triangle to any length (sparse mode 2).
+    That is ``[B, 1, S, S]`` for packed documents, else a triangle ``[2048, 2048]`` that FlashAttentionScore
+    expands to any length (sparse mode 2).
     """
 
     def __init__(self):
         super().__init__()
         self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+        self.cast = P.Cast()
 
-    def construct(self, cos, sin, batch_size):
+    def construct(self, cos, sin, batch_size, masked):
         tables = (cos.reshape(1, 1, *cos.shape), sin.reshape(1, 1, *sin.shape))
-        return tables, tables, self.mask
+        return tables, tables, self.mask if masked is None else self.cast(masked, ms.uint8)
 
 
 class CausalAttentionFused(nn.Cell):
     """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``."""
 
-    def __init__(self, num_heads: int, head_dim: int):
+    def __init__(self, num_heads: int, head_dim: int, packed: bool):
         super().__init__()
         self.flash = P.nn_ops.FlashAttentionScore(
-            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD", sparse_mode=2,
+            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD",
+            sparse_mode=0 if packed else 2,
         )  # fmt: skip
 
     def construct(self, query, key, value, mask):
@@ -470,7 +475,7 @@ def sequence_inputs(config) -> nn.Cell:
 def causal_attention(config) -> nn.Cell:
     """Training attention: ``(q [B, N, S, D], k, v [B, K, S, D], mask) -> [B, N, S, D]``."""
     if config.use_flash_attention and not is_cpu():
-        return CausalAttentionFused(config.num_heads, config.head_dim)
+        return CausalAttentionFused(config.num_heads, config.head_dim, bool(config.document_start_ids))
     return GroupedAttention(config.head_dim, config.softmax_compute_type)
 
 
