@@ -1,10 +1,30 @@
 """Fixtures that several test files share."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_directory(tmp_path_factory):
+    """Tests run in a folder of their own: MindSpore and MindFormers write into the current directory."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("scratch"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_mode_on_cpu(scratch_directory):
+    """The context of a run on a CPU, where a collected test imports MindSpore: the others need not wait."""
+    if "mindspore" in sys.modules:
+        import mindspore
+
+        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU", jit_config={"jit_level": "O0"})
 
 
 @pytest.fixture(scope="session")

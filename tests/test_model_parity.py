@@ -1,0 +1,230 @@
+"""The model against the independent oracle, weights going through the project's own converter."""
+
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Parameter, Tensor
+from model_fixtures import RandomModel, int32
+from oracle import load_llama
+
+from research.telechat2.telechat import TelechatForCausalLM
+
+SEQ_LENGTH, BATCH, VOCAB, PAD = 32, 2, 256, 3
+# heads, key/value heads, head_dim, tied, eps: every kind of attention with every head_dim
+CASES = {
+    "mha-64": (2, None, 64, False, 1e-5),
+    "gqa-64-tied": (4, 2, 64, True, 1e-8),
+    "mqa-64": (4, 1, 64, False, 1e-8),
+    "mha-128-tied": (2, None, 128, True, 1e-5),
+    "gqa-128": (4, 2, 128, False, 1e-8),
+    "mqa-128-tied": (2, 1, 128, True, 1e-8),
+    "mha-160": (2, None, 160, False, 1e-5),
+    "gqa-160-tied": (4, 2, 160, True, 1e-5),
+    "mqa-160": (2, 1, 160, False, 1e-5),
+}
+
+
+def random_model(folder, heads, kv_heads, head_dim, tied, eps, seed=0, **more):
+    kv = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
+    return RandomModel(
+        folder, seed=seed, tied=tied, hidden_size=heads * head_dim, n_head=heads, n_layer=2, **kv,
+        ffn_hidden_size=heads * head_dim * 3 // 2, vocab_size=VOCAB, layer_norm_epsilon=eps, **more,
+    )  # fmt: skip
+
+
+def records(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids ``[BATCH, SEQ_LENGTH + 1]`` and labels of which a part that differs by row is ignored."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(4, VOCAB, (BATCH, SEQ_LENGTH + 1))
+    labels = ids.copy()
+    labels[0, :20] = -100
+    labels[1, rng.random(SEQ_LENGTH + 1) < 0.3] = -100
+    return ids, labels
+
+
+def loss_and_gradients(model):
+    """A function of ids and labels: the loss, and the gradient of every parameter by name, in training."""
+    model.set_train(True)
+    parameters = model.trainable_params()
+    function = ms.value_and_grad(model, None, parameters)
+
+    def call(ids, labels=None):
+        loss, gradients = function(int32(ids), None if labels is None else int32(labels))
+        names = [parameter.name for parameter in parameters]
+        return loss.asnumpy(), dict(zip(names, (g.asnumpy() for g in gradients), strict=True))
+
+    return call
+
+
+def oracle_loss(oracle, ids, labels) -> torch.Tensor:
+    return oracle(torch.tensor(ids), labels=torch.tensor(labels)).loss
+
+
+def oracle_gradients(oracle, sizes: dict) -> dict[str, np.ndarray]:
+    """The oracle's gradients under our names; keys and values packed per head, as the release stores them."""
+    heads = sizes["n_head"]
+    kv_heads = sizes.get("num_key_value_heads", heads)
+    head_dim = sizes["hidden_size"] // heads
+    grads = {
+        "model.tok_embeddings.embedding_weight": oracle.model.embed_tokens.weight.grad,
+        "model.norm_out.weight": oracle.model.norm.weight.grad,
+    }
+    if not sizes["tie_word_embeddings"]:
+        grads["lm_head.weight"] = oracle.lm_head.weight.grad
+    for i, layer in enumerate(oracle.model.layers):
+        attention, mlp, prefix = layer.self_attn, layer.mlp, f"model.layers.{i}"
+        rows = []
+        for g in range(kv_heads):
+            head = slice(g * head_dim, (g + 1) * head_dim)
+            rows += [attention.k_proj.weight.grad[head], attention.v_proj.weight.grad[head]]
+        grads |= {
+            f"{prefix}.attention_norm.weight": layer.input_layernorm.weight.grad,
+            f"{prefix}.attention.wq.weight": attention.q_proj.weight.grad,
+            f"{prefix}.attention.wk_v.weight": torch.cat(rows),
+            f"{prefix}.attention.wo.weight": attention.o_proj.weight.grad,
+            f"{prefix}.attention.wo.bias": attention.o_proj.bias.grad,
+            f"{prefix}.ffn_norm.weight": layer.post_attention_layernorm.weight.grad,
+            f"{prefix}.feed_forward.w1.weight": mlp.gate_proj.weight.grad,
+            f"{prefix}.feed_forward.w3.weight": mlp.up_proj.weight.grad,
+            f"{prefix}.feed_forward.w2.weight": mlp.down_proj.weight.grad,
+            f"{prefix}.feed_forward.w2.bias": mlp.down_proj.bias.grad,
+        }
+    return {name: grad.numpy() for name, grad in grads.items()}
+
+
+def assert_same_gradients(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert np.linalg.norm(found[name] - grad) <= 1e-4 * np.linalg.norm(grad), name
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def pair(request, tmp_path_factory):
+    """One model as ours and as the oracle, with what both make of the same records."""
+    random = random_model(tmp_path_factory.mktemp("model"), *request.param)
+    ids, labels = records(seed=1)
+    model = random.build(seq_length=SEQ_LENGTH)
+    logits, tokens, mask = model(int32(ids), int32(labels))
+    loss, gradients = loss_and_gradients(model)(ids, labels)
+    expected = oracle_loss(random.oracle, ids, labels)
+    expected.backward()
+    return SimpleNamespace(
+        random=random, ids=ids, labels=labels, loss=loss, gradients=gradients, expected=expected.item(),
+        logits=logits.asnumpy(), tokens=tokens.asnumpy(), mask=mask.asnumpy(),
+    )  # fmt: skip
+
+
+def test_logits_equal_the_oracles(pair):
+    with torch.no_grad():
+        expected = pair.random.oracle(torch.tensor(pair.ids)).logits.numpy()
+    assert 0.9 < expected.std() < 1.1  # the tolerance is meant for logits of about this size
+    assert pair.logits.dtype == np.float32
+    np.testing.assert_allclose(pair.logits, expected, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(pair.tokens, pair.ids)
+    np.testing.assert_array_equal(pair.mask, pair.labels != -100)
+
+
+def test_loss_equals_the_oracles(pair):
+    assert pair.loss.shape == (1,)
+    np.testing.assert_allclose(pair.loss[0], pair.expected, rtol=1e-5)
+
+
+def test_every_gradient_equals_the_oracles(pair):
+    assert_same_gradients(pair.gradients, oracle_gradients(pair.random.oracle, pair.random.sizes))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("small"), *CASES["gqa-64-tied"], seed=2)
+
+
+@pytest.mark.parametrize("pad_token_id", [PAD, -1])
+def test_without_labels_all_but_padding_is_trained(small, pad_token_id):
+    ids, _ = records(seed=3)
+    ids[0, 11:], ids[1, -1] = PAD, PAD
+    ids[1, 5] = PAD  # in the middle of a text: as a target it is padding, as a context it is read
+    labels = np.where(ids == pad_token_id, -100, ids)
+    small.oracle.zero_grad()
+    expected = oracle_loss(small.oracle, ids, labels)
+    expected.backward()
+    model = small.build(seq_length=SEQ_LENGTH, pad_token_id=pad_token_id)
+    loss, gradients = loss_and_gradients(model)(ids)
+    np.testing.assert_allclose(loss[0], expected.item(), rtol=1e-5)
+    assert_same_gradients(gradients, oracle_gradients(small.oracle, small.sizes))
+
+
+def test_labels_decide_over_padding_and_may_differ_from_the_inputs(small):
+    """Labels are targets of their own: a padding id that is labelled is trained."""
+    ids, labels = records(seed=4)
+    ids[0, 25:] = PAD
+    labels[0, 25:28] = [PAD, 17, 18]
+    model = small.build(seq_length=SEQ_LENGTH, ignore_token_id=-1)
+    found, _ = loss_and_gradients(model)(ids, np.where(labels == -100, -1, labels))
+    with torch.no_grad():
+        np.testing.assert_allclose(found[0], oracle_loss(small.oracle, ids, labels).item(), rtol=1e-5)
+
+
+def test_a_batch_with_no_trained_token_costs_nothing_and_changes_nothing(small):
+    ids, labels = records(seed=5)
+    labels[:] = -100
+    labels[:, 0] = ids[:, 0]  # the first token of a record is never a target
+    loss, gradients = loss_and_gradients(small.build(seq_length=SEQ_LENGTH))(ids, labels)
+    assert loss == 0.0
+    assert all(np.all(grad == 0.0) for grad in gradients.values())
+
+
+def test_loss_as_numerator_and_denominator(small):
+    """What MindFormers accumulates over micro-batches whose counts differ."""
+    ids, labels = records(seed=6)
+    model = small.build(seq_length=SEQ_LENGTH, calculate_per_token_loss=True).set_train(True)
+    numerator, denominator = (part.asnumpy() for part in model(int32(ids), int32(labels)))
+    trained = np.count_nonzero(labels[:, 1:] != -100)
+    np.testing.assert_allclose(denominator, [trained], rtol=1e-6)
+    with torch.no_grad():
+        expected = oracle_loss(small.oracle, ids, labels).item() * trained
+    np.testing.assert_allclose(numerator, [expected], rtol=1e-5)
+
+
+def test_rope_theta_is_the_configs(small):
+    ids, _ = records(seed=7)
+    with torch.no_grad():
+        expected = load_llama(small.hf, rope_theta=500.0)(torch.tensor(ids)).logits.numpy()
+    logits = small.build(seq_length=SEQ_LENGTH, theta=500.0)(int32(ids))[0].asnumpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("qkv_has_bias", "out_proj_has_bias"), [(True, True), (False, False)])
+def test_biases_are_where_the_config_says(small, qkv_has_bias, out_proj_has_bias):
+    """Layouts that no release has: the same random values are set on both sides by hand."""
+    rng = np.random.default_rng(8)
+    oracle = load_llama(small.hf)
+    biases = {}
+    with torch.no_grad():
+        for i, layer in enumerate(oracle.model.layers):
+            attention = layer.self_attn
+            if qkv_has_bias:
+                query, key, value = (rng.standard_normal(n, np.float32) for n in (256, 128, 128))
+                attention.q_proj.bias.copy_(torch.tensor(query))
+                attention.k_proj.bias.copy_(torch.tensor(key))
+                attention.v_proj.bias.copy_(torch.tensor(value))
+                packed = np.stack((key.reshape(2, 64), value.reshape(2, 64)), axis=1).reshape(-1)
+                biases |= {f"model.layers.{i}.attention.wq.bias": query}
+                biases |= {f"model.layers.{i}.attention.wk_v.bias": packed}
+            if not out_proj_has_bias:
+                attention.o_proj.bias.zero_()
+                layer.mlp.down_proj.bias.zero_()
+        ids, _ = records(seed=9)
+        expected = oracle(torch.tensor(ids)).logits.numpy()
+    config = small.config(
+        seq_length=SEQ_LENGTH, qkv_has_bias=qkv_has_bias, out_proj_has_bias=out_proj_has_bias
+    )
+    model = TelechatForCausalLM(config).set_train(False)
+    weights = {
+        name: array for name, array in small.tensors() if out_proj_has_bias or not name.endswith("bias")
+    }
+    loaded = {name: Parameter(Tensor(array)) for name, array in (weights | biases).items()}
+    assert ms.load_param_into_net(model, loaded) == ([], [])
+    np.testing.assert_allclose(model(int32(ids))[0].asnumpy(), expected, rtol=0, atol=2e-5)
