@@ -10,6 +10,7 @@ from research.telechat2.telechat_compat import (
     MindFormerModuleType,
     MindFormerRegister,
     PreTrainedModel,
+    find_graph_again,
     greedy_token,
     is_predict_run,
 )
@@ -95,6 +96,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.use_past = config.use_past
         self.predicting = is_predict_run()
         self.is_first_iteration = True
+        self.last_shapes = {}
         self.argmax = greedy_token
         self.slice = P.StridedSlice()
         self.reshape = P.Reshape()
@@ -156,7 +158,10 @@ class TelechatForCausalLM(PreTrainedModel):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""
         if not self.use_past:
             return {"input_ids": Tensor(input_ids.astype(np.int32))}
-        return paged_step(self.config, input_ids, **kwargs)
+        inputs = paged_step(self.config, input_ids, **kwargs)
+        if not self.config.is_dynamic:
+            find_graph_again(self, "prefill" if kwargs["prefill"] else "increment", inputs)
+        return inputs
 
     def set_dynamic_inputs(self, **kwargs):
         """Compile one graph for prompts and batches of every size."""

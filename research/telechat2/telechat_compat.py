@@ -1,7 +1,7 @@
 """The one file that knows which MindFormers this is, and what its Trainer needs to run on a CPU.
 
 Everything the model takes from MindFormers comes through here, so that a move to another release is a
-change of one file. The two workarounds for the CPU target are at the end; both change nothing on Ascend.
+change of one file. The workarounds for the CPU target are at the end; they change nothing on Ascend.
 """
 
 import mindspore as ms
@@ -50,6 +50,7 @@ __all__ = [
     "build_context",
     "check_in_modelarts",
     "default_transformer_config",
+    "find_graph_again",
     "greedy_token",
     "is_cpu",
     "is_main_rank",
@@ -122,6 +123,18 @@ class MFTrainOneStepCell(_MFTrainOneStepCell):
         if self.on_cpu:
             return self.any_not_finite(compute_output)
         return super().get_overflow_status(status, compute_output)
+
+
+def find_graph_again(cell: nn.Cell, phase: str, inputs: dict) -> None:
+    """Make ``cell`` choose its graph anew if the shapes of ``inputs`` are not those of its last call.
+
+    In the phases "prefill" and "increment" MindSpore runs the graph it ran last without looking at shapes,
+    which fails where each shape has a graph of its own. Graphs that are compiled already are found again.
+    """
+    shapes = [value.shape for value in inputs.values()]
+    if cell.last_shapes.get(phase) != shapes:
+        cell.phase_cache.pop(phase, None)
+        cell.last_shapes[phase] = shapes
 
 
 def greedy_token(logits, axis=-1) -> Tensor:
