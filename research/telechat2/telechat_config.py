@@ -165,6 +165,7 @@ _DTYPE_FIELDS = (
 # What MindFormers' PretrainedConfig, its Trainer and its YAML reader set besides the model's own fields.
 _LIBRARY_KEYS = (
     "name_or_path",
+    "_name_or_path",
     "_commit_hash",
     "pretrained_model_dir",
     "mindformers_version",
