@@ -129,13 +129,21 @@ class RotaryTokensTwin(nn.Cell):
 
 
 class RotaryTokensFused(nn.Cell):
-    """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens."""
+    """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens.
+
+    Format 2: half-split, a row of the tables for each token (CANN's description; MindFormers itself gives
+    the whole tables in prefill, so try a batch of prompts first on a new NPU stack). The kernel turns 16-bit
+    tensors only; with float32 tables it computes in float32, which it can for float16.
+    """
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.rotary = auto_generate.ApplyRotaryPosEmb(2)
+        self.cast = P.Cast()
 
     def construct(self, query, key, cos, sin, lengths):
+        if cos.dtype == ms.float32:
+            query, key = self.cast(query, ms.float16), self.cast(key, ms.float16)
         return self.rotary(query, key, cos, sin, lengths)
 
 
@@ -249,7 +257,10 @@ class SequenceInputsFused(nn.Cell):
 
 
 class CausalAttentionFused(nn.Cell):
-    """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``."""
+    """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``.
+
+    Its softmax is kept in float32 whatever ``softmax_compute_type`` says.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, packed: bool):
         super().__init__()
@@ -315,7 +326,11 @@ class PagedInputsTwin(nn.Cell):
 
 
 class PagedInputsFused(nn.Cell):
-    """The fused kernels take slots, tables and lengths as they are, and a fixed ``[128, 128]`` triangle."""
+    """The fused kernels take slots, tables and lengths as they are, and a fixed ``[128, 128]`` triangle.
+
+    CANN's compressed mask: 1 in the upper triangle where the products are accumulated in float32, which they
+    are for bfloat16, else the value added to the scores.
+    """
 
     def __init__(self, compute_dtype):
         super().__init__()
@@ -383,6 +398,8 @@ class PagedAttentionFused(nn.Cell):
     """Ascend's ReshapeAndCache, FlashAttentionScore (prefill) and PagedAttention (decode).
 
     Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; otherwise as the twin.
+    Their runtime reads the lengths on the host, from the graph's input named ``batch_valid_length``: the
+    model's ``construct`` must keep that name.
     """
 
     def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
@@ -398,6 +415,7 @@ class PagedAttentionFused(nn.Cell):
         )  # fmt: skip
         self.expand = P.ExpandDims()
         self.reshape = P.Reshape()
+        self.width = num_heads * head_dim
 
     def prefill(self, query, key, value, inputs, lengths):
         """See PagedAttentionTwin."""
@@ -416,7 +434,7 @@ class PagedAttentionFused(nn.Cell):
         )
         query = ops.depend(self.expand(query, 1), written)
         out = self.paged(query, self.key_cache, self.value_cache, tables, lengths)
-        return self.reshape(out, (out.shape[0], -1))
+        return self.reshape(out, (-1, self.width))
 
 
 class CrossEntropyTwin(nn.Cell):
@@ -443,6 +461,40 @@ class CrossEntropyTwin(nn.Cell):
 
 def _cache(name, shape, dtype):
     return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
+
+
+def _check_paged_kernels(config) -> None:
+    """Raise ValueError for a config that Ascend's prediction kernels cannot run (CANN's operator lists)."""
+    if not config.is_dynamic:
+        raise ValueError(
+            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
+            "set model_config.is_dynamic: True."
+        )
+    if not config.use_flash_attention:
+        raise ValueError(
+            "use_flash_attention is False, but prediction with a cache on Ascend has only the fused kernels; "
+            "set model_config.use_flash_attention: True, or use_past: False."
+        )
+    _check_attention_dtype(config)
+    if config.compute_dtype == ms.bfloat16 and config.rotary_dtype == ms.float32:
+        raise ValueError(
+            "rotary_dtype is float32 and compute_dtype bfloat16, but Ascend's ApplyRotaryPosEmb rotates "
+            "bfloat16 by bfloat16 tables only; "
+            "set model_config.rotary_dtype: bfloat16, or compute_dtype: float16."
+        )
+    if config.block_size % 16 or config.head_dim > 256:
+        raise ValueError(
+            f"block_size is {config.block_size} and head_dim {config.head_dim}; Ascend's PagedAttention "
+            "needs a block_size that is a multiple of 16 and a head_dim of at most 256."
+        )
+
+
+def _check_attention_dtype(config) -> None:
+    if config.compute_dtype == ms.float32:
+        raise ValueError(
+            "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; "
+            "set model_config.compute_dtype to one of them."
+        )
 
 
 def rms_norm(eps: float) -> nn.Cell:
@@ -475,21 +527,23 @@ def sequence_inputs(config) -> nn.Cell:
 def causal_attention(config) -> nn.Cell:
     """Training attention: ``(q [B, N, S, D], k, v [B, K, S, D], mask) -> [B, N, S, D]``."""
     if config.use_flash_attention and not is_cpu():
+        _check_attention_dtype(config)
+        if config.head_dim % 16:
+            raise ValueError(
+                f"head_dim is {config.head_dim}, but Ascend's FlashAttentionScore needs a multiple of 16; "
+                "change hidden_size or num_heads, or set model_config.use_flash_attention: False."
+            )
         return CausalAttentionFused(config.num_heads, config.head_dim, bool(config.document_start_ids))
     return GroupedAttention(config.head_dim, config.softmax_compute_type)
 
 
 def paged_inputs(config) -> nn.Cell:
     """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin."""
-    if not is_cpu() and not config.is_dynamic:
-        raise ValueError(
-            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
-            "set model_config.is_dynamic: True."
-        )
     if is_cpu():
         return PagedInputsTwin(
             config.num_blocks, config.block_size, config.n_kv_heads, config.softmax_compute_type
         )
+    _check_paged_kernels(config)
     return PagedInputsFused(config.compute_dtype)
 
 
