@@ -61,6 +61,7 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     if training:
         _check_dataset(config, "train")
         leave_section_in_data_parallel(config)
+    _fit_dataset_workers(config)
     prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)
@@ -131,6 +132,22 @@ def _check_dataset(config: dict, which: str) -> None:
         )
     if isinstance(name, str) and not Path(name).expanduser().exists():
         raise ValueError(f"there is no data set {name}; give --{which}_dataset_dir a path that exists.")
+
+
+def _fit_dataset_workers(config: dict) -> None:
+    """MindSpore refuses more data set threads than there are cores; take as many as there are, saying so."""
+    cores = os.cpu_count() or 1
+    for which in ("train", "eval"):
+        for section in (f"{which}_dataset", f"{which}_dataset_task"):
+            dataset = config.get(section) or {}
+            dataset = dataset.get("dataset_config", dataset)
+            if dataset.get("num_parallel_workers", 1) > cores:
+                print(
+                    f"{section}: {dataset['num_parallel_workers']} num_parallel_workers, more than the {cores} "
+                    f"cores of this machine; using {cores}",
+                    flush=True,
+                )
+                dataset["num_parallel_workers"] = cores
 
 
 def prepare_environment(output_dir: str, register: Path) -> None:
