@@ -16,8 +16,6 @@ from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2.telechat_compat import CrossEntropyLoss, is_cpu
 
-NEG_INF = -3.0e38  # added to masked scores; finite, so that a row without any key stays finite
-
 
 class RMSNormTwin(nn.Cell):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``."""
@@ -223,6 +221,7 @@ class SequenceInputsTwin(nn.Cell):
         super().__init__()
         self.num_heads, self.n_kv_heads = num_heads, n_kv_heads
         self.softmax_dtype = softmax_dtype
+        self.masked_score = _masked_score(softmax_dtype)
         self.cast = P.Cast()
 
     def construct(self, cos, sin, batch_size, masked):
@@ -231,7 +230,7 @@ class SequenceInputsTwin(nn.Cell):
         keys = (batch_size, self.n_kv_heads, length, head_dim)
         if masked is None:
             masked = ops.triu(ops.ones((length, length), self.softmax_dtype), 1)
-        bias = self.cast(masked, self.softmax_dtype) * NEG_INF
+        bias = self.cast(masked, self.softmax_dtype) * self.masked_score
         return (
             (ops.broadcast_to(cos, queries), ops.broadcast_to(sin, queries)),
             (ops.broadcast_to(cos, keys), ops.broadcast_to(sin, keys)),
@@ -295,6 +294,7 @@ class PagedInputsTwin(nn.Cell):
         self.offsets = Tensor(np.arange(block_size, dtype=np.int32))
         self.block_size = block_size
         self.softmax_dtype = softmax_dtype
+        self.masked_score = _masked_score(softmax_dtype)
         self.select = P.Select()
         self.cumsum = P.CumSum()
         self.cast = P.Cast()
@@ -304,7 +304,7 @@ class PagedInputsTwin(nn.Cell):
         return slots.reshape(-1, 1) + self.first_rows
 
     def _bias(self, masked):
-        return self.cast(masked, self.softmax_dtype) * NEG_INF
+        return self.cast(masked, self.softmax_dtype) * self.masked_score
 
     def prefill(self, positions, lengths, block_tables, slots):
         """A token sees those of its own sequence up to itself."""
@@ -459,6 +459,11 @@ class CrossEntropyTwin(nn.Cell):
         return (numerator, denominator) if self.per_token else numerator / denominator
 
 
+def _masked_score(dtype) -> float:
+    """Added to a masked score, whose softmax is 0 then; finite, since the others get 0 times it."""
+    return -6.0e4 if dtype == ms.float16 else -3.0e38
+
+
 def _cache(name, shape, dtype):
     return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
 
@@ -497,6 +502,19 @@ def _check_attention_dtype(config) -> None:
         )
 
 
+def _check_cpu_dtypes(config) -> None:
+    """Raise ValueError for bfloat16 where a CPU has no kernels for it; ``res_dtype`` may be bfloat16."""
+    for name in (
+        "compute_dtype", "param_init_type", "embedding_init_type", "layernorm_compute_type",
+        "softmax_compute_type", "rotary_dtype",
+    ):  # fmt: skip
+        if getattr(config, name) == ms.bfloat16:
+            raise ValueError(
+                f"{name} is bfloat16, for which MindSpore has no operators on a CPU; "
+                f"set model_config.{name}: float32."
+            )
+
+
 def rms_norm(eps: float) -> nn.Cell:
     """RMSNorm kernel: ``(x [T, H], weight [H]) -> [T, H]``, computed in the dtype given."""
     return RMSNormTwin(eps) if is_cpu() else RMSNormFused(eps)
@@ -519,7 +537,9 @@ def rotary_tokens(head_dim: int) -> nn.Cell:
 
 def sequence_inputs(config) -> nn.Cell:
     """What the kernels on whole sequences need besides their operands; see SequenceInputsTwin."""
-    if config.use_flash_attention and not is_cpu():
+    if is_cpu():
+        _check_cpu_dtypes(config)
+    elif config.use_flash_attention:
         return SequenceInputsFused()
     return SequenceInputsTwin(config.num_heads, config.n_kv_heads, config.softmax_compute_type)
 
@@ -540,6 +560,7 @@ def causal_attention(config) -> nn.Cell:
 def paged_inputs(config) -> nn.Cell:
     """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin."""
     if is_cpu():
+        _check_cpu_dtypes(config)
         return PagedInputsTwin(
             config.num_blocks, config.block_size, config.n_kv_heads, config.softmax_compute_type
         )
