@@ -19,8 +19,8 @@ from research.telechat2.telechat_compat import (
 class TelechatMonitor(Callback):
     """Draws the loss curve, and counts the steps whose records held no trained token.
 
-    Such a step has loss 0 exactly and changes no weight; preprocessing refuses to write such records, but
-    data from elsewhere may hold them. ``<output_dir>/loss_curve.png`` is written at the end of each epoch.
+    Such a step has loss 0 exactly and gradients of 0; preprocessing refuses to write such records, but data
+    from elsewhere may hold them. ``<output_dir>/loss_curve.png`` is written at the end of each epoch.
     """
 
     def __init__(self):
