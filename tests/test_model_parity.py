@@ -196,6 +196,16 @@ def test_rope_theta_is_the_configs(small):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
+def test_rms_norm_eps_is_the_configs(tmp_path):
+    """One so large that it counts."""
+    random = random_model(tmp_path, 2, 1, 64, False, 0.5)
+    ids, _ = records(seed=10)
+    with torch.no_grad():
+        expected = random.oracle(torch.tensor(ids)).logits.numpy()
+    logits = random.build(seq_length=SEQ_LENGTH)(int32(ids))[0].asnumpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(("qkv_has_bias", "out_proj_has_bias"), [(True, True), (False, False)])
 def test_biases_are_where_the_config_says(small, qkv_has_bias, out_proj_has_bias):
     """Layouts that no release has: the same random values are set on both sides by hand."""
