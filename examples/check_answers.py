@@ -1,7 +1,7 @@
 """Ask a fine-tuned model everything it was trained on, and count the answers it gives word for word.
 
-    python examples/check_answers.py --yaml_file predict_telechat_tiny.yaml --vocab_file_path tokenizer.model \\
-        --checkpoint_path model.safetensors --input examples/dialogues.jsonl
+    python examples/check_answers.py --yaml_file predict_telechat_tiny.yaml \\
+        --vocab_file_path tokenizer.model --checkpoint_path model.safetensors --input examples/dialogues.jsonl
 
 Each answer of a conversation is asked for with the true conversation before it as prompt; it counts if every
 token up to and including ``<_end>`` is the one that was trained.
@@ -95,7 +95,7 @@ def main() -> None:
         args.vocab_file_path,
         args.checkpoint_path,
         batch_size=BATCH_SIZE,
-        generation={"max_new_tokens": 256},
+        generation={"max_new_tokens": 256, "do_sample": False, "repetition_penalty": 1.0},
     )
     questions = read_questions(args.input, predictor.tokenizer)
     right = report(predictor, questions, ask_all(predictor, questions))

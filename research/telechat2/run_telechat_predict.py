@@ -43,11 +43,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device_id", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=1, help="questions of a file answered at once")
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--max_length", type=int, default=8192, help="tokens of prompt and answer together")
-    parser.add_argument("--do_sample", type=boolean, default=False)
-    parser.add_argument("--top_k", type=int, default=1)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens of prompt and answer together; by default the YAML's seq_length",
+    )
+    for name, how in (
+        ("do_sample", boolean), ("top_k", int), ("top_p", float), ("repetition_penalty", float)
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=how, help="by default the YAML's")
     return parser.parse_args()
 
 
@@ -59,16 +63,20 @@ def main() -> None:
             "--use_parallel True: this version predicts on one device; leave the flag out or set it to False."
         )
     for name in ("batch_size", "max_new_tokens", "max_length"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     quiet_libraries()
-    from research.telechat2.telechat_predict_utils import answer_all, chat, load_predictor, read_questions
+    from research.telechat2.telechat_predict_utils import (
+        answer_all,
+        chat,
+        load_predictor,
+        question,
+        read_questions,
+    )
 
-    questions = [[{"role": "user", "content": text}] for text in args.question]
+    questions = [question(text, args.system) for text in args.question]
     if args.question_file:
-        questions += read_questions(args.question_file)
-    if args.system:
-        questions = [[{"role": "system", "content": args.system}, *messages] for messages in questions]
+        questions += read_questions(args.question_file, args.system)
     predictor = load_predictor(
         resolve_config(args.yaml_file, Path.cwd()),
         args.vocab_file_path,
