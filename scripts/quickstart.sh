@@ -60,4 +60,4 @@ ask=(--yaml_file predict_telechat_tiny.yaml --vocab_file_path vocab/tokenizer.mo
 python "$checkout/examples/check_answers.py" "${ask[@]}" --input "$dialogues" --at_least 95
 echo
 python "$telechat/run_telechat_predict.py" "${ask[@]}" "生抽与老抽的区别？"
-echo "Go on with a conversation: python $telechat/run_telechat_predict.py ${ask[*]/#/}" | sed "s#vocab/#$work/vocab/#; s#mindspore/#$work/mindspore/#"
+echo "Go on with a conversation: $(command -v python) $telechat/run_telechat_predict.py ${ask[*]}" | sed "s#vocab/#$work/vocab/#; s#mindspore/#$work/mindspore/#"
