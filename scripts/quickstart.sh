@@ -36,8 +36,9 @@ python "$telechat/telechat_preprocess.py" --input_dataset_file "$dialogues" \
     --vocab_file_path vocab/tokenizer.model --max_length 512 --output_path data/
 
 step "4/6 fine-tuning through MindFormers' Trainer (every 10th loss line; all of them in train.log)"
+: >train.log  # tail must find it, however late the training starts
 python "$checkout/run_mindformer.py" --config research/telechat2/telechat2-tiny/finetune_telechat_tiny.yaml \
-    --train_dataset data/dataset.mindrecord --output_dir "$work/train" >train.log 2>&1 &
+    --train_dataset data/dataset.mindrecord --output_dir "$work/train" >>train.log 2>&1 &
 training=$!
 trap 'kill "$training" 2>/dev/null || true' EXIT
 tail -n +1 -f --pid="$training" train.log 2>/dev/null |
