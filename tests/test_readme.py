@@ -1,0 +1,248 @@
+"""The READMEs: both say the same, all they name exists, and every command does what the text promises."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from research.telechat2.telechat_run_config import resolve_config
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ENGLISH = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+CHINESE = (CHECKOUT / "README_CN.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BASH = [text for language, text in BLOCK.findall(ENGLISH) if language == "bash"]
+COMMANDS = [shlex.split(line) for text in BASH for line in text.replace("\\\n", " ").splitlines()]
+
+
+def prose(readme: str) -> str:
+    return BLOCK.sub("", readme)
+
+
+def inline_code(readme: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(readme))
+
+
+def test_both_languages_have_the_same_commands_names_and_sections():
+    assert BLOCK.findall(ENGLISH) == BLOCK.findall(CHINESE) != []
+    assert set(inline_code(ENGLISH)) == set(inline_code(CHINESE))
+    for pattern in (r"^#+ ", r"^\|"):  # headings, table rows
+        found = [re.findall(pattern, prose(readme), re.MULTILINE) for readme in (ENGLISH, CHINESE)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_links_lead_somewhere(readme):
+    headings = re.findall(r"^#+ (.+)$", prose(readme), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", readme):
+        assert target[1:] in anchors if target.startswith("#") else (CHECKOUT / target).exists(), target
+
+
+def test_files_that_the_text_names_exist():
+    folders = (CHECKOUT, CHECKOUT / "research" / "telechat2")
+    named = [code for code in inline_code(ENGLISH) if re.fullmatch(r"[\w*./-]+(\.py|\.sh|\.toml|/)", code)]
+    assert len(named) > 20
+    for name in named:
+        assert any(any(folder.glob(name.rstrip("/"))) for folder in folders), name
+
+
+@cache
+def known_flags(*command: str) -> frozenset[str]:
+    """The options that ``--help`` of a program lists."""
+    told = subprocess.run(
+        [sys.executable, str(CHECKOUT / command[0]), *command[1:], "--help"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    return frozenset(re.findall(r"--[a-z_]+", told.stdout))
+
+
+def program(words: list[str]) -> tuple[str, ...]:
+    """The file that a command runs, and its subcommand."""
+    return tuple(words[1:3]) if words[2:3] == ["show"] else (words[1],)
+
+
+def by_name(flag: str, known: frozenset[str]) -> bool:
+    """Whether argparse takes ``flag``: itself, or as the beginning of one option only."""
+    return flag in known or sum(option.startswith(flag) for option in known) == 1
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: Path(words[1]).name)
+def test_commands_name_files_and_flags_that_exist(words):
+    assert words[0] in ("bash", "python") and (CHECKOUT / words[1]).is_file()
+    for before, word in zip(words, words[1:], strict=False):
+        if word.startswith(("examples/", "research/", "benchmarks/", "scripts/", "./")) or word.endswith(
+            ".yaml"
+        ):
+            assert (CHECKOUT / word).exists() or resolve_config(word, CHECKOUT), (before, word)
+    flags = [word for word in words if word.startswith("--")]
+    if words[0] == "bash":
+        assert not flags
+        return
+    for flag in flags:
+        overridden = "." in flag and words[1] == "run_mindformer.py"
+        assert overridden or by_name(flag, known_flags(*program(words))), flag
+
+
+def test_flags_of_tables_and_text_exist():
+    table = re.findall(r"^\| `(--\w+)` \|", ENGLISH, re.MULTILINE)
+    assert len(table) == 5 and set(table) <= known_flags("research/telechat2/telechat_preprocess.py")
+    everywhere = frozenset().union(*(known_flags(*program(w)) for w in COMMANDS if w[0] == "python"))
+    mentioned = {flag for code in inline_code(ENGLISH) for flag in re.findall(r"--[a-z_]+(?![\w.])", code)}
+    assert mentioned - everywhere == set()
+
+
+# ---------------------------------------------------------------------- in a clean clone
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+
+
+class Clone:
+    """A clean clone with an environment that counts as set up, so that nothing is installed."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "clone"
+        git = subprocess.run(
+            ["git", "clone", "-q", str(CHECKOUT), str(self.path)], capture_output=True, text=True
+        )
+        if git.returncode:
+            pytest.skip(f"needs the checkout to be a git repository: {git.stderr.strip()}")
+        active = folder / "environment"
+        active.mkdir()
+        pins = sha256((self.path / "pyproject.toml").read_bytes()).hexdigest()
+        (active / "telechat2_installed").write_text(f"{pins}  - {self.path}\n")
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONDA_PREFIX")}
+        self.environment |= {
+            "VIRTUAL_ENV": str(active),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.peak = folder / "peak"
+
+    def run(self, block: str) -> str:
+        """Run a block as a user would; return what it wrote. It must succeed."""
+        began = time.monotonic()
+        told = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(self.peak), "bash", "-ec", block],
+            cwd=self.path, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert told.returncode == 0, f"{block}\n{told.stdout[-5000:]}"
+        seconds = time.monotonic() - began
+        print(f"{seconds:.0f} s, peak {self.peak_bytes() / 1e9:.2f} GB: {block.splitlines()[0]}")
+        return told.stdout
+
+    def peak_bytes(self) -> int:
+        """Largest resident memory of any one process of the last block."""
+        return int(self.peak.read_text()) * 1024
+
+    def top(self) -> set[str]:
+        return {path.name for path in self.path.iterdir()} - {"__pycache__"}
+
+
+def readme_answer() -> str:
+    """What the examples teach as the answer to the README's question."""
+    for line in (CHECKOUT / "examples" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line).get("messages", [])
+        if [message["content"] for message in messages[:1]] == ["生抽与老抽的区别？"]:
+            return messages[1]["content"]
+    raise AssertionError("the examples do not hold the README's question")
+
+
+STEP = re.compile(r"Epoch:\[\s*(\d+)/\s*\d+\], step:\[\s*(\d+)/\s*5\], loss:\[([\d.]+)/")
+
+
+def check_quickstart(clone: Clone, said: str) -> None:
+    right = re.search(
+        r"^(\d+) of 100 conversations end with the trained answer word for word", said, re.MULTILINE
+    )
+    assert right and int(right[1]) >= 95, said[-2000:]
+    assert f"\n生抽与老抽的区别？\n{readme_answer()}\n" in said
+    assert "installing" not in said
+    assert clone.peak_bytes() < 6e9
+    work = clone.path / "output" / "quickstart"
+    assert (work / "train" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert any((work / "train" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert any((work / "train" / "checkpoint").glob("iteration_*"))
+
+
+def check_data(clone: Clone, said: str) -> None:
+    assert "read 100 lines = 100 conversations written + 0 skipped" in said
+
+
+def check_show(clone: Clone, said: str) -> None:
+    assert "--- line 64:" in said and said.count("⟦") == said.count("⟧") >= 1
+
+
+def check_weights(clone: Clone, said: str) -> None:
+    """There and back again, from the same training: the bytes of the quickstart's own conversion."""
+    output = clone.path / "output"
+    files = [folder / "mindspore" / "model.safetensors" for folder in (output, output / "quickstart")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def check_finetune(clone: Clone, said: str) -> None:
+    assert [(int(epoch), int(step)) for epoch, step, _ in STEP.findall(said)] == [
+        (epoch, step) for epoch in (1, 2) for step in range(1, 6)
+    ]
+    assert float(STEP.search(said)[3]) < 0.1  # it starts from what the quickstart learned
+    saved = sorted(path.name for path in (clone.path / "output/finetune/checkpoint").glob("iteration_*"))
+    assert saved == ["iteration_00000005", "iteration_00000010"]
+
+
+def check_resume(clone: Clone, said: str) -> None:
+    assert [(int(epoch), int(step)) for epoch, step, _ in STEP.findall(said)] == [(3, s) for s in range(1, 6)]
+
+
+def check_eval(clone: Clone, said: str) -> None:
+    loss = re.search(r"'loss': ([\d.]+), 'PPL': ([\d.]+)", said)
+    assert loss and 0 < float(loss[1]) < 0.1 and 1 < float(loss[2]) < 1.1, said[-2000:]
+
+
+def check_predict(clone: Clone, said: str) -> None:
+    assert f"\n生抽与老抽的区别？{readme_answer()}\n" in said.rsplit("Predict Over!", 1)[1]
+
+
+def check_ask(clone: Clone, said: str) -> None:
+    assert f"生抽与老抽的区别？\n{readme_answer()}\n" in said
+
+
+def check_benchmark(clone: Clone, said: str) -> None:
+    assert "step" in said and "decode" in said
+
+
+CHECKS = [
+    check_quickstart, None, check_data, check_show, check_weights, check_finetune, check_resume, check_eval,
+    check_predict, check_ask, check_benchmark,
+]  # fmt: skip
+
+
+@pytest.mark.slow  # trains the small model to the end: minutes
+def test_every_command_does_what_the_readme_promises(tmp_path):
+    """All blocks in their order, each on what those before it left, but for the tests themselves."""
+    if not shutil.which("git"):
+        pytest.skip("needs git, to make a clean clone")
+    assert len(BASH) == len(CHECKS)
+    assert [block for block, check in zip(BASH, CHECKS, strict=True) if not check] == [
+        "bash scripts/test.sh\n"
+    ]
+    clone = Clone(tmp_path)
+    before = clone.top()
+    for block, check in zip(BASH, CHECKS, strict=True):
+        if check:
+            check(clone, clone.run(block))
+    assert clone.top() - before == {"output"}
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone.path, capture_output=True, text=True)
+    assert changed.stdout == ""
