@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.telechat2 import telechat_ops
+from research.telechat2 import telechat_fused, telechat_ops, telechat_twins
 from research.telechat2.telechat_config import TelechatConfig
 
 SMALL = {
@@ -39,7 +39,7 @@ def test_prediction_refuses_what_the_kernels_do_not_take(change, message):
 def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
     compute, rotary = dtypes
     config = TelechatConfig(**{**SMALL, "use_past": True, "compute_dtype": compute, "rotary_dtype": rotary})
-    assert isinstance(telechat_ops.paged_inputs(config), telechat_ops.PagedInputsFused)
+    assert isinstance(telechat_ops.paged_inputs(config), telechat_fused.PagedInputsFused)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_training_refuses_what_flash_attention_does_not_take(change, message):
     with pytest.raises(ValueError, match=message):
         telechat_ops.causal_attention(TelechatConfig(**config))
     plain = telechat_ops.causal_attention(TelechatConfig(**config, use_flash_attention=False))
-    assert isinstance(plain, telechat_ops.GroupedAttention)
+    assert isinstance(plain, telechat_twins.GroupedAttention)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from research.telechat2 import telechat_ops
+from research.telechat2 import telechat_ops, telechat_twins
 from research.telechat2.telechat_config import TelechatConfig
 
 rng = np.random.default_rng()
@@ -71,8 +71,8 @@ def test_rms_norm(eps):
 
     x = normal(5, 24) * np.float32([[1], [1e-3], [30], [1], [1]])  # a small row, where eps matters
     tensors = Tensor(x), Tensor(normal(24))
-    check(telechat_ops.RMSNormTwin(eps), reference, [x[[0, 2, 3]], normal(24)])
-    small = telechat_ops.RMSNormTwin(eps)(*tensors).asnumpy()
+    check(telechat_twins.RMSNormTwin(eps), reference, [x[[0, 2, 3]], normal(24)])
+    small = telechat_twins.RMSNormTwin(eps)(*tensors).asnumpy()
     expected = reference(x.astype(np.float64), tensors[1].asnumpy())
     np.testing.assert_allclose(small, expected, rtol=2e-6, atol=1e-8)
 
@@ -81,7 +81,7 @@ def test_swiglu():
     def reference(gate, up):
         return gate / (1 + np.exp(-gate)) * up
 
-    check(telechat_ops.SwiGLUTwin(), reference, [3 * normal(6, 20), normal(6, 20)])
+    check(telechat_twins.SwiGLUTwin(), reference, [3 * normal(6, 20), normal(6, 20)])
 
 
 def rotate(x, cos, sin):
@@ -107,8 +107,8 @@ def test_rotary_of_whole_sequences():
     class Both(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.inputs = telechat_ops.SequenceInputsTwin(4, 2, ms.float32)
-            self.rotary = telechat_ops.RotaryTwin()
+            self.inputs = telechat_twins.SequenceInputsTwin(4, 2, ms.float32)
+            self.rotary = telechat_twins.RotaryTwin()
             self.concat = ops.Concat(1)
 
         def construct(self, query, key, cos, sin):
@@ -122,7 +122,7 @@ def test_rotary_of_single_tokens():
     """Heads lie side by side in a token's channels; every token has a position of its own."""
     query, key = normal(5, 3 * 8), normal(5, 8)
     cos, sin = (table[[4, 0, 7, 7, 2]] for table in tables(8, 8))
-    q, k = telechat_ops.RotaryTokensTwin(8)(*map(Tensor, (query, key, cos, sin)), Tensor([5], ms.int32))
+    q, k = telechat_twins.RotaryTokensTwin(8)(*map(Tensor, (query, key, cos, sin)), Tensor([5], ms.int32))
     heads = rotate(query.reshape(5, 3, 8).astype(np.float64), cos[:, None], sin[:, None])
     assert_close(q, heads.reshape(5, 24))
     assert_close(k, rotate(key.astype(np.float64), cos, sin))
@@ -215,7 +215,7 @@ def test_cross_entropy():
     class Loss(nn.Cell):
         def __init__(self, per_token):
             super().__init__()
-            self.loss = telechat_ops.CrossEntropyTwin(per_token)
+            self.loss = telechat_twins.CrossEntropyTwin(per_token)
             self.labels, self.mask = Tensor(labels), Tensor(mask)
 
         def construct(self, logits):
@@ -232,7 +232,7 @@ def test_cross_entropy():
 
 
 def test_cross_entropy_of_nothing_is_zero():
-    loss = telechat_ops.CrossEntropyTwin(False)
+    loss = telechat_twins.CrossEntropyTwin(False)
     labels, mask = Tensor([-100] * 3, ms.int32), Tensor(np.zeros(3, np.float32))
     assert loss(Tensor(normal(3, 5)), labels, mask).asnumpy() == [0.0]
     gradients = Gradients(loss)(Tensor(normal(3, 5)), labels, mask, Tensor([1.0], ms.float32))

@@ -1,518 +1,34 @@
-"""One cell per fused Ascend kernel, and its portable twin: same signature, shapes and meaning.
+"""Which kernels a model gets: the fused ones on Ascend, their twins on a CPU. Chosen once, at construction.
 
-A model built on Ascend gets the fused kernels, on a CPU the twins; the factory functions at the end
-choose once, when the model is built. B: sequences, S: tokens of each, T: tokens of all sequences one
-after the other without padding, N: query heads, K: key/value heads, D: channels of a head.
+A kernel's contract is stated at its twin (telechat_twins.py). Settings that the target's kernels cannot take
+are errors here, since only here the target is known.
 """
 
-import math
-
 import mindspore as ms
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import initializer
-from mindspore.ops import auto_generate
-from mindspore.ops import operations as P  # noqa: N812
+from mindspore import nn
 
 from research.telechat2.telechat_compat import CrossEntropyLoss, is_cpu
-
-
-class RMSNormTwin(nn.Cell):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.square = P.Square()
-        self.mean = P.ReduceMean(keep_dims=True)
-        self.add = P.Add()
-        self.rsqrt = P.Rsqrt()
-        self.scale = P.Mul()
-        self.mul = P.Mul()
-
-    def construct(self, x, weight):
-        inverse = self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))
-        return self.mul(self.scale(x, inverse), weight)
-
-
-class RMSNormFused(nn.Cell):
-    """Ascend's RmsNorm."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.norm = P.RmsNorm(eps)
-
-    def construct(self, x, weight):
-        return self.norm(x, weight)[0]
-
-
-class SwiGLUTwin(nn.Cell):
-    """``silu(gate) * up``, both ``[T, F]``."""
-
-    def __init__(self):
-        super().__init__()
-        self.silu = auto_generate.SiLU()
-        self.mul = P.Mul()
-
-    def construct(self, gate, up):
-        return self.mul(self.silu(gate), up)
-
-
-class SwiGLUFused(nn.Cell):
-    """Ascend's Swiglu. Gate and up are stacked on an axis of their own, which no plan ever splits."""
-
-    def __init__(self):
-        super().__init__()
-        self.stack = P.Stack(axis=1)
-        self.swiglu = auto_generate.Swiglu()
-        self.reshape = P.Reshape()
-
-    def construct(self, gate, up):
-        return self.reshape(self.swiglu(self.stack((gate, up)), 1), gate.shape)
-
-
-class RotaryTwin(nn.Cell):
-    """Half-split rotation of queries ``[B, N, S, D]`` and keys ``[B, K, S, D]``, each by its own cos and sin.
-
-    ``x * cos + (-x2, x1) * sin``, where x1 and x2 are the first and second half of the channels.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.split = P.Split(-1, 2)
-        self.neg = P.Neg()
-        self.concat = P.Concat(-1)
-        self.mul_cos = P.Mul()
-        self.mul_sin = P.Mul()
-        self.add = P.Add()
-
-    def rotate(self, x, cos, sin):
-        """Rotate one tensor."""
-        first, second = self.split(x)
-        turned = self.concat((self.neg(second), first))
-        return self.add(self.mul_cos(x, cos), self.mul_sin(turned, sin))
-
-    def construct(self, query, key, query_tables, key_tables):
-        return self.rotate(query, *query_tables), self.rotate(key, *key_tables)
-
-
-class RotaryFused(nn.Cell):
-    """Ascend's RotaryPositionEmbedding in its half-split mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.rotary = auto_generate.RotaryPositionEmbedding()
-
-    def construct(self, query, key, query_tables, key_tables):
-        return self.rotary(query, *query_tables, 0), self.rotary(key, *key_tables, 0)
-
-
-class RotaryTokensTwin(nn.Cell):
-    """Half-split rotation of ``[T, N*D]`` queries and ``[T, K*D]`` keys by ``[T, D]`` tables."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.head_dim = head_dim
-        self.reshape = P.Reshape()
-        self.rotary = RotaryTwin()
-
-    def heads(self, x):
-        """``[T, N*D]`` as ``[T, N, D]``."""
-        return self.reshape(x, (-1, x.shape[-1] // self.head_dim, self.head_dim))
-
-    def construct(self, query, key, cos, sin, lengths):
-        tables = (self.reshape(cos, (-1, 1, self.head_dim)), self.reshape(sin, (-1, 1, self.head_dim)))
-        q, k = self.rotary(self.heads(query), self.heads(key), tables, tables)
-        return self.reshape(q, (-1, query.shape[-1])), self.reshape(k, (-1, key.shape[-1]))
-
-
-class RotaryTokensFused(nn.Cell):
-    """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens.
-
-    Format 2: half-split, a row of the tables for each token (CANN's description; MindFormers itself gives
-    the whole tables in prefill, so try a batch of prompts first on a new NPU stack). The kernel turns 16-bit
-    tensors only; with float32 tables it computes in float32, which it can for float16.
-    """
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.rotary = auto_generate.ApplyRotaryPosEmb(2)
-        self.cast = P.Cast()
-
-    def construct(self, query, key, cos, sin, lengths):
-        if cos.dtype == ms.float32:
-            query, key = self.cast(query, ms.float16), self.cast(key, ms.float16)
-        return self.rotary(query, key, cos, sin, lengths)
-
-
-class WeightedValues(nn.Cell):
-    """``softmax(scores) @ values``: ``[B, K, S, L]`` on ``[B, K, L, D]`` to ``[B, K, S, D]``.
-
-    The gradient is FlashAttention's (Dao et al. 2022, section 3.1), ``dS = P * (dO V^T - rowsum(dO * O))``
-    with the row sums taken over D and subtracted inside the product, by one more column: MindSpore's own
-    Softmax gradient makes four passes over ``[S, L]`` on a CPU.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.softmax = P.Softmax(-1)
-        self.matmul = P.BatchMatMul()
-        self.matmul_ta = P.BatchMatMul(transpose_a=True)
-        self.matmul_tb = P.BatchMatMul(transpose_b=True)
-        self.mul = P.Mul()
-        self.sum = P.ReduceSum(keep_dims=True)
-        self.concat = P.Concat(-1)
-        self.cast = P.Cast()
-
-    def construct(self, scores, values):
-        return self.matmul(self.cast(self.softmax(scores), values.dtype), values)
-
-    def bprop(self, scores, values, out, dout):
-        """Gradients of scores and values."""
-        weights = self.cast(self.softmax(scores), values.dtype)
-        row_sums = self.sum(self.mul(dout, out), -1)
-        one = ops.ones_like(values[..., :1])
-        dweights = self.matmul_tb(self.concat((dout, -row_sums)), self.concat((values, one)))
-        dscores = self.cast(self.mul(weights, dweights), scores.dtype)
-        return dscores, self.matmul_ta(weights, dout)
-
-
-class GroupedAttention(nn.Cell):
-    """Softmax attention of ``[B, N, S, D]`` queries on ``[B, K, L, D]`` keys and values, N a multiple of K.
-
-    The N / K queries that share a key head lie one after the other on the token axis, so no key is copied.
-    ``bias`` is added to the scores ``[B, N, S, L]``. Returns ``[B, N, S, D]``.
-    """
-
-    def __init__(self, head_dim: int, softmax_dtype):
-        super().__init__()
-        self.scale = 1.0 / math.sqrt(head_dim)
-        self.softmax_dtype = softmax_dtype
-        self.scores = P.BatchMatMul(transpose_b=True)
-        self.weighted_values = WeightedValues()
-        self.mul = P.Mul()
-        self.add = P.Add()
-        self.reshape = P.Reshape()
-        self.cast = P.Cast()
-
-    def construct(self, query, key, value, bias):
-        b, n, s, d = query.shape
-        k, length = key.shape[1], key.shape[2]
-        query = self.reshape(self.mul(query, self.scale), (b, k, n // k * s, d))
-        scores = self.cast(self.scores(query, key), self.softmax_dtype)
-        scores = self.add(self.reshape(scores, (b, n, s, length)), bias)
-        scores = self.reshape(scores, (b, k, n // k * s, length))
-        return self.reshape(self.weighted_values(scores, value), (b, n, s, d))
-
-
-class SequenceInputsTwin(nn.Cell):
-    """What the kernels on whole sequences need besides their operands, made once for all layers.
-
-    A CPU works on equal shapes several times faster than it broadcasts, so everything has its full shape.
-
-    Inputs: cos and sin ``[S, D]`` of positions 0 to S - 1, the batch size B, and what a token must not see
-    ``[B, 1, S, S]`` bool, or None if that is just what follows it.
-
-    Outputs: cos and sin for queries ``[B, N, S, D]``, those for keys ``[B, K, S, D]``, and the score bias
-    ``[B, N, S, S]``.
-    """
-
-    def __init__(self, num_heads: int, n_kv_heads: int, softmax_dtype):
-        super().__init__()
-        self.num_heads, self.n_kv_heads = num_heads, n_kv_heads
-        self.softmax_dtype = softmax_dtype
-        self.masked_score = _masked_score(softmax_dtype)
-        self.cast = P.Cast()
-
-    def construct(self, cos, sin, batch_size, masked):
-        length, head_dim = cos.shape
-        queries = (batch_size, self.num_heads, length, head_dim)
-        keys = (batch_size, self.n_kv_heads, length, head_dim)
-        if masked is None:
-            masked = ops.triu(ops.ones((length, length), self.softmax_dtype), 1)
-        bias = self.cast(masked, self.softmax_dtype) * self.masked_score
-        return (
-            (ops.broadcast_to(cos, queries), ops.broadcast_to(sin, queries)),
-            (ops.broadcast_to(cos, keys), ops.broadcast_to(sin, keys)),
-            ops.broadcast_to(bias, (batch_size, self.num_heads, length, length)),
-        )
-
-
-class SequenceInputsFused(nn.Cell):
-    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask in uint8.
-
-    That is ``[B, 1, S, S]`` for packed documents, else a triangle ``[2048, 2048]`` that FlashAttentionScore
-    expands to any length (sparse mode 2).
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
-        self.cast = P.Cast()
-
-    def construct(self, cos, sin, batch_size, masked):
-        tables = (cos.reshape(1, 1, *cos.shape), sin.reshape(1, 1, *sin.shape))
-        return tables, tables, self.mask if masked is None else self.cast(masked, ms.uint8)
-
-
-class CausalAttentionFused(nn.Cell):
-    """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``.
-
-    Its softmax is kept in float32 whatever ``softmax_compute_type`` says.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int, packed: bool):
-        super().__init__()
-        self.flash = P.nn_ops.FlashAttentionScore(
-            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD",
-            sparse_mode=0 if packed else 2,
-        )  # fmt: skip
-
-    def construct(self, query, key, value, mask):
-        return self.flash(query, key, value, None, None, None, mask)[3]
-
-
-class PagedInputsTwin(nn.Cell):
-    """What the paged twins need besides their operands, made once for all layers.
-
-    The twins' caches are ``[K * slots, D]``, head after head: the one layout in which a CPU writes tokens in
-    place and reads a head's keys as a matrix. They have one block more than ``num_blocks``, where padding
-    (slot -1) is written.
-
-    Inputs: ``positions`` ``[T]`` of the tokens in their sequences, ``lengths`` ``[B]``, ``block_tables``
-    ``[B, M]`` (-1 where a sequence has no block), ``slots`` ``[T]`` (-1: do not write), all int32.
-
-    Outputs of ``prefill``: rows to write ``[T, K]``, None, score bias ``[1, 1, T, T]``; of ``decode``
-    (T = B): rows to write, rows to read ``[K, B, L]``, score bias ``[1, B, 1, L]``, L = M * block_size.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, n_kv_heads: int, softmax_dtype):
-        super().__init__()
-        self.spare_slot = num_blocks * block_size
-        num_slots = self.spare_slot + block_size
-        self.first_rows = Tensor(np.arange(n_kv_heads, dtype=np.int32) * num_slots)
-        self.offsets = Tensor(np.arange(block_size, dtype=np.int32))
-        self.block_size = block_size
-        self.softmax_dtype = softmax_dtype
-        self.masked_score = _masked_score(softmax_dtype)
-        self.select = P.Select()
-        self.cumsum = P.CumSum()
-        self.cast = P.Cast()
-
-    def _rows_to_write(self, slots):
-        slots = self.select(slots < 0, ops.full_like(slots, self.spare_slot), slots)
-        return slots.reshape(-1, 1) + self.first_rows
-
-    def _bias(self, masked):
-        return self.cast(masked, self.softmax_dtype) * self.masked_score
-
-    def prefill(self, positions, lengths, block_tables, slots):
-        """A token sees those of its own sequence up to itself."""
-        index = self.cumsum(ops.ones_like(positions), 0) - 1
-        row, column = index.reshape(-1, 1), index.reshape(1, -1)
-        start = (index - positions).reshape(-1, 1)
-        masked = ops.logical_or(column > row, column < start)
-        return self._rows_to_write(slots), None, self._bias(masked).reshape(1, 1, *masked.shape)
-
-    def decode(self, positions, lengths, block_tables, slots):
-        """A sequence sees its first ``lengths`` cached tokens."""
-        batch = block_tables.shape[0]
-        first = ops.maximum(block_tables, 0) * self.block_size
-        rows = (first.reshape(batch, -1, 1) + self.offsets).reshape(1, batch, -1)
-        index = self.cumsum(ops.ones_like(rows), 2) - 1
-        masked = index >= lengths.reshape(1, -1, 1)
-        rows = rows + self.first_rows.reshape(-1, 1, 1)
-        return self._rows_to_write(slots), rows, self._bias(masked).reshape(1, batch, 1, -1)
-
-
-class PagedInputsFused(nn.Cell):
-    """The fused kernels take slots, tables and lengths as they are, and a fixed ``[128, 128]`` triangle.
-
-    CANN's compressed mask: 1 in the upper triangle where the products are accumulated in float32, which they
-    are for bfloat16, else the value added to the scores.
-    """
-
-    def __init__(self, compute_dtype):
-        super().__init__()
-        triangle = np.triu(np.ones((128, 128), np.float32), 1)
-        self.mask = Tensor(triangle * (1.0 if compute_dtype == ms.bfloat16 else -10000.0), compute_dtype)
-
-    def prefill(self, positions, lengths, block_tables, slots):
-        """See PagedInputsTwin."""
-        return slots, block_tables, self.mask
-
-    def decode(self, positions, lengths, block_tables, slots):
-        """See PagedInputsTwin."""
-        return slots, block_tables, None
-
-
-class PagedAttentionTwin(nn.Cell):
-    """Attention with a paged cache of keys and values, by plain operators.
-
-    Holds ``key_cache`` and ``value_cache``, laid out as PagedInputsTwin says; tensors that come and go are
-    ``[T, N*D]`` (queries, result) and ``[T, K*D]`` (keys, values).
-    """
-
-    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
-        super().__init__()
-        self.n_kv_heads, self.group, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
-        shape = (n_kv_heads * (num_blocks + 1) * block_size, head_dim)
-        self.key_cache = _cache("key_cache", shape, dtype)
-        self.value_cache = _cache("value_cache", shape, dtype)
-        self.write_key = P.ScatterUpdate()
-        self.write_value = P.ScatterUpdate()
-        self.gather = P.Gather()
-        self.reshape = P.Reshape()
-        self.transpose = P.Transpose()
-        self.attend = GroupedAttention(head_dim, softmax_dtype)
-
-    def _write(self, key, value, rows):
-        shape = (-1, self.n_kv_heads, self.head_dim)
-        keys = self.write_key(self.key_cache, rows, self.reshape(key, shape))
-        values = self.write_value(self.value_cache, rows, self.reshape(value, shape))
-        return keys, values
-
-    def _heads_first(self, x):
-        """``[T, n*D]`` as ``[1, n, T, D]``."""
-        heads = self.reshape(x, (1, -1, x.shape[-1] // self.head_dim, self.head_dim))
-        return self.transpose(heads, (0, 2, 1, 3))
-
-    def prefill(self, query, key, value, inputs, lengths):
-        """Write keys and values, and attend among the tokens given."""
-        rows, _, bias = inputs
-        query = ops.depend(query, self._write(key, value, rows))
-        out = self.attend(self._heads_first(query), self._heads_first(key), self._heads_first(value), bias)
-        return self.reshape(self.transpose(out, (0, 2, 1, 3)), query.shape)
-
-    def decode(self, query, key, value, inputs, lengths):
-        """Write one key and value for each sequence, and attend to all it has in the cache."""
-        rows, cached, bias = inputs
-        keys, values = self._write(key, value, rows)
-        shape = (-1, self.n_kv_heads, self.group, self.head_dim)
-        heads = self.transpose(self.reshape(query, shape), (1, 0, 2, 3))
-        out = self.attend(heads, self.gather(keys, cached, 0), self.gather(values, cached, 0), bias)
-        return self.reshape(self.transpose(out, (1, 0, 2, 3)), query.shape)
-
-
-class PagedAttentionFused(nn.Cell):
-    """Ascend's ReshapeAndCache, FlashAttentionScore (prefill) and PagedAttention (decode).
-
-    Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; otherwise as the twin.
-    Their runtime reads the lengths on the host, from the graph's input named ``batch_valid_length``: the
-    model's ``construct`` must keep that name.
-    """
-
-    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
-        super().__init__()
-        shape = (num_blocks, block_size, n_kv_heads, head_dim)
-        self.key_cache = _cache("key_cache", shape, dtype)
-        self.value_cache = _cache("value_cache", shape, dtype)
-        scale = 1.0 / math.sqrt(head_dim)
-        self.write = auto_generate.ReshapeAndCache()
-        self.paged = auto_generate.PagedAttention(num_heads, scale, n_kv_heads)
-        self.flash = P.nn_ops.FlashAttentionScore(
-            head_num=num_heads, scale_value=scale, input_layout="TH", sparse_mode=0, next_tokens=0,
-        )  # fmt: skip
-        self.expand = P.ExpandDims()
-        self.reshape = P.Reshape()
-        self.width = num_heads * head_dim
-
-    def prefill(self, query, key, value, inputs, lengths):
-        """See PagedAttentionTwin."""
-        slots, _, mask = inputs
-        written = self.write(
-            self.expand(key, 0), self.expand(value, 0), self.key_cache, self.value_cache, slots
-        )
-        query = ops.depend(query, written)
-        return self.flash(query, key, value, None, None, None, mask, None, lengths, lengths)[3]
-
-    def decode(self, query, key, value, inputs, lengths):
-        """See PagedAttentionTwin."""
-        slots, tables, _ = inputs
-        written = self.write(
-            self.expand(key, 1), self.expand(value, 1), self.key_cache, self.value_cache, slots
-        )
-        query = ops.depend(self.expand(query, 1), written)
-        out = self.paged(query, self.key_cache, self.value_cache, tables, lengths)
-        return self.reshape(out, (-1, self.width))
-
-
-class CrossEntropyTwin(nn.Cell):
-    """Cross entropy of ``[T, V]`` float32 logits and ``[T]`` labels, over the tokens whose mask is 1.
-
-    Returns the mean ``[1]``, 0 if the mask is 0 everywhere, or the sum and the number of tokens.
-    MindFormers' own loss, which is used on Ascend because it can be split over a vocabulary's ranks, does the
-    same in ten passes over the logits; this one makes two.
-    """
-
-    def __init__(self, calculate_per_token_loss: bool):
-        super().__init__()
-        self.per_token = calculate_per_token_loss
-        self.log_softmax = P.LogSoftmax(-1)
-        self.pick = P.GatherD()
-        self.sum = P.ReduceSum()
-
-    def construct(self, logits, labels, mask):
-        picked = self.pick(self.log_softmax(logits), 1, ops.maximum(labels, 0).reshape(-1, 1))
-        numerator = self.sum(-picked.reshape(-1) * mask).reshape(1)
-        denominator = self.sum(mask).reshape(1) + 1e-8
-        return (numerator, denominator) if self.per_token else numerator / denominator
-
-
-def _masked_score(dtype) -> float:
-    """Added to a masked score, whose softmax is 0 then; finite, since the others get 0 times it."""
-    return -6.0e4 if dtype == ms.float16 else -3.0e38
-
-
-def _cache(name, shape, dtype):
-    return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
-
-
-def _check_paged_kernels(config) -> None:
-    """Raise ValueError for a config that Ascend's prediction kernels cannot run (CANN's operator lists)."""
-    if not config.is_dynamic:
-        raise ValueError(
-            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
-            "set model_config.is_dynamic: True."
-        )
-    if not config.use_flash_attention:
-        raise ValueError(
-            "use_flash_attention is False, but prediction with a cache on Ascend has only the fused kernels; "
-            "set model_config.use_flash_attention: True, or use_past: False."
-        )
-    _check_attention_dtype(config)
-    if config.compute_dtype == ms.bfloat16 and config.rotary_dtype == ms.float32:
-        raise ValueError(
-            "rotary_dtype is float32 and compute_dtype bfloat16, but Ascend's ApplyRotaryPosEmb rotates "
-            "bfloat16 by bfloat16 tables only; "
-            "set model_config.rotary_dtype: bfloat16, or compute_dtype: float16."
-        )
-    if config.block_size % 16 or config.head_dim > 256:
-        raise ValueError(
-            f"block_size is {config.block_size} and head_dim {config.head_dim}; Ascend's PagedAttention "
-            "needs a block_size that is a multiple of 16 and a head_dim of at most 256."
-        )
-
-
-def _check_attention_dtype(config) -> None:
-    if config.compute_dtype == ms.float32:
-        raise ValueError(
-            "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; "
-            "set model_config.compute_dtype to one of them."
-        )
-
-
-def _check_cpu_dtypes(config) -> None:
-    """Raise ValueError for bfloat16 where a CPU has no kernels for it; ``res_dtype`` may be bfloat16."""
-    for name in (
-        "compute_dtype", "param_init_type", "embedding_init_type", "layernorm_compute_type",
-        "softmax_compute_type", "rotary_dtype",
-    ):  # fmt: skip
-        if getattr(config, name) == ms.bfloat16:
-            raise ValueError(
-                f"{name} is bfloat16, for which MindSpore has no operators on a CPU; "
-                f"set model_config.{name}: float32."
-            )
+from research.telechat2.telechat_fused import (
+    CausalAttentionFused,
+    PagedAttentionFused,
+    PagedInputsFused,
+    RMSNormFused,
+    RotaryFused,
+    RotaryTokensFused,
+    SequenceInputsFused,
+    SwiGLUFused,
+)
+from research.telechat2.telechat_twins import (
+    CrossEntropyTwin,
+    GroupedAttention,
+    PagedAttentionTwin,
+    PagedInputsTwin,
+    RMSNormTwin,
+    RotaryTokensTwin,
+    RotaryTwin,
+    SequenceInputsTwin,
+    SwiGLUTwin,
+)
 
 
 def rms_norm(eps: float) -> nn.Cell:
@@ -581,3 +97,50 @@ def cross_entropy(config) -> nn.Cell:
     """The training loss: ``(logits [T, V], labels [T], mask [T]) -> [1]``; see CrossEntropyTwin."""
     kind = CrossEntropyTwin if is_cpu() else CrossEntropyLoss
     return kind(calculate_per_token_loss=config.calculate_per_token_loss)
+
+
+def _check_paged_kernels(config) -> None:
+    """Raise ValueError for a config that Ascend's prediction kernels cannot run (CANN's operator lists)."""
+    if not config.is_dynamic:
+        raise ValueError(
+            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
+            "set model_config.is_dynamic: True."
+        )
+    if not config.use_flash_attention:
+        raise ValueError(
+            "use_flash_attention is False, but prediction with a cache on Ascend has only the fused kernels; "
+            "set model_config.use_flash_attention: True, or use_past: False."
+        )
+    _check_attention_dtype(config)
+    if config.compute_dtype == ms.bfloat16 and config.rotary_dtype == ms.float32:
+        raise ValueError(
+            "rotary_dtype is float32 and compute_dtype bfloat16, but Ascend's ApplyRotaryPosEmb rotates "
+            "bfloat16 by bfloat16 tables only; "
+            "set model_config.rotary_dtype: bfloat16, or compute_dtype: float16."
+        )
+    if config.block_size % 16 or config.head_dim > 256:
+        raise ValueError(
+            f"block_size is {config.block_size} and head_dim {config.head_dim}; Ascend's PagedAttention "
+            "needs a block_size that is a multiple of 16 and a head_dim of at most 256."
+        )
+
+
+def _check_attention_dtype(config) -> None:
+    if config.compute_dtype == ms.float32:
+        raise ValueError(
+            "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; "
+            "set model_config.compute_dtype to one of them."
+        )
+
+
+def _check_cpu_dtypes(config) -> None:
+    """Raise ValueError for bfloat16 where a CPU has no kernels for it; ``res_dtype`` may be bfloat16."""
+    for name in (
+        "compute_dtype", "param_init_type", "embedding_init_type", "layernorm_compute_type",
+        "softmax_compute_type", "rotary_dtype",
+    ):  # fmt: skip
+        if getattr(config, name) == ms.bfloat16:
+            raise ValueError(
+                f"{name} is bfloat16, for which MindSpore has no operators on a CPU; "
+                f"set model_config.{name}: float32."
+            )

@@ -143,8 +143,8 @@ def _fit_dataset_workers(config: dict) -> None:
             dataset = dataset.get("dataset_config", dataset)
             if dataset.get("num_parallel_workers", 1) > cores:
                 print(
-                    f"{section}: {dataset['num_parallel_workers']} num_parallel_workers, more than the {cores} "
-                    f"cores of this machine; using {cores}",
+                    f"{section}: num_parallel_workers {dataset['num_parallel_workers']} is more than the "
+                    f"{cores} cores of this machine; using {cores}",
                     flush=True,
                 )
                 dataset["num_parallel_workers"] = cores

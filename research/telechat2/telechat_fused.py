@@ -1,0 +1,163 @@
+"""One cell per fused Ascend kernel. Shapes are named as in telechat_twins.py, which says what each means."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import auto_generate
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2.telechat_twins import cache_parameter
+
+
+class RMSNormFused(nn.Cell):
+    """Ascend's RmsNorm."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = P.RmsNorm(eps)
+
+    def construct(self, x, weight):
+        return self.norm(x, weight)[0]
+
+
+class SwiGLUFused(nn.Cell):
+    """Ascend's Swiglu. Gate and up are stacked on an axis of their own, which no plan ever splits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = P.Stack(axis=1)
+        self.swiglu = auto_generate.Swiglu()
+        self.reshape = P.Reshape()
+
+    def construct(self, gate, up):
+        return self.reshape(self.swiglu(self.stack((gate, up)), 1), gate.shape)
+
+
+class RotaryFused(nn.Cell):
+    """Ascend's RotaryPositionEmbedding in its half-split mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.rotary = auto_generate.RotaryPositionEmbedding()
+
+    def construct(self, query, key, query_tables, key_tables):
+        return self.rotary(query, *query_tables, 0), self.rotary(key, *key_tables, 0)
+
+
+class RotaryTokensFused(nn.Cell):
+    """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens.
+
+    Format 2: half-split, a row of the tables for each token (CANN's description; MindFormers itself gives
+    the whole tables in prefill, so try a batch of prompts first on a new NPU stack). The kernel turns 16-bit
+    tensors only; with float32 tables it computes in float32, which it can for float16.
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.rotary = auto_generate.ApplyRotaryPosEmb(2)
+        self.cast = P.Cast()
+
+    def construct(self, query, key, cos, sin, lengths):
+        if cos.dtype == ms.float32:
+            query, key = self.cast(query, ms.float16), self.cast(key, ms.float16)
+        return self.rotary(query, key, cos, sin, lengths)
+
+
+class SequenceInputsFused(nn.Cell):
+    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask in uint8.
+
+    That is ``[B, 1, S, S]`` for packed documents, else a triangle ``[2048, 2048]`` that FlashAttentionScore
+    expands to any length (sparse mode 2).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+        self.cast = P.Cast()
+
+    def construct(self, cos, sin, batch_size, masked):
+        tables = (cos.reshape(1, 1, *cos.shape), sin.reshape(1, 1, *sin.shape))
+        return tables, tables, self.mask if masked is None else self.cast(masked, ms.uint8)
+
+
+class CausalAttentionFused(nn.Cell):
+    """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``.
+
+    Its softmax is kept in float32 whatever ``softmax_compute_type`` says.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, packed: bool):
+        super().__init__()
+        self.flash = P.nn_ops.FlashAttentionScore(
+            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD",
+            sparse_mode=0 if packed else 2,
+        )  # fmt: skip
+
+    def construct(self, query, key, value, mask):
+        return self.flash(query, key, value, None, None, None, mask)[3]
+
+
+class PagedInputsFused(nn.Cell):
+    """The fused kernels take slots, tables and lengths as they are, and a fixed ``[128, 128]`` triangle.
+
+    CANN's compressed mask: 1 in the upper triangle where the products are accumulated in float32, which they
+    are for bfloat16, else the value added to the scores.
+    """
+
+    def __init__(self, compute_dtype):
+        super().__init__()
+        triangle = np.triu(np.ones((128, 128), np.float32), 1)
+        self.mask = Tensor(triangle * (1.0 if compute_dtype == ms.bfloat16 else -10000.0), compute_dtype)
+
+    def prefill(self, positions, lengths, block_tables, slots):
+        """See PagedInputsTwin."""
+        return slots, block_tables, self.mask
+
+    def decode(self, positions, lengths, block_tables, slots):
+        """See PagedInputsTwin."""
+        return slots, block_tables, None
+
+
+class PagedAttentionFused(nn.Cell):
+    """Ascend's ReshapeAndCache, FlashAttentionScore (prefill) and PagedAttention (decode).
+
+    Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; otherwise as the twin.
+    Their runtime reads the lengths on the host, from the graph's input named ``batch_valid_length``: the
+    model's ``construct`` must keep that name.
+    """
+
+    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
+        super().__init__()
+        shape = (num_blocks, block_size, n_kv_heads, head_dim)
+        self.key_cache = cache_parameter("key_cache", shape, dtype)
+        self.value_cache = cache_parameter("value_cache", shape, dtype)
+        scale = 1.0 / math.sqrt(head_dim)
+        self.write = auto_generate.ReshapeAndCache()
+        self.paged = auto_generate.PagedAttention(num_heads, scale, n_kv_heads)
+        self.flash = P.nn_ops.FlashAttentionScore(
+            head_num=num_heads, scale_value=scale, input_layout="TH", sparse_mode=0, next_tokens=0,
+        )  # fmt: skip
+        self.expand = P.ExpandDims()
+        self.reshape = P.Reshape()
+        self.width = num_heads * head_dim
+
+    def prefill(self, query, key, value, inputs, lengths):
+        """See PagedAttentionTwin."""
+        slots, _, mask = inputs
+        written = self.write(
+            self.expand(key, 0), self.expand(value, 0), self.key_cache, self.value_cache, slots
+        )
+        query = ops.depend(query, written)
+        return self.flash(query, key, value, None, None, None, mask, None, lengths, lengths)[3]
+
+    def decode(self, query, key, value, inputs, lengths):
+        """See PagedAttentionTwin."""
+        slots, tables, _ = inputs
+        written = self.write(
+            self.expand(key, 1), self.expand(value, 1), self.key_cache, self.value_cache, slots
+        )
+        query = ops.depend(self.expand(query, 1), written)
+        out = self.paged(query, self.key_cache, self.value_cache, tables, lengths)
+        return self.reshape(out, (-1, self.width))
