@@ -29,7 +29,7 @@ def our_step():
     model = _our_model(use_past=False)
     model.set_train(True)
     ids = ms.Tensor(np.random.default_rng(0).integers(4, SIZES["vocab"], (BATCH, SEQ + 1)), ms.int32)
-    step = ms.value_and_grad(model, None, model.trainable_params())
+    step = _graph_of(ms.ops.value_and_grad(model, None, ms.ParameterTuple(model.trainable_params())))
 
     def unit():
         loss, grads = step(ids, ids)
@@ -38,6 +38,21 @@ def our_step():
         return 1
 
     return unit
+
+
+def _graph_of(function):
+    """``function`` as a cell: compiled as one graph, as MindFormers' training step is."""
+    from mindspore import nn
+
+    class Graph(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.function = function
+
+        def construct(self, ids, labels):
+            return self.function(ids, labels)
+
+    return Graph()
 
 
 def our_decode():

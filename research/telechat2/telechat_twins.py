@@ -11,12 +11,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
-from mindspore.ops import auto_generate
 from mindspore.ops import operations as P  # noqa: N812
 
 
 class RMSNormTwin(nn.Cell):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``.
+
+    With r = 1 / sqrt(mean(x^2) + eps) and g = dy * w the gradients are ``dx = r g - x r^3 / H sum(g x)`` and
+    ``dw = sum over tokens of r x dy``; both sums are matrix products, which are faster on a CPU than reductions.
+    """
 
     def __init__(self, eps: float):
         super().__init__()
@@ -25,24 +28,49 @@ class RMSNormTwin(nn.Cell):
         self.mean = P.ReduceMean(keep_dims=True)
         self.add = P.Add()
         self.rsqrt = P.Rsqrt()
-        self.scale = P.Mul()
         self.mul = P.Mul()
+        self.sub = P.Sub()
+        self.matmul = P.MatMul()
+        self.matmul_ta = P.MatMul(transpose_a=True)
+
+    def _inverse(self, x):
+        return self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))
 
     def construct(self, x, weight):
-        inverse = self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))
-        return self.mul(self.scale(x, inverse), weight)
+        return self.mul(self.mul(x, self._inverse(x)), weight)
+
+    def bprop(self, x, weight, out, dout):
+        """Gradients of x and weight."""
+        inverse = self._inverse(x)
+        product = self.mul(dout, x)
+        sums = self.matmul(product, weight.reshape(-1, 1))
+        correction = self.mul(sums, inverse * inverse * inverse / x.shape[-1])
+        dx = self.sub(self.mul(self.mul(dout, weight), inverse), self.mul(x, correction))
+        return dx, self.matmul_ta(inverse, product).reshape(weight.shape)
 
 
 class SwiGLUTwin(nn.Cell):
-    """``silu(gate) * up``, both ``[T, F]``."""
+    """``silu(gate) * up``, both ``[T, F]``.
+
+    With s = sigmoid(gate) the gradient of the gate is ``dy * up * (s + silu(gate) (1 - s))``.
+    """
 
     def __init__(self):
         super().__init__()
-        self.silu = auto_generate.SiLU()
+        self.sigmoid = P.Sigmoid()
         self.mul = P.Mul()
+        self.add = P.Add()
+        self.sub = P.Sub()
 
     def construct(self, gate, up):
-        return self.mul(self.silu(gate), up)
+        return self.mul(self.mul(gate, self.sigmoid(gate)), up)
+
+    def bprop(self, gate, up, out, dout):
+        """Gradients of gate and up."""
+        sigmoid = self.sigmoid(gate)
+        silu = self.mul(gate, sigmoid)
+        slope = self.sub(self.add(sigmoid, silu), self.mul(silu, sigmoid))
+        return self.mul(self.mul(dout, up), slope), self.mul(dout, silu)
 
 
 class RotaryTwin(nn.Cell):
