@@ -6,12 +6,7 @@ import pytest
 from oracle import write_hf_folder
 
 from research.telechat2.checkpoint.convert import convert_to_mindspore
-from research.telechat2.telechat_run_checkpoint import (
-    checkpoint_kind,
-    leave_section_in_data_parallel,
-    prepare_checkpoint,
-    refuse_overwriting,
-)
+from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 
 SIZES = {
     "num_layers": 2,
@@ -110,48 +105,3 @@ def test_a_truncated_checkpoint_is_refused(weights, tmp_path):
     config = model_config() | {"load_checkpoint": str(short), "output_dir": str(tmp_path)}
     with pytest.raises(ValueError, match=r"short\.safetensors"):
         prepare_checkpoint(config, training=False)
-
-
-def test_iterations_are_resumed_from_the_latest_and_never_overwritten(tmp_path):
-    folder = tmp_path / "checkpoint"
-    (folder / "iteration_00000020").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("20")
-    assert checkpoint_kind(folder) == "iteration"
-    config = {"load_checkpoint": str(folder), "resume_training": True, "checkpoint": {"prefix": "x"}}
-    config["output_dir"] = str(tmp_path)
-    prepare_checkpoint(config, training=True)
-    assert config["checkpoint"]["load_path"] == str(folder / "iteration_00000020")
-    assert config["checkpoint"]["no_load_optim"] is False
-    refuse_overwriting(config)  # the run that is continued
-    with pytest.raises(ValueError, match="already holds iteration_00000020 of an earlier run"):
-        refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path)})
-    refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path / "new")})
-
-
-def test_data_parallel_runs_save_without_the_section():
-    def settings(**changes):
-        section = {"save_max": 5, "save_interleaved_steps": 10, "prefix": "x", "no_save_optim": False}
-        callbacks = [{"type": "MFLossMonitor"}, {"type": "CheckpointMonitor"}]
-        return {"checkpoint": section, "callbacks": callbacks, "use_parallel": True} | changes
-
-    config = settings(parallel={"parallel_mode": 0})
-    leave_section_in_data_parallel(config)
-    assert "checkpoint" not in config
-    assert config["callbacks"] == [
-        {"type": "MFLossMonitor"},
-        {
-            "type": "CheckpointMonitor",
-            "checkpoint_format": "safetensors",
-            "keep_checkpoint_max": 5,
-            "save_checkpoint_steps": 10,
-            "prefix": "x",
-            "save_optimizer": True,
-        },
-    ]
-    for config in (
-        settings(parallel={"parallel_mode": 1}),
-        settings(parallel={}),
-        settings(use_parallel=False),
-    ):
-        leave_section_in_data_parallel(config)
-        assert config["checkpoint"]["save_max"] == 5

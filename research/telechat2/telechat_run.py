@@ -14,12 +14,7 @@ import traceback
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
-from research.telechat2.telechat_run_checkpoint import (
-    checkpoint_folder,
-    leave_section_in_data_parallel,
-    prepare_checkpoint,
-    refuse_overwriting,
-)
+from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
     CHECKOUT,
     SHIPPED,
@@ -27,6 +22,12 @@ from research.telechat2.telechat_run_config import (
     read_config,
     resolve_config,
     resolve_folder,
+)
+from research.telechat2.telechat_run_saving import (
+    answers_file,
+    checkpoint_folder,
+    leave_section_in_data_parallel,
+    refuse_overwriting,
 )
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
@@ -171,7 +172,8 @@ def prepare_environment(output_dir: str, register: Path) -> None:
 
 def _carry_out(raw: dict, path: Path) -> list | None:
     """Build MindFormers' config and context, and run its Trainer."""
-    raw.setdefault("save_file", str(Path(raw["output_dir"]) / "text_generation_result.txt"))
+    if raw["run_mode"].startswith("predict"):
+        raw["save_file"] = str(answers_file(raw))
     config = _build_config(raw, path)
     if config.run_mode in TRAINING:
         _record_prompt_format(config)
@@ -239,6 +241,7 @@ def _predict(trainer, config, weights: str | None) -> list:
     results = trainer.predict(
         predict_checkpoint=weights, input_data=prompts, batch_size=config.predict_batch_size
     )
+    print(f"answers: also in {config.save_file}", flush=True)
     return [text for result in results for text in _texts(result)]
 
 

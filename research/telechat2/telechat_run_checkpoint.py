@@ -3,7 +3,8 @@
 MindFormers has two loaders. The one behind the YAML section ``checkpoint:`` resumes on one device, and loads
 directories of safetensors only; the older one loads files too, but takes any file in a folder ``rank_*`` for
 one slice of many. Where a loader is too narrow for what the user gave, the files meant are linked into
-``<output_dir>/load_checkpoint/…`` and that folder is loaded; nothing is copied.
+``<output_dir>/load_checkpoint/…`` and that folder is loaded; only .ckpt
+weights for the section's loader have to be written anew, as safetensors.
 """
 
 import hashlib
@@ -17,14 +18,6 @@ from research.telechat2.checkpoint.sources import read_mindspore_source
 from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# the section `checkpoint:` -> the callback CheckpointMonitor
-MONITOR_KEYS = {
-    "save_max": "keep_checkpoint_max",
-    "save_interleaved_steps": "save_checkpoint_steps",
-    "save_path": "directory",
-    "prefix": "prefix",
-    "async_save": "async_save",
-}
 MERGING = "(README, 分布式训练/微调权重合并)"
 
 
@@ -302,51 +295,3 @@ def _is_parallel(config: dict) -> bool:
 
 def _is_ckpt(path: Path) -> bool:
     return path.suffix == ".ckpt" or any(path.glob("*.ckpt")) or any(path.glob("rank_*/*.ckpt"))
-
-
-def leave_section_in_data_parallel(config: dict) -> None:
-    """Give the settings of the section ``checkpoint:`` to the CheckpointMonitor of a data parallel run.
-
-    The section's format describes slices by the strategies of a compiled plan; data parallelism has none, and
-    MindFormers 1.9 fails at the first save. Each rank then saves the whole model in its ``rank_*`` folder.
-    """
-    section = config.get("checkpoint")
-    if not section or not _is_parallel(config) or (config.get("parallel") or {}).get("parallel_mode", 1) != 0:
-        return
-    del config["checkpoint"]
-    config["load_checkpoint"] = config.get("load_checkpoint") or section.get("load_path")
-    settings = {new: section[old] for old, new in MONITOR_KEYS.items() if section.get(old) is not None}
-    settings["save_optimizer"] = not section.get("no_save_optim", True)
-    for callback in config.get("callbacks") or []:
-        if callback.get("type") == "CheckpointMonitor":
-            callback.update({"checkpoint_format": "safetensors"} | settings)
-    print("checkpoint: data parallel, so each rank saves the whole model into checkpoint/rank_*", flush=True)
-
-
-def refuse_overwriting(config: dict) -> None:
-    """Refuse to train into a folder that already holds the iterations of another run.
-
-    The ``checkpoint:`` section names its folders by step alone, so a second run would replace the first's.
-
-    Raises:
-        ValueError: the folder holds iterations, and this run does not continue them.
-    """
-    section = config.get("checkpoint")
-    if not section:
-        return
-    folder = checkpoint_folder(config)
-    iterations = sorted(path.name for path in folder.glob("iteration_*"))
-    source = section.get("load_path") or ""
-    continued = config.get("resume_training") and Path(source).parent == folder
-    if iterations and not continued:
-        raise ValueError(
-            f"{folder} already holds {iterations[-1]} of an earlier run: give another --output_dir, continue "
-            f"that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
-        )
-
-
-def checkpoint_folder(config: dict) -> Path:
-    """The folder that a training run writes its checkpoints into."""
-    section = config.get("checkpoint") or {}
-    folder = section.get("save_path") or Path(config.get("output_dir") or "./output") / "checkpoint"
-    return Path(folder).expanduser().absolute()
