@@ -6,11 +6,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from mindspore import Parameter, Tensor
 from model_fixtures import RandomModel, int32
 from oracle import load_llama
-
-from research.telechat2.telechat import TelechatForCausalLM
 
 SEQ_LENGTH, BATCH, VOCAB, PAD = 32, 2, 256, 3
 # heads, key/value heads, head_dim, tied, eps: every kind of attention with every head_dim
@@ -204,37 +201,3 @@ def test_rms_norm_eps_is_the_configs(tmp_path):
         expected = random.oracle(torch.tensor(ids)).logits.numpy()
     logits = random.build(seq_length=SEQ_LENGTH)(int32(ids))[0].asnumpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(("qkv_has_bias", "out_proj_has_bias"), [(True, True), (False, False)])
-def test_biases_are_where_the_config_says(small, qkv_has_bias, out_proj_has_bias):
-    """Layouts that no release has: the same random values are set on both sides by hand."""
-    rng = np.random.default_rng(8)
-    oracle = load_llama(small.hf)
-    biases = {}
-    with torch.no_grad():
-        for i, layer in enumerate(oracle.model.layers):
-            attention = layer.self_attn
-            if qkv_has_bias:
-                query, key, value = (rng.standard_normal(n, np.float32) for n in (256, 128, 128))
-                attention.q_proj.bias.copy_(torch.tensor(query))
-                attention.k_proj.bias.copy_(torch.tensor(key))
-                attention.v_proj.bias.copy_(torch.tensor(value))
-                packed = np.stack((key.reshape(2, 64), value.reshape(2, 64)), axis=1).reshape(-1)
-                biases |= {f"model.layers.{i}.attention.wq.bias": query}
-                biases |= {f"model.layers.{i}.attention.wk_v.bias": packed}
-            if not out_proj_has_bias:
-                attention.o_proj.bias.zero_()
-                layer.mlp.down_proj.bias.zero_()
-        ids, _ = records(seed=9)
-        expected = oracle(torch.tensor(ids)).logits.numpy()
-    config = small.config(
-        seq_length=SEQ_LENGTH, qkv_has_bias=qkv_has_bias, out_proj_has_bias=out_proj_has_bias
-    )
-    model = TelechatForCausalLM(config).set_train(False)
-    weights = {
-        name: array for name, array in small.tensors() if out_proj_has_bias or not name.endswith("bias")
-    }
-    loaded = {name: Parameter(Tensor(array)) for name, array in (weights | biases).items()}
-    assert ms.load_param_into_net(model, loaded) == ([], [])
-    np.testing.assert_allclose(model(int32(ids))[0].asnumpy(), expected, rtol=0, atol=2e-5)

@@ -18,6 +18,7 @@ from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import dynamic_inputs, paged_step
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
 from research.telechat2.telechat_mask import DocumentMask
+from research.telechat2.telechat_parallel import GlobalMean
 from research.telechat2.telechat_rope import RotaryTables
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
@@ -91,7 +92,9 @@ class TelechatForCausalLM(PreTrainedModel):
         self.lm_head = TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.tok_embeddings.embedding_weight
-        self.loss = telechat_ops.cross_entropy(config)
+        self.loss = telechat_ops.cross_entropy()
+        self.global_mean = GlobalMean()
+        self.calculate_per_token_loss = config.calculate_per_token_loss
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
         self.use_past = config.use_past
         self.predicting = is_predict_run()
@@ -148,11 +151,12 @@ class TelechatForCausalLM(PreTrainedModel):
         targets = input_ids if labels is None else labels
         trained = self._trained(input_ids, labels)
         logits = self._logits(self.model(tokens))
-        return self.loss(
+        total, count = self.loss(
             logits,
             self.reshape(self.slice(targets, first, last, step), (-1,)),
             self.reshape(self.slice(trained, first, last, step), (-1,)),
         )
+        return (total, count) if self.calculate_per_token_loss else self.global_mean(total, count)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""

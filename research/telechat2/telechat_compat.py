@@ -13,6 +13,7 @@ from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import AddedToken
+from mindformers.modules.transformer.moe import MoEConfig
 from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
@@ -56,6 +57,7 @@ __all__ = [
     "is_main_rank",
     "is_predict_run",
     "logger",
+    "moe_config_from",
     "output_directory",
     "parallel_config_from",
     "set_output_path",
@@ -85,6 +87,13 @@ def parallel_config_from(value) -> TransformerOpParallelConfig:
     if isinstance(value, TransformerOpParallelConfig):
         return value
     return TransformerOpParallelConfig(**dict(value))
+
+
+def moe_config_from(value) -> MoEConfig:
+    """A YAML's ``moe_config`` section, MindFormers' object of it, or None, as that object."""
+    if isinstance(value, MoEConfig):
+        return value
+    return MoEConfig(**dict(value or {}))
 
 
 class _AnyNotFinite(nn.Cell):

@@ -11,6 +11,7 @@ from research.telechat2.telechat_compat import (
     PretrainedConfig,
     default_transformer_config,
     logger,
+    moe_config_from,
     parallel_config_from,
 )
 
@@ -23,6 +24,9 @@ DEAD_KEYS = {
     "use_rope_slice": "the rotary operators are chosen by the target",
     "use_attn_mask_compression": "the causal mask is always compressed",
     "hidden_act": "TeleChat2 is SwiGLU throughout",
+    "out_proj_has_bias": "every TeleChat2 model has a bias on wo and w2",
+    "qkv_has_bias": "no TeleChat2 model has a bias on wq and wk_v",
+    "parallel_optimizer": "the section `parallel` decides on that",
 }
 
 
@@ -43,17 +47,18 @@ class TelechatConfig(PretrainedConfig):
         ffn_dim_multiplier, multiple_of: see ``intermediate_size``.
         vocab_size: rows V of embedding and output projection.
         tie_word_embeddings: the output projection is the embedding (TeleChat v1 7B).
-        out_proj_has_bias: bias on the output projections ``wo`` and ``w2`` (all TeleChat2 models have it).
-        qkv_has_bias: bias on ``wq`` and ``wk_v`` (no TeleChat2 model has it).
         rms_norm_eps: epsilon inside the root of RMSNorm.
         theta: base of the rotary frequencies.
-        max_position_embedding: length in tokens the model was trained at; None means ``seq_length``.
+        max_position_embedding: length in tokens the model was trained at; None means ``seq_length``. Less
+            than ``seq_length`` needs an ``extend_method``.
         extend_method: how positions beyond the trained length are read, one of "None", "PI", "NTK".
         scaling_factor: factor of "PI" (positions are divided by it) and "NTK" (theta is multiplied by it).
         embed_dropout_prob, hidden_dropout_prob: dropout after the embedding, and after ``wo`` and ``w2``.
+        attention_dropout_prob: 0.0; attention runs without dropout.
         compute_dtype: dtype of matrix products; "float32", "float16" or "bfloat16" like all below.
         param_init_type: dtype of parameters. embedding_init_type: of the embedding, None means the same.
-        layernorm_compute_type: dtype in which norms are computed. softmax_compute_type: attention's softmax.
+        layernorm_compute_type: dtype in which norms are computed, and of their weights.
+        softmax_compute_type: dtype of attention's softmax; Ascend's fused kernels always take float32.
         rotary_dtype: dtype in which rotations are computed. res_dtype: dtype of the residual stream.
         sigma, mean: normal initialisation of embedding and linears. The output projection uses 0.01.
         bos_token_id, eos_token_id, pad_token_id: special ids; ``pad_token_id`` -1 means there is none.
@@ -68,7 +73,8 @@ class TelechatConfig(PretrainedConfig):
         top_k, top_p, do_sample, repetition_penalty, max_decode_length: defaults of ``generate``.
         checkpoint_name_or_path: weights loaded when the model is built; "" for none.
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
-        parallel_config: MindFormers' ``parallel_config`` section.
+        parallel_config: MindFormers' ``parallel_config`` section; only ``data_parallel`` may exceed 1.
+        moe_config: MindFormers' ``moe_config`` section; ``expert_num`` must be 1, the models are dense.
 
     Raises:
         ValueError: for an unknown key (the nearest known one is named), an unknown dtype or
@@ -90,8 +96,6 @@ class TelechatConfig(PretrainedConfig):
         multiple_of: int = 256,
         vocab_size: int = 131072,
         tie_word_embeddings: bool = False,
-        out_proj_has_bias: bool = True,
-        qkv_has_bias: bool = False,
         rms_norm_eps: float = 1e-5,
         theta: float = 10000.0,
         max_position_embedding: int | None = None,
@@ -127,6 +131,7 @@ class TelechatConfig(PretrainedConfig):
         checkpoint_name_or_path: str = "",
         calculate_per_token_loss: bool = False,
         parallel_config=default_transformer_config,
+        moe_config=None,
         **kwargs,
     ):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs") and not k.startswith("__")}
@@ -138,6 +143,7 @@ class TelechatConfig(PretrainedConfig):
         values["n_kv_heads"] = num_heads if n_kv_heads is None else n_kv_heads
         values["max_position_embedding"] = max_position_embedding or seq_length
         values["document_start_ids"] = list(document_start_ids)
+        values["moe_config"] = moe_config_from(moe_config)
         values["extend_method"] = str(extend_method)
         values["parallel_config"] = parallel_config_from(parallel_config)
         if intermediate_size is None:
@@ -146,6 +152,7 @@ class TelechatConfig(PretrainedConfig):
             setattr(self, name, value)
         _check_sizes(self)
         _check_choices(self)
+        _check_plan(self)
 
     @property
     def head_dim(self) -> int:
@@ -177,7 +184,6 @@ _LIBRARY_KEYS = (
     "quantization",
     "pet_config",
     "model_type",
-    "moe_config",
     "parallel_decoding_params",
     "disable_lazy_inline",
     *TRAINER_KEYS,
@@ -258,6 +264,12 @@ def _check_choices(config: TelechatConfig) -> None:
             f"scaling_factor is {config.scaling_factor}, but extend_method is 'None' and would ignore it; "
             "choose an extend_method or leave scaling_factor at 1.0."
         )
+    if config.extend_method == "None" and config.max_position_embedding < config.seq_length:
+        raise ValueError(
+            f"seq_length {config.seq_length} exceeds max_position_embedding "
+            f"{config.max_position_embedding}, the length the model was trained at; "
+            "choose an extend_method, or change one of the two."
+        )
     if config.attention_dropout_prob != 0.0:
         raise ValueError(
             f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
@@ -277,3 +289,28 @@ def _check_choices(config: TelechatConfig) -> None:
             config.block_size * config.num_blocks,
             config.batch_size * config.seq_length,
         )
+
+
+def _check_plan(config: TelechatConfig) -> None:
+    """Refuse what this version would have to ignore."""
+    degrees = ("model_parallel", "pipeline_stage", "context_parallel", "expert_parallel")
+    wanted = {name: getattr(config.parallel_config, name, 1) for name in degrees}
+    wanted = {name: degree for name, degree in wanted.items() if degree > 1}
+    if wanted:
+        listed = ", ".join(f"{name} {degree}" for name, degree in wanted.items())
+        raise ValueError(f"parallel_config asks for {listed}; this version splits data only. Set them to 1.")
+    recompute = config.parallel_config.recompute
+    if any(
+        getattr(recompute, name, False) for name in ("recompute", "select_recompute", "select_comm_recompute")
+    ):
+        raise ValueError(
+            "recompute_config asks for recomputation, which this version does not do; switch it off."
+        )
+    if config.moe_config.expert_num > 1:
+        raise ValueError(
+            f"moe_config.expert_num is {config.moe_config.expert_num}; this version has the dense "
+            "models only. Leave moe_config out."
+        )
+    for name in ("quantization_config", "quantization", "parallel_decoding_params", "pet_config"):
+        if getattr(config, name, None):
+            raise ValueError(f"model_config has {name}, which this version does not support; remove it.")

@@ -88,9 +88,7 @@ class TelechatFeedForward(nn.Cell):
         hidden, width = config.hidden_size, config.intermediate_size
         self.w1 = TelechatLinear(hidden, width, config)
         self.w3 = TelechatLinear(hidden, width, config)
-        self.w2 = TelechatLinear(
-            width, hidden, config, has_bias=config.out_proj_has_bias, dropout=config.hidden_dropout_prob
-        )
+        self.w2 = TelechatLinear(width, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob)
         self.swiglu = telechat_ops.swiglu()
 
     def construct(self, x):

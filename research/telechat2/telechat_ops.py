@@ -93,10 +93,9 @@ def paged_attention(config) -> nn.Cell:
     )  # fmt: skip
 
 
-def cross_entropy(config) -> nn.Cell:
-    """The training loss: ``(logits [T, V], labels [T], mask [T]) -> [1]``; see CrossEntropyTwin."""
-    kind = CrossEntropyTwin if is_cpu() else CrossEntropyLoss
-    return kind(calculate_per_token_loss=config.calculate_per_token_loss)
+def cross_entropy() -> nn.Cell:
+    """Cross entropy: ``(logits [T, V], labels [T], mask [T]) -> (sum [1], number of tokens [1])``."""
+    return CrossEntropyTwin() if is_cpu() else CrossEntropyLoss(calculate_per_token_loss=True)
 
 
 def _check_paged_kernels(config) -> None:

@@ -18,13 +18,9 @@ class TelechatAttention(nn.Cell):
         self.num_heads, self.n_kv_heads = config.num_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         hidden = config.hidden_size
-        self.wq = TelechatLinear(hidden, hidden, config, has_bias=config.qkv_has_bias)
-        self.wk_v = TelechatLinear(
-            hidden, 2 * config.n_kv_heads * config.head_dim, config, has_bias=config.qkv_has_bias
-        )
-        self.wo = TelechatLinear(
-            hidden, hidden, config, has_bias=config.out_proj_has_bias, dropout=config.hidden_dropout_prob
-        )
+        self.wq = TelechatLinear(hidden, hidden, config)
+        self.wk_v = TelechatLinear(hidden, 2 * config.n_kv_heads * config.head_dim, config)
+        self.wo = TelechatLinear(hidden, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob)
         self.rotary_dtype, self.compute_dtype = config.rotary_dtype, config.compute_dtype
         self.use_past = config.use_past
         if config.use_past:

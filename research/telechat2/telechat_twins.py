@@ -18,7 +18,7 @@ class RMSNormTwin(nn.Cell):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``.
 
     With r = 1 / sqrt(mean(x^2) + eps) and g = dy * w the gradients are ``dx = r g - x r^3 / H sum(g x)`` and
-    ``dw = sum over tokens of r x dy``; both sums are matrix products, which are faster on a CPU than reductions.
+    ``dw = sum over tokens of r x dy``; both sums are matrix products: a CPU is slower at reductions.
     """
 
     def __init__(self, eps: float):
@@ -314,14 +314,13 @@ class PagedAttentionTwin(nn.Cell):
 class CrossEntropyTwin(nn.Cell):
     """Cross entropy of ``[T, V]`` float32 logits and ``[T]`` labels, over the tokens whose mask is 1.
 
-    Returns the mean ``[1]``, 0 if the mask is 0 everywhere, or the sum and the number of tokens.
+    Returns its sum ``[1]`` and the number of tokens ``[1]``, a trifle above 0 if there are none.
     MindFormers' own loss, which is used on Ascend because it can be split over a vocabulary's ranks, does the
     same in ten passes over the logits; this one makes two.
     """
 
-    def __init__(self, calculate_per_token_loss: bool):
+    def __init__(self):
         super().__init__()
-        self.per_token = calculate_per_token_loss
         self.log_softmax = P.LogSoftmax(-1)
         self.pick = P.GatherD()
         self.sum = P.ReduceSum()
@@ -329,8 +328,7 @@ class CrossEntropyTwin(nn.Cell):
     def construct(self, logits, labels, mask):
         picked = self.pick(self.log_softmax(logits), 1, ops.maximum(labels, 0).reshape(-1, 1))
         numerator = self.sum(-picked.reshape(-1) * mask).reshape(1)
-        denominator = self.sum(mask).reshape(1) + 1e-8
-        return (numerator, denominator) if self.per_token else numerator / denominator
+        return numerator, self.sum(mask).reshape(1) + 1e-8
 
 
 def _masked_score(dtype) -> float:

@@ -1,0 +1,75 @@
+"""A plan changes no number: two processes with a record each train as one process with both."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TELECHAT = CHECKOUT / "research" / "telechat2"
+
+
+@pytest.fixture(scope="module")
+def dataset(small_vocab, tmp_path_factory):
+    """Two records with very different numbers of trained tokens."""
+    folder = tmp_path_factory.mktemp("two_records")
+    lines = [
+        {"input": "<_user>你好", "output": "好"},
+        {"input": "<_user>什么？", "output": "生抽的颜色比较淡，老抽的颜色较深，"},
+    ]
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    subprocess.run(
+        [
+            sys.executable, str(TELECHAT / "telechat_preprocess.py"), "--input_dataset_file", "d.jsonl",
+            "--vocab_file_path", str(small_vocab), "--max_length", "40", "--output_path", "data/",
+        ],
+        cwd=folder, check=True,
+    )  # fmt: skip
+    counts = json.loads((folder / "data" / "dataset.mindrecord.json").read_text())["counts"]
+    assert counts["records"] == 2, "the two conversations must not share a record"
+    return folder / "data" / "dataset.mindrecord"
+
+
+def words(dataset, *more) -> list[str]:
+    return [
+        "python", str(CHECKOUT / "run_mindformer.py"), "--config", "finetune_telechat_tiny.yaml",
+        "--train_dataset", str(dataset), "--runner_config.epochs", "4", "--seed", "1",
+        "--model.model_config.seq_length", "40", "--train_dataset.data_loader.shuffle", "False", *more,
+    ]  # fmt: skip
+
+
+def numbers(log: str) -> list[tuple[float, float]]:
+    """Loss and global gradient norm of every step."""
+    return [(float(a), float(b)) for a, b in re.findall(r"loss:\[([\d.]+).*global_norm: \[([\d.]+)", log)]
+
+
+@pytest.mark.slow  # three processes that build and compile a model
+def test_two_processes_train_as_one(dataset, tmp_path):
+    one = subprocess.run(
+        words(dataset, "--batch_size", "2"), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plan = [
+        "--batch_size",
+        "1",
+        "--use_parallel",
+        "True",
+        "--parallel.parallel_mode",
+        "0",
+        "--output_dir",
+        "two",
+    ]
+    plan += ["--parallel.full_batch", "False", "--parallel_config.data_parallel", "2"]
+    launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), " ".join(words(dataset, *plan))]
+    subprocess.run([*launcher, "2", str(port), "logs", "True", "120"], cwd=tmp_path, check=True, timeout=600)
+    expected = numbers(one.stdout + one.stderr)
+    assert len(expected) == 4 and expected[0] != expected[3]
+    for rank in (0, 1):
+        found = numbers((tmp_path / "logs" / f"worker_{rank}.log").read_text(errors="replace"))
+        assert found == [pytest.approx(pair, rel=1e-6) for pair in expected]
