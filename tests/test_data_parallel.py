@@ -19,7 +19,7 @@ def dataset(small_vocab, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_records")
     lines = [
         {"input": "<_user>你好", "output": "好"},
-        {"input": "<_user>什么？", "output": "生抽的颜色比较淡，老抽的颜色较深，"},
+        {"input": "<_user>什么？", "output": "zq xj kv wp " * 3},
     ]
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     subprocess.run(
