@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from research.telechat2.telechat_compat import is_cpu
+from research.telechat2 import telechat_ops
 
 
 def dynamic_inputs() -> dict[str, Tensor]:
@@ -68,8 +68,8 @@ def _rounded(size: int, config) -> int:
 
 
 def _needed_blocks(block_tables, lengths, config):
-    """On a CPU the columns that hold blocks, since its twin reads every column; on Ascend all."""
-    if not is_cpu():
+    """The columns that hold blocks, or all where it costs nothing to leave the others in."""
+    if not telechat_ops.reads_every_block():
         return block_tables
     needed = -(-int(lengths.max()) // config.block_size)
     return block_tables[:, : _rounded(needed, config)]

@@ -93,6 +93,11 @@ def paged_attention(config) -> nn.Cell:
     )  # fmt: skip
 
 
+def reads_every_block() -> bool:
+    """Whether paged attention reads all columns of the block tables, so that they are best cut to need."""
+    return is_cpu()
+
+
 def cross_entropy() -> nn.Cell:
     """Cross entropy: ``(logits [T, V], labels [T], mask [T]) -> (sum [1], number of tokens [1])``."""
     return CrossEntropyTwin() if is_cpu() else CrossEntropyLoss(calculate_per_token_loss=True)
