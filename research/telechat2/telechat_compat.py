@@ -4,13 +4,17 @@ Everything the model takes from MindFormers comes through here, so that a move t
 change of one file. The workarounds for the CPU target are at the end; they change nothing on Ascend.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mindspore as ms
 import numpy as np
 from mindformers import MindFormerConfig, Trainer
 from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.models.configuration_utils import PretrainedConfig
-from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.models.modeling_utils import PreTrainedModel as _PreTrainedModel
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import AddedToken
 from mindformers.modules.transformer.moe import MoEConfig
@@ -18,7 +22,6 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
-from mindformers.tools.logger import logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, ConfigTemplate
 from mindformers.tools.utils import (
@@ -58,6 +61,8 @@ __all__ = [
     "is_predict_run",
     "logger",
     "moe_config_from",
+    "naming_data",
+    "naming_target",
     "output_directory",
     "parallel_config_from",
     "set_output_path",
@@ -65,6 +70,12 @@ __all__ = [
 
 # Keys that the Trainer adds to a model's config and that say nothing about the model.
 TRAINER_KEYS = ("dataset_config", "type", "auto_register", "auto_map")
+
+# The plugin's own warnings, on standard error whatever becomes of MindFormers' notes.
+logger = logging.getLogger("telechat2")
+if not logger.handlers:
+    logger.addHandler(logging.StreamHandler())
+    logger.handlers[0].setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
 def is_cpu() -> bool:
@@ -75,6 +86,34 @@ def is_cpu() -> bool:
 def is_predict_run() -> bool:
     """Whether MindFormers was started to predict: it says so in the environment, not in the config."""
     return get_predict_run_mode()
+
+
+@contextmanager
+def naming_target(target: str) -> Iterator[None]:
+    """Turn MindSpore's failure to set up a device target into a ValueError; around the set-up alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(
+            f"context.device_target is {target}, but MindSpore cannot use it here: "
+            f"{str(error).strip().splitlines()[0]} Use a YAML for CPUs, or a machine with NPUs."
+        ) from error
+
+
+@contextmanager
+def naming_data() -> Iterator[None]:
+    """Turn MindSpore's failures to read a data set into a ValueError; others pass as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip()
+        if "MindDataset" not in text and "dataset pipeline" not in text:
+            raise
+        reasons = [line for line in text.splitlines() if "ERROR" in line] or text.splitlines()
+        raise ValueError(
+            f"the data set cannot be read: {reasons[0]} Copy its .mindrecord and .db files again, or prepare "
+            f"the data again."
+        ) from error
 
 
 def output_directory() -> str:
@@ -152,3 +191,16 @@ def greedy_token(logits, axis=-1) -> Tensor:
     ``generate`` would call ``mint.argmax``, which has no CPU kernel; the host needs the index anyway.
     """
     return Tensor(np.argmax(logits.asnumpy(), axis))
+
+
+class PreTrainedModel(_PreTrainedModel):
+    """MindFormers' model, which samples on a CPU too."""
+
+    @staticmethod
+    def get_logits_warper(generation_config):
+        """The chain that picks the likeliest tokens; on a CPU in NumPy: MindSpore's top-k has no kernel there."""
+        warpers = _PreTrainedModel.get_logits_warper(generation_config)
+        if is_cpu():
+            for warper in (warpers, *warpers):
+                warper.use_numpy = True
+        return warpers

@@ -23,9 +23,11 @@ from research.telechat2.telechat_run_config import (
     resolve_config,
     resolve_folder,
 )
+from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
+    is_data_parallel,
     leave_section_in_data_parallel,
     refuse_overwriting,
 )
@@ -59,10 +61,13 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
     training = mode in TRAINING
+    _check_devices(config)
     if training:
-        _check_dataset(config, "train")
+        check_dataset(config, "train")
         leave_section_in_data_parallel(config)
-    _fit_dataset_workers(config)
+    if mode == "eval" or (training and config.get("do_eval")):
+        check_dataset(config, "eval")
+    fit_dataset_workers(config)
     prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)
@@ -120,35 +125,20 @@ def _check_task(config: dict, path: Path) -> str:
     return mode
 
 
-def _check_dataset(config: dict, which: str) -> None:
-    """Refuse a missing data set before the model is built."""
-    loader = config[f"{which}_dataset"].get("data_loader") or {}
-    if "dataset_dir" not in loader:
-        return  # other loaders name their source otherwise
-    name = loader["dataset_dir"]
-    if not name:
+def _check_devices(config: dict) -> None:
+    """Refuse what several processes cannot do on CPUs, before each fails in its own way."""
+    if not config.get("use_parallel") or (config.get("context") or {}).get("device_target") != "CPU":
+        return
+    if not is_data_parallel(config):
         raise ValueError(
-            f"no data: give --{which}_dataset_dir a .mindrecord file or a directory of them, as written by "
-            f"research/telechat2/telechat_preprocess.py."
+            "use_parallel on CPUs is data parallelism only: MindSpore slices models for Ascend alone. Give "
+            "--parallel.parallel_mode 0 --parallel.full_batch False, or --use_parallel False."
         )
-    if isinstance(name, str) and not Path(name).expanduser().exists():
-        raise ValueError(f"there is no data set {name}; give --{which}_dataset_dir a path that exists.")
-
-
-def _fit_dataset_workers(config: dict) -> None:
-    """MindSpore refuses more data set threads than there are cores; take as many as there are, saying so."""
-    cores = os.cpu_count() or 1
-    for which in ("train", "eval"):
-        for section in (f"{which}_dataset", f"{which}_dataset_task"):
-            dataset = config.get(section) or {}
-            dataset = dataset.get("dataset_config", dataset)
-            if dataset.get("num_parallel_workers", 1) > cores:
-                print(
-                    f"{section}: num_parallel_workers {dataset['num_parallel_workers']} is more than the "
-                    f"{cores} cores of this machine; using {cores}",
-                    flush=True,
-                )
-                dataset["num_parallel_workers"] = cores
+    if "MS_ROLE" not in os.environ:  # set by msrun
+        raise ValueError(
+            "use_parallel is set, but this is a single process: start several with "
+            'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N, or give --use_parallel False.'
+        )
 
 
 def prepare_environment(output_dir: str, register: Path) -> None:
@@ -181,6 +171,8 @@ def _carry_out(raw: dict, path: Path) -> list | None:
         Trainer,
         build_context,
         check_in_modelarts,
+        naming_data,
+        naming_target,
         set_output_path,
     )
 
@@ -188,8 +180,10 @@ def _carry_out(raw: dict, path: Path) -> list | None:
         raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
     set_output_path(config.output_dir)
     try:
-        build_context(config)
-        return _run_task(Trainer(config), config)
+        with naming_target(config.context.device_target):
+            build_context(config)
+        with naming_data():
+            return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}\n(traceback: {_save_traceback(config.output_dir)})") from error
 

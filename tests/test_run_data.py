@@ -1,0 +1,118 @@
+"""A data set is held against the model before either is loaded."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from research.telechat2.telechat_run import run
+from research.telechat2.telechat_run_data import check_dataset
+
+LENGTH = 32  # records hold one id more
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A folder with one MindRecord file without manifest, whose largest id is 599."""
+    from mindspore.mindrecord import FileWriter
+
+    file = tmp_path_factory.mktemp("records") / "dataset.mindrecord"
+    writer = FileWriter(str(file), 1)
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}, "x")
+    row = np.linspace(4, 599, LENGTH + 1).astype(np.int32)
+    writer.write_raw_data([{"input_ids": row, "labels": row}])
+    writer.commit()
+    return file.parent
+
+
+def settings(path, seq_length=LENGTH, vocab_size=600) -> dict:
+    return {
+        "train_dataset": {"data_loader": {"type": "MindDataset", "dataset_dir": str(path)}},
+        "model": {"model_config": {"seq_length": seq_length, "vocab_size": vocab_size}},
+    }
+
+
+def copied(records, folder, manifest=None):
+    shutil.copytree(records, folder)
+    if manifest is not None:
+        (folder / "dataset.mindrecord.json").write_text(json.dumps(manifest))
+    return folder / "dataset.mindrecord"
+
+
+def test_data_without_manifest_is_compared_by_its_first_record(records, capsys):
+    check_dataset(settings(records), "train")
+    check_dataset(settings(records / "dataset.mindrecord", seq_length=64), "train")
+    assert "1 of them without manifest: first records checked" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="records of 33 ids, .* but the model's seq_length is 31"):
+        check_dataset(settings(records, seq_length=31), "train")
+    with pytest.raises(
+        ValueError, match="needs a vocabulary of 600 tokens, but the model's vocab_size is 599"
+    ):
+        check_dataset(settings(records, vocab_size=599), "train")
+    check_dataset(settings(records, vocab_size=None), "train")
+    assert "not compared with the model, whose YAML states no vocab_size" in capsys.readouterr().out
+
+
+def test_the_manifest_says_what_the_first_record_may_not_show(records, tmp_path, capsys):
+    manifest = {"max_length": LENGTH, "tokenizer": {"vocab_size": 1000}}
+    file = copied(records, tmp_path / "data", manifest)
+    check_dataset(settings(file, vocab_size=1000), "train")
+    assert "first record" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="needs a vocabulary of 1000 tokens"):
+        check_dataset(settings(file.parent, vocab_size=999), "train")
+    for content, message in (("{", "is not JSON"), ("[1]", "holds a JSON list")):
+        (file.parent / "dataset.mindrecord.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            check_dataset(settings(file), "train")
+
+
+def test_data_that_cannot_be_read_is_refused(records, tmp_path):
+    no_index = copied(records, tmp_path / "no_index")
+    (no_index.parent / "dataset.mindrecord.db").unlink()
+    with pytest.raises(ValueError, match=r"has no index dataset\.mindrecord\.db beside it"):
+        check_dataset(settings(no_index.parent), "train")
+    short = copied(records, tmp_path / "short")
+    short.write_bytes(short.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="is not readable as MindRecord"):
+        check_dataset(settings(short), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no .mindrecord file; give --eval_dataset_dir"):
+        check_dataset({"eval_dataset": settings(tmp_path / "empty")["train_dataset"]}, "eval")
+    with pytest.raises(ValueError, match="there is no data set .*nowhere"):
+        check_dataset(settings(tmp_path / "nowhere"), "train")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"run_mode": "eval"}, "no data: give --eval_dataset_dir"),
+        ({"use_parallel": True}, "Give --parallel.parallel_mode 0 --parallel.full_batch False"),
+        ({"use_parallel": True, "parallel.parallel_mode": 0}, "this is a single process"),
+        ({"model.model_config.seq_length": 31}, "the model's seq_length is 31"),
+    ],
+)
+def test_runs_that_would_fail_later_are_refused_at_once(records, tmp_path, monkeypatch, overrides, message):
+    for variable in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "OM_MODULES_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path))  # set by run, restored by monkeypatch
+    monkeypatch.delenv("MS_ROLE", raising=False)
+    data = {"train_dataset.data_loader.dataset_dir": str(records), "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        run("finetune_telechat_tiny.yaml", data | overrides)
+
+
+def test_failures_of_mindspore_become_sentences():
+    from research.telechat2.telechat_compat import naming_data, naming_target
+
+    with (
+        pytest.raises(ValueError, match="context.device_target is Ascend, but MindSpore cannot use it here"),
+        naming_target("Ascend"),
+    ):
+        raise RuntimeError("Unsupported device target Ascend.\nand more")
+    with (
+        pytest.raises(ValueError, match="the data set cannot be read: .ERROR. Failed to read"),
+        naming_data(),
+    ):
+        raise RuntimeError("Exception thrown from dataset pipeline.\n---\n[ERROR] Failed to read file.\n---")
+    with pytest.raises(RuntimeError, match="a defect"), naming_data():
+        raise RuntimeError("a defect")
