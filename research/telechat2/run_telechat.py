@@ -38,6 +38,7 @@ ARGUMENTS = (
         "train_dataset.data_loader.dataset_dir",
         {"help": ".mindrecord file, or a directory"},
     ),
+    ("--output_dir", "output_dir", {"help": "where checkpoints and logs go; the YAML's by default"}),
     ("--remote_save_url", "remote_save_url", {"help": "ModelArts: where to upload the output"}),
 )
 
