@@ -4,6 +4,7 @@ from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_callback import TelechatMonitor
 from research.telechat2.telechat_compat import MFTrainOneStepCell
 from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_metric import TelechatPerplexity
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "TelechatConfig",
     "TelechatForCausalLM",
     "TelechatMonitor",
+    "TelechatPerplexity",
     "TelechatTokenizer",
 ]

@@ -24,6 +24,7 @@ from research.telechat2.telechat_run_config import (
     resolve_folder,
 )
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
+from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
@@ -62,6 +63,8 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     mode = _check_task(config, path)
     training = mode in TRAINING
     _check_devices(config)
+    if mode.startswith("predict"):
+        check_vocab_file(config)
     if training:
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
@@ -167,6 +170,8 @@ def _carry_out(raw: dict, path: Path) -> list | None:
     config = _build_config(raw, path)
     if config.run_mode in TRAINING:
         _record_prompt_format(config)
+    if config.run_mode.startswith("predict"):
+        config.input_data = prepare_prompts(config)
     from research.telechat2.telechat_compat import (
         Trainer,
         build_context,
@@ -208,6 +213,11 @@ def _record_prompt_format(config) -> None:
         telechat_prompt_format.of_dataset(dataset) if isinstance(dataset, str) and dataset else None
     )
     if prompt_format is None:
+        print(
+            "prompt format: not recorded, as the data has no manifest that tells it; name it to "
+            "run_telechat_predict.py with --prompt_format",
+            flush=True,
+        )
         return
     folder = checkpoint_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,17 +233,28 @@ def _run_task(trainer, config) -> list | None:
         trainer.finetune(resume_from_checkpoint=weights)
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=weights or False)
+        _print_evaluation()
     else:
         return _predict(trainer, config, weights)
     return None
 
 
+def _print_evaluation() -> None:
+    """Say plainly what MindFormers only logs; nothing where the YAML names another metric."""
+    from research.telechat2.telechat_compat import is_main_rank
+    from research.telechat2.telechat_metric import TelechatPerplexity
+
+    if (found := TelechatPerplexity.latest) and is_main_rank():
+        print(
+            f"evaluation: loss {found['loss']:.4f} (nats per trained token), perplexity {found['PPL']:.4f}, "
+            f"over {found['tokens']:,} trained tokens",
+            flush=True,
+        )
+
+
 def _predict(trainer, config, weights: str | None) -> list:
-    prompts = config.input_data
-    if isinstance(prompts, list) and len(prompts) == 1:
-        prompts = prompts[0]  # one word may name a file of prompts: MindFormers opens it
     results = trainer.predict(
-        predict_checkpoint=weights, input_data=prompts, batch_size=config.predict_batch_size
+        predict_checkpoint=weights, input_data=config.input_data, batch_size=config.predict_batch_size
     )
     print(f"answers: also in {config.save_file}", flush=True)
     return [text for result in results for text in _texts(result)]
