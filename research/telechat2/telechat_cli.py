@@ -31,11 +31,14 @@ def quiet_libraries() -> None:
 
     MindFormers writes ``output/log`` into the working directory when it is imported, unless LOG_MF_PATH
     says otherwise; MindSpore writes ``rank_0/om`` when a compilation fails, unless MS_OM_PATH does. Both
-    go to a directory of this process, removed at its end. Errors are still shown.
+    go to a directory of this process, removed at its end. Errors are still shown, and the plugin's own
+    warnings, which have a logger of their own.
     """
     os.environ.setdefault("GLOG_v", "3")
     scratch = tempfile.mkdtemp(prefix="telechat_")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     os.environ.setdefault("LOG_MF_PATH", scratch)
     os.environ.setdefault("MS_OM_PATH", scratch)
-    logging.disable(logging.WARNING)
+    # MindFormers names its logger after its log directory, and sets its level anew when it is imported.
+    log_path = os.path.expanduser(os.environ["LOG_MF_PATH"])
+    logging.getLogger(f"mindformers{log_path}").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -70,7 +70,9 @@ class TelechatConfig(PretrainedConfig):
             rounded up to a power of two (False: faster steps, a compilation for each new length).
         block_size, num_blocks: tokens in a block of the paged cache, and number of blocks.
         use_flash_attention: on Ascend the fused attention kernels (True) or plain operators (False).
-        top_k, top_p, do_sample, repetition_penalty, max_decode_length: defaults of ``generate``.
+        top_k, top_p, do_sample, repetition_penalty: defaults of ``generate``.
+        max_decode_length: most tokens of prompt and answer together, where a command sets no other limit;
+            ``seq_length`` is one in any case.
         checkpoint_name_or_path: weights loaded when the model is built; "" for none.
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
         parallel_config: MindFormers' ``parallel_config`` section; only ``data_parallel`` may exceed 1.

@@ -9,7 +9,6 @@ for raw prompts, reads the markers ``<_start> <_end> <_pad> <_user> <_bot> <_sys
 Exception of the round trip: U+2581 (▁) is SentencePiece's own mark for a space and decodes to a space.
 """
 
-import logging
 import os
 import re
 import shutil
@@ -26,11 +25,10 @@ from research.telechat2.telechat_compat import (
     MindFormerModuleType,
     MindFormerRegister,
     PreTrainedTokenizer,
+    logger,
 )
 
 __all__ = ["StreamDecoder", "TelechatTokenizer"]
-
-logger = logging.getLogger(__name__)
 
 # What MindFormers' base class reads from the keyword arguments.
 _BASE_SETTINGS = {
@@ -380,7 +378,7 @@ def _warn_unused(kwargs: dict) -> None:
 
 
 def _load(vocab_file) -> sentencepiece.SentencePieceProcessor:
-    if vocab_file is None:
+    if not vocab_file:
         raise ValueError("vocab_file is not set; give the path of the model's tokenizer.model")
     path = Path(vocab_file)
     if path.is_dir():
