@@ -20,6 +20,18 @@ def test_found_from_a_checkpoint_file_up_to_two_parents(tmp_path):
     assert json.loads((tmp_path / "output" / "prompt_format.json").read_text()) == {"prompt_format": "plain"}
 
 
+def test_a_folder_of_another_model_inherits_nothing(tmp_path):
+    """Only the folders that a run makes within its output belong to it."""
+    prompt_format.write(tmp_path, "plain")
+    for name in ("7b", "iteration_best", "checkpoints"):
+        (tmp_path / name).mkdir()
+        assert prompt_format.find(tmp_path / name / "model.safetensors") is None
+    for name in ("checkpoint", "iteration_00000020", "rank_3"):
+        (tmp_path / name).mkdir()
+        assert prompt_format.find(tmp_path / name) == "plain"
+        assert prompt_format.record_of(tmp_path / name) == tmp_path / "prompt_format.json"
+
+
 def test_the_nearest_record_wins(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     prompt_format.write(tmp_path, "plain")

@@ -7,12 +7,13 @@ tells which it saw, so a small file beside them does.
 
 import json
 import os
+import re
 from pathlib import Path
 
 PROMPT_FORMATS = ("chat", "plain")
 FILE_NAME = "prompt_format.json"
 MANIFEST_SUFFIX = ".json"  # dataset.mindrecord -> dataset.mindrecord.json
-_PARENTS = 2  # MindFormers writes output/checkpoint/rank_0/x.safetensors
+_FOLDER_OF_A_RUN = re.compile(r"checkpoint|iteration_\d+|rank_\d+")
 
 
 def check(prompt_format: str) -> str:
@@ -27,15 +28,26 @@ def check(prompt_format: str) -> str:
 def find(path: str | Path) -> str | None:
     """Return the format recorded for a checkpoint file or directory, None when none is.
 
-    Looks into the directory, then into up to two parents. ValueError when a record is not readable.
+    Looks where ``record_of`` does. ValueError when a record is not readable.
+    """
+    record = record_of(path)
+    return None if record is None else _read(record)
+
+
+def record_of(path: str | Path) -> Path | None:
+    """Return the file that records the format of a checkpoint file or directory, None when there is none.
+
+    Looks into the directory, and from the folders that MindFormers makes within a run's output
+    (``checkpoint``, ``iteration_*``, ``rank_*``) into their parents; other parents may hold other models.
     """
     folder = Path(path).absolute()
     if not folder.is_dir():
         folder = folder.parent
-    for candidate in (folder, *folder.parents[:_PARENTS]):
-        if (candidate / FILE_NAME).is_file():
-            return _read(candidate / FILE_NAME)
-    return None
+    while not (folder / FILE_NAME).is_file():
+        if not _FOLDER_OF_A_RUN.fullmatch(folder.name):
+            return None
+        folder = folder.parent
+    return folder / FILE_NAME
 
 
 def write(directory: str | Path, prompt_format: str) -> None:
