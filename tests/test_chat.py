@@ -235,13 +235,13 @@ def test_show_prints_a_line_of_a_file(small_vocab, tmp_path):
         '{"input": "a", "output": "b"}\n{"messages": [{"role": "user", "content": "q"}]}\n', encoding="utf-8"
     )
     command = [sys.executable, telechat_chat.__file__, "show", "--vocab_file_path", small_vocab, data]
-    shown = subprocess.run([*command, "--line", "1"], capture_output=True, text=True, cwd=tmp_path)
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines()[1] == "<_start><_user>a<_bot>⟦b<_end>⟧"
+    first, second = shown.stdout.split("--- line 2: ")
+    assert first.splitlines()[1] == "<_start><_user>a<_bot>⟦b<_end>⟧"
+    assert second.startswith("chat format") and "0 trained" in second and "⟦" not in second  # it waits
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+    data.write_text('\n{"messages": 3}\n')
     wrong = subprocess.run([*command, "--line", "2"], capture_output=True, text=True, cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert (
-        wrong.stderr
-        == f"error: {data}, line 2: the conversation has no answer to train on; add one or remove the line\n"
-    )
+    assert wrong.stderr == f"error: {data}, line 2: messages is a int; expected a list of messages\n"

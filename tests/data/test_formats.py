@@ -101,7 +101,6 @@ ERRORS = [
     ('{"system": "s", "input": "q", "output": "a"}', "has system beside input"),
     ('{"messages": [], "dialog": [1]}', "has dialog beside messages"),
     ('{"messages": {}}', "messages is a dict; expected a list"),
-    ('{"messages": [{"role": "user", "content": "q"}]}', "no answer to train on"),
     ('{"messages": [{"role": "user", "content": "q"}], "tools": "f"}', "tools are a str; expected a list"),
     ('{"system": 1, "dialog": []}', "system is a int; expected a string"),
     (
@@ -148,3 +147,9 @@ def test_an_input_is_a_file_or_a_directory_of_jsonl(tmp_path):
     assert input_files(tmp_path / "c.txt") == [tmp_path / "c.txt"]
     with pytest.raises(ValueError, match="absent.jsonl does not exist"):
         input_files(tmp_path / "absent.jsonl")
+
+
+def test_a_question_without_an_answer_is_a_conversation():
+    assert parse_line('{"messages": [{"role": "user", "content": "q"}]}').messages == [
+        {"role": "user", "content": "q"}
+    ]

@@ -212,6 +212,13 @@ def test_a_record_without_a_trained_token_is_refused():
         writing.fill_record([(ids, only_first)], 8, 3)
 
 
+def test_a_question_without_an_answer_is_refused(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", plain(), '{"messages": [{"role": "user", "content": "q"}]}')
+    with pytest.raises(ValueError, match="d.jsonl, line 2: the conversation has no answer to train on; add"):
+        prepare(data, small_vocab, tmp_path / "out", max_length=64, seed=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_bad_lines_are_named_at_once(small_vocab, tmp_path):
     data = write_lines(
         tmp_path / "d.jsonl",
@@ -219,9 +226,10 @@ def test_all_bad_lines_are_named_at_once(small_vocab, tmp_path):
         '{"input": "q"',
         plain(answer=""),
         r'{"input": "a\ud83db", "output": "c"}',
+        '{"messages": [{"role": "user", "content": "q"}]}',
     )
     message = (
-        r"d.jsonl, line 2: not JSON .*3 of 4 lines cannot be used; others: d.jsonl:3, d.jsonl:4. Nothing"
+        r"d.jsonl, line 2: not JSON .*4 of 5 lines cannot be used; others: d.jsonl:3, d.jsonl:4, d.jsonl:5. N"
     )
     with pytest.raises(ValueError, match=message):
         prepare(data, small_vocab, tmp_path / "out", max_length=64, seed=0)

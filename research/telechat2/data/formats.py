@@ -4,7 +4,7 @@ Told apart by their keys:
     input, output         the README's; `<_user>` and `<_bot>` in `input` part earlier turns; plain format
     messages [, tools]    OpenAI's; chat format
     dialog [, system]     TeleChat2's own; tools are pre-rendered in the contents; chat format
-Every answer of a conversation is trained.
+Every answer of a conversation is trained; one that ends with a question waits for its answer.
 """
 
 import json
@@ -103,11 +103,7 @@ def parse_line(line: str) -> Conversation:
         raise ValueError(
             f"has {', '.join(unused)} beside {kind}, and their text would be lost; use one format per line"
         )
-    conversation = {"messages": _from_messages, "dialog": _from_dialog}.get(kind, _from_input)(data)
-    roles = {message.get("role") for message in conversation.messages if isinstance(message, dict)}
-    if not roles & {"assistant", "bot"}:
-        raise ValueError("the conversation has no answer to train on; add one or remove the line")
-    return conversation
+    return {"messages": _from_messages, "dialog": _from_dialog}.get(kind, _from_input)(data)
 
 
 def _from_messages(data: dict) -> Conversation:

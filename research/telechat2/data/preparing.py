@@ -71,6 +71,10 @@ def _read(files: list[Path], tokenizer, capacity: int) -> tuple[list[tuple[np.nd
                     conversation = formats.parse_line(line)
                     segments = conversation.render()
                     ids, mask = telechat_chat.encode(segments, tokenizer)
+                    if not any(mask):
+                        raise ValueError(
+                            "the conversation has no answer to train on; add one or remove the line"
+                        )
             except ValueError as error:
                 bad.append((f"{file.name}:{number}", error))
                 continue
