@@ -15,9 +15,10 @@ from oracle import write_hf_folder
 
 from research.telechat2 import telechat_chat, telechat_predict_utils, telechat_prompt_format
 from research.telechat2.checkpoint import convert_to_mindspore, read_mindspore_tensors
-from research.telechat2.data.formats import Conversation
+from research.telechat2.data.formats import Conversation, parse_line
 from research.telechat2.telechat import TelechatForCausalLM
-from research.telechat2.telechat_predict_utils import load_predictor, load_weights, read_questions
+from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_questions
+from research.telechat2.telechat_predict_utils import load_predictor, load_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -310,7 +311,7 @@ def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file,
     overridden = load_predictor(config_file, small_vocab, folder, prompt_format="chat")
     assert overridden.prompt_ids(asked("生抽"))[0] == tuned.tokenizer.system_token_id
     with pytest.raises(ValueError, match="the plain prompt format has no place for a system prompt"):
-        tuned.prompt_ids(telechat_predict_utils.question("x", system="Be brief."))
+        tuned.prompt_ids(question("x", system="Be brief."))
 
 
 def test_generation_settings_are_the_yamls_unless_given(random, small_vocab, tmp_path):
@@ -318,21 +319,21 @@ def test_generation_settings_are_the_yamls_unless_given(random, small_vocab, tmp
     predictor = load_predictor(
         file, small_vocab, random.weights, generation={"top_k": None, "do_sample": False}
     )
-    assert predictor.generation == {"max_new_tokens": 512, "do_sample": False}
+    assert predictor.generation == {"do_sample": False}
     config = predictor.model.config
     assert (config.top_k, config.repetition_penalty) == (7, 1.5)  # where generate looks for the rest
 
 
 def test_prompts_without_room_are_refused(limits):
     def brief(text):
-        return telechat_predict_utils.question(text, system="S")
+        return question(text, system="S")
 
     predictor = limits(max_length=40, max_new_tokens=30)
     predictor.check([[4] * 39])
     with pytest.raises(ValueError, match=r"the prompt has 40 tokens, but prompt and answer .* may have 40"):
         predictor.generate([[4] * 40])
     with pytest.raises(ValueError, match="question 2 of 2: the prompt has .* tokens"):
-        telechat_predict_utils.answer_all(predictor, [brief("hi"), brief("hello " * 40)], 1)
+        answer_all(predictor, [brief("hi"), brief("hello " * 40)], 1)
     limits(max_length=SEQ_LENGTH, max_new_tokens=500)
     predictor.check([[4]] * 4)  # 4 * 256 tokens are 64 blocks of 16
     with pytest.raises(
@@ -347,6 +348,79 @@ def test_what_does_not_fit_the_yaml_is_refused(random, small_vocab, config_file,
         load_predictor(config_file, tmp_path / "not.model", random.weights)
     with pytest.raises(ValueError, match="max_length is 257, but the YAML's seq_length is 256"):
         load_predictor(config_file, small_vocab, random.weights, max_length=SEQ_LENGTH + 1)
+    for name, found in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
+        other = write_yaml(tmp_path / "other.yaml", {name: 9})
+        with pytest.raises(
+            ValueError, match=f"the YAML's {name} is 9, but in .*tokenizer.model it is {found}"
+        ):
+            load_predictor(other, small_vocab, random.weights)
+
+
+def test_the_length_of_an_answer_is_the_yamls_unless_given(random, small_vocab, tmp_path):
+    """As run_mindformer.py has it: max_decode_length is that of prompt and answer together."""
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": 40})
+    predictor = load_predictor(file, small_vocab, random.weights)
+    prompt = [4, *range(20, 50)]
+    (answer,) = predictor.generate([prompt])
+    assert answer.ids == oracle_answer(random, prompt, 40 - len(prompt))
+    assert "9 tokens, cut off there by the YAML's max_decode_length" in str(answer)
+    with pytest.raises(ValueError, match=r"has 40 tokens, .* may have 40 \(the YAML's max_decode_length\)"):
+        predictor.generate([[4] * 40])
+
+    def limit(**given):
+        given["generation"] = {"max_new_tokens": given.pop("max_new_tokens", None)}
+        found = load_predictor(file, small_vocab, random.weights, **given)
+        return found.max_length, found.limited_by, found.generation.get("max_new_tokens")
+
+    assert limit(max_new_tokens=7) == (SEQ_LENGTH, "the YAML's seq_length", 7)
+    assert limit(max_length=50) == (50, "--max_length", None)
+    assert limit(max_length=50, max_new_tokens=7) == (50, "--max_length", 7)
+
+
+def test_a_model_without_padding_answers_batches_as_singles(random, small_vocab, tmp_path):
+    file = write_yaml(tmp_path / "p.yaml", {"pad_token_id": -1})
+    predictor = load_predictor(
+        file, small_vocab, random.weights, batch_size=3, generation={"max_new_tokens": 5}
+    )
+    prompts = [predictor.prompt_ids(asked(text)) for text in QUESTIONS]
+    found = [answer.ids for answer in predictor.generate(prompts)]
+    assert found == [oracle_answer(random, prompt, 5) for prompt in prompts]
+
+
+def test_seed_and_device_are_the_yamls(random, small_vocab, tmp_path, monkeypatch):
+    """Loading seeds the random numbers; the device and the compiler's level reach MindSpore."""
+    told = {}
+    monkeypatch.setattr(ms, "set_context", lambda **settings: told.update(settings))
+    context = {"device_target": "CPU", "device_id": 3, "jit_level": "O2", "infer_boost": "off"}
+    content = {"base_config": str(CHECKOUT / "research/telechat2/telechat2-base/predict.yaml")}
+    drawn = []
+    for seed in (5, 5, 6):
+        file = write_yaml(tmp_path / "p.yaml", context=context, seed=seed, **content)
+        load_predictor(file, small_vocab, random.weights)
+        drawn.append(np.random.rand())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert told["device_id"] == 3 and told["jit_config"] == {"jit_level": "O2", "infer_boost": "off"}
+    load_predictor(file, small_vocab, random.weights, device_id=1)
+    assert told["device_id"] == 1
+    file = write_yaml(
+        tmp_path / "p.yaml", context={"device_target": "CPU", "jit_config": {"jit_level": "O1"}}
+    )
+    with pytest.raises(ValueError, match="jit_level is O1, which prediction does not support"):
+        load_predictor(file, small_vocab, random.weights)
+
+
+def test_the_prompt_format_and_where_it_comes_from_are_said(
+    random, small_vocab, config_file, tmp_path, capsys
+):
+    def said(checkpoint, **given):
+        load_predictor(config_file, small_vocab, checkpoint, **given)
+        return capsys.readouterr().err
+
+    assert "prompt format: chat (none is recorded with" in said(random.weights)
+    assert "prompt format: plain (as asked for)" in said(random.weights, prompt_format="plain")
+    (tmp_path / "model.safetensors").write_bytes(random.weights.read_bytes())
+    telechat_prompt_format.write(tmp_path, "plain")
+    assert f"prompt format: plain (recorded in {tmp_path / 'prompt_format.json'})" in said(tmp_path)
 
 
 # ---------------------------------------------------------------------- questions and conversations
@@ -372,6 +446,7 @@ def test_questions_of_a_jsonl_file(tmp_path, predictor):
         {"messages": [system, user, answer, user, answer]},
         {"input": "<_user>q<_bot>a<_user>q2", "output": "a2"},
         {"messages": [user, answer, user]},
+        {"messages": [user]},
         {"messages": [user, answer], "tools": [tool]},
         {"system": "own\n", "dialog": [user, {"role": "bot", "content": "<tool_call>x</tool_call>"}]},
     ]  # fmt: skip
@@ -379,18 +454,19 @@ def test_questions_of_a_jsonl_file(tmp_path, predictor):
     file.write_text("\n".join(map(json.dumps, lines)))
     found = read_questions(file, system="given")
     given = {"role": "system", "content": "given"}
-    assert [q.messages for q in found[:4]] == [
+    assert [q.messages for q in found[:5]] == [
         [system, user, answer, user],
         [given, user, answer, {"role": "user", "content": "q2"}],
         [given, user, answer, user],
         [given, user],
+        [given, user],
     ]
-    for question, line in zip(found, lines, strict=True):
-        prompt = predictor.prompt_ids(question)
-        again = telechat_predict_utils.parse_line(json.dumps(line))
+    for waiting, line in zip(found, lines, strict=True):
+        prompt = predictor.prompt_ids(waiting)
+        again = parse_line(json.dumps(line))
         if again.messages[0]["role"] != "system":
             again = again._replace(messages=[given, *again.messages])
-        if line is not lines[2]:  # its last turn waits for an answer
+        if line not in lines[2:4]:  # their last turn waits for an answer
             trained = telechat_chat.encode(again.render("chat"), predictor.tokenizer)[0]
             assert trained[: len(prompt)] == prompt and predictor.tokenizer.bot_token_id == prompt[-1]
     file.write_text('{"messages": [}\n')
@@ -400,7 +476,7 @@ def test_questions_of_a_jsonl_file(tmp_path, predictor):
 
 def test_answers_are_printed_with_their_questions(limits, capsys):
     predictor = limits(max_new_tokens=4)
-    telechat_predict_utils.answer_all(predictor, [asked(text) for text in QUESTIONS], batch_size=2)
+    answer_all(predictor, [asked(text) for text in QUESTIONS], batch_size=2)
     said = capsys.readouterr()
     singles = [predictor.ask(asked(text).messages).text for text in QUESTIONS]
     assert said.out == "".join(f"{q}\n{a}\n\n" for q, a in zip(QUESTIONS, singles, strict=True))
@@ -419,28 +495,38 @@ class Scripted:
     def fits(self, prompt):
         return len(prompt) < self.max_length
 
+    def check(self, prompts):
+        if not self.fits(prompts[0]):
+            raise ValueError(f"the prompt has {len(prompts[0])} tokens")
+
     def ask(self, messages, on_text):
         prompt = self.prompt_ids(Conversation(messages, None, "chat"))
-        if not self.fits(prompt):
-            raise ValueError("the prompt is too long")
+        self.check([prompt])
         self.heard.append("".join(map(chr, prompt)))
         on_text("AA")
-        return telechat_predict_utils.Answer("AA", [1, 2], False, 1.0, 0.5)
+        return telechat_predict_utils.Answer("AA", [1, 2], "", 1.0, 0.5)
 
 
 def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns(capsys):
     predictor = Scripted(max_length=9)
-    telechat_predict_utils.chat(predictor, "S", ["b\n", "\n", "c", "d", " /new \n", "e"])
+    chat(predictor, "S", ["b\n", "\n", "c", "d", " /new \n", "e"])
     # system message, then turns of one character and answers of two: a third question is too much
     assert predictor.heard == ["Sb", "SbAAc", "SbAAcAAd"[:8]] + ["Se"]
     said = capsys.readouterr()
     assert said.out == "AA\n" * 4
     predictor = Scripted(max_length=8)
-    telechat_predict_utils.chat(predictor, "S", ["b", "c", "d", "e"])
+    chat(predictor, "S", ["b", "c", "d", "e"])
     assert predictor.heard == ["Sb", "SbAAc", "ScAAd", "SdAAe"]
-    assert capsys.readouterr().err.count("its oldest question and answer are forgotten") == 2
-    with pytest.raises(ValueError, match="too long"):
-        telechat_predict_utils.chat(Scripted(max_length=8), "S", ["b", "12345678"])
+    assert capsys.readouterr().err.count("its oldest 2 messages are forgotten") == 2
+
+
+def test_a_line_that_is_too_long_leaves_the_conversation_as_it_was(capsys):
+    predictor = Scripted(max_length=9)
+    assert chat(predictor, "S", ["b", "123456789", "c"]) == 1
+    assert predictor.heard == ["Sb", "SbAAc"]
+    said = capsys.readouterr()
+    assert "(not asked: the prompt has 10 tokens)" in said.err and "forgotten" not in said.err
+    assert said.out == "AA\nAA\n"
 
 
 # ---------------------------------------------------------------------- the commands
@@ -472,6 +558,25 @@ def test_the_command_answers_and_keeps_a_conversation(random, small_vocab, confi
     ]
     assert told.stdout == "".join(f"{text}\n" for text in texts)
     assert not any(tmp_path.iterdir())
+    config, chosen, *figures = told.stderr.splitlines()  # and no warning, no note of the libraries
+    assert config == f"config: {config_file}" and chosen.startswith("prompt format: chat (none is recorded")
+    assert len(figures) == 2 and all(line.startswith("[6 tokens, cut off there by --max") for line in figures)
+
+
+def test_the_command_shows_the_plugins_own_warnings_and_goes_on_after_a_long_line(
+    random, small_vocab, predictor, tmp_path
+):
+    """The second of three questions is too long: exit code 1, since standard input is no person."""
+    room = len(predictor.prompt_ids(asked("x"))) + 10
+    write_yaml(tmp_path / "p.yaml", {"num_blocks": 15, "max_decode_length": room})
+    words = ["--yaml_file", "p.yaml", "--vocab_file_path", small_vocab, "--checkpoint_path", random.weights]
+    words += ["--auto_trans_ckpt", "False", "--use_parallel", "False"]
+    told = predict(*words, cwd=tmp_path, stdin=f"x\n{'word ' * 60}\ny\n")
+    assert told.stdout.count("\n") >= 2 and told.returncode == 1
+    said = told.stderr.splitlines()
+    assert any(line.startswith("WARNING: The paged cache holds 240 tokens, fewer than") for line in said)
+    assert sum("(not asked: the prompt has" in line for line in said) == 1
+    assert said[-1] == "error: 1 lines of standard input were not asked; see above."
 
 
 def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path):
@@ -492,6 +597,8 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
         (["--yaml_file", "predict_telechat_tyni.yaml"], "predict_telechat_tiny.yaml"),
         (["--yaml_file", "empty.yaml"], "has no section model.model_config"),
         (["--yaml_file", config_file, "--use_parallel", "True"], "predicts on one device"),
+        (["--yaml_file", config_file, "--auto_trans_ckpt", "True"], "--auto_trans_ckpt True: .* one device"),
+        (["--yaml_file", config_file, "--src_strategy_path_or_dir", "s"], "_or_dir s: .* one device"),
         (["--yaml_file", config_file, "--batch_size", "0"], "--batch_size is 0"),
         (["--yaml_file", typo, *vocab, *weights], "'num_layer'.* did you mean 'num_layers'"),
         (["--yaml_file", small, *vocab, *weights], "tokens, but the YAML's vocab_size is 500"),
@@ -501,9 +608,15 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
     for words, said in cases:
         told = predict(*words, "hi", cwd=tmp_path)
         assert (told.returncode, told.stdout) == (1, ""), (words, told.stderr)
-        assert told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, (words, told.stderr)
-        assert re.search(said, told.stderr), told.stderr
+        *config, error = told.stderr.splitlines()
+        assert error.startswith("error: ") and re.search(said, error), (words, told.stderr)
+        assert [line.split(": ")[0] for line in config] in ([], ["config"]), (words, told.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def run_mindformer(*words, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(CHECKOUT / "run_mindformer.py"), "--run_mode", "predict", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_vocab, predictor, tmp_path):
@@ -512,9 +625,83 @@ def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_voc
     (answer,) = predictor.generate([prompt])
     file = write_yaml(tmp_path / "predict.yaml", {"max_decode_length": len(prompt) + NEW_TOKENS})
     words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw]
-    words += ["--processor.tokenizer.vocab_file", small_vocab, "--run_mode", "predict", "--output_dir", "out"]
-    command = [sys.executable, str(CHECKOUT / "run_mindformer.py"), *map(str, words)]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    words += ["--processor.tokenizer.vocab_file", small_vocab, "--output_dir", "out"]
+    told = run_mindformer(*words, cwd=tmp_path)
     assert told.returncode == 0, told.stderr[-3000:]
     whole = predictor.tokenizer.decode([*prompt, *answer.ids], skip_special_tokens=True)
     assert told.stdout.endswith(f"{whole}\n") and answer.text and whole.endswith(answer.text)
+
+
+def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, tmp_path):
+    """The same seed, the same answer, in both commands' way of asking; another seed, another answer."""
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": 60, "top_k": 300})
+    raw = "<_start><_user>生抽与老抽的区别？<_bot>"
+    words = [
+        "--config",
+        file,
+        "--load_checkpoint",
+        random.weights,
+        "--predict_data",
+        raw,
+        "--do_sample",
+        "True",
+    ]
+    words += ["--processor.tokenizer.vocab_file", small_vocab]
+    found = []
+    for number, seed in enumerate((1, 1, 2)):
+        told = run_mindformer(*words, "--seed", seed, "--output_dir", f"out{number}", cwd=tmp_path)
+        assert told.returncode == 0, told.stderr[-3000:]
+        found.append(told.stdout[told.stdout.rindex("生抽与老抽的区别？") :])
+    assert found[0] == found[1] != found[2]
+
+
+def test_run_mindformer_pads_by_the_tokenizer_where_the_model_has_no_padding(
+    random, small_vocab, predictor, tmp_path
+):
+    raw = ["<_start><_user>生抽与老抽的区别？<_bot>", "<_start><_user>x<_bot>"]
+    prompts = [telechat_chat.raw_prompt(text, predictor.tokenizer) for text in raw]
+    longest = max(map(len, prompts))
+    file = write_yaml(tmp_path / "p.yaml", {"pad_token_id": -1, "max_decode_length": longest + 4})
+    (tmp_path / "prompts.txt").write_text("\n".join(raw), encoding="utf-8")
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", "prompts.txt"]
+    words += ["--processor.tokenizer.vocab_file", small_vocab, "--predict_batch_size", 2, "--output_dir", "o"]
+    told = run_mindformer(*words, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-3000:]
+    for prompt in prompts:
+        whole = [*prompt, *oracle_answer(random, prompt, longest + 4 - len(prompt))]
+        assert predictor.tokenizer.decode(whole, skip_special_tokens=True) in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["<_user>" + "word " * 60], r"prompt 1 of 1: the prompt has \d+ tokens, but prompt and answer "
+         r"together may have 40 \(the YAML's max_decode_length\)"),
+        (["prompts.txt"], "prompt 2 of 3: it is empty"),
+    ],
+)  # fmt: skip
+def test_run_mindformer_refuses_prompts_that_cannot_be_answered(random, small_vocab, tmp_path, prompts, said):
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": 40})
+    (tmp_path / "prompts.txt").write_text("<_user>a<_bot>\n\n<_user>b<_bot>\n")
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", *prompts]
+    told = run_mindformer(*words, "--processor.tokenizer.vocab_file", small_vocab, cwd=tmp_path)
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert re.search(f"^error: {said}", told.stderr, re.MULTILINE), told.stderr[-2000:]
+
+
+def test_run_mindformer_asks_for_a_vocabulary_at_once(config_file, tmp_path):
+    """The base YAML's vocab_file is empty."""
+    words = ["--config", config_file, "--predict_data", "<_user>x<_bot>"]
+    for more, said in (
+        (
+            [],
+            "error: the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model.\n",
+        ),
+        (
+            ["--processor.tokenizer.vocab_file", "no"],
+            "error: processor.tokenizer.vocab_file is no, but there is",
+        ),
+    ):
+        told = run_mindformer(*words, *more, cwd=tmp_path)
+        assert told.returncode == 1 and told.stderr.startswith(said), told.stderr
+        assert "mindformers" not in told.stdout and not any(tmp_path.iterdir())

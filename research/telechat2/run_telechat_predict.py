@@ -38,15 +38,22 @@ def parse_arguments() -> argparse.Namespace:
         "--use_parallel", type=boolean, default=False, help="several NPUs; not in this version"
     )
     parser.add_argument(
+        "--auto_trans_ckpt", type=boolean, default=False, help="slice the weights; needs several NPUs"
+    )
+    parser.add_argument(
+        "--src_strategy_path_or_dir", help="plan the weights were saved under; needs several NPUs"
+    )
+    parser.add_argument(
         "--use_past", type=boolean, default=None, help="predict with a cache; by default the YAML's"
     )
-    parser.add_argument("--device_id", type=int, default=0)
+    parser.add_argument("--device_id", type=int, help="by default the YAML's")
     parser.add_argument("--batch_size", type=int, default=1, help="questions of a file answered at once")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of an answer")
     parser.add_argument(
         "--max_length",
         type=int,
-        help="tokens of prompt and answer together; by default the YAML's seq_length",
+        help="tokens of prompt and answer together; by default the YAML's max_decode_length, or with "
+        "--max_new_tokens its seq_length",
     )
     for name, how in (
         ("do_sample", boolean), ("top_k", int), ("top_p", float), ("repetition_penalty", float)
@@ -58,27 +65,26 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Load once, then answer what was asked."""
     args = parse_arguments()
-    if args.use_parallel:
-        raise ValueError(
-            "--use_parallel True: this version predicts on one device; leave the flag out or set it to False."
-        )
+    for name in ("use_parallel", "auto_trans_ckpt", "src_strategy_path_or_dir"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: this version predicts on one device, with whole weights; "
+                f"leave the flag out."
+            )
     for name in ("batch_size", "max_new_tokens", "max_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    yaml_file = resolve_config(args.yaml_file, Path.cwd())
+    print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
-    from research.telechat2.telechat_predict_utils import (
-        answer_all,
-        chat,
-        load_predictor,
-        question,
-        read_questions,
-    )
+    from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_questions
+    from research.telechat2.telechat_predict_utils import load_predictor
 
     questions = [question(text, args.system) for text in args.question]
     if args.question_file:
         questions += read_questions(args.question_file, args.system)
     predictor = load_predictor(
-        resolve_config(args.yaml_file, Path.cwd()),
+        yaml_file,
         args.vocab_file_path,
         args.checkpoint_path,
         prompt_format=args.prompt_format,
@@ -93,8 +99,10 @@ def main() -> None:
     )
     if questions:
         answer_all(predictor, questions, args.batch_size)
-    else:
-        chat(predictor, args.system, _questions_from_a_person())
+        return
+    refused = chat(predictor, args.system, _questions_from_a_person())
+    if refused and not sys.stdin.isatty():
+        raise ValueError(f"{refused} lines of standard input were not asked; see above.")
 
 
 def _questions_from_a_person():

@@ -1,4 +1,4 @@
-"""What the prediction scripts share: loading a model, asking it, streaming, history, files of questions."""
+"""What the prediction scripts share: loading a model, and asking it for the next answer."""
 
 import sys
 import time
@@ -8,23 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
-from research.telechat2.data.formats import Conversation, naming, parse_line, read_lines
+from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_run_config import read_config
-
-MAX_NEW_TOKENS = 512
 
 
 @dataclass
 class Answer:
     """What a model said: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
 
-    ``cut`` says that the answer ran into a limit of length before the model ended it.
+    ``cut`` names the limit of length that the answer ran into before the model ended it; "" if it ended.
     """
 
     text: str
     ids: list[int]
-    cut: bool
+    cut: str
     seconds: float
     seconds_to_first_token: float
 
@@ -32,7 +30,7 @@ class Answer:
         """A line of figures for a person."""
         later = self.seconds - self.seconds_to_first_token
         speed = f", {(len(self.ids) - 1) / later:.1f} tokens/s" if later > 0 and len(self.ids) > 1 else ""
-        cut = ", cut off there by --max_new_tokens or --max_length" if self.cut else ""
+        cut = f", cut off there by {self.cut}" if self.cut else ""
         return f"[{len(self.ids)} tokens{cut}, the first after {self.seconds_to_first_token:.2f} s{speed}]"
 
 
@@ -41,6 +39,7 @@ class Predictor:
     """A model with its tokenizer and the prompt format it was tuned with.
 
     ``max_length``: most tokens of prompt and answer together, at most the model's ``seq_length``.
+    ``limited_by``: the setting that ``max_length`` comes from, for messages.
     ``generation``: arguments of ``generate``; what is not there is as the model's config says.
     """
 
@@ -48,7 +47,8 @@ class Predictor:
     tokenizer: object
     prompt_format: str
     max_length: int
-    generation: dict = field(default_factory=lambda: {"max_new_tokens": MAX_NEW_TOKENS})
+    limited_by: str = "--max_length"
+    generation: dict = field(default_factory=dict)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids that ask for the next answer of a conversation."""
@@ -59,18 +59,17 @@ class Predictor:
         return encode(segments, self.tokenizer)[0]
 
     def fits(self, prompt: list[int]) -> bool:
-        """Whether a prompt leaves room for a token of answer."""
-        return len(prompt) < self.max_length
+        """Whether a prompt leaves room for a token of answer, and the cache has room for both."""
+        try:
+            self.check([prompt])
+        except ValueError:
+            return False
+        return True
 
     def check(self, prompts: list[list[int]]) -> None:
         """ValueError if a prompt leaves no room for an answer, or the cache has none for the batch."""
         for ids in prompts:
-            if not self.fits(ids):
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens, but prompt and answer together may have "
-                    f"{self.max_length} (--max_length, at most the YAML's seq_length); shorten it or raise "
-                    f"them."
-                )
+            check_length(len(ids), self.max_length, self.limited_by)
         config = self.model.config
         needed = sum(-(-(len(ids) + self._room(ids)) // config.block_size) for ids in prompts)
         if config.use_past and needed > config.num_blocks:
@@ -82,7 +81,14 @@ class Predictor:
 
     def _room(self, ids: list[int]) -> int:
         """Most tokens that an answer to ``ids`` may have."""
-        return min(self.generation["max_new_tokens"], self.max_length - len(ids))
+        room = self.max_length - len(ids)
+        return min(self.generation.get("max_new_tokens", room), room)
+
+    def _cut(self, ids: list[int], answer: list[int]) -> str:
+        """The setting that ended ``answer``, or "" if the model did."""
+        if answer[-1] == self.model.config.eos_token_id:
+            return ""
+        return self.limited_by if len(ids) + len(answer) == self.max_length else "--max_new_tokens"
 
     def generate(self, prompts: list[list[int]], on_token=None) -> list[Answer]:
         """Answer a batch of prompts given as ids, each as if asked alone (unless it samples).
@@ -92,16 +98,17 @@ class Predictor:
         self.check(prompts)
         clock = _Clock(on_token if len(prompts) == 1 else None)
         longest = max(len(ids) for ids in prompts)
+        padding = self.tokenizer.pad_token_id  # the config's may be -1, "none": no length could be told by it
+        padded = [ids + [padding] * (longest - len(ids)) for ids in prompts]
         # One limit for all rows: the largest. What a longer prompt may not use of it is taken off below.
-        settings = self.generation | {"max_new_tokens": max(self._room(ids) for ids in prompts)}
-        padded = [ids + [self.tokenizer.pad_token_id] * (longest - len(ids)) for ids in prompts]
+        room = max(self._room(ids) for ids in prompts)
+        settings = self.generation | {"max_new_tokens": room, "pad_token_id": padding}
         outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
         answers = []
         for prompt, output in zip(prompts, outputs, strict=True):
             ids = output[len(prompt) : len(prompt) + self._room(prompt)].tolist()
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            cut = ids[-1] != self.model.config.eos_token_id
-            answers.append(Answer(text, ids, cut, clock.total(), clock.first()))
+            answers.append(Answer(text, ids, self._cut(prompt, ids), clock.total(), clock.first()))
         return answers
 
     def ask(self, messages: list[dict], on_text=None) -> Answer:
@@ -110,12 +117,26 @@ class Predictor:
 
         decoder = StreamDecoder(self.tokenizer)
         on_token = None if on_text is None else lambda index: on_text(decoder.put(index))
-        answer = self.generate([self.prompt_ids(Conversation(messages, None, self.prompt_format))], on_token)[
-            0
-        ]
+        prompt = self.prompt_ids(Conversation(messages, None, self.prompt_format))
+        (answer,) = self.generate([prompt], on_token)
         if on_text is not None:
             on_text(decoder.end())
         return answer
+
+
+def check_length(tokens: int, max_length: int, limited_by: str) -> None:
+    """ValueError if a prompt of ``tokens`` tokens leaves no room for an answer."""
+    if tokens >= max_length:
+        raise ValueError(
+            f"the prompt has {tokens} tokens, but prompt and answer together may have {max_length} "
+            f"({limited_by}); shorten the prompt or raise that."
+        )
+
+
+def length_of_config(max_decode_length: int, seq_length: int) -> tuple[int, str]:
+    """Most tokens of prompt and answer together by a model's config, and the field that says so."""
+    limits = ((seq_length, "the YAML's seq_length"), (max_decode_length, "the YAML's max_decode_length"))
+    return min(limits, key=lambda limit: limit[0])
 
 
 class _Clock:
@@ -150,7 +171,7 @@ def load_predictor(
     *,
     prompt_format: str | None = None,
     max_length: int | None = None,
-    device_id: int = 0,
+    device_id: int | None = None,
     batch_size: int = 1,
     use_past: bool | None = None,
     generation: dict | None = None,
@@ -162,8 +183,10 @@ def load_predictor(
         vocab_file: tokenizer.model.
         checkpoint: a converted checkpoint or the `checkpoint` folder of a training run.
         prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
-        max_length: most tokens of prompt and answer together, by default and at most ``seq_length``.
-        device_id: which NPU.
+            Which it is and why is printed on standard error.
+        max_length: most tokens of prompt and answer together, at most ``seq_length``; by default that if
+            ``generation`` has ``max_new_tokens``, else the YAML's ``max_decode_length``.
+        device_id: which NPU; by default the YAML's.
         batch_size: most prompts at once.
         use_past: predict with a cache.
         generation: arguments of ``generate``; None, or not there: as the YAML's model_config says.
@@ -180,23 +203,44 @@ def load_predictor(
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     checkpoint = checkpoint or config.get("load_checkpoint")
     _check_files(yaml_file, vocab_file, checkpoint)
-    prompt_format = prompt_format or telechat_prompt_format.find(checkpoint) or "chat"
+    prompt_format, chosen = _prompt_format(prompt_format, checkpoint)
+    from mindspore import set_seed
+
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
     tokenizer = TelechatTokenizer(str(vocab_file))
     model = _build_model(_section(config, "context"), settings, device_id)
-    _check_vocabulary(tokenizer, vocab_file, model.config.vocab_size)
-    seq_length = model.config.seq_length
-    if max_length is not None and max_length > seq_length:
-        raise ValueError(
-            f"max_length is {max_length}, but the YAML's seq_length is {seq_length}; lower it, or raise "
-            f"seq_length in the YAML."
-        )
-    load_weights(model, checkpoint)
+    check_vocabulary(tokenizer, vocab_file, vars(model.config))
     given = {name: value for name, value in (generation or {}).items() if value is not None}
-    return Predictor(
-        model, tokenizer, prompt_format, max_length or seq_length, {"max_new_tokens": MAX_NEW_TOKENS} | given
-    )
+    limit = _length_limit(model.config, max_length, given)
+    load_weights(model, checkpoint)
+    if config.get("seed") is not None:
+        set_seed(config["seed"])
+    print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
+    return Predictor(model, tokenizer, prompt_format, *limit, given)
+
+
+def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int, str]:
+    """Most tokens of prompt and answer together, and the setting that says so."""
+    if max_length is None:
+        own = config.seq_length if "max_new_tokens" in generation else config.max_decode_length
+        return length_of_config(own, config.seq_length)
+    if max_length > config.seq_length:
+        raise ValueError(
+            f"max_length is {max_length}, but the YAML's seq_length is {config.seq_length}; lower it, or "
+            f"raise seq_length in the YAML."
+        )
+    return max_length, "--max_length"
+
+
+def _prompt_format(given: str | None, checkpoint) -> tuple[str, str]:
+    """The prompt format to use, and why."""
+    if given:
+        return given, "as asked for"
+    record = telechat_prompt_format.record_of(checkpoint)
+    if record is not None:
+        return telechat_prompt_format.find(checkpoint), f"recorded in {record}"
+    return "chat", f"none is recorded with {checkpoint}: give --prompt_format plain if it was tuned in that"
 
 
 def _section(config: dict, *names: str) -> dict:
@@ -219,54 +263,51 @@ def _check_files(yaml_file, vocab_file, checkpoint) -> None:
             raise ValueError(f"{flag} {path} does not exist.")
 
 
-def _check_vocabulary(tokenizer, vocab_file, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:
+def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
+    """ValueError if a vocabulary and the ``model_config`` settings of a model do not go together."""
+    if tokenizer.vocab_size > settings["vocab_size"]:
         raise ValueError(
-            f"{vocab_file} has {tokenizer.vocab_size} tokens, but the YAML's vocab_size is {vocab_size}; "
-            "this is another model's vocabulary."
+            f"{vocab_file} has {tokenizer.vocab_size} tokens, but the YAML's vocab_size is "
+            f"{settings['vocab_size']}; this is another model's vocabulary."
         )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found, expected = getattr(tokenizer, name), settings[name]
+        if found != expected and (name, expected) != ("pad_token_id", -1):
+            raise ValueError(
+                f"the YAML's {name} is {expected}, but in {vocab_file} it is {found}; correct model_config, "
+                f"or use the vocabulary of this model."
+            )
 
 
-def _build_model(context: dict, settings: dict, device_id: int):
-    import mindspore as ms
-
-    target = context.get("device_target", "Ascend")
-    try:
-        ms.set_context(
-            mode=ms.GRAPH_MODE, device_target=target, device_id=device_id,
-            jit_config={"jit_level": (context.get("jit_config") or {}).get("jit_level", "O0")},
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise ValueError(
-            f"context.device_target is {target}, but MindSpore cannot use it here: "
-            f"{str(error).strip().splitlines()[0]} Use a YAML for CPUs, or a machine with NPUs."
-        ) from error
-    if target == "Ascend":
-        ms.set_context(max_device_memory=context.get("max_device_memory", "58GB"))
+def _build_model(context: dict, settings: dict, device_id: int | None):
+    _set_context(context, device_id)
     from mindspore.nn.utils import no_init_parameters
 
     from research.telechat2.telechat import TelechatForCausalLM
-    from research.telechat2.telechat_compat import is_cpu
     from research.telechat2.telechat_config import TelechatConfig
 
     with no_init_parameters():
         model = TelechatForCausalLM(TelechatConfig(**settings))
-    model.set_train(False)
-    if is_cpu():
-        model.get_logits_warper = _in_numpy(model.get_logits_warper)
-    return model
+    return model.set_train(False)
 
 
-def _in_numpy(get_logits_warper):
-    """Let MindFormers choose among the likeliest tokens in NumPy: MindSpore's top-k has no CPU kernel."""
+def _set_context(context: dict, device_id: int | None) -> None:
+    """Choose target, device and graph compiler as MindFormers does for a prediction."""
+    import mindspore as ms
 
-    def get(generation_config):
-        warpers = get_logits_warper(generation_config)
-        for warper in (warpers, *warpers):
-            warper.use_numpy = True
-        return warpers
+    from research.telechat2.telechat_compat import naming_target
 
-    return get
+    target = context.get("device_target", "Ascend")
+    if device_id is None:
+        device_id = context.get("device_id", 0)
+    jit = {"jit_level": context.get("jit_level", "O0"), "infer_boost": context.get("infer_boost", "on")}
+    jit |= {name: value for name, value in (context.get("jit_config") or {}).items() if value}
+    if jit["jit_level"] == "O1":
+        raise ValueError("context.jit_config.jit_level is O1, which prediction does not support; use O0.")
+    with naming_target(target):
+        ms.set_context(mode=ms.GRAPH_MODE, device_target=target, device_id=device_id, jit_config=jit)
+    if target == "Ascend":
+        ms.set_context(max_device_memory=context.get("max_device_memory", "58GB"))
 
 
 def load_weights(model, checkpoint: str | Path) -> None:
@@ -314,97 +355,3 @@ def _naming_torch(tensors, checkpoint: str | Path):
                 f"research/telechat2/convert_weight.py, and give what it writes."
             ) from error
         raise
-
-
-def question(text: str, system: str | None = None) -> Conversation:
-    """A conversation of one question, after a system message if there is one."""
-    return Conversation([*_system(system), {"role": "user", "content": text}], None, "chat")
-
-
-def _system(system: str | None) -> list[dict]:
-    return [{"role": "system", "content": system}] if system else []
-
-
-def read_questions(path: str | Path, system: str | None = None) -> list[Conversation]:
-    """Conversations that wait for an answer: a question on each line, or ``.jsonl`` lines of training data.
-
-    Of a jsonl conversation the last answer is cut off. ``system`` is put before those without one.
-
-    Raises:
-        ValueError: an empty file, or a line that is no conversation (file and line are named).
-    """
-    questions = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        if Path(path).suffix != ".jsonl":
-            questions.append(question(line.rstrip("\r\n"), system))
-            continue
-        with naming(path, number):
-            asked = parse_line(line)
-            asked.render()  # checks the messages
-        messages = asked.messages
-        if messages[-1]["role"] in ("assistant", "bot"):
-            messages = messages[:-1]
-        if messages and messages[0]["role"] != "system":
-            messages = [*_system(system), *messages]
-        questions.append(asked._replace(messages=messages))
-    if not questions:
-        raise ValueError(f"{path} holds no question.")
-    return questions
-
-
-def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: int) -> None:
-    """Answer conversations in batches, and print each with its question.
-
-    Raises:
-        ValueError: one cannot be asked (its number is given); nothing is answered then.
-    """
-    prompts = []
-    for number, asked in enumerate(questions, 1):
-        try:
-            prompts.append(predictor.prompt_ids(asked))
-            predictor.check(prompts[-1:])
-        except ValueError as error:
-            raise ValueError(f"question {number} of {len(questions)}: {error}") from error
-    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
-    for batch in batches:
-        predictor.check(prompts[batch])
-    for batch in batches:
-        answers = predictor.generate(prompts[batch])
-        for asked, answer in zip(questions[batch], answers, strict=True):
-            print(f"{asked.messages[-1]['content']}\n{answer.text}\n", flush=True)
-            if answer.cut or len(answers) == 1:
-                print(answer, file=sys.stderr)
-        if len(answers) > 1:
-            tokens = sum(len(answer.ids) for answer in answers)
-            print(f"[{len(answers)} answers, {tokens} tokens, {answers[0].seconds:.2f} s]", file=sys.stderr)
-
-
-def chat(predictor: Predictor, system: str | None, lines) -> None:
-    """Answer every line of ``lines`` in one conversation, streaming; ``/new`` starts another."""
-    start = _system(system)
-    messages = list(start)
-    for line in lines:
-        question = line.strip()
-        if question == "/new":
-            messages = list(start)
-        if not question or question == "/new":
-            continue
-        messages.append({"role": "user", "content": question})
-        _forget_until_it_fits(predictor, messages, keep=len(start))
-        answer = predictor.ask(messages, on_text=lambda text: print(text, end="", flush=True))
-        print(flush=True)
-        print(answer, file=sys.stderr)
-        messages.append({"role": "assistant", "content": answer.text})
-
-
-def _forget_until_it_fits(predictor: Predictor, messages: list[dict], keep: int) -> None:
-    """Drop the oldest question and answer until the prompt leaves room for an answer, saying so."""
-    while len(messages) > keep + 1:
-        if predictor.fits(predictor.prompt_ids(Conversation(messages, None, predictor.prompt_format))):
-            return
-        del messages[keep : keep + 2]
-        print(
-            "(the conversation grew too long: its oldest question and answer are forgotten)", file=sys.stderr
-        )

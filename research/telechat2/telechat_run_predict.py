@@ -1,0 +1,90 @@
+"""What run_mindformer.py looks at before MindFormers predicts: vocabulary, and length of the prompts."""
+
+import inspect
+from pathlib import Path
+
+from research.telechat2.data.formats import read_lines
+from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
+
+TOKENIZER = "TelechatTokenizer"
+
+
+def check_vocab_file(config: dict) -> None:
+    """Refuse a missing vocabulary before the slow imports; ``config`` is the raw YAML with overrides.
+
+    Raises:
+        ValueError: no ``processor.tokenizer.vocab_file``, or there is no such file.
+    """
+    vocab_file = ((config.get("processor") or {}).get("tokenizer") or {}).get("vocab_file")
+    if not vocab_file:
+        raise ValueError(
+            "the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model."
+        )
+    if not Path(vocab_file).is_file():
+        raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
+
+
+def prepare_prompts(config) -> str | list[str]:
+    """Read the prompts of ``config.input_data``, and check that the model can answer each.
+
+    One word may name a UTF-8 text file of a prompt on each line, with ``\\n`` for a newline in it. Sets the
+    model's ``pad_token_id`` to the tokenizer's where it is -1: MindFormers pads with the one and measures
+    with the other.
+
+    Args:
+        config: MindFormers' whole config (MindFormerConfig).
+
+    Returns:
+        One prompt, or several.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room for an answer, or the vocabulary is not the model's.
+    """
+    prompts = _read(config.input_data)
+    section = dict(config.processor.tokenizer)
+    if section.pop("type", None) != TOKENIZER:
+        print(f"prompts not checked: the tokenizer is no {TOKENIZER}", flush=True)
+        return prompts
+    section.pop("auto_register", None)
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(**section)
+    settings = _with_defaults(config.model.model_config)
+    check_vocabulary(tokenizer, section["vocab_file"], settings)
+    if settings["pad_token_id"] == -1:
+        config.model.model_config.pad_token_id = tokenizer.pad_token_id
+    limit = length_of_config(settings["max_decode_length"], settings["seq_length"])
+    several = [prompts] if isinstance(prompts, str) else prompts
+    for number, prompt in enumerate(several, 1):
+        try:
+            _check(tokenizer(prompt)["input_ids"], *limit)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
+    return prompts
+
+
+def _read(input_data) -> str | list[str]:
+    words = [input_data] if isinstance(input_data, str) else list(input_data)
+    if len(words) > 1:
+        return words
+    try:
+        is_file = Path(words[0]).is_file()
+    except (OSError, ValueError):  # too long for a name, or a zero byte in it
+        is_file = False
+    if not is_file:
+        return words[0]
+    return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_lines(words[0])]
+
+
+def _check(ids: list[int], max_length: int, limited_by: str) -> None:
+    if not ids:
+        raise ValueError("it is empty; write it or remove the line.")
+    check_length(len(ids), max_length, limited_by)
+
+
+def _with_defaults(model_config) -> dict:
+    """The settings of ``model_config``, and TelechatConfig's default where it has none."""
+    from research.telechat2.telechat_config import TelechatConfig
+
+    parameters = inspect.signature(TelechatConfig.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()} | dict(model_config)
