@@ -77,16 +77,12 @@ ARGUMENTS = (
     ("--num_samples", "train_dataset.data_loader.num_samples", {"type": int, "help": "records to use"}),
     ("--seed", "seed", {"type": int, "help": "seed of every random number"}),
     ("--profile", "profile", {"type": boolean, "help": "record a profile"}),
-    (
-        "--trust_remote_code",
-        "trust_remote_code",
-        {"type": boolean, "help": "run code of a downloaded tokenizer"},
-    ),
 )
 
 UNSUPPORTED = {
     "--modal_type": "the TeleChat2 models read text only; leave it out",
     "--adapter_id": "the TeleChat2 models here have no LoRA adapters; leave it out",
+    "--trust_remote_code": "the tokenizer is this project's, no code is downloaded; leave it out",
 }
 
 

@@ -91,6 +91,8 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(weights, tmp_path):
         prepare(weights, training=True, resume_training=True, checkpoint={"no_save_optim": False})
     with pytest.raises(ValueError, match="Add the section `checkpoint:`"):
         prepare(weights, training=True, resume_training=True)
+    with pytest.raises(ValueError, match="resume_training is 'last.ckpt', but this config has the section"):
+        prepare(weights, training=True, resume_training="last.ckpt", checkpoint={"no_save_optim": False})
     with pytest.raises(ValueError, match="nothing to resume from"):
         prepare("", training=True, resume_training=True)
     for rank in range(2):

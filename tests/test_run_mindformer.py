@@ -58,6 +58,11 @@ def weights(tmp_path_factory) -> Path:
         ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "has no section train_dataset"),
         ("predict_telechat_tiny.yaml", {"context.mode": 1}, "static graph mode only"),
         ("predict_telechat_tiny.yaml", {"run_mode": "dance"}, "run_mode is 'dance'"),
+        (
+            "finetune_telechat_tiny.yaml",
+            {"checkpoint.save_interleaved_step": 5},
+            "checkpoint.save_interleaved_step is read by nothing.*Did you mean save_interleaved_steps",
+        ),
     ],
 )
 def test_tasks_that_cannot_start_are_refused_at_once(tmp_path, monkeypatch, name, overrides, message):
@@ -89,6 +94,8 @@ def test_mistakes_end_in_a_sentence_and_no_traceback(tmp_path):
     assert wrong.returncode == 2 and "expected True or False, got 'perhaps'" in wrong.stderr
     wrong = start(tmp_path, "--config", "finetune_telechat_tiny.yaml", "--modal_type", "image")
     assert wrong.returncode == 2 and "read text only" in wrong.stderr
+    wrong = start(tmp_path, "--config", "finetune_telechat_tiny.yaml", "--trust_remote_code", "True")
+    assert wrong.returncode == 2 and "no code is downloaded" in wrong.stderr
     assert not any(tmp_path.iterdir())
 
 

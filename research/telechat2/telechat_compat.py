@@ -23,7 +23,7 @@ from mindformers.modules.transformer.transformer import (
     default_transformer_config,
 )
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, ConfigTemplate
+from mindformers.tools.register.template import ConfigTemplate
 from mindformers.tools.utils import (
     check_in_modelarts,
     get_output_root_path,
@@ -37,7 +37,6 @@ from mindspore.train.callback import Callback
 
 __all__ = [
     "AddedToken",
-    "CONFIG_NAME_TO_CLASS",
     "Callback",
     "ConfigTemplate",
     "CrossEntropyLoss",
@@ -198,7 +197,7 @@ class PreTrainedModel(_PreTrainedModel):
 
     @staticmethod
     def get_logits_warper(generation_config):
-        """The chain that picks the likeliest tokens; on a CPU in NumPy: MindSpore's top-k has no kernel there."""
+        """The chain that leaves the likeliest tokens; in NumPy on a CPU, which lacks MindSpore's top-k."""
         warpers = _PreTrainedModel.get_logits_warper(generation_config)
         if is_cpu():
             for warper in (warpers, *warpers):

@@ -24,6 +24,7 @@ from research.telechat2.telechat_run_config import (
     resolve_folder,
 )
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
+from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
 from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts
 from research.telechat2.telechat_run_saving import (
     answers_file,
@@ -58,7 +59,8 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
     prepare_environment(overrides.get("output_dir") or shipped_output, register)
-    _apply(config, overrides)
+    apply_overrides(config, overrides, TEMPLATE)
+    check_keys(config)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
     training = mode in TRAINING
@@ -77,15 +79,6 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     return _carry_out(config, path)
 
 
-def _apply(config: dict, overrides: dict[str, object]) -> None:
-    """Apply overrides; MindFormers is asked only about what the YAML lacks: its import takes seconds."""
-    own = {section: value if isinstance(value, dict) else {} for section, value in config.items()} | {"": {}}
-    try:
-        apply_overrides(config, overrides, own)
-    except ValueError:
-        apply_overrides(config, overrides, _template())
-
-
 def _move_output(config: dict, output_dir: str, old: str) -> None:
     """Make ``output_dir`` absolute, and let TensorBoard's events follow it where they lay inside it."""
     config["output_dir"] = output_dir
@@ -93,15 +86,6 @@ def _move_output(config: dict, output_dir: str, old: str) -> None:
     events = Path(board.get("tensorboard_dir") or "")
     if events.is_relative_to(Path(old)):
         board["tensorboard_dir"] = str(Path(output_dir) / events.relative_to(Path(old)))
-
-
-def _template() -> dict[str, dict]:
-    """MindFormers' own sections and their defaults; the top-level keys under ``""``."""
-    from research.telechat2.telechat_compat import CONFIG_NAME_TO_CLASS
-
-    sections = {name: dict.fromkeys(section.keys()) for name, section in CONFIG_NAME_TO_CLASS.items()}
-    sections[""] = sections.pop("general_config")
-    return sections
 
 
 def _check_task(config: dict, path: Path) -> str:

@@ -175,6 +175,12 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
     """Refuse what MindFormers 1.9 cannot resume, before it fails half way."""
     if not resume:
         return
+    if sectioned and isinstance(resume, str):
+        raise ValueError(
+            f"resume_training is {resume!r}, but this config has the section `checkpoint:`, which resumes "
+            f"from the folder of --load_checkpoint: give --resume_training True, and as --load_checkpoint the "
+            f"`checkpoint` folder or one of its iteration_* folders."
+        )
     if sectioned and kind != "iteration":
         raise ValueError(
             f"cannot resume from {path}: it holds weights, but no optimizer state and step. Resume from the "

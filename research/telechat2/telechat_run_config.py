@@ -225,7 +225,7 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         if not sections and last not in config and last not in template[""]:
             known = sorted({*config, *template[""]})
             raise ValueError(
-                f"--{key} is neither an argument nor a key of the config. {_did_you_mean(last, known)}"
+                f"--{key} is neither an argument nor a key of the config. {did_you_mean(last, known)}"
             )
         target, known_section = config, template
         for depth, section in enumerate(sections):
@@ -235,7 +235,7 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})
                 raise ValueError(
-                    f"--{key}: the config has no section `{path}`. {_did_you_mean(section, known)}"
+                    f"--{key}: the config has no section `{path}`. {did_you_mean(section, known)}"
                 )
             target[section] = {} if target[section] is None else target[section]
             target, known_section = target[section], None
@@ -247,6 +247,7 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         target[last] = value
 
 
-def _did_you_mean(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The sentence that ends a message about an unknown name."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(known)}."
