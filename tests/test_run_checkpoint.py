@@ -107,3 +107,38 @@ def test_a_truncated_checkpoint_is_refused(weights, tmp_path):
     config = model_config() | {"load_checkpoint": str(short), "output_dir": str(tmp_path)}
     with pytest.raises(ValueError, match=r"short\.safetensors"):
         prepare_checkpoint(config, training=False)
+
+
+def test_weights_are_compared_where_the_yaml_leaves_the_width_to_a_rule(weights, tmp_path, capsys):
+    """SIZES' width 64 by the rule: 2/3 of 4 * 32 is 85, of (0.74 + 0.01) * 128 = 96 it is 64."""
+
+    def prepare(**changes):
+        settings = model_config(intermediate_size=None, multiple_of=32, **changes)
+        prepare_checkpoint(settings | {"load_checkpoint": str(weights)}, training=False)
+
+    prepare(ffn_dim_multiplier=0.74)
+    assert "not compared" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="misshapen: .*feed_forward"):
+        prepare()
+
+
+def test_whole_weights_are_compared_in_parallel_runs_too(weights, tmp_path, capsys):
+    config = {"load_checkpoint": str(weights), "use_parallel": True, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="misshapen: .*feed_forward"):
+        prepare_checkpoint(model_config(intermediate_size=96) | config, training=False)
+    prepare_checkpoint(model_config() | config, training=False)
+    assert "not compared" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (model_config(num_heads=None), "the YAML states no num_heads"),
+        (model_config() | {"moe_config": {"expert_num": 8}}, "mixture of experts"),
+        (model_config(type="LlamaConfig"), "of type LlamaConfig"),
+    ],
+)
+def test_weights_that_cannot_be_compared_are_said_to_be(weights, changes, reason, capsys):
+    prepare_checkpoint(changes | {"load_checkpoint": str(weights)}, training=False)
+    said = capsys.readouterr().out
+    assert "not compared with the model: " in said and reason in said

@@ -4,6 +4,7 @@ import difflib
 
 import mindspore as ms
 
+from research.telechat2.checkpoint.sizes import feed_forward_width
 from research.telechat2.telechat_compat import (
     TRAINER_KEYS,
     MindFormerModuleType,
@@ -216,15 +217,6 @@ def _dtype(name: str, value):
     if str(value).lower() not in DTYPES:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
     return DTYPES[str(value).lower()]
-
-
-def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:
-    """Width of the feed-forward block where the config gives none (spec 1.2)."""
-    width = 4 * hidden_size
-    if multiplier is not None:
-        width = int((multiplier + 0.01) * width)
-    width = int(2 * width / 3)
-    return multiple_of * ((width + multiple_of - 1) // multiple_of)
 
 
 def _check_sizes(config: TelechatConfig) -> None:

@@ -68,6 +68,7 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     if mode.startswith("predict"):
         check_vocab_file(config)
     if training:
+        _check_accumulation(config)
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
@@ -126,6 +127,21 @@ def _check_devices(config: dict) -> None:
             "use_parallel is set, but this is a single process: start several with "
             'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N, or give --use_parallel False.'
         )
+
+
+def _check_accumulation(config: dict) -> None:
+    """Refuse gradient accumulation where MindFormers 1.9 resets it to 1 with a line in its log."""
+    steps = (config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1
+    stages = (config.get("parallel_config") or {}).get("pipeline_stage") or 1
+    alone = not config.get("use_parallel") or is_data_parallel(config)
+    if steps == 1 or not (alone or stages > 1):
+        return
+    where = "on one device or in data parallelism" if alone else "with pipeline stages"
+    instead = "a larger --batch_size" if alone else "a larger parallel_config.micro_batch_num"
+    raise ValueError(
+        f"gradient_accumulation_steps is {steps}, but {where} MindFormers 1.9 accumulates no gradients and "
+        f"would take single steps; leave it at 1 and use {instead}."
+    )
 
 
 def prepare_environment(output_dir: str, register: Path) -> None:

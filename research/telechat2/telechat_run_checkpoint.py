@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from research.telechat2.checkpoint.plan import make_plan
-from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes
+from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes, feed_forward_width
 from research.telechat2.checkpoint.sources import read_mindspore_source
 from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
 
@@ -82,24 +82,22 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
 def check_weights(config: dict, source: Path, kind: str) -> None:
     """Compare the tensors of a dense TeleChat checkpoint with the model before either is loaded.
 
-    MindFormers only logs what it does not find and leaves those parameters random. Not checked: slices of a
-    parallel run, models whose config does not give all sizes, and MoE.
+    MindFormers only logs what it does not find and leaves those parameters random. What cannot be compared
+    is said: slices of a parallel run, models whose YAML does not give all sizes, and MoE.
 
     Raises:
         ValueError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
     """
-    model_config = (config.get("model") or {}).get("model_config") or {}
-    sized = all(
-        any(model_config.get(key) for key in keys) for keys in SPELLINGS.values() if "n_kv_heads" not in keys
-    )
-    dense = (config.get("moe_config") or {}).get("expert_num", 1) == 1
-    if (
-        _is_parallel(config)
-        or kind == "ranks"
-        or model_config.get("type") != "TelechatConfig"
-        or not (sized and dense)
-    ):
+    if reason := _not_comparable(config, kind):
+        print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
         return
+    model_config = {"tie_word_embeddings": False} | config["model"]["model_config"]
+    if not model_config.get("intermediate_size"):
+        model_config["intermediate_size"] = feed_forward_width(
+            model_config["hidden_size"],
+            model_config.get("ffn_dim_multiplier"),
+            model_config.get("multiple_of", 256),  # TelechatConfig's default
+        )
     files = _model_files(source) if kind == "iteration" else [source]
     tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
     if any(canonical_name(tensor.name, "torch") == EMBEDDING.torch for tensor in tensors):
@@ -107,12 +105,24 @@ def check_weights(config: dict, source: Path, kind: str) -> None:
             f"{source} is a torch checkpoint; convert it first: python research/telechat2/convert_weight.py "
             f"--torch_path {source if source.is_dir() else source.parent} --mindspore_path NEW_DIR"
         )
-    make_plan(
-        tensors,
-        "mindspore",
-        TelechatSizes.from_hf_config({"tie_word_embeddings": False} | model_config),
-        str(source),
-    )
+    make_plan(tensors, "mindspore", TelechatSizes.from_hf_config(model_config), str(source))
+
+
+def _not_comparable(config: dict, kind: str) -> str | None:
+    """Why a checkpoint of this kind cannot be held against the model; None if it can."""
+    model_config = (config.get("model") or {}).get("model_config") or {}
+    if model_config.get("type") != "TelechatConfig":
+        return f"model_config is of type {model_config.get('type')}"
+    if (config.get("moe_config") or {}).get("expert_num", 1) > 1:
+        return "it is a mixture of experts"
+    needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
+    if missing := [name for name in needed if not any(model_config.get(key) for key in SPELLINGS[name])]:
+        return f"the YAML states no {', '.join(missing)}"
+    if kind == "ranks" or (kind == "iteration" and _is_parallel(config)):
+        return "it may hold slices of several ranks"
+    if kind.startswith("ckpt") and _is_parallel(config):
+        return "every rank would have to read the .ckpt file whole"
+    return None
 
 
 def checkpoint_kind(path: Path) -> str:
@@ -178,8 +188,8 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
     if sectioned and isinstance(resume, str):
         raise ValueError(
             f"resume_training is {resume!r}, but this config has the section `checkpoint:`, which resumes "
-            f"from the folder of --load_checkpoint: give --resume_training True, and as --load_checkpoint the "
-            f"`checkpoint` folder or one of its iteration_* folders."
+            f"from the folder of --load_checkpoint: give --resume_training True, and the `checkpoint` folder "
+            f"or one of its iteration_* folders as --load_checkpoint."
         )
     if sectioned and kind != "iteration":
         raise ValueError(

@@ -77,3 +77,12 @@ class TelechatSizes:
             "ffn": self.intermediate_size,
             "key_value": 2 * self.kv_size,
         }
+
+
+def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:
+    """Width of the feed-forward block where the config gives none (spec 1.2)."""
+    width = 4 * hidden_size
+    if multiplier is not None:
+        width = int((multiplier + 0.01) * width)
+    width = int(2 * width / 3)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
