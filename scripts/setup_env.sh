@@ -23,6 +23,10 @@ setup_find_python() {
 
 setup_activate() {  # checkout
     local python
+    # conda activates its own environment "base" at every login; nobody asked for that one
+    if [[ "${CONDA_DEFAULT_ENV:-}" == base ]]; then
+        unset CONDA_PREFIX
+    fi
     if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
         python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null ||
             setup_fail "the active environment ${VIRTUAL_ENV:-$CONDA_PREFIX} is not Python 3.11;" \

@@ -197,6 +197,17 @@ def test_an_active_environment_is_used(copy, fake_bin, tmp_path):
     assert (active / "telechat2_installed").is_file() and not (copy / ".venv").exists()
 
 
+def test_condas_base_is_no_active_environment(copy, fake_bin, tmp_path):
+    base = tmp_path / "conda"
+    base.mkdir()
+    conda = {"CONDA_PREFIX": str(base), "CONDA_DEFAULT_ENV": "base"}
+    assert setup(copy, fake_bin, **conda)[1][0] == f"python -m venv {copy}/.venv"
+    assert not any(base.iterdir())
+    _, asked = setup(copy, fake_bin, **conda | {"CONDA_DEFAULT_ENV": "telechat"})
+    assert asked == [f"python -m pip install -e {copy}[test]"]
+    assert (base / "telechat2_installed").is_file()
+
+
 def test_a_failed_install_is_a_sentence_and_is_tried_again(copy, fake_bin):
     result, _ = setup(copy, fake_bin, PIP_STATUS="1")
     assert result.returncode == 1 and "error: pip could not install" in result.stderr
