@@ -181,6 +181,11 @@ def test_mindformers_builds_it_from_a_yamls_processor_section(small_vocab, small
 def test_it_can_be_saved_and_sent_to_a_worker(small_vocab, small_tokenizer, tmp_path):
     (path,) = small_tokenizer.save_vocabulary(str(tmp_path))
     assert Path(path).read_bytes() == small_vocab.read_bytes()
+    assert small_tokenizer.save_vocabulary(str(tmp_path)) == (path,)  # the same again is no loss
+    Path(path).write_bytes(b"another model's")
+    with pytest.raises(ValueError, match="is another vocabulary and is not overwritten"):
+        small_tokenizer.save_vocabulary(str(tmp_path))
+    assert Path(path).read_bytes() == b"another model's"
     again = pickle.loads(pickle.dumps(small_tokenizer))
     assert again.encode("<_user>你好<_bot>") == small_tokenizer.encode("<_user>你好<_bot>")
     with pytest.raises(ValueError, match="is not a directory"):

@@ -6,9 +6,10 @@ tells which it saw, so a small file beside them does.
 """
 
 import json
-import os
 import re
 from pathlib import Path
+
+from research.telechat2.telechat_files import atomic_write
 
 PROMPT_FORMATS = ("chat", "plain")
 FILE_NAME = "prompt_format.json"
@@ -94,16 +95,8 @@ def manifest_path(mindrecord: str | Path) -> Path:
 
 def write_json(path: Path, content: dict) -> None:
     """Write ``content`` under a temporary name in the same directory, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> str:

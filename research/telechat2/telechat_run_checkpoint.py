@@ -16,6 +16,7 @@ from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes, feed_forward_width
 from research.telechat2.checkpoint.sources import read_mindspore_source
 from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
+from research.telechat2.telechat_files import atomic_write
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MERGING = "(README, 分布式训练/微调权重合并)"
@@ -299,9 +300,8 @@ def _ckpt_as_safetensors(config: dict, path: Path, kind: str) -> Path:
     import mindspore as ms
 
     for file in files:
-        temporary = folder / f".{file.stem}.{os.getpid()}.safetensors"
-        ms.save_checkpoint(ms.load_checkpoint(str(file)), str(temporary), format="safetensors")
-        os.replace(temporary, folder / f"{file.stem}.safetensors")
+        with atomic_write(folder / f"{file.stem}.safetensors") as temporary:
+            ms.save_checkpoint(ms.load_checkpoint(str(file)), str(temporary), format="safetensors")
     return folder
 
 

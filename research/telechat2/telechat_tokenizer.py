@@ -27,6 +27,7 @@ from research.telechat2.telechat_compat import (
     PreTrainedTokenizer,
     logger,
 )
+from research.telechat2.telechat_files import atomic_write
 
 __all__ = ["StreamDecoder", "TelechatTokenizer"]
 
@@ -299,17 +300,18 @@ class TelechatTokenizer(PreTrainedTokenizer):
             )
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
-        """Copy the SentencePiece model into ``save_directory``; return a tuple of its path."""
+        """Copy the SentencePiece model into ``save_directory``, over no other one; return ``(path,)``."""
         if not os.path.isdir(save_directory):
             raise ValueError(
                 f"cannot save the vocabulary: {save_directory} is not a directory; create it first"
             )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         target = Path(save_directory) / f"{prefix}{self.vocab_files_names['vocab_file']}"
-        if not (target.exists() and target.samefile(self.vocab_file)):
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            shutil.copyfile(self.vocab_file, temporary)
-            os.replace(temporary, target)
+        if not target.exists():
+            with atomic_write(target) as temporary:
+                shutil.copyfile(self.vocab_file, temporary)
+        elif target.read_bytes() != Path(self.vocab_file).read_bytes():
+            raise ValueError(f"{target} is another vocabulary and is not overwritten; give another directory")
         return (str(target),)
 
 

@@ -28,7 +28,7 @@ def test_safetensors(tmp_path, sizes, tied, dtype):
     assert there.bytes == sum(len(data) for _, _, data in before.values())
     assert there.parameters == sum(int(np.prod(shape)) for _, shape, _ in before.values())
     assert there.ignored == {}
-    assert {file.name for file in (tmp_path / "ms").iterdir()} == {"model.safetensors"}
+    assert {file.name for file in (tmp_path / "ms").iterdir()} == {"model.safetensors", "config.json"}
 
 
 def test_names_of_the_mindspore_side(tmp_path):

@@ -1,6 +1,7 @@
 """Preprocessing: records read back with MindSpore equal what SentencePiece alone gives; none is lost."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -201,6 +202,24 @@ def test_a_failure_leaves_nothing_behind_and_an_interrupted_run_is_noticed(tmp_p
     (tmp_path / ".x.mindrecord.partial").mkdir()
     with pytest.raises(ValueError, match="another run is writing there, or one was interrupted"):
         writing.check_absent(tmp_path / "x.mindrecord")
+
+
+@pytest.mark.parametrize("stopped", ["rename", "manifest"])
+def test_an_interrupt_at_the_end_leaves_nothing_behind(tmp_path, monkeypatch, stopped):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    rename = os.rename
+    if stopped == "rename":  # the index has its name already, the data have not
+        monkeypatch.setattr(
+            os, "rename", lambda a, b: rename(a, b) if str(b).endswith(".db") else interrupt()
+        )
+    else:
+        monkeypatch.setattr(writing.telechat_prompt_format, "write_json", interrupt)
+    record = {"input_ids": np.arange(5, dtype=np.int32), "labels": np.arange(5, dtype=np.int32)}
+    with pytest.raises(KeyboardInterrupt):
+        writing.write(tmp_path / "x.mindrecord", [record], {"prompt_format": "plain"})
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_record_without_a_trained_token_is_refused():

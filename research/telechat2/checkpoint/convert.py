@@ -15,6 +15,7 @@ from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.sources import read_mindspore_source, read_torch_source
 
 MAX_SHARD_BYTES = 5_000_000_000  # of an HF folder: what transformers itself writes
+CONFIG = "config.json"
 CKPT_FORMATS = ("safetensors", "ckpt")
 
 
@@ -32,6 +33,7 @@ class Summary:
     dtypes: tuple[str, ...]
     sizes: TelechatSizes
     prompt_format: str | None
+    config_copied: bool
 
     def __str__(self) -> str:
         lines = [
@@ -45,6 +47,8 @@ class Summary:
             + (", output layer tied to the embeddings" if self.sizes.tie_word_embeddings else ""),
             f"left out: {', '.join(f'{count} {kind}' for kind, count in self.ignored.items()) or 'nothing'}",
         ]
+        if self.config_copied:
+            lines.append(f"copied {CONFIG} from the source")
         if self.prompt_format:
             lines.append(f"prompt format recorded with the weights: {self.prompt_format}")
         return "\n".join(lines)
@@ -60,7 +64,8 @@ def convert_to_mindspore(
 
     ``mindspore_path`` is a file when it ends in ``.safetensors`` or ``.ckpt``, else a folder that receives
     ``model.safetensors`` (``model.ckpt`` with ``ckpt_format="ckpt"``). ``dtype`` (float32, float16, bfloat16)
-    None keeps each tensor's own. Sizes are those of ``config.json``, where there is one.
+    None keeps each tensor's own. Sizes are those of ``config.json``, where there is one; it is copied into a
+    folder, so that the way back checks them too.
 
     Raises:
         ValueError: a source that is broken or not such a model, or a target that exists.
@@ -78,7 +83,7 @@ def convert_to_mindspore(
     if is_folder:
         target = target / Path(SINGLE_FILE).with_suffix(wanted or ".safetensors")
     plan = make_plan(read_torch_source(source), "torch", _configured_sizes(source), str(source))
-    return _write({target: plan.weights}, plan, dtype, "ms", source)
+    return _write({target: plan.weights}, plan, dtype, "ms", source, is_folder)
 
 
 def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: str | None = None) -> Summary:
@@ -86,7 +91,8 @@ def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: 
 
     ``mindspore_path`` is a ``.safetensors`` or ``.ckpt`` file or a folder, such as what MindFormers' training
     leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder that receives
-    ``model.safetensors``, or shards of at most 5 GB and an index. ``dtype`` as in ``convert_to_mindspore``.
+    ``model.safetensors``, or shards of at most 5 GB and an index. ``dtype`` and
+    ``config.json`` as in ``convert_to_mindspore``.
 
     Raises:
         ValueError: a source that is broken or not such a model, or a target that exists.
@@ -95,11 +101,11 @@ def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: 
     _check_choice("dtype", dtype, WIDTH)
     is_folder = target.suffix not in (".safetensors", ".bin")
     require_new(target, is_folder, source)
-    plan = make_plan(read_mindspore_source(source), "mindspore", None, str(source))
+    plan = make_plan(read_mindspore_source(source), "mindspore", _configured_sizes(source), str(source))
     files = {target: plan.weights}
     if is_folder:
         files = plan_shards(target, plan.weights, dtype, MAX_SHARD_BYTES)
-    return _write(files, plan, dtype, "pt", source)
+    return _write(files, plan, dtype, "pt", source, is_folder)
 
 
 def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -119,9 +125,13 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
         yield tensor.name, array.reshape(tensor.shape)
 
 
-def _write(files: dict, plan: Plan, dtype: str | None, framework: str, source: Path) -> Summary:
+def _write(
+    files: dict, plan: Plan, dtype: str | None, framework: str, source: Path, is_folder: bool
+) -> Summary:
     prompt_format = telechat_prompt_format.find(source)
     folder = next(iter(files)).parent
+
+    beside = _config_to_copy(source, folder) if is_folder else {}
 
     def record_prompt_format(where: Path) -> None:
         if prompt_format is not None:
@@ -129,7 +139,7 @@ def _write(files: dict, plan: Plan, dtype: str | None, framework: str, source: P
 
     if (folder / telechat_prompt_format.FILE_NAME).exists():
         record_prompt_format(folder)  # another format there is an error, better known before the work
-    write_checkpoint(files, dtype, framework, record_prompt_format)
+    write_checkpoint(files, dtype, framework, record_prompt_format, beside)
     tensors = [tensor for tensor, _ in plan.weights]
     return Summary(
         sources=tuple(dict.fromkeys(tensor.file for tensor in tensors)),
@@ -141,7 +151,32 @@ def _write(files: dict, plan: Plan, dtype: str | None, framework: str, source: P
         dtypes=tuple(sorted({dtype or tensor.dtype for tensor in tensors})),
         sizes=plan.sizes,
         prompt_format=prompt_format,
+        config_copied=bool(beside),
     )
+
+
+def _config_to_copy(source: Path, folder: Path) -> dict[Path, bytes]:
+    """The config.json to write and its content: none where the source has none, or the folder has the same.
+
+    Raises:
+        ValueError: the folder has another.
+    """
+    file, target = _config_file(source), folder / CONFIG
+    if not file.is_file():
+        return {}
+    content = file.read_bytes()
+    if not target.exists():
+        return {target: content}
+    if target.read_bytes() != content:
+        raise ValueError(
+            f"{target} differs from {file}, which belongs to the weights; nothing is overwritten: give "
+            "another folder, or delete it"
+        )
+    return {}
+
+
+def _config_file(source: Path) -> Path:
+    return (source if source.is_dir() else source.parent) / CONFIG
 
 
 def _check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
@@ -156,7 +191,7 @@ def _path(path: str | Path, what: str) -> Path:
 
 
 def _configured_sizes(source: Path) -> TelechatSizes | None:
-    file = (source if source.is_dir() else source.parent) / "config.json"
+    file = _config_file(source)
     if not file.is_file():
         return None
     try:

@@ -13,6 +13,7 @@ from research.telechat2.checkpoint.dtypes import WIDTH
 from research.telechat2.checkpoint.safetensors_files import header_bytes
 from research.telechat2.checkpoint.stored import StoredTensor
 from research.telechat2.checkpoint.whole_files import write_bin, write_ckpt
+from research.telechat2.telechat_files import fsync
 
 Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
 
@@ -68,10 +69,15 @@ def plan_shards(folder: Path, weights: Weights, dtype: str | None, limit: int) -
 
 
 def write_checkpoint(
-    files: dict[Path, Weights], dtype: str | None, framework: str, before_commit: Callable[[Path], None]
+    files: dict[Path, Weights],
+    dtype: str | None,
+    framework: str,
+    before_commit: Callable[[Path], None],
+    beside: dict[Path, bytes],
 ) -> None:
     """Write files of one folder, and an index when they are several: all of them, or none on failure.
 
+    ``beside``: further files of the folder, with their content.
     ``dtype`` None keeps each tensor's own; ``framework`` (pt or ms) is noted in safetensors headers;
     ``before_commit(folder)`` runs when all data is on the disk and nothing has its final name yet.
 
@@ -81,13 +87,15 @@ def write_checkpoint(
     folder = next(iter(files)).parent
     nbytes = {file: sum(tensor.nbytes(dtype) for tensor, _ in weights) for file, weights in files.items()}
     index = [folder / INDEX_FILE] if len(files) > 1 else []
-    with _new_files(folder, [*files, *index], sum(nbytes.values())) as temporary:
+    with _new_files(folder, [*beside, *files, *index], sum(nbytes.values())) as temporary:
         progress = tqdm(
             total=sum(nbytes.values()), unit="B", unit_scale=True, desc="converting", disable=None
         )
         with progress:
             for file, weights in files.items():
                 _write_file(temporary[file], weights, dtype, framework, progress)
+        for file, content in beside.items():
+            temporary[file].write_bytes(content)
         for file in index:
             weight_map = {name: part.name for part, weights in files.items() for _, name in weights}
             content = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
@@ -132,13 +140,13 @@ def _new_files(folder: Path, files: list[Path], nbytes: int) -> Iterator[dict[Pa
             )
         yield temporary
         for path in temporary.values():
-            _fsync(path)
+            fsync(path)
         for file, path in temporary.items():
             if file.exists():
                 raise ValueError(f"{file} appeared during the conversion; nothing is overwritten")
             path.rename(file)
             named.append(file)
-        _fsync(folder)
+        fsync(folder)
     except BaseException:
         for path in [*temporary.values(), *named]:
             path.unlink(missing_ok=True)
@@ -146,11 +154,3 @@ def _new_files(folder: Path, files: list[Path], nbytes: int) -> Iterator[dict[Pa
             with suppress(OSError):  # something else is in it
                 path.rmdir()
         raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -54,6 +54,8 @@ def make_plan(tensors: list[StoredTensor], side: Side, sizes: TelechatSizes | No
         ignored[TIED_COPY] += 1
     other: Side = "mindspore" if side == "torch" else "torch"
     expected = {getattr(weight, side): weight for weight in expand(sizes)}
+    if expected.keys() & found.keys() <= {getattr(LM_HEAD, side)}:  # the one name that both sides share
+        infer_sizes({name: tensor.shape for name, tensor in found.items()}, side)  # says what was expected
     problems = {
         "unknown": [name for name in found if name not in expected],
         "missing": [name for name in expected if name not in found],

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.telechat_files import fsync
 
 IGNORED_LABEL = -100
 _BATCH = 256  # records handed to the writer at once
@@ -70,13 +71,14 @@ def fill_record(
 
 
 def write(path: Path, records: Iterable[dict], manifest: dict) -> None:
-    """Write records to ``path``, then the manifest. OSError or ValueError leave no file behind."""
+    """Write records to ``path``, then the manifest; a failure or an interrupt leaves no file behind."""
     from mindspore.mindrecord import FileWriter
 
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     partial.mkdir()
+    manifest_path = telechat_prompt_format.manifest_path(path)
     try:
         written = partial / path.name
         writer = FileWriter(str(written), shard_num=1)
@@ -87,13 +89,16 @@ def write(path: Path, records: Iterable[dict], manifest: dict) -> None:
             writer.write_raw_data(batch)
         writer.commit()
         for file in (written, _index(written)):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+            fsync(file)
         os.rename(_index(written), _index(path))
         os.rename(written, path)
+        telechat_prompt_format.write_json(manifest_path, manifest)
+    except BaseException:
+        for file in (manifest_path, path, _index(path)):
+            file.unlink(missing_ok=True)  # all were absent before
+        raise
     finally:
         shutil.rmtree(partial)
-    telechat_prompt_format.write_json(telechat_prompt_format.manifest_path(path), manifest)
 
 
 def _index(path: Path) -> Path:

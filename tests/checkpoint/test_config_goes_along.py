@@ -1,0 +1,55 @@
+"""config.json goes with the weights, there and back, so that head counts stay checked."""
+
+import json
+
+import pytest
+from oracle import write_hf_folder
+
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+
+SIZES = {
+    "n_layer": 2,
+    "hidden_size": 32,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "ffn_hidden_size": 64,
+    "vocab_size": 160,
+}
+
+
+@pytest.fixture
+def hf(tmp_path):
+    write_hf_folder(tmp_path / "hf", SIZES, seed=0)
+    return tmp_path / "hf"
+
+
+def test_config_is_copied_in_both_directions(hf, tmp_path):
+    config = (hf / "config.json").read_bytes()
+    assert "copied config.json" in str(convert_to_mindspore(hf, tmp_path / "ms"))
+    assert (tmp_path / "ms" / "config.json").read_bytes() == config
+    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == config
+    summary = convert_to_mindspore(tmp_path / "back", tmp_path / "again")
+    assert (summary.sizes.num_heads, summary.sizes.n_kv_heads) == (4, 2)
+
+
+def test_the_way_back_is_checked_against_it_too(hf, tmp_path):
+    convert_to_mindspore(hf, tmp_path / "ms")
+    file = tmp_path / "ms" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_key_value_heads": 1}))
+    with pytest.raises(ValueError, match="misshapen: .*wk_v"):
+        convert_to_torch(tmp_path / "ms", tmp_path / "back")
+
+
+def test_another_config_is_not_overwritten(hf, tmp_path):
+    (tmp_path / "ms").mkdir()
+    (tmp_path / "ms" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"ms/config.json differs from .*hf/config.json"):
+        convert_to_mindspore(hf, tmp_path / "ms")
+    assert [path.name for path in (tmp_path / "ms").iterdir()] == ["config.json"]
+
+
+def test_a_file_as_target_takes_no_config_into_its_folder(hf, tmp_path):
+    summary = convert_to_mindspore(hf, tmp_path / "models" / "small.safetensors")
+    assert "config.json" not in str(summary)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["small.safetensors"]
