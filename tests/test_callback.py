@@ -76,6 +76,16 @@ def test_each_epoch_draws_the_curve_anew(output):
     assert [path.name for path in output.iterdir()] == ["loss_curve.png"]
 
 
+def test_a_resumed_run_leaves_the_first_ones_picture(output):
+    output.mkdir()
+    (output / "loss_curve.png").write_bytes(b"the first run's")
+    monitor = TelechatMonitor()
+    monitor.step_end(context(11, wrapped(2.0)))
+    monitor.epoch_end(context(11, wrapped(2.0)))
+    assert (output / "loss_curve.png").read_bytes() == b"the first run's"
+    assert (output / "loss_curve_from_step_11.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     "losses", [[1.0, 0.0, 0.5], [0.0, 0.0], [2.0], [float("nan"), 1.0], [float("inf"), 1.0]]
 )

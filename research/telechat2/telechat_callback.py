@@ -13,6 +13,7 @@ from research.telechat2.telechat_compat import (
     logger,
     output_directory,
 )
+from research.telechat2.telechat_files import atomic_write
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
@@ -20,7 +21,8 @@ class TelechatMonitor(Callback):
     """Draws the loss curve, and counts the steps whose records held no trained token.
 
     Such a step has loss 0 exactly and gradients of 0; preprocessing refuses to write such records, but data
-    from elsewhere may hold them. ``<output_dir>/loss_curve.png`` is written at the end of each epoch.
+    from elsewhere may hold them. ``<output_dir>/loss_curve.png`` is drawn anew at the end of each epoch; a
+    resumed run has a picture of its own, named by its first step.
     """
 
     def __init__(self):
@@ -42,7 +44,9 @@ class TelechatMonitor(Callback):
     def epoch_end(self, run_context):
         """Draw what is known so far, on one rank."""
         if self.losses and is_main_rank():
-            draw_loss_curve(self.steps, self.losses, Path(output_directory()) / "loss_curve.png")
+            first = self.steps[0]
+            name = "loss_curve.png" if first == 1 else f"loss_curve_from_step_{first}.png"
+            draw_loss_curve(self.steps, self.losses, Path(output_directory()) / name)
 
     def end(self, run_context):
         """Say how many steps were wasted."""
@@ -75,6 +79,5 @@ def draw_loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
