@@ -207,7 +207,7 @@ def check_resume(clone: Clone, said: str) -> None:
 
 
 def check_eval(clone: Clone, said: str) -> None:
-    loss = re.search(r"'loss': ([\d.]+), 'PPL': ([\d.]+)", said)
+    loss = re.search(r"^evaluation: loss ([\d.e-]+),? perplexity ([\d.]+)", said, re.MULTILINE)
     assert loss and 0 < float(loss[1]) < 0.1 and 1 < float(loss[2]) < 1.1, said[-2000:]
 
 
@@ -219,13 +219,20 @@ def check_ask(clone: Clone, said: str) -> None:
     assert f"生抽与老抽的区别？\n{readme_answer()}\n" in said
 
 
+def check_two_processes(clone: Clone, said: str) -> None:
+    saved = {path.parent.name for path in (clone.path / "output/two/checkpoint").rglob("*.safetensors")}
+    assert saved == {"rank_0", "rank_1"}
+    log = (clone.path / "output/msrun_log/worker_0.log").read_text(encoding="utf-8", errors="replace")
+    assert len(re.findall(r"loss:\[[\d.]+", log)) == 7  # 15 records, two at a time
+
+
 def check_benchmark(clone: Clone, said: str) -> None:
     assert "step" in said and "decode" in said
 
 
 CHECKS = [
     check_quickstart, None, check_data, check_show, check_weights, check_finetune, check_resume, check_eval,
-    check_predict, check_ask, check_benchmark,
+    check_predict, check_ask, check_two_processes, check_benchmark,
 ]  # fmt: skip
 
 
