@@ -223,7 +223,8 @@ def check_two_processes(clone: Clone, said: str) -> None:
     saved = {path.parent.name for path in (clone.path / "output/two/checkpoint").rglob("*.safetensors")}
     assert saved == {"rank_0", "rank_1"}
     log = (clone.path / "output/msrun_log/worker_0.log").read_text(encoding="utf-8", errors="replace")
-    assert len(re.findall(r"loss:\[[\d.]+", log)) == 7  # 15 records, two at a time
+    # 15 records for two: MindSpore gives each 8, one record twice
+    assert len(re.findall(r"loss:\[[\d.]+", log)) == 8
 
 
 def check_benchmark(clone: Clone, said: str) -> None:
