@@ -37,7 +37,7 @@ def hf_config(sizes: dict, tied: bool = False) -> dict:
 
 def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, in the order of the release."""
-    hidden, ffn, vocab = config["hidden_size"], config["ffn_hidden_size"], config["vocab_size"]
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
     kv_rows = 2 * config.get("num_key_value_heads", config["n_head"]) * (hidden // config["n_head"])
     shapes = {"transformer.word_embeddings.weight": (vocab, hidden)}
     for layer in range(config["n_layer"]):
@@ -50,15 +50,34 @@ def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
                 "self_attention.dense.bias": (hidden,),
                 "self_attention.query.weight": (hidden, hidden),
                 "self_attention.key_value.weight": (kv_rows, hidden),
-                "mlp.gate_proj.weight": (ffn, hidden),
-                "mlp.down_proj.weight": (hidden, ffn),
-                "mlp.down_proj.bias": (hidden,),
-                "mlp.up_proj.weight": (ffn, hidden),
+                **_feed_forward_shapes(config),
             }.items()
         }
     shapes["transformer.ln_f.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _feed_forward_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Tensors of one layer's dense block; with ``num_experts`` those of its router and of every expert."""
+    hidden, ffn = config["hidden_size"], config["ffn_hidden_size"]
+    if "num_experts" not in config:
+        return {
+            "mlp.gate_proj.weight": (ffn, hidden),
+            "mlp.down_proj.weight": (hidden, ffn),
+            "mlp.down_proj.bias": (hidden,),
+            "mlp.up_proj.weight": (ffn, hidden),
+        }
+    shapes = {"mlp.router.weight": (config["num_experts"], hidden)}
+    for expert in range(config["num_experts"]):
+        prefix = f"mlp.local_experts.{expert}"
+        shapes |= {
+            f"{prefix}.gate_proj.weight": (ffn, hidden),
+            f"{prefix}.up_proj.weight": (ffn, hidden),
+            f"{prefix}.down_proj.weight": (hidden, ffn),
+            f"{prefix}.down_proj.bias": (hidden,),
+        }
     return shapes
 
 
@@ -95,6 +114,8 @@ def write_hf_folder(
 
     ``sizes`` holds config.json keys: ``hidden_size, n_layer, n_head, num_key_value_heads`` (absent: n_head),
     ``ffn_hidden_size, vocab_size``, and whatever else config.json should say (``layer_norm_epsilon``, …).
+    ``num_experts`` (with ``num_experts_per_tok``) makes it a mixture of experts in every layer, each expert
+    ``ffn_hidden_size`` wide.
     Every bias and norm is random too. ``shards`` > 1 writes that many files and an index.
     """
     folder = Path(folder)
