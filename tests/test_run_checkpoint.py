@@ -81,7 +81,7 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(weights, tmp_path):
         prepare(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         prepare(tmp_path)
-    with pytest.raises(ValueError, match="is a torch checkpoint; convert it first"):
+    with pytest.raises(ValueError, match="holds torch weights; convert them first with .*convert_weight.py"):
         prepare(weights.parent / "torch")
     with pytest.raises(ValueError, match="missing: .*model.layers.2"):
         prepare(weights, **model_config(num_layers=3))

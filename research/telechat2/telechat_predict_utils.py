@@ -344,14 +344,8 @@ def _naming_torch(tensors, checkpoint: str | Path):
     """Pass ``tensors`` on; if reading them fails, say so where the reason is that they are torch weights."""
     try:
         yield from tensors
-    except ValueError as error:
-        from research.telechat2.checkpoint.sources import read_mindspore_source
+    except ValueError:
+        from research.telechat2.checkpoint.sources import read_mindspore_source, refuse_torch
 
-        if any(
-            tensor.name.startswith("transformer.h.") for tensor in read_mindspore_source(Path(checkpoint))
-        ):
-            raise ValueError(
-                f"{checkpoint} holds torch weights; convert them first with "
-                f"research/telechat2/convert_weight.py, and give what it writes."
-            ) from error
+        refuse_torch(read_mindspore_source(Path(checkpoint)), Path(checkpoint))
         raise

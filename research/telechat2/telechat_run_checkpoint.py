@@ -14,11 +14,15 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes, feed_forward_width
-from research.telechat2.checkpoint.sources import read_mindspore_source
-from research.telechat2.checkpoint.table import EMBEDDING, canonical_name
+from research.telechat2.checkpoint.sources import (
+    TRACKER,
+    convert_first,
+    latest_iteration,
+    read_mindspore_source,
+    refuse_torch,
+)
 from research.telechat2.telechat_files import atomic_write
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MERGING = "(README, 分布式训练/微调权重合并)"
 
 
@@ -101,11 +105,7 @@ def check_weights(config: dict, source: Path, kind: str) -> None:
         )
     files = _model_files(source) if kind == "iteration" else [source]
     tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
-    if any(canonical_name(tensor.name, "torch") == EMBEDDING.torch for tensor in tensors):
-        raise ValueError(
-            f"{source} is a torch checkpoint; convert it first: python research/telechat2/convert_weight.py "
-            f"--torch_path {source if source.is_dir() else source.parent} --mindspore_path NEW_DIR"
-        )
+    refuse_torch(tensors, source)
     make_plan(tensors, "mindspore", TelechatSizes.from_hf_config(model_config), str(source))
 
 
@@ -152,25 +152,8 @@ def checkpoint_kind(path: Path) -> str:
         raise ValueError(
             f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
         )
-    hint = _torch_hint(path)
+    hint = f" Its .bin files are torch weights; {convert_first(path)}." if any(path.glob("*.bin")) else ""
     raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
-
-
-def _torch_hint(path: Path) -> str:
-    if not any(path.glob("*.bin")):
-        return ""
-    return " Its .bin files are torch weights; convert them first with research/telechat2/convert_weight.py."
-
-
-def latest_iteration(path: Path) -> Path:
-    """The ``iteration_*`` folder that ``path`` is, or that its tracker file names as the latest."""
-    if not (path / TRACKER).is_file():
-        return path
-    step = (path / TRACKER).read_text().strip()
-    folder = path / f"iteration_{int(step):08d}" if step.isdecimal() else path / step
-    if not folder.is_dir():
-        raise ValueError(f"{path / TRACKER} names iteration {step}, but there is no folder {folder}.")
-    return folder
 
 
 def _no_checkpoint(config: dict, resume: bool | str) -> None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from research.telechat2.telechat_run_checkpoint import latest_iteration
+from research.telechat2.checkpoint.sources import latest_iteration
 
 # the section `checkpoint:` -> the callback CheckpointMonitor
 MONITOR_KEYS = {

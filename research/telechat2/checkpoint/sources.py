@@ -7,9 +7,11 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.safetensors_files import read_safetensors
 from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.table import canonical_name
 from research.telechat2.checkpoint.whole_files import read_bin, read_ckpt
 
 READERS = {".safetensors": read_safetensors, ".bin": read_bin, ".ckpt": read_ckpt}
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def read_torch_source(path: Path) -> list[StoredTensor]:
@@ -62,19 +64,45 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     return _read_shards(folder, files)
 
 
+def latest_iteration(path: Path) -> Path:
+    """The ``iteration_*`` folder that MindFormers' tracker in ``path`` names; ``path`` if it has no tracker.
+
+    Raises:
+        ValueError: the tracker names no folder that is there.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    number = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    folder = path / f"iteration_{number:0>8}"
+    if not (number.isascii() and number.isdigit() and folder.is_dir()):
+        raise ValueError(
+            f"{tracker} names iteration {number[:20]!r}, but has no folder {folder.name[:40]} beside it; "
+            "give the folder of an iteration"
+        )
+    return folder
+
+
+def refuse_torch(tensors: list[StoredTensor], path: Path) -> None:
+    """ValueError, with the command that converts ``path``, if these are the tensors of a torch checkpoint."""
+    if any(canonical_name(tensor.name, "torch").startswith("transformer.") for tensor in tensors):
+        raise ValueError(f"{path} holds torch weights; {convert_first(path)}")
+
+
+def convert_first(path: Path) -> str:
+    """What to do with the torch weights in ``path``, for messages."""
+    folder = path if path.is_dir() else path.parent
+    return (
+        f"convert them first with research/telechat2/convert_weight.py --torch_path {folder} "
+        "--mindspore_path NEW_DIR, and give NEW_DIR"
+    )
+
+
 def _training_folder(path: Path) -> Path:
     """Descend from MindFormers' output/checkpoint to the one folder that holds a checkpoint."""
-    tracker = path / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
-        number = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        folder = path / f"iteration_{number:0>8}"
-        if not (number.isascii() and number.isdigit() and folder.is_dir()):
-            raise ValueError(
-                f"{tracker} names iteration {number[:20]!r}, but has no folder {folder.name[:40]} beside it; "
-                "give the folder of the iteration to convert"
-            )
+    if (folder := latest_iteration(path)) != path:
         return folder
-    ranks = sorted(folder for folder in path.glob("rank_*") if folder.is_dir()) if path.is_dir() else []
+    ranks = sorted(path.glob("rank_*/"))
     if len(ranks) > 1:
         raise ValueError(
             f"{path} holds {len(ranks)} folders rank_*: the checkpoint was cut up for {len(ranks)} "
