@@ -155,20 +155,27 @@ def stored_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     }
 
 
+def read_hf_folder(folder: Path) -> tuple[dict, dict]:
+    """config.json and every tensor of a folder, as fp32 torch tensors."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
+    return config, tensors
+
+
 def load_llama(folder: Path, rope_theta: float = 10000.0):
     """An HF TeleChat2 folder as ``transformers.LlamaForCausalLM``: fp32, eager attention, eval mode.
 
     Exact for the dense models; the biases TeleChat2 lacks (q, k, v, gate, up) are zeros.
     """
     import torch
-    from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    telechat = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        telechat |= {name: tensor.float() for name, tensor in load_file(file).items()}
+    config, telechat = read_hf_folder(folder)
     n_heads, hidden = config["n_head"], config["hidden_size"]
     n_kv_heads, head_dim = config.get("num_key_value_heads", n_heads), hidden // n_heads
     model = LlamaForCausalLM(
@@ -220,3 +227,51 @@ def load_llama(folder: Path, rope_theta: float = 10000.0):
         }
     model.load_state_dict(state, strict=True)
     return model.eval()
+
+
+def shared_gradients(oracle, sizes: dict, half_split=lambda rows, heads: rows) -> dict[str, np.ndarray]:
+    """Gradients of all but the feed-forward blocks, under our names, after ``backward`` on ``oracle``.
+
+    Keys and values are packed per head, as the release stores them. ``half_split(rows, heads)`` takes the
+    query and key rows to the order of the release, where the oracle's is another.
+    """
+    import torch
+
+    heads = sizes["n_head"]
+    kv_heads = sizes.get("num_key_value_heads", heads)
+    head_dim = sizes["hidden_size"] // heads
+    grads = {
+        "model.tok_embeddings.embedding_weight": oracle.model.embed_tokens.weight.grad,
+        "model.norm_out.weight": oracle.model.norm.weight.grad,
+    }
+    if not sizes["tie_word_embeddings"]:
+        grads["lm_head.weight"] = oracle.lm_head.weight.grad
+    for i, layer in enumerate(oracle.model.layers):
+        attention, prefix = layer.self_attn, f"model.layers.{i}"
+        keys, rows = half_split(attention.k_proj.weight.grad, kv_heads), []
+        for g in range(kv_heads):
+            head = slice(g * head_dim, (g + 1) * head_dim)
+            rows += [keys[head], attention.v_proj.weight.grad[head]]
+        grads |= {
+            f"{prefix}.attention_norm.weight": layer.input_layernorm.weight.grad,
+            f"{prefix}.attention.wq.weight": half_split(attention.q_proj.weight.grad, heads),
+            f"{prefix}.attention.wk_v.weight": torch.cat(rows),
+            f"{prefix}.attention.wo.weight": attention.o_proj.weight.grad,
+            f"{prefix}.attention.wo.bias": attention.o_proj.bias.grad,
+            f"{prefix}.ffn_norm.weight": layer.post_attention_layernorm.weight.grad,
+        }
+    return {name: grad.numpy() for name, grad in grads.items()}
+
+
+def llama_gradients(oracle, sizes: dict) -> dict[str, np.ndarray]:
+    """Every gradient of ``load_llama``'s model under our names, after ``backward``."""
+    grads = shared_gradients(oracle, sizes)
+    for i, layer in enumerate(oracle.model.layers):
+        mlp, prefix = layer.mlp, f"model.layers.{i}.feed_forward"
+        grads |= {
+            f"{prefix}.w1.weight": mlp.gate_proj.weight.grad.numpy(),
+            f"{prefix}.w3.weight": mlp.up_proj.weight.grad.numpy(),
+            f"{prefix}.w2.weight": mlp.down_proj.weight.grad.numpy(),
+            f"{prefix}.w2.bias": mlp.down_proj.bias.grad.numpy(),
+        }
+    return grads

@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from model_fixtures import RandomModel, int32
-from oracle import load_llama
+from model_fixtures import RandomModel, assert_same_gradients, int32, loss_and_gradients
+from oracle import llama_gradients, load_llama
 
 SEQ_LENGTH, BATCH, VOCAB, PAD = 32, 2, 256, 3
 # heads, key/value heads, head_dim, tied, eps: every kind of attention with every head_dim
@@ -42,60 +41,8 @@ def records(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, labels
 
 
-def loss_and_gradients(model):
-    """A function of ids and labels: the loss, and the gradient of every parameter by name, in training."""
-    model.set_train(True)
-    parameters = model.trainable_params()
-    function = ms.value_and_grad(model, None, parameters)
-
-    def call(ids, labels=None):
-        loss, gradients = function(int32(ids), None if labels is None else int32(labels))
-        names = [parameter.name for parameter in parameters]
-        return loss.asnumpy(), dict(zip(names, (g.asnumpy() for g in gradients), strict=True))
-
-    return call
-
-
 def oracle_loss(oracle, ids, labels) -> torch.Tensor:
     return oracle(torch.tensor(ids), labels=torch.tensor(labels)).loss
-
-
-def oracle_gradients(oracle, sizes: dict) -> dict[str, np.ndarray]:
-    """The oracle's gradients under our names; keys and values packed per head, as the release stores them."""
-    heads = sizes["n_head"]
-    kv_heads = sizes.get("num_key_value_heads", heads)
-    head_dim = sizes["hidden_size"] // heads
-    grads = {
-        "model.tok_embeddings.embedding_weight": oracle.model.embed_tokens.weight.grad,
-        "model.norm_out.weight": oracle.model.norm.weight.grad,
-    }
-    if not sizes["tie_word_embeddings"]:
-        grads["lm_head.weight"] = oracle.lm_head.weight.grad
-    for i, layer in enumerate(oracle.model.layers):
-        attention, mlp, prefix = layer.self_attn, layer.mlp, f"model.layers.{i}"
-        rows = []
-        for g in range(kv_heads):
-            head = slice(g * head_dim, (g + 1) * head_dim)
-            rows += [attention.k_proj.weight.grad[head], attention.v_proj.weight.grad[head]]
-        grads |= {
-            f"{prefix}.attention_norm.weight": layer.input_layernorm.weight.grad,
-            f"{prefix}.attention.wq.weight": attention.q_proj.weight.grad,
-            f"{prefix}.attention.wk_v.weight": torch.cat(rows),
-            f"{prefix}.attention.wo.weight": attention.o_proj.weight.grad,
-            f"{prefix}.attention.wo.bias": attention.o_proj.bias.grad,
-            f"{prefix}.ffn_norm.weight": layer.post_attention_layernorm.weight.grad,
-            f"{prefix}.feed_forward.w1.weight": mlp.gate_proj.weight.grad,
-            f"{prefix}.feed_forward.w3.weight": mlp.up_proj.weight.grad,
-            f"{prefix}.feed_forward.w2.weight": mlp.down_proj.weight.grad,
-            f"{prefix}.feed_forward.w2.bias": mlp.down_proj.bias.grad,
-        }
-    return {name: grad.numpy() for name, grad in grads.items()}
-
-
-def assert_same_gradients(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert np.linalg.norm(found[name] - grad) <= 1e-4 * np.linalg.norm(grad), name
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -130,7 +77,7 @@ def test_loss_equals_the_oracles(pair):
 
 
 def test_every_gradient_equals_the_oracles(pair):
-    assert_same_gradients(pair.gradients, oracle_gradients(pair.random.oracle, pair.random.sizes))
+    assert_same_gradients(pair.gradients, llama_gradients(pair.random.oracle, pair.random.sizes))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +97,7 @@ def test_without_labels_all_but_padding_is_trained(small, pad_token_id):
     model = small.build(seq_length=SEQ_LENGTH, pad_token_id=pad_token_id)
     loss, gradients = loss_and_gradients(model)(ids)
     np.testing.assert_allclose(loss[0], expected.item(), rtol=1e-5)
-    assert_same_gradients(gradients, oracle_gradients(small.oracle, small.sizes))
+    assert_same_gradients(gradients, llama_gradients(small.oracle, small.sizes))
 
 
 def test_labels_decide_over_padding_and_may_differ_from_the_inputs(small):
