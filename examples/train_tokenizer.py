@@ -15,11 +15,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from any
 
 import argparse  # noqa: E402
 import io  # noqa: E402
-import os  # noqa: E402
 import re  # noqa: E402
 from itertools import groupby  # noqa: E402
 
 from research.telechat2.telechat_cli import run  # noqa: E402
+from research.telechat2.telechat_files import atomic_write  # noqa: E402
 
 FILE_NAME = "tokenizer.model"
 DEFAULT_VOCAB_SIZE = 2048
@@ -133,15 +133,8 @@ def write(model: bytes, directory: Path) -> Path:
     path = directory / FILE_NAME
     _refuse_existing(path)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{FILE_NAME}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(model)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model)
     return path
 
 
