@@ -7,9 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent
-)  # run as a file from anywhere: the checkout is the import root
+sys.path[0] = str(Path(__file__).resolve().parent)  # run as a file from anywhere
 
 from research.telechat2.telechat_cli import run as run_command  # noqa: E402
 from research.telechat2.telechat_run import RUN_MODES, run  # noqa: E402

@@ -12,9 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[2]
-    )  # run as a file from anywhere: the checkout is the import root
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
 
 import argparse
 import json
