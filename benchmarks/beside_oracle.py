@@ -1,6 +1,6 @@
 """CPU training step and decode step beside the oracle at equal shapes, paired in one run.
 
-    python benchmarks/beside_oracle.py [--rounds 9] [step] [decode]
+    python benchmarks/beside_oracle.py [--rounds 9] [step | decode]
 
 Ours and the oracle (transformers' LlamaForCausalLM with the same sizes, dtypes and thread count) live in a
 process each and take turns, one timed unit at a time, so that a noisy machine is noisy for both. Printed are
@@ -128,25 +128,13 @@ def _oracle_model():
     )  # fmt: skip
 
 
-class _Clock:
-    """A streamer that notes when each token arrives; the prompt comes first and is not one."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
 def _timed_generate(generate):
+    from research.telechat2.telechat_predict_utils import Clock
+
     def unit():
-        clock = _Clock()
+        clock = Clock()
         generate(streamer=clock)
-        tokens = clock.times[1:]
-        unit.seconds = (tokens[-1] - tokens[0]) / (len(tokens) - 1)
+        unit.seconds = (clock.total() - clock.first()) / (NEW_TOKENS - 1)
         return
 
     return unit
@@ -206,9 +194,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "what", nargs="*", choices=[[], "step", "decode"], help="what to time; both by default"
-    )
+    parser.add_argument("what", nargs="?", choices=("step", "decode"), help="what to time; both by default")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -216,7 +202,7 @@ def main():
         serve(args.serve[0], int(args.serve[1]))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        for what in args.what or ["step", "decode"]:
+        for what in [args.what] if args.what else ["step", "decode"]:
             compare(what, args.rounds, scratch)
 
 

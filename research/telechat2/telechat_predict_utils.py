@@ -96,7 +96,7 @@ class Predictor:
         ``on_token(id)`` hears every token of a single prompt. Raises ValueError as ``check`` does.
         """
         self.check(prompts)
-        clock = _Clock(on_token if len(prompts) == 1 else None)
+        clock = Clock(on_token if len(prompts) == 1 else None)
         longest = max(len(ids) for ids in prompts)
         padding = self.tokenizer.pad_token_id  # the config's may be -1, "none": no length could be told by it
         padded = [ids + [padding] * (longest - len(ids)) for ids in prompts]
@@ -139,10 +139,10 @@ def length_of_config(max_decode_length: int, seq_length: int) -> tuple[int, str]
     return min(limits, key=lambda limit: limit[0])
 
 
-class _Clock:
-    """A MindFormers streamer that notes when tokens arrive: first the prompts are put, then each step."""
+class Clock:
+    """A streamer of ``generate`` that notes when tokens arrive: first the prompts are put, then each step."""
 
-    def __init__(self, on_token):
+    def __init__(self, on_token=None):
         self.on_token = on_token
         self.times: list[float] = []
 
