@@ -2,7 +2,7 @@
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2 import telechat_ops
@@ -41,17 +41,24 @@ class TelechatModel(nn.Cell):
         self.packed = bool(config.document_start_ids)
         if self.packed:
             self.document_mask = DocumentMask(config.document_start_ids)
+        self.has_experts = config.moe is not None
         self.reshape = P.Reshape()
+        self.add = P.Add()
 
     def construct(self, tokens):
-        """Whole sequences ``[B, S]``; returns ``[B*S, H]``."""
+        """Whole sequences ``[B, S]``; returns ``[B*S, H]`` and the layers' auxiliary losses' sum ``[1]``."""
         batch_size, seq_length = tokens.shape
         masked = self.document_mask(tokens) if self.packed else None
         inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size, masked)
         x = self.tok_embeddings(self.reshape(tokens, (-1,)))
+        balance_loss = ops.zeros((1,), ms.float32)
         for layer in self.layers:
-            x = layer(x, batch_size, inputs)
-        return self.norm_out(x)
+            if self.has_experts:
+                x, loss = layer(x, batch_size, inputs)
+                balance_loss = self.add(balance_loss, loss)
+            else:
+                x = layer(x, batch_size, inputs)
+        return self.norm_out(x), balance_loss
 
     def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
         """Tokens ``[T]`` of cached sequences; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
@@ -78,7 +85,8 @@ class TelechatForCausalLM(PreTrainedModel):
           index of each sequence's last token in the flattened prompts.
 
     Returns:
-        Training: the loss ``[1]``, the sum over trained tokens divided by their number (0 if there are none).
+        Training: the loss ``[1]``, the sum over trained tokens divided by their number (0 if there are none),
+        and with experts the auxiliary losses of all layers.
         Evaluation: logits ``[B, S, V]`` float32, tokens and the mask of trained tokens ``[B, S]``.
         Prediction: logits float32, ``[B, V]`` of the last tokens with a cache, else ``[B*S, V]``.
     """
@@ -96,6 +104,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.global_mean = GlobalMean()
         self.calculate_per_token_loss = config.calculate_per_token_loss
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
+        self.has_experts = config.moe is not None
         self.use_past = config.use_past
         self.predicting = is_predict_run()
         self.is_first_iteration = True
@@ -130,7 +139,7 @@ class TelechatForCausalLM(PreTrainedModel):
             return self._logits(hidden)
         if self.training:
             return self._loss(input_ids, labels)
-        logits = self._logits(self.model(input_ids))
+        logits = self._logits(self.model(input_ids)[0])
         if self.predicting:
             return logits
         return self.reshape(logits, (*input_ids.shape, -1)), input_ids, self._trained(input_ids, labels)
@@ -150,13 +159,16 @@ class TelechatForCausalLM(PreTrainedModel):
         tokens = self.slice(input_ids, (0, 0), (batch_size, length - 1), step)
         targets = input_ids if labels is None else labels
         trained = self._trained(input_ids, labels)
-        logits = self._logits(self.model(tokens))
+        hidden, balance_loss = self.model(tokens)
         total, count = self.loss(
-            logits,
+            self._logits(hidden),
             self.reshape(self.slice(targets, first, last, step), (-1,)),
             self.reshape(self.slice(trained, first, last, step), (-1,)),
         )
-        return (total, count) if self.calculate_per_token_loss else self.global_mean(total, count)
+        if self.calculate_per_token_loss:
+            return (total + balance_loss * count, count) if self.has_experts else (total, count)
+        loss = self.global_mean(total, count)
+        return loss + balance_loss if self.has_experts else loss
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""

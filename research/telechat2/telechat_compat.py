@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import mindspore as ms
 import numpy as np
 from mindformers import MindFormerConfig, Trainer
+from mindformers.core import parallel_config as _parallel_config
 from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.modeling_utils import PreTrainedModel as _PreTrainedModel
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import AddedToken
-from mindformers.modules.transformer.moe import MoEConfig
+from mindformers.modules.transformer.moe import MoEConfig as _MoEConfig
 from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
@@ -44,6 +45,7 @@ __all__ = [
     "MindFormerConfig",
     "MindFormerModuleType",
     "MindFormerRegister",
+    "MoEConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
     "PretrainedConfig",
@@ -127,9 +129,20 @@ def parallel_config_from(value) -> TransformerOpParallelConfig:
     return TransformerOpParallelConfig(**dict(value))
 
 
-def moe_config_from(value) -> MoEConfig:
+class MoEConfig(_MoEConfig):
+    """MindFormers' ``moe_config`` section with its ``ep_extend_tp``, which MindFormers checks and forgets."""
+
+    def __init__(self, *args, ep_extend_tp: bool = True, **kwargs):
+        super().__init__(*args, ep_extend_tp=ep_extend_tp, **kwargs)
+        self.ep_extend_tp = ep_extend_tp
+
+
+_parallel_config.MoEConfig = MoEConfig  # what the Trainer makes of the section from now on
+
+
+def moe_config_from(value) -> _MoEConfig:
     """A YAML's ``moe_config`` section, MindFormers' object of it, or None, as that object."""
-    if isinstance(value, MoEConfig):
+    if isinstance(value, _MoEConfig):
         return value
     return MoEConfig(**dict(value or {}))
 

@@ -15,6 +15,7 @@ from research.telechat2.telechat_compat import (
     moe_config_from,
     parallel_config_from,
 )
+from research.telechat2.telechat_moe_config import MoESettings
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 EXTEND_METHODS = ("None", "PI", "NTK")
@@ -77,7 +78,8 @@ class TelechatConfig(PretrainedConfig):
         checkpoint_name_or_path: weights loaded when the model is built; "" for none.
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
         parallel_config: MindFormers' ``parallel_config`` section; only ``data_parallel`` may exceed 1.
-        moe_config: MindFormers' ``moe_config`` section; ``expert_num`` must be 1, the models are dense.
+        moe_config: MindFormers' ``moe_config`` section; with ``expert_num`` above 1 every feed-forward block
+            is a mixture of experts of width ``intermediate_size``, see MoESettings.
 
     Raises:
         ValueError: for an unknown key (the nearest known one is named), an unknown dtype or
@@ -156,6 +158,11 @@ class TelechatConfig(PretrainedConfig):
         _check_sizes(self)
         _check_choices(self)
         _check_plan(self)
+
+    @property
+    def moe(self) -> MoESettings | None:
+        """The mixture of experts; None for a dense model."""
+        return MoESettings.read(self.moe_config, self.intermediate_size)
 
     @property
     def head_dim(self) -> int:
@@ -300,10 +307,10 @@ def _check_plan(config: TelechatConfig) -> None:
         raise ValueError(
             "recompute_config asks for recomputation, which this version does not do; switch it off."
         )
-    if config.moe_config.expert_num > 1:
+    if config.moe and config.hidden_dropout_prob:
         raise ValueError(
-            f"moe_config.expert_num is {config.moe_config.expert_num}; this version has the dense "
-            "models only. Leave moe_config out."
+            f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "
+            "set it to 0.0."
         )
     for name in ("quantization_config", "quantization", "parallel_decoding_params", "pet_config"):
         if getattr(config, name, None):

@@ -64,15 +64,18 @@ class TelechatLinear(nn.Cell):
 
 
 class TelechatRMSNorm(nn.Cell):
-    """RMSNorm of ``[T, H]``, computed in ``layernorm_compute_type``, returned in ``compute_dtype``."""
+    """RMSNorm of ``[T, H]``, computed in ``layernorm_compute_type``, returned in ``out_dtype``.
 
-    def __init__(self, config):
+    That is ``compute_dtype`` if not given.
+    """
+
+    def __init__(self, config, out_dtype=None):
         super().__init__()
         self.weight = Parameter(
             initializer("ones", (config.hidden_size,), config.layernorm_compute_type), name="weight"
         )
         self.norm_dtype = config.layernorm_compute_type
-        self.out_dtype = config.compute_dtype
+        self.out_dtype = out_dtype or config.compute_dtype
         self.norm = telechat_ops.rms_norm(config.rms_norm_eps)
         self.cast = P.Cast()
 

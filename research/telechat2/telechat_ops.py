@@ -18,6 +18,7 @@ from research.telechat2.telechat_fused import (
     SequenceInputsFused,
     SwiGLUFused,
 )
+from research.telechat2.telechat_moe_dispatch import CapacityExperts, DroplessExpertsTwin
 from research.telechat2.telechat_twins import (
     CrossEntropyTwin,
     GroupedAttention,
@@ -96,6 +97,16 @@ def paged_attention(config) -> nn.Cell:
 def reads_every_block() -> bool:
     """Whether paged attention reads all columns of the block tables, so that they are best cut to need."""
     return is_cpu()
+
+
+def capacity_experts(config) -> nn.Cell:
+    """The experts with a capacity, plain operators on every target; see CapacityExperts."""
+    return CapacityExperts(config.moe, swiglu())
+
+
+def dropless_experts(config) -> nn.Cell:
+    """The experts without a capacity; see DroplessExpertsTwin."""
+    return DroplessExpertsTwin(config.moe, swiglu())
 
 
 def cross_entropy() -> nn.Cell:

@@ -5,6 +5,7 @@ from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear, TelechatRMSNorm
+from research.telechat2.telechat_moe import TelechatMoE
 
 
 class TelechatAttention(nn.Cell):
@@ -65,14 +66,19 @@ class TelechatAttention(nn.Cell):
 
 
 class TelechatDecoderLayer(nn.Cell):
-    """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``, the sums in ``res_dtype``."""
+    """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``, the sums in ``res_dtype``.
+
+    The feed-forward block is dense or a mixture of experts. Returns y, and with experts their auxiliary loss.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.attention_norm = TelechatRMSNorm(config)
         self.attention = TelechatAttention(config)
-        self.ffn_norm = TelechatRMSNorm(config)
-        self.feed_forward = TelechatFeedForward(config)
+        self.has_experts = config.moe is not None
+        # The router chooses by what the norm says before it is rounded.
+        self.ffn_norm = TelechatRMSNorm(config, config.layernorm_compute_type if self.has_experts else None)
+        self.feed_forward = TelechatMoE(config) if self.has_experts else TelechatFeedForward(config)
         self.res_dtype = config.res_dtype
         self.add_attention = P.Add()
         self.add_feed_forward = P.Add()
@@ -81,14 +87,17 @@ class TelechatDecoderLayer(nn.Cell):
     def _feed_forward(self, x, attention):
         hidden = self.add_attention(x, self.cast(attention, self.res_dtype))
         out = self.feed_forward(self.ffn_norm(hidden))
-        return self.add_feed_forward(hidden, self.cast(out, self.res_dtype))
+        if not self.has_experts:
+            return self.add_feed_forward(hidden, self.cast(out, self.res_dtype))
+        out, balance_loss = out
+        return self.add_feed_forward(hidden, self.cast(out, self.res_dtype)), balance_loss
 
     def construct(self, x, batch_size, inputs):
         """Whole sequences, see TelechatAttention."""
         return self._feed_forward(x, self.attention(self.attention_norm(x), batch_size, inputs))
 
     def paged(self, x, prefill, tables, inputs, lengths):
-        """Tokens with the cache, see TelechatAttention."""
-        return self._feed_forward(
-            x, self.attention.paged(self.attention_norm(x), prefill, tables, inputs, lengths)
-        )
+        """Tokens with the cache, see TelechatAttention; returns y alone."""
+        attention = self.attention.paged(self.attention_norm(x), prefill, tables, inputs, lengths)
+        y = self._feed_forward(x, attention)
+        return y[0] if self.has_experts else y

@@ -1,0 +1,180 @@
+"""The mixture of experts that takes the feed-forward block's place: router, experts, auxiliary loss.
+
+Parameters are stacked as in the published checkpoints: ``router.dense.weight`` [E, H], ``ffn.w1.weight`` and
+``ffn.w3.weight`` [E, F, H], ``ffn.w2.weight`` [E, H, F], ``ffn.w2.bias`` [1, E, 1, H].
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2 import telechat_ops
+from research.telechat2.telechat_parallel import ProcessMean
+
+ROUTER_SIGMA = 0.01  # spec 1.2: the router starts wider than the other linears
+
+
+class _Stack(nn.Cell):
+    """One linear of every expert: ``weight`` [E, out, in], and perhaps ``bias`` [1, E, 1, out]."""
+
+    def __init__(self, out_channels, in_channels, config, has_bias=False):
+        super().__init__()
+        shape = (config.moe.num_experts, out_channels, in_channels)
+        self.weight = Parameter(
+            initializer(Normal(config.sigma, config.mean), shape, config.param_init_type), name="weight"
+        )
+        if has_bias:
+            shape = (1, config.moe.num_experts, 1, out_channels)
+            self.bias = Parameter(initializer("zeros", shape, config.param_init_type), name="bias")
+
+
+class TelechatExperts(nn.Cell):
+    """The parameters of all experts of a layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.w1 = _Stack(width, hidden, config)
+        self.w3 = _Stack(width, hidden, config)
+        self.w2 = _Stack(hidden, width, config, has_bias=True)
+
+
+class RouterLinear(nn.Cell):
+    """``x @ weight^T`` in float32, ``[T, H]`` to ``[T, E]``."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = Parameter(
+            initializer(
+                Normal(ROUTER_SIGMA), (config.moe.num_experts, config.hidden_size), config.param_init_type
+            ),
+            name="weight",
+        )
+        self.matmul = P.MatMul(transpose_b=True)
+        self.cast = P.Cast()
+
+    def construct(self, x):
+        return self.matmul(self.cast(x, ms.float32), self.cast(self.weight, ms.float32))
+
+
+class TelechatRouter(nn.Cell):
+    """Sends each token to its k likeliest experts; of equally likely ones to those with the lower numbers.
+
+    Input: x ``[T, H]``.
+
+    Outputs: probabilities ``[T, E]`` float32 (softmax over all experts), experts ``[T, k]`` int32, and gates
+    ``[T, k]`` float32, the chosen probabilities divided by their sum + 1e-9.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.num_experts = config.moe.top_k, config.moe.num_experts
+        self.dense = RouterLinear(config)
+        self.experts = Tensor(np.arange(self.num_experts, dtype=np.int32))
+        self.softmax = P.Softmax(-1)
+        self.topk = P.TopK()
+        self.equal = P.Equal()
+        self.matmul = P.BatchMatMul()
+        self.sum = P.ReduceSum(keep_dims=True)
+        self.add = P.Add()
+        self.div = P.Div()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, x):
+        probabilities = self.softmax(self.dense(x))
+        _, experts = self.topk(ops.stop_gradient(probabilities), self.top_k)
+        # A product with one-hot rows picks them: its gradient adds nothing up in uncertain order.
+        chosen = self.equal(self.reshape(experts, (-1, self.top_k, 1)), self.experts)
+        picked = self.matmul(
+            self.cast(chosen, ms.float32), self.reshape(probabilities, (-1, self.num_experts, 1))
+        )
+        picked = self.reshape(picked, (-1, self.top_k))
+        return probabilities, experts, self.div(picked, self.add(self.sum(picked, -1), 1e-9))
+
+
+class BalanceLoss(nn.Cell):
+    """Auxiliary loss ``factor * E * sum over experts of f * P`` (Fedus et al. 2021, equation 4).
+
+    f is an expert's share of all choices, P its mean probability, both over the tokens of all devices; the
+    gradient flows through P. Inputs: probabilities ``[T, E]``, experts ``[T, k]``. Outputs: the loss ``[1]``
+    and f ``[E]``, float32.
+    """
+
+    def __init__(self, num_experts: int, factor: float):
+        super().__init__()
+        self.scale = factor * num_experts
+        self.experts = Tensor(np.arange(num_experts, dtype=np.int32))
+        self.mean_over_processes = ProcessMean()
+        self.equal = P.Equal()
+        self.mean = P.ReduceMean()
+        self.sum = P.ReduceSum()
+        self.mul = P.Mul()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, probabilities, experts):
+        chosen = self.equal(self.reshape(experts, (-1, 1)), self.experts)
+        load = self.mean_over_processes(self.mean(self.cast(chosen, ms.float32), 0))
+        load = ops.stop_gradient(load)
+        probability = self.mean_over_processes(self.mean(probabilities, 0))
+        loss = self.mul(self.sum(self.mul(load, probability)), self.scale)
+        return self.reshape(loss, (1,)), load
+
+
+class TelechatMoE(nn.Cell):
+    """The mixture of experts on ``[T, H]``: in training by capacity or dropless, otherwise always dropless.
+
+    Returns ``[T, H]`` in ``compute_dtype`` and the auxiliary loss ``[1]``. In training ``expert_load`` [E]
+    and ``drop_rate`` [1] hold the experts' shares of all choices, and the share of choices dropped, of the
+    latest call; they are no weights.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        moe = config.moe
+        self.router = TelechatRouter(config)
+        self.ffn = TelechatExperts(config)
+        self.with_capacity = moe.capacity_factor > 0
+        if self.with_capacity:
+            self.capacity_experts = telechat_ops.capacity_experts(config)
+        self.dropless_experts = telechat_ops.dropless_experts(config)
+        self.balance_loss = BalanceLoss(moe.num_experts, moe.balance_factor)
+        self.expert_load = _statistic("expert_load", moe.num_experts)
+        self.drop_rate = _statistic("drop_rate", 1)
+        self.mean_over_processes = ProcessMean()
+        self.dtype = config.compute_dtype
+        self.keep_load, self.keep_drop_rate = P.Assign(), P.Assign()
+        self.mean = P.ReduceMean()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, x):
+        probabilities, experts, gates = self.router(x)
+        loss, load = self.balance_loss(probabilities, experts)
+        operands = (
+            self.cast(x, self.dtype),
+            experts,
+            self.cast(gates, self.dtype),
+            self.cast(self.ffn.w1.weight, self.dtype),
+            self.cast(self.ffn.w3.weight, self.dtype),
+            self.cast(self.ffn.w2.weight, self.dtype),
+            self.cast(self.ffn.w2.bias, self.dtype),
+        )
+        if not self.training:
+            return self.dropless_experts(*operands), loss
+        if self.with_capacity:
+            y, kept = self.capacity_experts(*operands)
+            kept = self.mean_over_processes(self.mean(self.cast(kept, ms.float32)))
+            self.keep_drop_rate(self.drop_rate, self.reshape(1 - kept, (1,)))
+        else:
+            y = self.dropless_experts(*operands)
+        self.keep_load(self.expert_load, load)
+        return y, loss
+
+
+def _statistic(name, size) -> Parameter:
+    """What a training step leaves for the callbacks to read."""
+    return Parameter(initializer("zeros", (size,), ms.float32), name=name, requires_grad=False)

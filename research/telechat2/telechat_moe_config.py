@@ -1,0 +1,116 @@
+"""MoESettings: what TeleChat2 takes from MindFormers' ``moe_config`` section, and what it refuses."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from research.telechat2.telechat_compat import MoEConfig
+
+# Keys whose other values ask for what this model does not have. Keys not listed have no bearing on it, or
+# are read below.
+_FIXED = {
+    "shared_expert_num": 0,
+    "use_shared_expert_gating": False,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "n_group": None,
+    "topk_group": None,
+    "use_gating_sigmoid": False,
+    "z_loss_factor": 0.0,
+    "balance_via_topk_bias": False,
+    "enable_cold_hot_expert": False,
+    "save_token_distribution": False,
+    "expert_group_size": None,
+    "expert_model_parallel": None,
+    "group_wise_a2a": False,
+    "comp_comm_parallel": False,
+    "moe_shared_expert_overlap": False,
+    "use_allgather_dispatcher": False,
+    "enable_deredundency": False,
+    "npu_nums_per_device": 1,
+    "enable_gmm_safe_tokens": False,
+    "use_fused_ops_permute": False,
+}
+_ADVICE = {
+    "use_gmm": "dropless training, which uses grouped matrix products, is capacity_factor: 0",
+}
+
+
+@dataclass(frozen=True)
+class MoESettings:
+    """A mixture of experts.
+
+    Args:
+        num_experts: experts of each layer, E; ``expert_num`` of the section.
+        top_k: experts that each token is sent to, k; ``num_experts_chosen``.
+        capacity_factor: in training an expert takes at most ``ceil(k·T·capacity_factor / E)`` of T tokens
+            and drops the rest; 0 drops none. Evaluation and prediction drop none in any case.
+        token_major: who is dropped, ``enable_sdrop``: True counts all choices of a token before those of the
+            next one, False (k-major) the first choices of all tokens before the second ones.
+        balance_factor: α of the auxiliary loss ``α·E·Σ f·P``; ``aux_loss_factors`` of the type "expert".
+        fused_router: on Ascend the fused TopKRouter finds the places of tokens in their experts;
+            ``use_fused_ops_topkrouter``.
+        ep_extend_tp: the tensor-parallel ranks are expert-parallel ranks inside the block.
+    """
+
+    num_experts: int
+    top_k: int
+    capacity_factor: float
+    token_major: bool
+    balance_factor: float
+    fused_router: bool
+    ep_extend_tp: bool
+
+    @classmethod
+    def read(cls, section: MoEConfig, intermediate_size: int) -> "MoESettings | None":
+        """From MindFormers' object of the section; None where it has one expert, which is a dense model.
+
+        Raises:
+            ValueError: for a value that asks for what the model does not have.
+        """
+        if section.expert_num == 1:
+            return None
+        for key, fixed in _FIXED.items():
+            if getattr(section, key, fixed) != fixed:
+                raise ValueError(
+                    f"moe_config.{key} is {getattr(section, key)!r}; TeleChat2's mixture of experts has "
+                    f"{key}: {fixed} only. Set it so, or leave the key out."
+                )
+        for key, advice in _ADVICE.items():
+            if getattr(section, key, False):
+                raise ValueError(f"moe_config.{key} is True; {advice}. Leave the key out.")
+        if section.moe_intermediate_size not in (MoEConfig().moe_intermediate_size, intermediate_size):
+            raise ValueError(
+                f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
+                f"expert is intermediate_size, {intermediate_size}; leave the first one out."
+            )
+        if str(section.router_dense_type).lower() not in ("float32", "none"):
+            raise ValueError(
+                f"moe_config.router_dense_type is {section.router_dense_type}; the router is computed in "
+                "float32. Set it so, or leave the key out."
+            )
+        return cls(
+            num_experts=section.expert_num,
+            top_k=section.num_experts_chosen,
+            capacity_factor=max(float(section.capacity_factor), 0.0),
+            token_major=section.enable_sdrop,
+            balance_factor=_balance_factor(section),
+            fused_router=section.use_fused_ops_topkrouter,
+            ep_extend_tp=getattr(section, "ep_extend_tp", True),  # MindFormers' own object forgets it
+        )
+
+    def capacity(self, tokens: int) -> int:
+        """Most rows that an expert takes of ``tokens`` tokens in training; it is never sent more than all."""
+        factor = Fraction(str(self.capacity_factor))  # in floating point 4 * 200 * 1.1 / 16 is more than 55
+        return min(tokens, math.ceil(self.top_k * tokens * factor / self.num_experts))
+
+
+def _balance_factor(section: MoEConfig) -> float:
+    types, factors = section.aux_loss_types or [], section.aux_loss_factors or []
+    if len(types) != len(factors) or set(types) - {"expert"} or len(types) > 1:
+        raise ValueError(
+            f"moe_config.aux_loss_types is {types} and aux_loss_factors {factors}; TeleChat2 has the one "
+            "auxiliary loss 'expert', with one factor: ['expert'] and [0.01] for the published model."
+        )
+    return float(factors[0]) if factors else 0.0
