@@ -62,7 +62,7 @@ def test_unknown_missing_and_misshapen_are_listed_together(hf):
         tensors["transformer.ln_f.weight"] = np.ones(64, np.int32)
 
     edit_indexed(hf, 2, change)
-    text = refuses(hf, "is not a dense TeleChat checkpoint of 2 layers")
+    text = refuses(hf, "is not a TeleChat checkpoint of 2 layers")
     assert "12 unknown: transformer.h.0.adapter_00.weight, " in text
     assert "adapter_09.weight, … and 2 more" in text and "adapter_10" not in text
     assert "1 missing: transformer.h.1.mlp.up_proj.weight" in text
@@ -180,12 +180,12 @@ def test_a_llama_checkpoint(tmp_path):
     save_file(
         {"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, tmp_path / "llama" / "m.safetensors"
     )
-    refuses(tmp_path / "llama", "no dense TeleChat checkpoint.*model.embed_tokens.weight")
+    refuses(tmp_path / "llama", "no TeleChat checkpoint.*model.embed_tokens.weight")
 
 
 def test_the_wrong_direction(hf, ms):
-    refuses(hf, "no dense TeleChat checkpoint", convert_to_torch)
-    refuses(ms, "no dense TeleChat checkpoint")
+    refuses(hf, "no TeleChat checkpoint", convert_to_torch)
+    refuses(ms, "no TeleChat checkpoint")
 
 
 def test_huge_layer_number_in_a_name(tmp_path):

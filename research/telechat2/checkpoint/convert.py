@@ -24,7 +24,6 @@ class Summary:
     """What a conversion read and wrote; ``ignored`` counts, by kind, source tensors that are not weights."""
 
     sources: tuple[Path, ...]
-
     files: tuple[Path, ...]
     tensors: int
     parameters: int
@@ -42,8 +41,7 @@ class Summary:
             f"wrote {self.tensors:,} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes, "
             f"{' and '.join(self.dtypes)}, to {self.files[0]}"
             + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""),
-            f"model: {self.sizes.num_layers} layers, hidden size {self.sizes.hidden_size}, feed-forward size "
-            f"{self.sizes.intermediate_size}, vocabulary {self.sizes.vocab_size}"
+            f"model: {self.sizes.describe()}"
             + (", output layer tied to the embeddings" if self.sizes.tie_word_embeddings else ""),
             f"left out: {', '.join(f'{count} {kind}' for kind, count in self.ignored.items()) or 'nothing'}",
         ]
@@ -60,7 +58,7 @@ def convert_to_mindspore(
     dtype: str | None = None,
     ckpt_format: str | None = None,
 ) -> Summary:
-    """Convert an HF folder of a dense TeleChat model to one MindSpore checkpoint file.
+    """Convert an HF folder of a TeleChat model to one MindSpore checkpoint file.
 
     ``mindspore_path`` is a file when it ends in ``.safetensors`` or ``.ckpt``, else a folder that receives
     ``model.safetensors`` (``model.ckpt`` with ``ckpt_format="ckpt"``). ``dtype`` (float32, float16, bfloat16)
@@ -87,7 +85,7 @@ def convert_to_mindspore(
 
 
 def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: str | None = None) -> Summary:
-    """Convert a MindSpore checkpoint of a dense TeleChat model to Hugging Face's names.
+    """Convert a MindSpore checkpoint of a TeleChat model to Hugging Face's names.
 
     ``mindspore_path`` is a ``.safetensors`` or ``.ckpt`` file or a folder, such as what MindFormers' training
     leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder that receives
@@ -115,11 +113,11 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
     NumPy has no bfloat16. Optimizer states and the like are left out.
 
     Raises:
-        ValueError: the checkpoint is broken or incomplete, or not a dense TeleChat model.
+        ValueError: the checkpoint is broken or incomplete, or not a TeleChat model.
     """
     source = _path(path, "path")
     plan = make_plan(read_mindspore_source(source), "mindspore", None, str(source))
-    for tensor, _ in plan.weights:
+    for tensor in plan.sources:
         data = tensor.read(tensor.dtype)
         array = widen(data, "bfloat16") if tensor.dtype == "bfloat16" else np.frombuffer(data, tensor.dtype)
         yield tensor.name, array.reshape(tensor.shape)
@@ -142,7 +140,7 @@ def _write(
     write_checkpoint(files, dtype, framework, record_prompt_format, beside)
     tensors = [tensor for tensor, _ in plan.weights]
     return Summary(
-        sources=tuple(dict.fromkeys(tensor.file for tensor in tensors)),
+        sources=tuple(dict.fromkeys(tensor.file for tensor in plan.sources)),
         files=tuple(files),
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors),

@@ -122,6 +122,7 @@ def _write_file(file: Path, weights: Weights, dtype: str | None, framework: str,
         for tensor, _ in weights:
             for block in tensor.blocks_as(dtype or tensor.dtype):
                 progress.update(stream.write(block))
+                del block  # its buffer makes room for the next one's
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
                 f"of the data; expected {prod(shape) * ITEM_BYTES[code]} bytes from byte {end}",
             )
         end = next_begin
-        blocks = partial(_read_blocks, file, data_start + begin, next_begin - begin)
+        blocks = partial(_read_blocks, file, data_start + begin, data_start + next_begin)
         tensors.append(StoredTensor(name, CODES.get(code, code), shape, file, blocks))
     if data_start + end != size:
         raise _broken(
@@ -115,9 +115,13 @@ def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _read_blocks(file: Path, start: int, length: int) -> Iterator[memoryview]:
+def _read_blocks(
+    file: Path, begin: int, end: int, start: int = 0, stop: int | None = None
+) -> Iterator[memoryview]:
+    """Bytes ``start`` to ``stop`` of the tensor that lies at ``begin`` to ``end`` of the file."""
+    length = (end if stop is None else min(end, begin + stop)) - begin - start
     with open(file, "rb", buffering=0) as stream:
-        stream.seek(start)
+        stream.seek(begin + start)
         buffer = memoryview(bytearray(min(length, BLOCK_BYTES)))
         while length:
             block = buffer[: min(length, BLOCK_BYTES)]

@@ -10,16 +10,20 @@ SPELLINGS = {
     "n_kv_heads": ("num_key_value_heads", "n_kv_heads"),
     "intermediate_size": ("ffn_hidden_size", "intermediate_size"),
     "vocab_size": ("vocab_size",),
+    # The 39B's config.json is not public; MindFormers' own key is expert_num, within moe_config.
+    "num_experts": ("num_experts", "expert_num", "num_local_experts", "moe_num_experts"),
 }
+OPTIONAL = ("n_kv_heads", "num_experts")
 
 
 @dataclass(frozen=True)
 class TelechatSizes:
-    """What the shapes of a dense TeleChat checkpoint depend on.
+    """What the shapes of a TeleChat checkpoint depend on.
 
     ``kv_size`` is ``n_kv_heads * head_dim``, the rows of all keys of a layer. ``num_heads`` and
     ``n_kv_heads`` are None when only tensors were there to read: they do not show how rows make heads.
-    ``tie_word_embeddings`` None means that the config does not say.
+    ``tie_word_embeddings`` None means that the config does not say. ``num_experts`` is that of every layer, 0
+    in a dense model, None where the config does not say; ``intermediate_size`` is the width of one expert.
     """
 
     num_layers: int
@@ -30,18 +34,22 @@ class TelechatSizes:
     num_heads: int | None = None
     n_kv_heads: int | None = None
     tie_word_embeddings: bool | None = None
+    num_experts: int | None = None
 
     @classmethod
     def from_hf_config(cls, config: dict) -> "TelechatSizes":
         """Sizes from the content of a config.json, TeleChat's key names or MindFormers'.
 
+        0 and 1 experts both mean a dense model, as 1 does in MindFormers.
+
         Raises:
             ValueError: a size is absent, is not a positive whole number, or does not divide as it must.
         """
         found = {}
+        config = _with_moe_section(config)
         for size, keys in SPELLINGS.items():
             key = next((key for key in keys if config.get(key) is not None), None)
-            if key is None and size == "n_kv_heads":  # multi-head attention: the key is often left out
+            if key is None and size in OPTIONAL:
                 continue
             if key is None:
                 raise ValueError(
@@ -49,10 +57,12 @@ class TelechatSizes:
                     f"it has {sorted(config)[:10]}"
                 )
             value = config[key]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < (size != "num_experts"):
                 raise ValueError(f"the config says {key} = {value!r}; expected a positive whole number")
             found[size] = value
-        found.setdefault("n_kv_heads", found["num_heads"])
+        found.setdefault("n_kv_heads", found["num_heads"])  # multi-head attention: the key is often left out
+        if found.get("num_experts") == 1:
+            found["num_experts"] = 0
         tied = config.get("tie_word_embeddings")
         if tied is not None and not isinstance(tied, bool):
             raise ValueError(f"the config says tie_word_embeddings = {tied!r}; expected true or false")
@@ -76,7 +86,29 @@ class TelechatSizes:
             "hidden": self.hidden_size,
             "ffn": self.intermediate_size,
             "key_value": 2 * self.kv_size,
+            "experts": self.num_experts or 0,
+            "1": 1,
         }
+
+    def describe(self) -> str:
+        """The sizes in words, as messages give them."""
+        experts = f"{self.num_experts} experts of " if self.num_experts else ""
+        return (
+            f"{self.num_layers} layers, hidden size {self.hidden_size}, {experts}feed-forward size "
+            f"{self.intermediate_size}, vocabulary {self.vocab_size}"
+        )
+
+
+def _with_moe_section(config: dict) -> dict:
+    """``config`` with the ``expert_num`` of MindFormers' nested section beside the other keys."""
+    section = config.get("moe_config")
+    if section is None:
+        return config
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"the config says moe_config = {section!r}; expected an object such as expert_num: 16"
+        )
+    return {"expert_num": section.get("expert_num")} | config
 
 
 def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:

@@ -1,4 +1,4 @@
-"""A tensor where it lies: its description, and its bytes a block at a time."""
+"""A tensor where it lies: its description, and its bytes a block at a time; joined, and cut apart."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ BLOCK_BYTES = 16 << 20  # a multiple of every element's width: casts work block 
 class StoredTensor:
     """One tensor of a checkpoint; ``dtype`` is float32, float16, bfloat16, or the file's word for another.
 
-    ``blocks()`` yields its bytes in order, at most ``BLOCK_BYTES`` at a time, little-endian and row by row; a
-    block is valid until the next one is asked for.
+    ``blocks(start, stop)`` yields its bytes from ``start`` up to ``stop`` (by default all) in order, at most
+    ``BLOCK_BYTES`` at a time, little-endian and row by row; a block is valid until the next one is asked for.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    blocks: Callable[[], Iterator[memoryview]]
+    blocks: Callable[..., Iterator[memoryview]]
 
     @property
     def size(self) -> int:
@@ -35,7 +35,8 @@ class StoredTensor:
 
     def blocks_as(self, dtype: str) -> Iterator[memoryview]:
         """The blocks, cast to another dtype of weights."""
-        return (cast(block, self.dtype, dtype, self.name) for block in self.blocks())
+        # Not a generator, whose variable would keep a block alive while the next one is read.
+        return map(lambda block: cast(block, self.dtype, dtype, self.name), self.blocks())
 
     def read(self, dtype: str) -> bytearray:
         """All bytes at once, as ``dtype``."""
@@ -45,8 +46,47 @@ class StoredTensor:
         return content
 
 
-def blocks_of(buffer) -> Iterator[memoryview]:
+def join(parts: list[StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """Tensors of one dtype as a single tensor: their bytes one after the other, which is ``shape``."""
+    if len(parts) == 1 and parts[0].shape == shape:
+        return parts[0]
+    assert len({part.dtype for part in parts}) == 1 and sum(part.size for part in parts) == prod(shape)
+
+    def blocks(start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        begin = 0
+        for part in parts:
+            end = begin + part.nbytes()
+            last = end if stop is None else min(end, stop)
+            if max(begin, start) < last:
+                yield from part.blocks(max(begin, start) - begin, last - begin)
+            begin = end
+
+    return StoredTensor(name, parts[0].dtype, shape, parts[0].file, blocks)
+
+
+def cut(tensor: StoredTensor, shapes: list[tuple[int, ...]]) -> list[StoredTensor]:
+    """The inverse of ``join``: consecutive ranges of a tensor's bytes as tensors of these shapes."""
+    if shapes == [tensor.shape]:
+        return [tensor]
+    assert sum(map(prod, shapes)) == tensor.size
+    parts, begin = [], 0
+    for number, shape in enumerate(shapes):
+        end = begin + prod(shape) * WIDTH[tensor.dtype]
+        blocks = _range_of(tensor, begin, end)
+        parts.append(StoredTensor(f"{tensor.name}[{number}]", tensor.dtype, shape, tensor.file, blocks))
+        begin = end
+    return parts
+
+
+def _range_of(tensor: StoredTensor, begin: int, end: int) -> Callable[..., Iterator[memoryview]]:
+    def blocks(start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        return tensor.blocks(begin + start, end if stop is None else min(end, begin + stop))
+
+    return blocks
+
+
+def blocks_of(buffer, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
     """A contiguous object in memory as blocks of bytes."""
-    view = memoryview(buffer).cast("B")
-    for start in range(0, len(view), BLOCK_BYTES):
-        yield view[start : start + BLOCK_BYTES]
+    view = memoryview(buffer).cast("B")[start:stop]
+    for begin in range(0, len(view), BLOCK_BYTES):
+        yield view[begin : begin + BLOCK_BYTES]

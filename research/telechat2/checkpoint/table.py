@@ -1,14 +1,15 @@
-"""The one table of weights: which TeleChat (torch) tensor is which MindSpore parameter, and of what shape.
+"""The one table of weights: which TeleChat (torch) tensors are which MindSpore parameter, and of what shapes.
 
-Both converters, and every loader, work from these rows, in either direction. ``{i}`` is the layer. Shapes
-are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold the same rows in the
-same order, K then V per kv head, so that nothing but names changes.
+Both converters, and every loader, work from these rows, in either direction. ``{i}`` is the layer and ``{e}``
+the expert. Shapes are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold
+the same rows in the same order, K then V per kv head, and MindSpore stacks the experts of a layer along a
+leading axis: so a parameter's bytes are those of its torch tensors, one after the other, never reordered.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
 from typing import Literal
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
@@ -18,42 +19,64 @@ Side = Literal["torch", "mindspore"]
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor in its two spellings; with ``{i}`` in them, one for each layer."""
+    """One MindSpore parameter and its torch tensor, or with ``{e}`` its torch tensors, one for each expert.
+
+    ``shape`` is that of a torch tensor, ``stacked`` that of the parameter where it is another.
+    """
 
     torch: str
     mindspore: str
     shape: tuple[str, ...]
+    stacked: tuple[str, ...] = ()
+
+    def shape_on(self, side: Side) -> tuple[str, ...]:
+        """The shape, in symbols, of a tensor of that side."""
+        return self.stacked if side == "mindspore" and self.stacked else self.shape
 
 
-def _layer_row(torch: str, mindspore: str, *shape: str) -> Row:
-    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape)
+def _layer_row(torch: str, mindspore: str, *shape: str, stacked: tuple[str, ...] = ()) -> Row:
+    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, stacked)
 
 
-LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab", "hidden"))  # absent when embeddings are tied
+def _expert_row(torch: str, mindspore: str, *shape: str, stacked: tuple[str, ...]) -> Row:
+    torch, mindspore = f"mlp.local_experts.{{e}}.{torch}", f"feed_forward.ffn.{mindspore}"
+    return _layer_row(torch, mindspore, *shape, stacked=stacked)
+
+
 EMBEDDING = Row(
     "transformer.word_embeddings.weight", "model.tok_embeddings.embedding_weight", ("vocab", "hidden")
 )
-ROWS = (
-    EMBEDDING,
+ATTENTION_ROWS = (
     _layer_row("input_layernorm.weight", "attention_norm.weight", "hidden"),
     _layer_row("self_attention.query.weight", "attention.wq.weight", "hidden", "hidden"),
     _layer_row("self_attention.key_value.weight", "attention.wk_v.weight", "key_value", "hidden"),
     _layer_row("self_attention.dense.weight", "attention.wo.weight", "hidden", "hidden"),
     _layer_row("self_attention.dense.bias", "attention.wo.bias", "hidden"),
     _layer_row("post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
+)
+DENSE_ROWS = (
     _layer_row("mlp.gate_proj.weight", "feed_forward.w1.weight", "ffn", "hidden"),
     _layer_row("mlp.up_proj.weight", "feed_forward.w3.weight", "ffn", "hidden"),
     _layer_row("mlp.down_proj.weight", "feed_forward.w2.weight", "hidden", "ffn"),
     _layer_row("mlp.down_proj.bias", "feed_forward.w2.bias", "hidden"),
-    Row("transformer.ln_f.weight", "model.norm_out.weight", ("hidden",)),
-    LM_HEAD,
 )
+MOE_ROWS = (
+    _layer_row("mlp.router.weight", "feed_forward.router.dense.weight", "experts", "hidden"),
+    _expert_row("gate_proj.weight", "w1.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden")),
+    _expert_row("up_proj.weight", "w3.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden")),
+    _expert_row("down_proj.weight", "w2.weight", "hidden", "ffn", stacked=("experts", "hidden", "ffn")),
+    _expert_row("down_proj.bias", "w2.bias", "hidden", stacked=("1", "experts", "1", "hidden")),
+)
+FINAL_NORM = Row("transformer.ln_f.weight", "model.norm_out.weight", ("hidden",))
+LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab", "hidden"))  # absent when embeddings are tied
+ROWS = (EMBEDDING, *ATTENTION_ROWS, *DENSE_ROWS, *MOE_ROWS, FINAL_NORM, LM_HEAD)
 
 # What a checkpoint may hold beside weights: left out of the other side, and counted under these words.
 _STATE_PER_WEIGHT = (
     "accu_grads|adam_[mv]|exp_avg|(max_)?exp_avg_sq|exp_avg_(sq|insta)_(row|col)|exp_inf|lamb_[mv]|moment[12s]?|"
     "muon_m|pma_weight_[a-z]+|vhat|accum(_update)?|mean_(grad|square)|stat|prev|step_size"
 )
+ROUTER_BIASES = "router biases, all zero"  # those of the parallel inference model; another value is an error
 IGNORED: dict[Side, dict[str, re.Pattern]] = {
     "torch": {"rotary buffers": re.compile(r".*rotary\w*\.(inv_freq|cos_cached|sin_cached)")},
     "mindspore": {
@@ -64,34 +87,48 @@ IGNORED: dict[Side, dict[str, re.Pattern]] = {
             r"_device_local_\w+"
         ),
         "key/value caches": re.compile(r".*\.(key|value)_cache"),
+        "routing statistics": re.compile(r"model\.layers\.\d+\.feed_forward\.(expert_load|drop_rate)"),
+        ROUTER_BIASES: re.compile(
+            r"model\.layers\.\d+\.feed_forward\.router\.(router\.topk_bias|e_score_correction_bias)"
+        ),
     },
 }
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a model of known sizes: a row with its layer and its shape filled in."""
+    """One MindSpore parameter of a model of known sizes: a row with its layer, experts and shapes filled in.
 
-    torch: str
+    ``torch`` holds the names and shapes of the torch tensors whose bytes, in this order, are the parameter's.
+    """
+
     mindspore: str
     shape: tuple[int, ...]
+    torch: Mapping[str, tuple[int, ...]]
+
+    def shapes_on(self, side: Side) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of its tensors on that side."""
+        return self.torch if side == "torch" else {self.mindspore: self.shape}
 
 
 def expand(sizes: TelechatSizes) -> list[Weight]:
     """Every weight of a model, in the order of its layers; without ``lm_head`` when embeddings are tied."""
-    rows = ROWS[:-1] if sizes.tie_word_embeddings else ROWS
     dims = sizes.dims()
-    weights = []
-    for layered, group in groupby(rows, key=lambda row: "{i}" in row.torch):
-        same = list(group)
-        for layer in range(sizes.num_layers) if layered else (None,):
-            weights += [_fill(row, dims, layer) for row in same]
-    return weights
+    layer_rows = ATTENTION_ROWS + (MOE_ROWS if sizes.num_experts else DENSE_ROWS)
+    return [
+        _fill(EMBEDDING, dims),
+        *(_fill(row, dims, layer) for layer in range(sizes.num_layers) for row in layer_rows),
+        *(_fill(row, dims) for row in (FINAL_NORM, LM_HEAD)[: 1 if sizes.tie_word_embeddings else 2]),
+    ]
 
 
 def _fill(row: Row, dims: Mapping[str, int], layer: int | None = None) -> Weight:
-    shape = tuple(dims[symbol] for symbol in row.shape)
-    return Weight(row.torch.format(i=layer), row.mindspore.format(i=layer), shape)
+    def shape_on(side: Side) -> tuple[int, ...]:
+        return tuple(dims[symbol] for symbol in row.shape_on(side))
+
+    experts = range(dims["experts"] if "{e}" in row.torch else 1)
+    torch = {row.torch.format(i=layer, e=expert): shape_on("torch") for expert in experts}
+    return Weight(row.mindspore.format(i=layer), shape_on("mindspore"), torch)
 
 
 def canonical_name(name: str, side: Side) -> str:
@@ -101,45 +138,20 @@ def canonical_name(name: str, side: Side) -> str:
     return name
 
 
+def place(name: str, row: Row, side: Side) -> tuple[int, int] | None:
+    """The (layer, expert) of a tensor of that row, 0 for what the row has not; None if it is of another."""
+    match = _pattern(getattr(row, side)).fullmatch(name)
+    return match and tuple(int(match.groupdict().get(key, 0)) for key in ("i", "e"))
+
+
+@cache
+def _pattern(name: str) -> re.Pattern:
+    text = re.escape(name)
+    for key in ("i", "e"):
+        text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>[0-9]{{1,9}})")
+    return re.compile(text)
+
+
 def ignored_as(name: str, side: Side) -> str | None:
     """What kind of non-weight a tensor is (a key of ``IGNORED``), None when it is not one."""
     return next((what for what, pattern in IGNORED[side].items() if pattern.fullmatch(name)), None)
-
-
-def infer_sizes(shapes: Mapping[str, tuple[int, ...]], side: Side) -> TelechatSizes:
-    """Sizes from the tensors alone (canonical name -> shape), by the first of each row that is there.
-
-    Raises:
-        ValueError: a size shows in no tensor, so this is no TeleChat checkpoint.
-    """
-    layers = _layer_indices(shapes, side)
-    dims: dict[str, int] = {}
-    for row in ROWS:
-        name = getattr(row, side).format(i=min(layers, default=0))
-        shape = shapes.get(name, ())
-        if len(shape) == len(row.shape):
-            for symbol, size in zip(row.shape, shape, strict=True):
-                if size:
-                    dims.setdefault(symbol, size)
-    absent = [symbol for symbol in ("vocab", "hidden", "ffn", "key_value") if symbol not in dims]
-    if absent or not layers:
-        raise ValueError(
-            f"this is no dense TeleChat checkpoint: none of its {len(shapes)} tensors shows the size of "
-            f"{', '.join(absent) or 'a layer'}. Its first names are {sorted(shapes)[:5]}, expected names "
-            f"such as {getattr(ROWS[3], side).format(i=0)}"
-        )
-    return TelechatSizes(
-        # A layer number beyond the number of tensors is a broken name: do not build a table of that length.
-        num_layers=min(max(layers) + 1, len(shapes)),
-        hidden_size=dims["hidden"],
-        intermediate_size=dims["ffn"],
-        vocab_size=dims["vocab"],
-        kv_size=dims["key_value"] // 2,
-        tie_word_embeddings=getattr(LM_HEAD, side) not in shapes,
-    )
-
-
-def _layer_indices(names: Iterable[str], side: Side) -> set[int]:
-    prefix = getattr(ROWS[1], side).partition("{i}")[0]
-    matches = (re.match(re.escape(prefix) + r"([0-9]{1,9})\.", name) for name in names)
-    return {int(match[1]) for match in matches if match}

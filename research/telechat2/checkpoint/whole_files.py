@@ -38,8 +38,8 @@ def read_bin(file: Path) -> list[StoredTensor]:
 
 
 def _from_torch(torch, name: str, tensor, file: Path) -> StoredTensor:
-    def blocks():
-        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    def blocks(start=0, stop=None):
+        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start, stop)
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     return StoredTensor(str(name), dtype, tuple(tensor.shape), file, blocks)
