@@ -1,0 +1,208 @@
+"""run_telechat_predict.py, and run_mindformer.py where it predicts, as a user runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from predict_model import CHECKOUT, NEW_TOKENS, QUESTIONS, asked, oracle_answer, write_yaml
+
+from research.telechat2 import telechat_chat
+
+
+def predict(*words, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        str(CHECKOUT / "research" / "telechat2" / "run_telechat_predict.py"),
+        *map(str, words),
+    ]
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_answers_and_keeps_a_conversation(random, small_vocab, config_file, predictor, tmp_path):
+    words = [
+        "--yaml_file",
+        config_file,
+        "--vocab_file_path",
+        small_vocab,
+        "--checkpoint_path",
+        random.weights,
+    ]
+    words += ["--max_new_tokens", 6, "--do_sample", "False"]
+    told = predict(*words, cwd=tmp_path, stdin=f"{QUESTIONS[0]}\n/new\n{QUESTIONS[1]}\n")
+    assert told.returncode == 0, told.stderr
+    prompts = [predictor.prompt_ids(asked(text)) for text in QUESTIONS[:2]]
+    texts = [
+        predictor.tokenizer.decode(oracle_answer(random, prompt, 6), skip_special_tokens=True)
+        for prompt in prompts
+    ]
+    assert told.stdout == "".join(f"{text}\n" for text in texts)
+    assert not any(tmp_path.iterdir())
+    config, chosen, *figures = told.stderr.splitlines()  # and no warning, no note of the libraries
+    assert config == f"config: {config_file}" and chosen.startswith("prompt format: chat (none is recorded")
+    assert len(figures) == 2 and all(line.startswith("[6 tokens, cut off there by --max") for line in figures)
+
+
+def test_the_command_shows_the_plugins_own_warnings_and_goes_on_after_a_long_line(
+    random, small_vocab, predictor, tmp_path
+):
+    """The second of three questions is too long: exit code 1, since standard input is no person."""
+    room = len(predictor.prompt_ids(asked("x"))) + 10
+    write_yaml(tmp_path / "p.yaml", {"num_blocks": 15, "max_decode_length": room})
+    words = ["--yaml_file", "p.yaml", "--vocab_file_path", small_vocab, "--checkpoint_path", random.weights]
+    words += ["--auto_trans_ckpt", "False", "--use_parallel", "False"]
+    told = predict(*words, cwd=tmp_path, stdin=f"x\n{'word ' * 60}\ny\n")
+    assert told.stdout.count("\n") >= 2 and told.returncode == 1
+    said = told.stderr.splitlines()
+    assert any(line.startswith("WARNING: The paged cache holds 240 tokens, fewer than") for line in said)
+    assert sum("(not asked: the prompt has" in line for line in said) == 1
+    assert said[-1] == "error: 1 lines of standard input were not asked; see above."
+
+
+def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path):
+    """Through the real command: exit code 1, nothing on stdout, one line on stderr, no litter."""
+    vocab, weights = ["--vocab_file_path", small_vocab], ["--checkpoint_path", random.weights]
+    typo = write_yaml(tmp_path / "typo.yaml", {"num_layer": 2})
+    small = write_yaml(tmp_path / "small.yaml", {"vocab_size": 500})
+    ascend = write_yaml(tmp_path / "ascend.yaml", context={"device_target": "Ascend"})
+    (tmp_path / "empty.yaml").write_text("run_mode: predict\n")
+    cases = [
+        (["--yaml_file", config_file, *weights], "names no vocab_file; give --vocab_file_path"),
+        (["--yaml_file", config_file, *vocab], "names no load_checkpoint; give --checkpoint_path"),
+        (
+            ["--yaml_file", config_file, *vocab, "--checkpoint_path", "no"],
+            "--checkpoint_path no does not exist",
+        ),
+        (["--yaml_file", config_file, *weights, "--vocab_file_path", "no"], "--vocab_file_path no does not"),
+        (["--yaml_file", "predict_telechat_tyni.yaml"], "predict_telechat_tiny.yaml"),
+        (["--yaml_file", "empty.yaml"], "has no section model.model_config"),
+        (["--yaml_file", config_file, "--use_parallel", "True"], "predicts on one device"),
+        (["--yaml_file", config_file, "--auto_trans_ckpt", "True"], "--auto_trans_ckpt True: .* one device"),
+        (["--yaml_file", config_file, "--src_strategy_path_or_dir", "s"], "_or_dir s: .* one device"),
+        (["--yaml_file", config_file, "--batch_size", "0"], "--batch_size is 0"),
+        (["--yaml_file", typo, *vocab, *weights], "'num_layer'.* did you mean 'num_layers'"),
+        (["--yaml_file", small, *vocab, *weights], "tokens, but the YAML's vocab_size is 500"),
+        (["--yaml_file", ascend, *vocab, *weights], "Ascend"),
+    ]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for words, said in cases:
+        told = predict(*words, "hi", cwd=tmp_path)
+        assert (told.returncode, told.stdout) == (1, ""), (words, told.stderr)
+        *config, error = told.stderr.splitlines()
+        assert error.startswith("error: ") and re.search(said, error), (words, told.stderr)
+        assert [line.split(": ")[0] for line in config] in ([], ["config"]), (words, told.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def run_mindformer(*words, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(CHECKOUT / "run_mindformer.py"), "--run_mode", "predict", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_vocab, predictor, tmp_path):
+    raw = "<_start><_user>生抽与老抽的区别？<_bot>"
+    prompt = telechat_chat.raw_prompt(raw, predictor.tokenizer)
+    (answer,) = predictor.generate([prompt])
+    file = write_yaml(tmp_path / "predict.yaml", {"max_decode_length": len(prompt) + NEW_TOKENS})
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw]
+    words += ["--processor.tokenizer.vocab_file", small_vocab, "--output_dir", "out"]
+    told = run_mindformer(*words, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-3000:]
+    whole = predictor.tokenizer.decode([*prompt, *answer.ids], skip_special_tokens=True)
+    assert told.stdout.endswith(f"{whole}\n") and answer.text and whole.endswith(answer.text)
+
+
+def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, predictor, tmp_path):
+    """The same seed gives the same answer, and it is not the likeliest one."""
+    raw = "<_start><_user>生抽与老抽的区别？<_bot>"
+    prompt = telechat_chat.raw_prompt(raw, predictor.tokenizer)
+    greedy = predictor.tokenizer.decode(oracle_answer(random, prompt, 16), skip_special_tokens=True)
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + 16, "top_k": 300})
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw, "--seed", 1]
+    words += ["--do_sample", "True", "--processor.tokenizer.vocab_file", small_vocab]
+    found = []
+    for output in ("first", "second"):
+        told = run_mindformer(*words, "--output_dir", output, cwd=tmp_path)
+        assert told.returncode == 0, told.stderr[-3000:]
+        found.append(told.stdout.rsplit("生抽与老抽的区别？", 1)[1].rstrip("\n"))
+    assert found[0] == found[1] != greedy
+
+
+def test_run_mindformer_pads_by_the_tokenizer_where_the_model_has_no_padding(
+    random, small_vocab, predictor, tmp_path
+):
+    raw = ["<_start><_user>生抽与老抽的区别？<_bot>", "<_start><_user>x<_bot>"]
+    prompts = [telechat_chat.raw_prompt(text, predictor.tokenizer) for text in raw]
+    longest = max(map(len, prompts))
+    file = write_yaml(tmp_path / "p.yaml", {"pad_token_id": -1, "max_decode_length": longest + 4})
+    (tmp_path / "prompts.txt").write_text("\n".join(raw), encoding="utf-8")
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", "prompts.txt"]
+    words += ["--processor.tokenizer.vocab_file", small_vocab, "--predict_batch_size", 2, "--output_dir", "o"]
+    told = run_mindformer(*words, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-3000:]
+    for prompt in prompts:
+        whole = [*prompt, *oracle_answer(random, prompt, longest + 4 - len(prompt))]
+        assert predictor.tokenizer.decode(whole, skip_special_tokens=True) in told.stdout
+
+
+def test_run_mindformer_refuses_prompts_that_cannot_be_answered(random, small_vocab, tmp_path):
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": 40})
+    words = [
+        "--config",
+        file,
+        "--load_checkpoint",
+        random.weights,
+        "--predict_data",
+        "<_user>" + "word " * 60,
+    ]
+    told = run_mindformer(*words, "--processor.tokenizer.vocab_file", small_vocab, cwd=tmp_path)
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    said = (
+        r"^error: prompt 1 of 1: the prompt has \d+ tokens, .* may have 40 \(the YAML's max_decode_length\)"
+    )
+    assert re.search(said, told.stderr, re.MULTILINE), told.stderr[-2000:]
+
+
+def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
+    from research.telechat2.telechat_compat import MindFormerConfig
+    from research.telechat2.telechat_run_predict import prepare_prompts
+
+    def prepare(*words, **model_config):
+        tokenizer = {"type": "TelechatTokenizer", "vocab_file": str(small_vocab)}
+        model = {"model_config": {"vocab_size": 600, "seq_length": 30} | model_config}
+        config = MindFormerConfig(input_data=list(words), processor={"tokenizer": tokenizer}, model=model)
+        return prepare_prompts(config), config.model.model_config.pad_token_id
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("<_user>第一\\n？<_bot>\r\n<_user>b<_bot>", encoding="utf-8")
+    assert prepare(str(file), pad_token_id=-1) == (["<_user>第一\n？<_bot>", "<_user>b<_bot>"], 3)
+    assert prepare("<_user>b<_bot>", pad_token_id=3) == ("<_user>b<_bot>", 3)
+    assert prepare("a", "b", pad_token_id=3) == (["a", "b"], 3)
+    file.write_text("<_user>a<_bot>\n\n<_user>b<_bot>\n")
+    with pytest.raises(ValueError, match="prompt 2 of 3: it is empty"):
+        prepare(str(file))
+    # a token for each byte, as no piece holds it, after SentencePiece's space before the text
+    assert prepare("\x01" * 28, max_decode_length=512, pad_token_id=3)[1] == 3
+    with pytest.raises(ValueError, match=r"prompt 2 of 2: .* has 30 tokens, .* 30 \(the YAML's seq_length\)"):
+        prepare("a", "\x01" * 29)
+    with pytest.raises(ValueError, match="the YAML's eos_token_id is 5, but in .*tokenizer.model it is 2"):
+        prepare("a", eos_token_id=5)
+
+
+def test_run_mindformer_asks_for_a_vocabulary_at_once(config_file, tmp_path):
+    """The base YAML's vocab_file is empty."""
+    words = ["--config", config_file, "--predict_data", "<_user>x<_bot>"]
+    for more, said in (
+        (
+            [],
+            "error: the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model.\n",
+        ),
+        (
+            ["--processor.tokenizer.vocab_file", "no"],
+            "error: processor.tokenizer.vocab_file is no, but there is",
+        ),
+    ):
+        told = run_mindformer(*words, *more, cwd=tmp_path)
+        assert told.returncode == 1 and told.stderr.startswith(said), told.stderr
+        assert "mindformers" not in told.stdout and not any(tmp_path.iterdir())
