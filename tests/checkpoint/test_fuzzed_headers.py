@@ -16,10 +16,12 @@ CASES = 300
 
 
 @cache
-def sound() -> tuple[dict, bytes]:
+def sound(num_experts: int | None = None) -> tuple[dict, bytes]:
     """The (header, data) of a sound file of two layers: not a fixture, which hypothesis would print."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"hidden_size": 8, "ffn_hidden_size": 8, "vocab_size": 8, "n_head": 2}
+        if num_experts:
+            sizes["num_experts"] = num_experts
         write_hf_folder(Path(folder), sizes, seed=1)
         content = (Path(folder) / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
@@ -49,8 +51,12 @@ def packed(header: object, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+experts = st.sampled_from([None, 3])
+
+
 def test_the_sound_file_is_sound():
     assert convert(packed(*sound())) is None
+    assert convert(packed(*sound(3))) is None
 
 
 @settings(max_examples=CASES, deadline=None)
@@ -74,9 +80,9 @@ fields = st.sampled_from(["dtype", "shape", "data_offsets"])
 
 
 @settings(max_examples=CASES, deadline=None)
-@given(data=st.data(), value=json_values)
-def test_one_field_replaced(data, value):
-    header, content = json.loads(json.dumps(sound()[0])), sound()[1]
+@given(data=st.data(), num_experts=experts, value=json_values)
+def test_one_field_replaced(data, num_experts, value):
+    header, content = json.loads(json.dumps(sound(num_experts)[0])), sound(num_experts)[1]
     name = data.draw(st.sampled_from([name for name in header if name != "__metadata__"]))
     field = data.draw(st.none() | fields)
     before = header[name]
@@ -89,9 +95,9 @@ def test_one_field_replaced(data, value):
 
 
 @settings(max_examples=CASES, deadline=None)
-@given(data=st.data(), number=st.integers(-1, 2**64))
-def test_one_number_replaced(data, number):
-    header, content = json.loads(json.dumps(sound()[0])), sound()[1]
+@given(data=st.data(), num_experts=experts, number=st.integers(-1, 2**64))
+def test_one_number_replaced(data, num_experts, number):
+    header, content = json.loads(json.dumps(sound(num_experts)[0])), sound(num_experts)[1]
     name = data.draw(st.sampled_from([name for name in header if name != "__metadata__"]))
     numbers = header[name][data.draw(st.sampled_from(["shape", "data_offsets"]))]
     position = data.draw(st.integers(0, len(numbers) - 1))
@@ -101,9 +107,13 @@ def test_one_number_replaced(data, number):
 
 
 @settings(max_examples=CASES, deadline=None)
-@given(data=st.data(), new=st.text(max_size=40) | st.from_regex(r"transformer\.h\.\d{1,30}\.mlp\.\w+"))
-def test_one_name_replaced(data, new):
-    header, content = dict(sound()[0]), sound()[1]
+@given(
+    data=st.data(),
+    num_experts=experts,
+    new=st.text(max_size=40) | st.from_regex(r"transformer\.h\.\d{1,30}\.mlp\.\w+"),
+)
+def test_one_name_replaced(data, num_experts, new):
+    header, content = dict(sound(num_experts)[0]), sound(num_experts)[1]
     old = data.draw(st.sampled_from([name for name in header if name != "__metadata__"]))
     if new != "__metadata__" and new not in header:
         header[new] = header.pop(old)

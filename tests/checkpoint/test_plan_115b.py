@@ -1,6 +1,9 @@
 """The real index of the 115B release against its config: everything is mapped, and the totals are exact."""
 
 import json
+import re
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from oracle import hf_shapes
 from research.telechat2.checkpoint import TelechatSizes
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.table import expand
 
 # n_layer, hidden, ffn, heads, kv heads, vocabulary, tied -> parameters: the published totals of the family
 FAMILY = {
@@ -59,6 +63,36 @@ def test_parameters_of_every_dense_size(model):
     plan = make_plan(described(hf_shapes(config)), "torch", sizes, model)
     assert sum(tensor.size for tensor, _ in plan.weights) == parameters
     assert len({name for _, name in plan.weights}) == len(plan.weights)  # every target is filled once
+
+
+def test_the_39b_mixture_of_experts():
+    """From the sizes alone, and from tensors that only carry them: 39B-A12B in every count."""
+    config = {"n_layer": 30, "hidden_size": 4096, "ffn_hidden_size": 6144, "n_head": 32, "vocab_size": 131072}
+    config |= {"num_experts": 16, "tie_word_embeddings": False}
+    hidden, ffn = 4096, 6144
+    per_layer = 4 * hidden**2 + hidden + 16 * hidden + 16 * (3 * ffn * hidden + hidden) + 2 * hidden
+    total = 30 * per_layer + 2 * 131072 * hidden + hidden
+    assert per_layer == 1_275_211_776 and total == 39_330_099_200
+
+    sizes = TelechatSizes.from_hf_config(config)
+    weights = expand(sizes)
+    assert sum(prod(weight.shape) for weight in weights) == total
+    shapes = {name: shape for weight in weights for name, shape in weight.torch.items()}
+    assert shapes == hf_shapes(config)
+    inactive = re.compile(r".*\.local_experts\.([4-9]|1[0-9])\..*")  # of 16 experts, a token meets four
+    assert sum(prod(shape) for name, shape in shapes.items() if not inactive.match(name)) == 12_149_534_720
+
+    plan = make_plan(described(hf_shapes(config), "bfloat16"), "torch", sizes, "39B")
+    assert len(plan.sources) == 30 * (6 + 1 + 16 * 4) + 3
+    assert len(plan.weights) == len({name for _, name in plan.weights}) == 30 * (6 + 5) + 3
+    assert sum(tensor.size for tensor, _ in plan.weights) == total
+    shapes = {name: tensor.shape for tensor, name in plan.weights}
+    assert shapes["model.layers.29.feed_forward.ffn.w1.weight"] == (16, 6144, 4096)
+    assert shapes["model.layers.29.feed_forward.ffn.w2.bias"] == (1, 16, 1, 4096)
+
+    back = make_plan(described(shapes), "mindspore", None, "39B, converted")
+    assert back.sizes == replace(sizes, num_heads=None, n_kv_heads=None)
+    assert {name: tensor.shape for tensor, name in back.weights} == hf_shapes(config)
 
 
 def test_mindformers_key_names_mean_the_same():
