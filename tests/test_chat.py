@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from research.telechat2 import telechat_chat
-from research.telechat2.telechat_chat import Segment, conversation_text, encode, raw_prompt, render
+from research.telechat2.telechat_chat import Segment, conversation_text, encode, render
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -91,7 +91,7 @@ def test_the_readmes_prompt_is_what_the_plain_format_generates(small_tokenizer):
     prompt = render([user("生抽与老抽的区别？")], prompt_format="plain", add_generation_prompt=True)
     assert conversation_text(prompt) == "<_start><_user>生抽与老抽的区别？<_bot>"
     assert (
-        raw_prompt("<_start><_user>生抽与老抽的区别？<_bot>", small_tokenizer)
+        small_tokenizer("<_start><_user>生抽与老抽的区别？<_bot>")["input_ids"]
         == encode(prompt, small_tokenizer)[0]
     )
 

@@ -136,13 +136,6 @@ def conversation_text(segments: list[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def raw_prompt(text: str, tokenizer) -> list[int]:
-    """Encode a prompt written by hand (``--predict_data``): the documented markers in it are special."""
-    return encode(
-        [Segment(part, special=marker) for part, marker in tokenizer.split_markers(text)], tokenizer
-    )[0]
-
-
 # ---------------------------------------------------------------------- turns
 def _system_turn(messages, tools, pieces) -> list[Segment]:
     has_system = messages[0]["role"] == "system"

@@ -73,9 +73,6 @@ class TelechatTokenizer(PreTrainedTokenizer):
         self.sp_model = _load(vocab_file)
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
-        self.user_token, self.bot_token, self.system_token = (
-            _text(t) for t in (usr_token, bot_token, sys_token)
-        )
         markers = [bos_token, eos_token, pad_token, usr_token, bot_token, sys_token]
         self._require(markers)
         self._warned: set[str] = set()
@@ -107,21 +104,6 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Return piece -> id, a copy."""
         return dict(self._ids)
-
-    @property
-    def user_token_id(self) -> int:
-        """Id of ``<_user>``."""
-        return self._ids[self.user_token]
-
-    @property
-    def bot_token_id(self) -> int:
-        """Id of ``<_bot>``."""
-        return self._ids[self.bot_token]
-
-    @property
-    def system_token_id(self) -> int:
-        """Id of ``<_system>``."""
-        return self._ids[self.system_token]
 
     @cached_property
     def _ids(self) -> dict[str, int]:

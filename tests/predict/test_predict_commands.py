@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from predict_model import CHECKOUT, NEW_TOKENS, QUESTIONS, asked, oracle_answer, write_yaml
 
-from research.telechat2 import telechat_chat
-
 
 def predict(*words, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
     command = [
@@ -95,14 +93,19 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def raw_prompt(text: str, tokenizer) -> tuple[str, list[int]]:
+    """A prompt as the README writes it, and its ids."""
+    start, user, bot = map(tokenizer.special_id, ("<_start>", "<_user>", "<_bot>"))
+    return f"<_start><_user>{text}<_bot>", [start, user, *tokenizer.encode_text(text), bot]
+
+
 def run_mindformer(*words, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(CHECKOUT / "run_mindformer.py"), "--run_mode", "predict", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_vocab, predictor, tmp_path):
-    raw = "<_start><_user>生抽与老抽的区别？<_bot>"
-    prompt = telechat_chat.raw_prompt(raw, predictor.tokenizer)
+    raw, prompt = raw_prompt(QUESTIONS[0], predictor.tokenizer)
     (answer,) = predictor.generate([prompt])
     file = write_yaml(tmp_path / "predict.yaml", {"max_decode_length": len(prompt) + NEW_TOKENS})
     words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw]
@@ -115,8 +118,7 @@ def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_voc
 
 def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, predictor, tmp_path):
     """The same seed gives the same answer, and it is not the likeliest one."""
-    raw = "<_start><_user>生抽与老抽的区别？<_bot>"
-    prompt = telechat_chat.raw_prompt(raw, predictor.tokenizer)
+    raw, prompt = raw_prompt(QUESTIONS[0], predictor.tokenizer)
     greedy = predictor.tokenizer.decode(oracle_answer(random, prompt, 16), skip_special_tokens=True)
     file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + 16, "top_k": 300})
     words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw, "--seed", 1]
@@ -132,8 +134,7 @@ def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, p
 def test_run_mindformer_pads_by_the_tokenizer_where_the_model_has_no_padding(
     random, small_vocab, predictor, tmp_path
 ):
-    raw = ["<_start><_user>生抽与老抽的区别？<_bot>", "<_start><_user>x<_bot>"]
-    prompts = [telechat_chat.raw_prompt(text, predictor.tokenizer) for text in raw]
+    raw, prompts = zip(*(raw_prompt(text, predictor.tokenizer) for text in QUESTIONS[::2]), strict=True)
     longest = max(map(len, prompts))
     file = write_yaml(tmp_path / "p.yaml", {"pad_token_id": -1, "max_decode_length": longest + 4})
     (tmp_path / "prompts.txt").write_text("\n".join(raw), encoding="utf-8")

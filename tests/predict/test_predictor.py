@@ -214,7 +214,9 @@ def test_the_prompt_is_the_renderers(predictor, small_tokenizer):
     )[0]
     found = predictor.prompt_ids(Conversation(messages, None, "chat"))
     assert found == expected
-    assert found.count(END) == 1 and found[-1] == small_tokenizer.bot_token_id  # the typed <_end> is text
+    assert found.count(END) == 1 and found[-1] == small_tokenizer.special_id(
+        "<_bot>"
+    )  # the typed <_end> is text
 
 
 def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file, tmp_path):
@@ -228,7 +230,7 @@ def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file,
     assert tuned.prompt_ids(asked("生抽")) == [start, user, *text, bot]
     assert load_predictor(config_file, small_vocab, random.weights).prompt_format == "chat"
     overridden = load_predictor(config_file, small_vocab, folder, prompt_format="chat")
-    assert overridden.prompt_ids(asked("生抽"))[0] == tuned.tokenizer.system_token_id
+    assert overridden.prompt_ids(asked("生抽"))[0] == tuned.tokenizer.special_id("<_system>")
     with pytest.raises(ValueError, match="the plain prompt format has no place for a system prompt"):
         tuned.prompt_ids(question("x", system="Be brief."))
 
