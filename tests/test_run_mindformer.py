@@ -11,38 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import write_hf_folder
+from small_model import SIZES, write_weights
 
-from research.telechat2.checkpoint.convert import convert_to_mindspore
 from research.telechat2.telechat_run import run
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SIZES = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "n_kv_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 600,
-}
-HF_SIZES = {
-    "n_layer": 2,
-    "hidden_size": 32,
-    "n_head": 4,
-    "num_key_value_heads": 2,
-    "ffn_hidden_size": 64,
-    "vocab_size": 600,
-}
 SEQ_LENGTH = 32
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A folder with model.safetensors: random MindSpore weights of SIZES."""
-    folder = tmp_path_factory.mktemp("weights")
-    write_hf_folder(folder / "torch", HF_SIZES, seed=0)
-    convert_to_mindspore(folder / "torch", folder / "ms")
-    return folder / "ms"
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize(
