@@ -23,6 +23,7 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
+from mindformers.tools.logger import logger as library_logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.register.template import ConfigTemplate
 from mindformers.tools.utils import (
@@ -32,6 +33,7 @@ from mindformers.tools.utils import (
     is_main_rank,
 )
 from mindformers.utils.file_utils import set_output_path
+from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
@@ -56,10 +58,12 @@ __all__ = [
     "check_in_modelarts",
     "default_transformer_config",
     "find_graph_again",
+    "get_tensorboard_writer",
     "greedy_token",
     "is_cpu",
     "is_main_rank",
     "is_predict_run",
+    "library_logger",
     "logger",
     "moe_config_from",
     "naming_data",

@@ -95,41 +95,56 @@ class TelechatRouter(nn.Cell):
         return probabilities, experts, self.div(picked, self.add(self.sum(picked, -1), 1e-9))
 
 
+class ExpertLoad(nn.Cell):
+    """Each expert's share ``[E]`` of all choices, float32, over the tokens of all devices.
+
+    Inputs: experts ``[T, k]`` int32; kept ``[T, k]``, 0 for choices not to count, or None to count all.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.experts = Tensor(np.arange(num_experts, dtype=np.int32))
+        self.mean_over_processes = ProcessMean()
+        self.equal = P.Equal()
+        self.mean = P.ReduceMean()
+        self.mul = P.Mul()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, experts, kept):
+        chosen = self.cast(self.equal(self.reshape(experts, (-1, 1)), self.experts), ms.float32)
+        if kept is not None:
+            chosen = self.mul(chosen, self.cast(self.reshape(kept, (-1, 1)), ms.float32))
+        return ops.stop_gradient(self.mean_over_processes(self.mean(chosen, 0)))
+
+
 class BalanceLoss(nn.Cell):
-    """Auxiliary loss ``factor * E * sum over experts of f * P`` (Fedus et al. 2021, equation 4).
+    """Auxiliary loss ``[1]``, ``factor * E * sum over experts of f * P`` (Fedus et al. 2021, equation 4).
 
     f is an expert's share of all choices, P its mean probability, both over the tokens of all devices; the
-    gradient flows through P. Inputs: probabilities ``[T, E]``, experts ``[T, k]``. Outputs: the loss ``[1]``
-    and f ``[E]``, float32.
+    gradient flows through P. Inputs: probabilities ``[T, E]``, f ``[E]``.
     """
 
     def __init__(self, num_experts: int, factor: float):
         super().__init__()
         self.scale = factor * num_experts
-        self.experts = Tensor(np.arange(num_experts, dtype=np.int32))
         self.mean_over_processes = ProcessMean()
-        self.equal = P.Equal()
         self.mean = P.ReduceMean()
         self.sum = P.ReduceSum()
         self.mul = P.Mul()
         self.reshape = P.Reshape()
-        self.cast = P.Cast()
 
-    def construct(self, probabilities, experts):
-        chosen = self.equal(self.reshape(experts, (-1, 1)), self.experts)
-        load = self.mean_over_processes(self.mean(self.cast(chosen, ms.float32), 0))
-        load = ops.stop_gradient(load)
+    def construct(self, probabilities, load):
         probability = self.mean_over_processes(self.mean(probabilities, 0))
-        loss = self.mul(self.sum(self.mul(load, probability)), self.scale)
-        return self.reshape(loss, (1,)), load
+        return self.reshape(self.mul(self.sum(self.mul(load, probability)), self.scale), (1,))
 
 
 class TelechatMoE(nn.Cell):
     """The mixture of experts on ``[T, H]``: in training by capacity or dropless, otherwise always dropless.
 
-    Returns ``[T, H]`` in ``compute_dtype`` and the auxiliary loss ``[1]``. In training ``expert_load`` [E]
-    and ``drop_rate`` [1] hold the experts' shares of all choices, and the share of choices dropped, of the
-    latest call; they are no weights.
+    Returns ``[T, H]`` in ``compute_dtype`` and the auxiliary loss ``[1]``. After a training step
+    ``expert_load`` [2, E] holds, of all choices, the share that was sent to each expert and the share that it
+    took; it is no weight.
     """
 
     def __init__(self, config):
@@ -141,19 +156,21 @@ class TelechatMoE(nn.Cell):
         if self.with_capacity:
             self.capacity_experts = telechat_ops.capacity_experts(config)
         self.dropless_experts = telechat_ops.dropless_experts(config)
+        self.load = ExpertLoad(moe.num_experts)
         self.balance_loss = BalanceLoss(moe.num_experts, moe.balance_factor)
-        self.expert_load = _statistic("expert_load", moe.num_experts)
-        self.drop_rate = _statistic("drop_rate", 1)
-        self.mean_over_processes = ProcessMean()
+        # MindFormers leaves parameters of this name out of the checkpoints it saves.
+        self.expert_load = Parameter(
+            initializer("zeros", (2, moe.num_experts), ms.float32), name="expert_load", requires_grad=False
+        )
+        self.keep = P.Assign()
+        self.stack = P.Stack()
         self.dtype = config.compute_dtype
-        self.keep_load, self.keep_drop_rate = P.Assign(), P.Assign()
-        self.mean = P.ReduceMean()
-        self.reshape = P.Reshape()
         self.cast = P.Cast()
 
     def construct(self, x):
         probabilities, experts, gates = self.router(x)
-        loss, load = self.balance_loss(probabilities, experts)
+        load = self.load(experts, None)
+        loss = self.balance_loss(probabilities, load)
         operands = (
             self.cast(x, self.dtype),
             experts,
@@ -165,16 +182,11 @@ class TelechatMoE(nn.Cell):
         )
         if not self.training:
             return self.dropless_experts(*operands), loss
+        taken = load
         if self.with_capacity:
             y, kept = self.capacity_experts(*operands)
-            kept = self.mean_over_processes(self.mean(self.cast(kept, ms.float32)))
-            self.keep_drop_rate(self.drop_rate, self.reshape(1 - kept, (1,)))
+            taken = self.load(experts, kept)
         else:
             y = self.dropless_experts(*operands)
-        self.keep_load(self.expert_load, load)
+        self.keep(self.expert_load, self.stack((load, taken)))
         return y, loss
-
-
-def _statistic(name, size) -> Parameter:
-    """What a training step leaves for the callbacks to read."""
-    return Parameter(initializer("zeros", (size,), ms.float32), name=name, requires_grad=False)
