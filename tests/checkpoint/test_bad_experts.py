@@ -108,19 +108,19 @@ def test_dtypes_within_a_stack(hf):
     name = EXPERT.format(2, 1) + "gate_proj.weight"
     text = refuses(hf, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}), "dtypes")
     first = EXPERT.format(2, 0) + "gate_proj.weight"
-    kind = "to be stacked, but of different dtypes"
+    kind = "to be stacked, but of different dtypes (save them in one)"
     assert text.splitlines()[1:] == [f"  1 {kind}: {name} is float16 but {first} is float32"]
 
 
 def test_wrong_shapes(hf):
     def change(tensors):
         tensors[EXPERT.format(3, 1) + "down_proj.weight"] = np.ones((40, 64), np.float32)
-        tensors["transformer.h.2.mlp.router.weight"] = np.ones((3, 64), np.float32)
+        tensors["transformer.h.0.mlp.router.weight"] = np.ones((3, 64), np.float32)
 
     text = refuses(hf, change, "4 experts of feed-forward size 40")
     wanted = {
         EXPERT.format(3, 1) + "down_proj.weight [40, 64], expected [64, 40]",
-        "transformer.h.2.mlp.router.weight [3, 64], expected [4, 64]",
+        "transformer.h.0.mlp.router.weight [3, 64], expected [4, 64]",
     }
     assert text.splitlines()[1].startswith("  2 misshapen: ") and all(line in text for line in wanted)
 

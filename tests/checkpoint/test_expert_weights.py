@@ -22,6 +22,8 @@ from research.telechat2.checkpoint.stored import StoredTensor, blocks_of, cut, j
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "ffn_hidden_size": 40}
 MANY = MOE | {"num_experts": 11, "n_layer": 3}  # more than ten: experts 10 and 2 sort by number, not by text
 
+SQUARE = MOE | {"num_experts": 16, "ffn_hidden_size": 64}  # each expert as wide as the hidden size
+
 
 def as_stacks(hf) -> dict[str, np.ndarray]:
     """The MindSpore side's expert tensors, stacked by NumPy from the oracle's folder."""
@@ -47,7 +49,7 @@ def as_stacks(hf) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("with_config", [True, False], ids=["config", "inferred"])
-@pytest.mark.parametrize("sizes", [MOE, MANY, MOE | {"num_experts": 16}], ids=["4", "11", "16"])
+@pytest.mark.parametrize("sizes", [MOE, MANY, SQUARE], ids=["4", "11", "square"])
 def test_there_and_back(tmp_path, sizes, with_config, dtype):
     write_hf_folder(tmp_path / "hf", sizes, seed=1, dtype=dtype, shards=3)
     if not with_config:
@@ -63,7 +65,7 @@ def test_there_and_back(tmp_path, sizes, with_config, dtype):
     assert there.parameters == back.parameters == sum(int(np.prod(shape)) for _, shape, _ in before.values())
     assert there.bytes == back.bytes == sum(len(data) for _, _, data in before.values())
     assert there.sizes.num_experts == back.sizes.num_experts == sizes["num_experts"]
-    assert f"{sizes['num_experts']} experts of feed-forward size 40" in str(there)
+    assert f"{sizes['num_experts']} experts of feed-forward size {sizes['ffn_hidden_size']}" in str(there)
     assert {file.name for file in there.sources} == {
         file.name for file in (tmp_path / "hf").glob("*.safetensors")
     }
@@ -207,7 +209,7 @@ def test_routing_statistics_and_zero_router_biases_are_left_out(tmp_path):
     summary = convert_to_torch(file, tmp_path / "back")
     assert summary.ignored == {
         "routing statistics": 4,
-        "router biases, all zero": 4,
+        "all-zero router biases": 4,
         "optimizer states": 1,
     }
     assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")

@@ -74,7 +74,7 @@ def make_plan(tensors: list[StoredTensor], side: Side, sizes: TelechatSizes | No
     problems = _problems(found, expected, side, sizes)
     problems["duplicate"] = duplicate
     if side == "torch":
-        problems["to be stacked, but of different dtypes"] = mixed_dtypes(weights, found)
+        problems["to be stacked, but of different dtypes (save them in one)"] = mixed_dtypes(weights, found)
     if any(problems.values()):
         raise ValueError(_report(problems, sizes, origin))
     translate = _to_mindspore if side == "torch" else _to_torch

@@ -76,7 +76,7 @@ _STATE_PER_WEIGHT = (
     "accu_grads|adam_[mv]|exp_avg|(max_)?exp_avg_sq|exp_avg_(sq|insta)_(row|col)|exp_inf|lamb_[mv]|moment[12s]?|"
     "muon_m|pma_weight_[a-z]+|vhat|accum(_update)?|mean_(grad|square)|stat|prev|step_size"
 )
-ROUTER_BIASES = "router biases, all zero"  # those of the parallel inference model; another value is an error
+ROUTER_BIASES = "all-zero router biases"  # those of the parallel inference model; another value is an error
 IGNORED: dict[Side, dict[str, re.Pattern]] = {
     "torch": {"rotary buffers": re.compile(r".*rotary\w*\.(inv_freq|cos_cached|sin_cached)")},
     "mindspore": {
