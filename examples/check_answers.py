@@ -32,14 +32,15 @@ class Question(NamedTuple):
 
 def read_questions(path: Path, tokenizer) -> list[Question]:
     """Every trained answer of a training file, with what stands before it."""
-    from research.telechat2.data.formats import parse_line, read_lines
+    from research.telechat2.data.formats import naming, parse_line, read_lines
     from research.telechat2.telechat_chat import encode
 
     questions = []
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        ids, mask = encode(parse_line(line).render(), tokenizer)
+        with naming(path, number):
+            ids, mask = encode(parse_line(line).render(), tokenizer)
         edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
         answers = list(zip(edges[::2], edges[1::2], strict=True))
         questions += [
