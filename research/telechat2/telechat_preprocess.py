@@ -33,13 +33,10 @@ def main() -> None:
 
     from research.telechat2.data.preparing import prepare, report
 
-    print(
-        report(
-            prepare(
-                args.input_dataset_file, args.vocab_file_path, args.output_path, args.max_length, args.seed
-            )
-        )
+    result = prepare(
+        args.input_dataset_file, args.vocab_file_path, args.output_path, args.max_length, args.seed
     )
+    print(report(result))
 
 
 if __name__ == "__main__":

@@ -214,9 +214,8 @@ def test_the_prompt_is_the_renderers(predictor, small_tokenizer):
     )[0]
     found = predictor.prompt_ids(Conversation(messages, None, "chat"))
     assert found == expected
-    assert found.count(END) == 1 and found[-1] == small_tokenizer.special_id(
-        "<_bot>"
-    )  # the typed <_end> is text
+    assert found.count(END) == 1  # the typed <_end> is text
+    assert found[-1] == small_tokenizer.special_id("<_bot>")
 
 
 def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file, tmp_path):
