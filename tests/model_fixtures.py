@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+import torch
 from mindspore import Parameter, Tensor
 from oracle import load_llama, write_hf_folder
 from oracle_moe import load_ernie
@@ -13,7 +14,8 @@ from research.telechat2.checkpoint import convert_to_mindspore, read_mindspore_t
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
 
-NO_WEIGHTS = ("_cache", "expert_load", "drop_rate")  # what a model fills itself
+PAD = 3
+NO_WEIGHTS = ("_cache", "expert_load")  # what a model fills itself
 FP32 = {"compute_dtype": "float32", "param_init_type": "float32"}
 
 
@@ -92,3 +94,29 @@ def assert_same_gradients(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert np.linalg.norm(found[name] - grad) <= 1e-4 * np.linalg.norm(grad), name
+
+
+def prompts(seed: int, vocab_size: int, *lengths: int) -> list[list[int]]:
+    """Rows of random ids that are no special ones."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, vocab_size, length).tolist() for length in lengths]
+
+
+def generate(model, rows: list[list[int]], max_new_tokens: int, eos: int = -1) -> list[list[int]]:
+    """Greedy answers of our model to a batch, prompts included."""
+    longest = max(map(len, rows))
+    padded = [row + [PAD] * (longest - len(row)) for row in rows]
+    answers = model.generate(
+        padded, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[eos], pad_token_id=PAD
+    )
+    return [answer.tolist() for answer in answers]
+
+
+def oracle_generate(random: RandomModel, row: list[int], max_new_tokens: int, eos=None) -> list[int]:
+    """The oracle's greedy answer to one prompt, the prompt included."""
+    tokens = torch.tensor([row])
+    answer = random.oracle.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, do_sample=False,
+        eos_token_id=eos, pad_token_id=PAD,
+    )  # fmt: skip
+    return answer[0].tolist()

@@ -3,16 +3,15 @@
 import mindspore as ms
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Parameter, Tensor
-from model_fixtures import RandomModel
+from model_fixtures import RandomModel, generate, oracle_generate, prompts
 
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import paged_step
 
-SEQ_LENGTH, PAD, VOCAB = 48, 3, 256
+SEQ_LENGTH, VOCAB = 48, 256
 SIZES = {
     "hidden_size": 128, "n_head": 2, "num_key_value_heads": 1, "n_layer": 2,
     "ffn_hidden_size": 192, "vocab_size": VOCAB,
@@ -47,39 +46,16 @@ def use(model):
     return load
 
 
-def prompts(seed: int, *lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, VOCAB, length).tolist() for length in lengths]
-
-
-def generate(model, rows: list[list[int]], max_new_tokens: int, eos: int = -1) -> list[list[int]]:
-    longest = max(map(len, rows))
-    padded = [row + [PAD] * (longest - len(row)) for row in rows]
-    answers = model.generate(
-        padded, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[eos], pad_token_id=PAD
-    )
-    return [answer.tolist() for answer in answers]
-
-
-def oracle_generate(random, row: list[int], max_new_tokens: int, eos=None) -> list[int]:
-    tokens = torch.tensor([row])
-    answer = random.oracle.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, do_sample=False,
-        eos_token_id=eos, pad_token_id=PAD,
-    )  # fmt: skip
-    return answer[0].tolist()
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_answers_equal_the_oracles(use, randoms, seed):
     """Unequal prompts in one batch, one of them a single token: each answer is that of the prompt alone."""
-    rows = prompts(seed, 7, 1, 18)
+    rows = prompts(seed, VOCAB, 7, 1, 18)
     found = generate(use(randoms[seed]), rows, max_new_tokens=16)
     assert found == [oracle_generate(randoms[seed], row, 16) for row in rows]
 
 
 def test_a_row_that_ends_does_not_change_the_others(use, randoms):
-    rows = prompts(10, 6, 9)
+    rows = prompts(10, VOCAB, 6, 9)
     eos = oracle_generate(randoms[0], rows[0], 3)[-1]
     expected = [oracle_generate(randoms[0], row, 12, eos=eos) for row in rows]
     assert len(expected[0]) <= 9 < 21 == len(expected[1])  # the first stops early, the second runs on
@@ -89,14 +65,19 @@ def test_a_row_that_ends_does_not_change_the_others(use, randoms):
 def test_blocks_used_again_leave_no_trace(use, randoms):
     """Calls of other sizes in between; all blocks have been used by the time the first prompt returns."""
     model = use(randoms[1])
-    calls = [prompts(20, 11), prompts(21, 30, 2, 17), prompts(22, 5, 25), prompts(20, 11)]
+    calls = [
+        prompts(20, VOCAB, 11),
+        prompts(21, VOCAB, 30, 2, 17),
+        prompts(22, VOCAB, 5, 25),
+        prompts(20, VOCAB, 11),
+    ]
     found = [generate(model, rows, max_new_tokens=14) for rows in calls]
     assert found == [[oracle_generate(randoms[1], row, 14) for row in rows] for rows in calls]
     assert found[0] == found[3]
 
 
 def test_a_prompt_one_short_of_seq_length_gets_one_token(use, randoms):
-    (row,) = prompts(30, SEQ_LENGTH - 1)
+    (row,) = prompts(30, VOCAB, SEQ_LENGTH - 1)
     expected = oracle_generate(randoms[2], row, 1)
     model = use(randoms[2])
     assert generate(model, [row], max_new_tokens=1) == [expected]

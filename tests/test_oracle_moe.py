@@ -285,7 +285,7 @@ def released(name: str, array: np.ndarray):
 
 def test_gradients_are_the_slopes_of_the_loss_in_the_released_tensors(tmp_path):
     """The released tensors moved along our gradient, a unit's step: the loss rises by the gradient's norm."""
-    sizes = SIZES | {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2}
+    sizes = SIZES | {"n_layer": 1, "num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2}
     write_hf_folder(tmp_path, sizes, seed=9)
     config, tensors = read_hf_folder(tmp_path)
     ernie, (ids, labels) = load_ernie(tmp_path), records(9)

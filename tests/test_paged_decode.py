@@ -76,13 +76,21 @@ def written_slots(model, before: list[np.ndarray], kv_heads: int) -> list[set[in
     return found
 
 
-@pytest.fixture(scope="module", params=[("mha", 2, None, 64), ("gqa", 4, 2, 64), ("mqa", 2, 1, 160)], ids=str)
+# heads, head_dim, and what else config.json says
+CASES = {
+    "mha": (2, 64, {}),
+    "gqa": (4, 64, {"num_key_value_heads": 2}),
+    "mqa": (2, 160, {"num_key_value_heads": 1}),
+    "moe": (4, 64, {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2, "tied": True}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def random(request, tmp_path_factory):
-    name, heads, kv_heads, head_dim = request.param
-    kv = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
+    heads, head_dim, more = request.param
     return RandomModel(
-        tmp_path_factory.mktemp(name), seed=11, hidden_size=heads * head_dim, n_head=heads, n_layer=2, **kv,
-        ffn_hidden_size=192, vocab_size=VOCAB,
+        tmp_path_factory.mktemp("model"), seed=11, hidden_size=heads * head_dim, n_head=heads, n_layer=2,
+        ffn_hidden_size=192, vocab_size=VOCAB, **more,
     )  # fmt: skip
 
 
