@@ -174,10 +174,17 @@ class TelechatForCausalLM(PreTrainedModel):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""
         if not self.use_past:
             return {"input_ids": Tensor(input_ids.astype(np.int32))}
+        if self.has_experts:
+            self._turn_experts()
         inputs = paged_step(self.config, input_ids, **kwargs)
         if not self.config.is_dynamic:
             find_graph_again(self, "prefill" if kwargs["prefill"] else "increment", inputs)
         return inputs
+
+    def _turn_experts(self):
+        """Lay the experts' weights out for prediction, before its first step."""
+        for layer in self.model.layers:
+            layer.feed_forward.ffn.turn()
 
     def set_dynamic_inputs(self, **kwargs):
         """Compile one graph for prompts and batches of every size."""

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate
 from mindspore.ops import operations as P  # noqa: N812
 
+from research.telechat2.telechat_moe_dispatch import GatedBias
 from research.telechat2.telechat_twins import cache_parameter
 
 
@@ -161,3 +162,53 @@ class PagedAttentionFused(nn.Cell):
         query = ops.depend(self.expand(query, 1), written)
         out = self.paged(query, self.key_cache, self.value_cache, tables, lengths)
         return self.reshape(out, (-1, self.width))
+
+
+class DroplessExpertsFused(nn.Cell):
+    """Ascend's MoeTokenPermute, GroupedMatmul and MoeTokenUnpermute; see DroplessExpertsTwin.
+
+    Tokens lie expert after expert without padding. GroupedMatmul takes weights ``[E, in, out]`` only: those
+    of training are turned in the graph. It has a gradient only without a bias, which is added by a product of
+    its own.
+    """
+
+    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
+        super().__init__()
+        self.turned = turned
+        self.transpose = P.Transpose()
+        self.experts = Tensor(np.arange(settings.num_experts, dtype=np.int32))
+        self.permute = auto_generate.MoeTokenPermute()
+        self.unpermute = auto_generate.MoeTokenUnpermute()
+        self.grouped_w1 = _grouped_matmul()
+        self.grouped_w3 = _grouped_matmul()
+        self.grouped_w2 = _grouped_matmul()
+        self.swiglu = swiglu
+        self.gated_bias = GatedBias(settings.num_experts)
+        self.equal = P.Equal()
+        self.sum = P.ReduceSum()
+        self.cumsum = P.CumSum()
+        self.ones = P.OnesLike()
+        self.add = P.Add()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, x, experts, gates, w1, w3, w2, bias):
+        chosen = self.cast(self.equal(self.reshape(experts, (-1, 1)), self.experts), ms.int32)
+        ends = self.cast(self.cumsum(self.sum(chosen, 0), 0), ms.int64)
+        rows, order = self.permute(x, experts)
+        if not self.turned:
+            w1, w3 = self.transpose(w1, (0, 2, 1)), self.transpose(w3, (0, 2, 1))
+            w2 = self.transpose(w2, (0, 2, 1))
+        gate = self._product(self.grouped_w1, rows, w1, ends)
+        up = self._product(self.grouped_w3, rows, w3, ends)
+        out = self._product(self.grouped_w2, self.swiglu(gate, up), w2, ends)
+        y = self.unpermute(out, order, gates)
+        return self.add(y, self.gated_bias(experts, gates, self.ones(experts), bias))
+
+    def _product(self, grouped_matmul, rows, weight, ends):
+        return grouped_matmul([rows], [weight], None, None, None, None, None, ends)[0]
+
+
+def _grouped_matmul():
+    """``([rows [n, in]], [weight [E, in, out]], …, end of each expert's rows [E] int64) -> ([n, out],)``."""
+    return auto_generate.GroupedMatmul(split_item=3, group_type=0)

@@ -31,7 +31,10 @@ class _Stack(nn.Cell):
 
 
 class TelechatExperts(nn.Cell):
-    """The parameters of all experts of a layer."""
+    """The parameters of all experts of a layer.
+
+    Prediction wants the weights turned, ``[E, in, out]``: ``turn`` does that after loading.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -39,6 +42,14 @@ class TelechatExperts(nn.Cell):
         self.w1 = _Stack(width, hidden, config)
         self.w3 = _Stack(width, hidden, config)
         self.w2 = _Stack(hidden, width, config, has_bias=True)
+        self.turned = False
+
+    def turn(self):
+        """Turn the weights, stack by stack; once."""
+        if not self.turned:
+            for stack in (self.w1, self.w3, self.w2):
+                stack.weight.set_data(ops.transpose(stack.weight, (0, 2, 1)), slice_shape=True)
+            self.turned = True
 
 
 class RouterLinear(nn.Cell):
@@ -59,6 +70,48 @@ class RouterLinear(nn.Cell):
         return self.matmul(self.cast(x, ms.float32), self.cast(self.weight, ms.float32))
 
 
+class Likeliest(nn.Cell):
+    """The k likeliest experts of each token, the likeliest first and the lower number first of equal ones.
+
+    TopK takes any of equal values on a CPU. Here of each pair of experts the one with the higher number goes
+    ahead if it is likelier, and an expert's place is its number and what such pairs add to it. Places remain
+    those of a permutation where probabilities are not numbers: a step that overflowed ends without a crash.
+
+    Input: probabilities ``[T, E]``. Outputs: experts ``[T, k]`` int32, and the same one-hot, ``[T, k, E]``
+    float32.
+    """
+
+    def __init__(self, num_experts: int, top_k: int):
+        super().__init__()
+        self.num_experts = num_experts
+        lower, higher = np.triu_indices(num_experts, 1)
+        self.lower, self.higher = Tensor(lower.astype(np.int32)), Tensor(higher.astype(np.int32))
+        pairs = np.arange(len(lower))
+        moves = np.zeros((len(lower), num_experts), np.float32)
+        moves[pairs, lower], moves[pairs, higher] = 1, -1
+        self.moves = Tensor(moves)
+        self.numbers = Tensor(np.arange(num_experts, dtype=np.float32))
+        self.places = Tensor(np.arange(top_k, dtype=np.float32).reshape(top_k, 1))
+        self.gather = P.Gather()
+        self.less = P.Less()
+        self.equal = P.Equal()
+        self.matmul = P.MatMul()
+        self.add = P.Add()
+        self.mul = P.Mul()
+        self.sum = P.ReduceSum()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, probabilities):
+        swapped = self.less(
+            self.gather(probabilities, self.lower, 1), self.gather(probabilities, self.higher, 1)
+        )
+        places = self.add(self.matmul(self.cast(swapped, ms.float32), self.moves), self.numbers)
+        chosen = self.equal(self.reshape(places, (-1, 1, self.num_experts)), self.places)
+        chosen = self.cast(chosen, ms.float32)
+        return self.cast(self.sum(self.mul(chosen, self.numbers), -1), ms.int32), chosen
+
+
 class TelechatRouter(nn.Cell):
     """Sends each token to its k likeliest experts; of equally likely ones to those with the lower numbers.
 
@@ -72,25 +125,19 @@ class TelechatRouter(nn.Cell):
         super().__init__()
         self.top_k, self.num_experts = config.moe.top_k, config.moe.num_experts
         self.dense = RouterLinear(config)
-        self.experts = Tensor(np.arange(self.num_experts, dtype=np.int32))
         self.softmax = P.Softmax(-1)
-        self.topk = P.TopK()
-        self.equal = P.Equal()
+        self.likeliest = Likeliest(self.num_experts, self.top_k)
         self.matmul = P.BatchMatMul()
         self.sum = P.ReduceSum(keep_dims=True)
         self.add = P.Add()
         self.div = P.Div()
         self.reshape = P.Reshape()
-        self.cast = P.Cast()
 
     def construct(self, x):
         probabilities = self.softmax(self.dense(x))
-        _, experts = self.topk(ops.stop_gradient(probabilities), self.top_k)
+        experts, chosen = self.likeliest(ops.stop_gradient(probabilities))
         # A product with one-hot rows picks them: its gradient adds nothing up in uncertain order.
-        chosen = self.equal(self.reshape(experts, (-1, self.top_k, 1)), self.experts)
-        picked = self.matmul(
-            self.cast(chosen, ms.float32), self.reshape(probabilities, (-1, self.num_experts, 1))
-        )
+        picked = self.matmul(chosen, self.reshape(probabilities, (-1, self.num_experts, 1)))
         picked = self.reshape(picked, (-1, self.top_k))
         return probabilities, experts, self.div(picked, self.add(self.sum(picked, -1), 1e-9))
 

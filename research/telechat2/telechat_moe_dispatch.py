@@ -168,32 +168,33 @@ class BatchedExperts(nn.Cell):
     """What the experts make of their tokens, as batched products over the block.
 
     Args:
-        num_experts: E. token_major: see ExpertRows.
+        settings: MoESettings.
         swiglu: kernel ``(gate [n, F], up [n, F]) -> [n, F]``.
 
     Inputs: x ``[T, H]``, experts ``[T, k]`` int32, gates ``[T, k]``, w1, w3 ``[E, F, H]``, w2
-    ``[E, H, F]``, bias ``[1, E, 1, H]``, all of x's dtype but the experts; the capacity, an int, or None to
-    drop nothing.
+    ``[E, H, F]`` (where ``turned``: ``[E, H, F]`` and ``[E, F, H]``), bias ``[1, E, 1, H]``, all of x's dtype
+    but the experts; the capacity, an int, or None to drop nothing.
 
     Outputs: ``y[t] = sum over j of gates[t, j] * (w2 swiglu(w1 x[t], w3 x[t]) + bias)`` of expert
     ``experts[t, j]``, ``[T, H]``; and kept ``[T, k]`` int32, 0 where a choice was dropped.
     """
 
-    def __init__(self, num_experts: int, token_major: bool, swiglu: nn.Cell):
+    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
         super().__init__()
-        self.num_experts = num_experts
-        self.expert_rows = ExpertRows(num_experts, token_major)
+        self.num_experts = settings.num_experts
+        self.expert_rows = ExpertRows(settings.num_experts, settings.token_major)
         self.to_experts = ToExperts()
         self.from_experts = FromExperts()
-        self.gated_bias = GatedBias(num_experts)
+        self.gated_bias = GatedBias(settings.num_experts)
         self.swiglu = swiglu
-        self.batched_matmul = P.BatchMatMul(transpose_b=True)
+        self.batched_matmul = P.BatchMatMul(transpose_b=not turned)
+        self.width_axis = 2 if turned else 1
         self.add = P.Add()
         self.reshape = P.Reshape()
 
     def answer(self, x, experts, gates, w1, w3, w2, bias, capacity):
         """See the class."""
-        hidden, width = w1.shape[2], w1.shape[1]
+        hidden, width = x.shape[1], w1.shape[self.width_axis]
         rows, kept, choices = self.expert_rows(experts, capacity)
         block = self.reshape(self.to_experts(x, rows, kept, choices), (self.num_experts, -1, hidden))
         gate = self.reshape(self.batched_matmul(block, w1), (-1, width))
@@ -229,7 +230,7 @@ class CapacityExperts(BatchedExperts):
     """BatchedExperts with the capacity that MoESettings give for the number of tokens."""
 
     def __init__(self, settings, swiglu: nn.Cell):
-        super().__init__(settings.num_experts, settings.token_major, swiglu)
+        super().__init__(settings, swiglu)
         self.capacity = constexpr(settings.capacity)
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
@@ -237,10 +238,7 @@ class CapacityExperts(BatchedExperts):
 
 
 class DroplessExpertsTwin(BatchedExperts):
-    """BatchedExperts that drop nothing; returns y alone. Ascend computes the same by grouped products."""
-
-    def __init__(self, settings, swiglu: nn.Cell):
-        super().__init__(settings.num_experts, settings.token_major, swiglu)
+    """BatchedExperts that drop nothing; returns y alone."""
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
         return self.answer(x, experts, gates, w1, w3, w2, bias, None)[0]

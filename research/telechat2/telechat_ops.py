@@ -10,6 +10,7 @@ from mindspore import nn
 from research.telechat2.telechat_compat import CrossEntropyLoss, is_cpu
 from research.telechat2.telechat_fused import (
     CausalAttentionFused,
+    DroplessExpertsFused,
     PagedAttentionFused,
     PagedInputsFused,
     RMSNormFused,
@@ -106,7 +107,8 @@ def capacity_experts(config) -> nn.Cell:
 
 def dropless_experts(config) -> nn.Cell:
     """The experts without a capacity; see DroplessExpertsTwin."""
-    return DroplessExpertsTwin(config.moe, swiglu())
+    kind = DroplessExpertsTwin if is_cpu() else DroplessExpertsFused
+    return kind(config.moe, swiglu(), turned=config.use_past)
 
 
 def cross_entropy() -> nn.Cell:
