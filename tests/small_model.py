@@ -1,4 +1,4 @@
-"""The small dense model of the tests that run commands: its sizes, and a checkpoint of random weights."""
+"""The small model of the tests that run commands: its sizes, and a checkpoint of random weights."""
 
 from pathlib import Path
 
@@ -22,10 +22,12 @@ HF_NAMES = {
 }
 
 
-def write_weights(folder: Path) -> Path:
-    """Write random weights of SIZES; the folder of model.safetensors, beside the ``torch`` original."""
-    write_hf_folder(
-        folder / "torch", {HF_NAMES.get(name, name): size for name, size in SIZES.items()}, seed=0
-    )
+def write_weights(folder: Path, **more) -> Path:
+    """Write random weights of SIZES; the folder of model.safetensors, beside the ``torch`` original.
+
+    ``more``: further keys of config.json, such as ``num_experts``.
+    """
+    sizes = {HF_NAMES.get(name, name): size for name, size in SIZES.items()}
+    write_hf_folder(folder / "torch", sizes | more, seed=0)
     convert_to_mindspore(folder / "torch", folder / "ms")
     return folder / "ms"

@@ -108,11 +108,46 @@ def test_whole_weights_are_compared_in_parallel_runs_too(weights, tmp_path, caps
     assert "not compared" not in capsys.readouterr().out
 
 
+EXPERTS = {"moe_config": {"expert_num": 4, "num_experts_chosen": 2}}
+
+
+@pytest.fixture(scope="module")
+def expert_weights(tmp_path_factory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("experts"), num_experts=4, num_experts_per_tok=2)
+
+
+def test_experts_are_compared_by_number_and_shape(expert_weights, tmp_path, capsys):
+    def prepare(experts=4, **changes):
+        config = model_config(**changes) | {"moe_config": {"expert_num": experts, "num_experts_chosen": 2}}
+        prepare_checkpoint(config | {"load_checkpoint": str(expert_weights)}, training=False)
+
+    prepare()
+    assert "not compared" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="says 8 experts, but the weights in .* are those of 4 experts"):
+        prepare(experts=8)
+    with pytest.raises(ValueError, match=r"misshapen: .*feed_forward\.ffn\.w1"):
+        prepare(intermediate_size=96)
+
+
+@pytest.mark.parametrize("section", [{}, {"moe_config": None}, {"moe_config": {"expert_num": 1}}])
+@pytest.mark.parametrize("training", [False, True])
+def test_dense_weights_and_experts_are_never_mixed_up(weights, expert_weights, section, training, tmp_path):
+    def prepare(path, moe):
+        config = {"load_checkpoint": str(path), "checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path)}
+        prepare_checkpoint(model_config() | config | moe, training=training)
+
+    with pytest.raises(ValueError, match="says 4 experts, but the weights in .* are those of a dense model"):
+        prepare(weights, EXPERTS)
+    with pytest.raises(ValueError, match="says a dense model, but the weights in .* are those of 4 experts"):
+        prepare(expert_weights, section)
+    prepare(weights, section)
+    prepare(expert_weights, EXPERTS)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         (model_config(num_heads=None), "the YAML states no num_heads"),
-        (model_config() | {"moe_config": {"expert_num": 8}}, "mixture of experts"),
         (model_config(type="LlamaConfig"), "of type LlamaConfig"),
     ],
 )

@@ -21,6 +21,7 @@ def test_the_lists_hold_what_mindformers_knows():
     assert set(CONFIG_NAME_TO_CLASS["general_config"].keys()) - {"adapter_id"} <= set(TOP_LEVEL)
     assert set(CONFIG_NAME_TO_CLASS) - {"general_config"} <= set(SECTIONS)
     assert {key for _, keys, _ in _MSContextApplier._migrate for key in keys} <= set(KEYS["context"])
+    assert set(CONFIG_NAME_TO_CLASS["moe_config"].keys()) == set(KEYS["moe_config"])
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,12 @@ def test_the_lists_hold_what_mindformers_knows():
         (
             {"context": {"max_device_memry": "1GB"}},
             "context.max_device_memry .*Did you mean max_device_memory",
+        ),
+        ({"moe_config": {"expert_nums": 16}}, "moe_config.expert_nums .*Did you mean expert_num"),
+        ({"moe_config": 16}, "`moe_config` is 16; expected a section"),
+        (
+            {"model": {"model_config": {"moe_config": {"expert_num": 16}}}},
+            "moe_config stands in model.model_config, .* move it to the top of the YAML",
         ),
         ({"run_model": "train"}, "the setting run_model .*Did you mean run_mode"),
         ({"calbacks": []}, "the setting calbacks .*Did you mean callbacks"),

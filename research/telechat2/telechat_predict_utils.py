@@ -11,6 +11,9 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_run_config import read_config
+from research.telechat2.telechat_run_keys import moe_section
+
+NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
 
 
 @dataclass
@@ -200,6 +203,7 @@ def load_predictor(
         raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if use_past is not None:
         settings["use_past"] = use_past
+    settings["moe_config"] = moe_section(config)
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     checkpoint = checkpoint or config.get("load_checkpoint")
     _check_files(yaml_file, vocab_file, checkpoint)
@@ -313,39 +317,41 @@ def _set_context(context: dict, device_id: int | None) -> None:
 def load_weights(model, checkpoint: str | Path) -> None:
     """Load every weight of ``model`` from a MindSpore checkpoint, one in memory at a time.
 
+    Names and shapes are compared before the first is loaded.
+
     Raises:
         ValueError: the checkpoint is broken, or its names or shapes are not the model's.
     """
     from mindspore import Tensor
 
-    from research.telechat2.checkpoint import read_mindspore_tensors
+    from research.telechat2.checkpoint.plan import make_plan
+    from research.telechat2.checkpoint.sources import read_mindspore_source, refuse_torch
 
-    wanted = {name: p for name, p in model.parameters_and_names() if not name.endswith("_cache")}
-    problems = []
-    for name, array in _naming_torch(read_mindspore_tensors(checkpoint), checkpoint):
-        parameter = wanted.pop(name, None)
-        if parameter is None:
-            problems.append(f"{name} is not in the model")
-        elif tuple(parameter.shape) != array.shape:
-            problems.append(f"{name} is {list(array.shape)}, expected {list(parameter.shape)}")
-        else:
-            parameter.set_data(Tensor(array, parameter.dtype))
-    problems += [f"{name} is missing" for name in wanted]
+    tensors = read_mindspore_source(Path(checkpoint))
+    refuse_torch(tensors, Path(checkpoint))
+    weights = make_plan(tensors, "mindspore", None, str(checkpoint)).sources
+    parameters = {name: p for name, p in model.parameters_and_names() if not name.endswith(NO_WEIGHTS)}
+    _compare(parameters, {weight.name: weight.shape for weight in weights}, checkpoint)
+    for weight in weights:
+        dtype = "float16" if weight.dtype == "float16" else "float32"  # NumPy has no bfloat16
+        array = np.frombuffer(weight.read(dtype), dtype).reshape(weight.shape)
+        parameters[weight.name].set_data(Tensor(array, parameters[weight.name].dtype))
+    model.init_parameters_data()
+
+
+def _compare(parameters: dict, shapes: dict, checkpoint: str | Path) -> None:
+    """ValueError if the names and shapes of a checkpoint are not those of the model's parameters."""
+    problems = [f"{name} is not in the model" for name in shapes if name not in parameters]
+    problems += [
+        f"{name} is {list(shape)}, expected {list(parameters[name].shape)}"
+        for name, shape in shapes.items()
+        if name in parameters and tuple(parameters[name].shape) != shape
+    ]
+    problems += [f"{name} is missing" for name in parameters if name not in shapes]
     if problems:
         listed = "; ".join(problems[:10])
         raise ValueError(
             f"{checkpoint} does not fit the model of the YAML, {len(problems)} tensors differ: {listed}"
-            f"{'; …' if len(problems) > 10 else ''}. Use the YAML of this checkpoint's size."
+            f"{'; …' if len(problems) > 10 else ''}. Use the YAML of this checkpoint's size and kind, "
+            f"dense or mixture of experts."
         )
-    model.init_parameters_data()
-
-
-def _naming_torch(tensors, checkpoint: str | Path):
-    """Pass ``tensors`` on; if reading them fails, say so where the reason is that they are torch weights."""
-    try:
-        yield from tensors
-    except ValueError:
-        from research.telechat2.checkpoint.sources import read_mindspore_source, refuse_torch
-
-        refuse_torch(read_mindspore_source(Path(checkpoint)), Path(checkpoint))
-        raise

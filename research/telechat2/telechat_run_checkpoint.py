@@ -22,6 +22,7 @@ from research.telechat2.checkpoint.sources import (
     refuse_torch,
 )
 from research.telechat2.telechat_files import atomic_write
+from research.telechat2.telechat_run_keys import moe_section
 
 MERGING = "(README, 分布式训练/微调权重合并)"
 
@@ -85,10 +86,10 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
 
 
 def check_weights(config: dict, source: Path, kind: str) -> None:
-    """Compare the tensors of a dense TeleChat checkpoint with the model before either is loaded.
+    """Compare the tensors of a TeleChat checkpoint with the model before either is loaded.
 
     MindFormers only logs what it does not find and leaves those parameters random. What cannot be compared
-    is said: slices of a parallel run, models whose YAML does not give all sizes, and MoE.
+    is said: slices of a parallel run, and models whose YAML does not give all sizes.
 
     Raises:
         ValueError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
@@ -97,6 +98,7 @@ def check_weights(config: dict, source: Path, kind: str) -> None:
         print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
         return
     model_config = {"tie_word_embeddings": False} | config["model"]["model_config"]
+    model_config["expert_num"] = moe_section(config).get("expert_num", 1)  # 1 is a dense model
     if not model_config.get("intermediate_size"):
         model_config["intermediate_size"] = feed_forward_width(
             model_config["hidden_size"],
@@ -114,8 +116,6 @@ def _not_comparable(config: dict, kind: str) -> str | None:
     model_config = (config.get("model") or {}).get("model_config") or {}
     if model_config.get("type") != "TelechatConfig":
         return f"model_config is of type {model_config.get('type')}"
-    if (config.get("moe_config") or {}).get("expert_num", 1) > 1:
-        return "it is a mixture of experts"
     needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
     if missing := [name for name in needed if not any(model_config.get(key) for key in SPELLINGS[name])]:
         return f"the YAML states no {', '.join(missing)}"
