@@ -178,9 +178,6 @@ def weights() -> dict[str, np.ndarray]:
     return {name: array / np.float32(np.sqrt(array.shape[-1])) for name, array in arrays.items()}
 
 
-TIES = pytest.mark.xfail(
-    strict=True, reason="MindSpore's TopK on a CPU takes any of equal values; the router must take the lower"
-)
 # Router weights made of random ones.
 ROUTERS = {
     "random": lambda rows: rows,
@@ -205,9 +202,7 @@ def block(request):
 
 
 @pytest.mark.parametrize("num_tokens", [TOKENS, 1])
-@pytest.mark.parametrize(
-    "router", ["random", pytest.param("all-tied", marks=TIES), pytest.param("some-tied", marks=TIES)]
-)
+@pytest.mark.parametrize("router", ROUTERS)
 def test_block_equals_the_loops(block, weights, router, num_tokens):
     """Output, auxiliary loss, and the statistics that training leaves; T = 1 has a place for each choice."""
     cell, rule = block
