@@ -29,7 +29,7 @@ def our_step():
     model = _our_model(use_past=False)
     model.set_train(True)
     ids = ms.Tensor(np.random.default_rng(0).integers(4, SIZES["vocab"], (BATCH, SEQ + 1)), ms.int32)
-    step = _graph_of(ms.ops.value_and_grad(model, None, ms.ParameterTuple(model.trainable_params())))
+    step = graph_of(ms.ops.value_and_grad(model, None, ms.ParameterTuple(model.trainable_params())))
 
     def unit():
         loss, grads = step(ids, ids)
@@ -39,7 +39,7 @@ def our_step():
     return unit
 
 
-def _graph_of(function):
+def graph_of(function):
     """``function`` as a cell: compiled as one graph, as MindFormers' training step is."""
     from mindspore import nn
 
@@ -48,8 +48,8 @@ def _graph_of(function):
             super().__init__()
             self.function = function
 
-        def construct(self, ids, labels):
-            return self.function(ids, labels)
+        def construct(self, *inputs):
+            return self.function(*inputs)
 
     return Graph()
 
@@ -180,12 +180,17 @@ def compare(what: str, rounds: int, scratch: str) -> None:
     for process, _ in sides:
         process.stdin.close()
         process.wait()
-    ours, oracle = (statistics.median(seconds) for seconds in times)
+    report(what, ("ours", "oracle"), times)
+
+
+def report(what: str, names: tuple[str, str], times: tuple[list[float], list[float]]) -> None:
+    """Print the medians of two sides' seconds, and the median of the ratios of their paired rounds."""
+    first, second = (statistics.median(seconds) for seconds in times)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     print(
-        f"{what}: ours {ours * 1e3:.1f} ms, oracle {oracle * 1e3:.1f} ms, "
+        f"{what}: {names[0]} {first * 1e3:.1f} ms, {names[1]} {second * 1e3:.1f} ms, "
         f"ratio {statistics.median(ratios):.2f} "
-        f"(paired, {min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)",
+        f"(paired, {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)",
         flush=True,
     )
 
