@@ -1,18 +1,42 @@
 #!/usr/bin/env bash
 # From raw dialogues to answers on a CPU: tokenizer, data, fine-tuning, checkpoint conversion both ways, questions.
-# Everything it makes goes to the folder named as argument, by default output/quickstart in the checkout.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-work=${1:-}
+
+usage() {
+    cat <<USAGE
+usage: bash scripts/quickstart.sh [--moe] [FOLDER]
+
+Trains a small model on a hundred dialogues, converts it to torch names and back, and asks it every question.
+
+  --moe    a small mixture of experts; without it, a small dense model
+  FOLDER   a new folder for everything it makes, by default output/quickstart (output/quickstart_moe)
+USAGE
+}
+
+model=tiny
+work=""
+for word in "$@"; do
+    case "$word" in
+        --moe) model=tiny_moe ;;
+        -h | --help) usage && exit 0 ;;
+        -*) echo "error: unknown option $word; expected --moe, or --help." >&2 && usage >&2 && exit 2 ;;
+        *)
+            [[ -z "$work" ]] || { echo "error: two folders are named, $work and $word; expected one." >&2 && exit 2; }
+            work=$word
+            ;;
+    esac
+done
+default="$checkout/output/quickstart${model#tiny}"
 if [[ -z "$work" ]]; then
-    work="$checkout/output/quickstart"
+    work=$default
     for ((number = 2; ; number++)); do
         [[ -e "$work" ]] || break
-        work="$checkout/output/quickstart-$number"
+        work="$default-$number"
     done
 elif [[ -e "$work" ]]; then
-    echo "error: $work exists already; name a folder that does not, or none for output/quickstart." >&2
+    echo "error: $work exists already; name a folder that does not, or none for ${default#"$checkout"/}." >&2
     exit 1
 fi
 [[ "$work" = /* ]] || work="$PWD/$work"
@@ -37,7 +61,7 @@ python "$telechat/telechat_preprocess.py" --input_dataset_file "$dialogues" \
 
 step "4/6 fine-tuning through MindFormers' Trainer (every 10th loss line; all of them in train.log)"
 : >train.log  # tail must find it, however late the training starts
-python "$checkout/run_mindformer.py" --config research/telechat2/telechat2-tiny/finetune_telechat_tiny.yaml \
+python "$checkout/run_mindformer.py" --config "research/telechat2/telechat2-tiny/finetune_telechat_$model.yaml" \
     --train_dataset data/dataset.mindrecord --output_dir "$work/train" >>train.log 2>&1 &
 training=$!
 trap 'kill "$training" 2>/dev/null || true' EXIT
@@ -56,7 +80,7 @@ python "$telechat/convert_reversed.py" --mindspore_path train/checkpoint --torch
 python "$telechat/convert_weight.py" --torch_path torch --mindspore_path mindspore
 
 step "6/6 questions, to the checkpoint that went both ways"
-ask=(--yaml_file predict_telechat_tiny.yaml --vocab_file_path vocab/tokenizer.model
+ask=(--yaml_file "predict_telechat_$model.yaml" --vocab_file_path vocab/tokenizer.model
     --checkpoint_path mindspore/model.safetensors)
 python "$checkout/examples/check_answers.py" "${ask[@]}" --input "$dialogues" --at_least 95
 echo

@@ -3,17 +3,23 @@
 import pytest
 
 from research.telechat2.telechat_run_config import read_config, shipped_configs
+from research.telechat2.telechat_run_keys import moe_section
 
 # Parameters of the releases (model card); hidden, layers, heads, feed-forward, vocabulary.
 RELEASES = {
     "telechat2-3b": (3072, 24, 24, 6144, 131072, 3_070_528_512),
     "telechat2-7b": (4096, 30, 32, 12288, 131072, 7_617_351_680),
 }
+# What prediction and training must agree on, for the weights to fit.
+SHAPES = ("hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
+EXPERTS = ("expert_num", "num_experts_chosen")
 YAMLS = {f"{path.parent.name}/{path.name}": path for path in shipped_configs()}
 
 
 def model_settings(path) -> dict:
-    return dict(read_config(path)["model"]["model_config"])
+    """What the Trainer makes a model of: ``model_config``, and the section ``moe_config``."""
+    config = read_config(path)
+    return config["model"]["model_config"] | {"moe_config": moe_section(config)}
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -24,6 +30,21 @@ def test_it_makes_a_model_config(name):
     config = TelechatConfig(**settings)
     assert config.use_past == YAMLS[name].name.startswith("predict")
     assert config.block_size * config.num_blocks >= config.seq_length or not config.use_past
+    experts = (config.moe.num_experts, config.moe.top_k) if config.moe else None
+    assert experts == ((16, 4) if any(size in name for size in ("tiny_moe", "39b_a12b")) else None)
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if "/predict" in name])
+def test_what_is_trained_is_what_is_asked(name):
+    """A size's two YAMLs describe one model."""
+    finetune = YAMLS.get(name.replace("/predict", "/finetune").replace("_parallel", ""))
+    if finetune is None:
+        pytest.skip("this size ships no finetune YAML yet")
+    trained, asked = model_settings(finetune), model_settings(YAMLS[name])
+    for key in SHAPES:
+        assert trained.get(key) == asked.get(key), key
+    for key in EXPERTS:
+        assert trained["moe_config"].get(key) == asked["moe_config"].get(key), key
 
 
 @pytest.mark.parametrize("name", YAMLS)
