@@ -134,10 +134,24 @@ def parallel_config_from(value) -> TransformerOpParallelConfig:
 
 
 class MoEConfig(_MoEConfig):
-    """MindFormers' ``moe_config`` section with its ``ep_extend_tp``, which MindFormers checks and forgets."""
+    """MindFormers' ``moe_config`` section with its ``ep_extend_tp``, which MindFormers checks and forgets.
+
+    Raises:
+        ValueError: for a key or value that MindFormers refuses, and for loss factors without types, which it
+            drops.
+    """
 
     def __init__(self, *args, ep_extend_tp: bool = True, **kwargs):
-        super().__init__(*args, ep_extend_tp=ep_extend_tp, **kwargs)
+        if kwargs.get("aux_loss_factors") and not kwargs.get("aux_loss_types"):
+            raise ValueError(
+                f"moe_config.aux_loss_factors is {kwargs['aux_loss_factors']} without aux_loss_types, which "
+                "MindFormers takes for no loss at all; add aux_loss_types: ['expert'], or remove the factors."
+            )
+        try:
+            super().__init__(*args, ep_extend_tp=ep_extend_tp, **kwargs)
+        except (TypeError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(f"moe_config is refused by MindFormers: {reason}. Correct that key.") from error
         self.ep_extend_tp = ep_extend_tp
 
 
@@ -148,6 +162,8 @@ def moe_config_from(value) -> _MoEConfig:
     """A YAML's ``moe_config`` section, MindFormers' object of it, or None, as that object."""
     if isinstance(value, _MoEConfig):
         return value
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"moe_config is {value!r}; expected a section of settings.")
     return MoEConfig(**dict(value or {}))
 
 

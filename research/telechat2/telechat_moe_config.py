@@ -32,8 +32,10 @@ _FIXED = {
     "enable_gmm_safe_tokens": False,
     "use_fused_ops_permute": False,
 }
+# Keys that have a meaning here, but under another name.
 _ADVICE = {
     "use_gmm": "dropless training, which uses grouped matrix products, is capacity_factor: 0",
+    "aux_loss_factor": "the factor of the auxiliary loss stands in aux_loss_factors",
 }
 
 
@@ -71,29 +73,11 @@ class MoESettings:
         """
         if section.expert_num == 1:
             return None
-        for key, fixed in _FIXED.items():
-            if getattr(section, key, fixed) != fixed:
-                raise ValueError(
-                    f"moe_config.{key} is {getattr(section, key)!r}; TeleChat2's mixture of experts has "
-                    f"{key}: {fixed} only. Set it so, or leave the key out."
-                )
-        for key, advice in _ADVICE.items():
-            if getattr(section, key, False):
-                raise ValueError(f"moe_config.{key} is True; {advice}. Leave the key out.")
-        if section.moe_intermediate_size not in (MoEConfig().moe_intermediate_size, intermediate_size):
-            raise ValueError(
-                f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
-                f"expert is intermediate_size, {intermediate_size}; leave the first one out."
-            )
-        if str(section.router_dense_type).lower() not in ("float32", "none"):
-            raise ValueError(
-                f"moe_config.router_dense_type is {section.router_dense_type}; the router is computed in "
-                "float32. Set it so, or leave the key out."
-            )
+        _refuse_others(section, intermediate_size)
         return cls(
             num_experts=section.expert_num,
             top_k=section.num_experts_chosen,
-            capacity_factor=max(float(section.capacity_factor), 0.0),
+            capacity_factor=max(_number("capacity_factor", section.capacity_factor), 0.0),
             token_major=section.enable_sdrop,
             balance_factor=_balance_factor(section),
             fused_router=section.use_fused_ops_topkrouter,
@@ -106,6 +90,37 @@ class MoESettings:
         return min(tokens, math.ceil(self.top_k * tokens * factor / self.num_experts))
 
 
+def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
+    """Raise ValueError for what TeleChat2's mixture of experts is not."""
+    for key, fixed in _FIXED.items():
+        if getattr(section, key, fixed) != fixed:
+            raise ValueError(
+                f"moe_config.{key} is {getattr(section, key)!r}; TeleChat2's mixture of experts has "
+                f"{key}: {fixed} only. Set it so, or leave the key out."
+            )
+    for key, advice in _ADVICE.items():
+        if getattr(section, key, None) != getattr(MoEConfig(), key, None):
+            raise ValueError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
+    for key in ("enable_sdrop", "use_fused_ops_topkrouter"):
+        if not isinstance(getattr(section, key), bool):
+            raise ValueError(f"moe_config.{key} is {getattr(section, key)!r}; it must be True or False.")
+    if section.first_k_dense_replace not in (True, False):
+        raise ValueError(
+            f"moe_config.first_k_dense_replace is {section.first_k_dense_replace}, but every layer of "
+            "TeleChat2 is a mixture of experts; leave the key out."
+        )
+    if section.moe_intermediate_size not in (MoEConfig().moe_intermediate_size, intermediate_size):
+        raise ValueError(
+            f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
+            f"expert is intermediate_size, {intermediate_size}; leave the first one out."
+        )
+    if str(section.router_dense_type).lower() not in ("float32", "none"):
+        raise ValueError(
+            f"moe_config.router_dense_type is {section.router_dense_type}; the router is computed in "
+            "float32. Set it so, or leave the key out."
+        )
+
+
 def _balance_factor(section: MoEConfig) -> float:
     types, factors = section.aux_loss_types or [], section.aux_loss_factors or []
     if len(types) != len(factors) or set(types) - {"expert"} or len(types) > 1:
@@ -113,4 +128,15 @@ def _balance_factor(section: MoEConfig) -> float:
             f"moe_config.aux_loss_types is {types} and aux_loss_factors {factors}; TeleChat2 has the one "
             "auxiliary loss 'expert', with one factor: ['expert'] and [0.01] for the published model."
         )
-    return float(factors[0]) if factors else 0.0
+    factor = _number("aux_loss_factors", factors[0]) if factors else 0.0
+    if factor < 0:
+        raise ValueError(
+            f"moe_config.aux_loss_factors is {factors}, which would reward uneven loads; use at least 0."
+        )
+    return factor
+
+
+def _number(key: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"moe_config.{key} is {value!r}; it must be a finite number.")
+    return float(value)
