@@ -60,9 +60,17 @@ class ReusedBlocks(Blocks):
         super().__init__(*arguments)
 
 
-def build(num_blocks=1, dp=2, mp=4, stages=1, micro_batches=1, reused=False):
-    """A training step of Blocks, and its input ``[micro_batches * TOKENS, HIDDEN]``."""
+def build(num_blocks=1, dp=2, mp=4, stages=1, micro_batches=1, reused=False, recompute=False, relu=None):
+    """A training step of Blocks, and its input ``[micro_batches * TOKENS, HIDDEN]``.
+
+    ``relu`` is another strategy of the activation than the one that fits.
+    """
     network = (ReusedBlocks if reused else Blocks)(num_blocks, dp, mp, stages)
+    for block in network.blocks:
+        if recompute:
+            block.recompute()
+        if relu:
+            block.relu.shard((tuple(relu),))
     optimizer = nn.AdamWeightDecay(network.trainable_params())
     if stages > 1:
         network = nn.PipelineCell(network, micro_batches)

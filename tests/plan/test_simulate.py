@@ -84,6 +84,31 @@ def test_an_optimizer_shard_is_gathered_once_and_its_gradient_scattered_once():
     ] * 2  # half of the slice, in either direction
 
 
+def test_a_strategy_that_does_not_fit_its_neighbours_shows_as_redistribution():
+    # Split by tokens, the activation wants all columns of its tokens: an exchange on either side of it, of
+    # which none is there where it is split by columns (the first test).
+    report = run(dp=2, mp=4, relu=(8, 1))
+    found = [c for c in report.collectives if c.role == "redistribution"]
+    assert Counter(c.phase for c in found) == {"forward": 2, "backward": 2}
+    assert {c.ranks for c in found} == {(0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_recomputed_operators_are_told_from_their_first_run(reused):
+    arguments = {"num_blocks": 2, "dp": 2, "mp": 2, "stages": 2, "micro_batches": 3}
+    report = run(parallel={"pipeline_stages": 2}, recompute=True, reused=reused, **arguments)
+    products = Counter()
+    for operator in report.operators:
+        if operator.kind == "MatMul":
+            products[operator.phase, operator.scope.rpartition(".")[2]] += operator.count
+    # ``up`` is computed again for the gradients of ReLU and of ``down``; ``down``'s own result is not needed.
+    # The block's input is the data, so ``up`` has the gradient of its weight alone.
+    assert products == {
+        ("forward", "up"): 3, ("forward", "down"): 3, ("recompute", "up"): 3,
+        ("backward", "down"): 6, ("backward", "up"): 3,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("reused", [False, True])
 def test_stages_send_and_receive_in_pairs(reused):
     arguments = {"num_blocks": 2, "dp": 2, "mp": 2, "stages": 2, "micro_batches": 4, "reused": reused}

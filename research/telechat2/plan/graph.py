@@ -65,7 +65,7 @@ class Operator:
     Attributes:
         kind: its primitive: ``MatMul``, ``RmsNorm``, ….
         inputs, outputs: its tensors, with local shapes.
-        phase: ``forward``, ``backward`` or ``recompute``.
+        phase: ``forward`` (the optimizer's too), ``backward``, or ``recompute`` for what runs once more.
         scope: the names of the cells it belongs to: ``network.model.layers.0.attention``.
         strategy: MindSpore's text of its strategy, "" in the backward pass.
         micro_batch: the pipeline's micro-batch, None without pipeline.
@@ -91,9 +91,10 @@ class Collective:
         group: MindSpore's name of the group.
         ranks: the ranks that take part, in the group's order; of Send and Receive, sender and receiver.
         input, output: the tensors that this rank gives and gets.
-        phase: ``forward``, ``backward`` or ``recompute``.
+        phase: as an Operator's.
         role: why it is there. ``operator``: an operator's strategy needs it (its sum over split products);
-            ``redistribution``: two operators' strategies do not match; ``gradient``: gradients are summed;
+            ``redistribution``: two operators' layouts differ, as they are meant to where sequence parallelism
+            gathers; ``gradient``: gradients are summed;
             ``weight``: the optimizer's sharding is undone; ``pipeline``: between stages; ``other``: written
             in the model or the optimizer itself.
         scope: as an Operator's. In the backward pass, that of the forward node whose gradient it is.

@@ -53,9 +53,10 @@ def read_graph(folder: str | Path, layouts: dict[str, list], rank: int) -> Graph
     """
     path = _last_dump(Path(folder))
     with open(path, encoding="utf-8") as lines:
+        entry = next(lines, "").partition("# IR entry: @")[2].strip()
         parameters = tuple(_parameters(lines, layouts))
         nodes = list(_nodes(lines))
-    counts = _executions(nodes)
+    counts = _executions(nodes, entry)
     forward_scopes = {
         identity: node.scope
         for node in nodes
@@ -102,7 +103,9 @@ def _parameters(lines, layouts) -> Iterator[ParameterLayout]:
 
 _SUBGRAPH = re.compile(r"subgraph @([^(]+)\(")
 _NODE = re.compile(r"  %\d+\(.*?\) = (?:PrimFunc_)?([^(\s]+?)\(")
-_CALL = re.compile(r"  %\d+\(.*?\) = (?:call @([^(]+)\(|%\d+\[@(?:Partial\()?@([^()\]]+)\)?\]\()")
+# ``call @f(…)``, ``%9[@@f](…)``, ``%9[@Partial(@f)](…)``, and of branches ``%9[@FuncUnion(@f, @g)](…)``
+_CALL = re.compile(r"  %\d+\(.*?\) = (?:call (@[^(]+)\(|%\d+\[@(.*?)\]\()")
+_FUNCTION = re.compile(r"@([^@(),\[\]\s]+)")
 _SCOPE = "      # Fullname with scope: ("
 
 
@@ -124,18 +127,26 @@ def _nodes(lines) -> Iterator[_Node]:
             subgraph = found[1]
 
 
-def _executions(nodes: list[_Node]) -> dict[str, int]:
-    """How often each function of the graph runs per step; the last one is the graph itself."""
-    calls: dict[str, list[str]] = {}
+def _executions(nodes: list[_Node], entry: str) -> dict[str, int]:
+    """How often each function of the graph runs per step; of branches, each as if it were taken.
+
+    Raises:
+        ValueError: a function runs in a loop, or nothing calls it in a way known here.
+    """
+    callers: dict[str, list[str]] = {}
     for node in nodes:
         if found := _CALL.match(node.text):
-            calls.setdefault(found[1] or found[2], []).append(node.subgraph)
-    counts: dict[str, int] = {}
+            for name in _FUNCTION.findall(found[1] or found[2]):
+                callers.setdefault(name, []).append(node.subgraph)
+    counts: dict[str, int | None] = {entry: 1}
 
     def count(name: str) -> int:
-        if name not in counts:
-            # A function that is not called by name is a branch: it runs once at most.
-            counts[name] = sum(map(count, calls[name])) if name in calls else 1
+        if name not in counts and name in callers:
+            counts[name] = None  # being counted
+            counts[name] = sum(map(count, callers[name]))
+        if counts.get(name) is None:
+            why = "calls itself" if name in counts else "is called in no way that is known here"
+            raise ValueError(f"the function {name} of the graph {why}, so how often it runs cannot be told.")
         return counts[name]
 
     return {node.subgraph: count(node.subgraph) for node in nodes}
@@ -157,7 +168,7 @@ def _collective(node: _Node, rank: int, forward_scopes: dict[str, str]) -> Colle
         ranks=ranks,
         input=inputs[0],
         output=outputs[0],
-        phase=_phase(node.scope),
+        phase=_phase(node),
         role=_role(node, parameter),
         scope=_cells(scope),
         parameter=parameter,
@@ -188,17 +199,18 @@ def _operator(node: _Node) -> Operator:
         kind=node.kind,
         inputs=inputs,
         outputs=outputs,
-        phase=_phase(node.scope),
+        phase=_phase(node),
         scope=_cells(node.scope),
         strategy=strategy[1] if strategy else "",
         micro_batch=_micro_batch(node.text),
     )
 
 
-def _phase(scope: str) -> str:
-    if scope.startswith("Gradients"):
-        return "backward"
-    return "recompute" if scope.startswith("recompute") else "forward"
+def _phase(node: _Node) -> str:
+    """The scope ``recompute_Default`` is that of cells to be recomputed: also of their first computation."""
+    if "duplicated: Bool(1)" in node.text:
+        return "recompute"
+    return "backward" if node.scope.startswith("Gradients") else "forward"
 
 
 def _cells(scope: str) -> str:

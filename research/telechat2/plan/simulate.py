@@ -34,7 +34,8 @@ class Report:
     Attributes:
         device_num, rank: of the simulated cluster.
         parameters, collectives, operators: see graph.py.
-        seconds: how long building and compiling took, ``{"build": …, "compile": …}``.
+        seconds: how long building and compiling took, and all that the process used of its processors:
+            ``{"build": …, "compile": …, "processor": …}``.
         peak_bytes: largest resident memory of the compiling process.
         strategy_file: MindSpore's strategy file of this rank, if a folder was given to keep it.
     """

@@ -40,11 +40,15 @@ _OPENED_LIBRARIES = (
     "libexe_graph.so", "libge_runner.so", "libgraph.so", "libhccl.so", "libmmpa.so", "libmsprofiler.so",
     "libnnopbase.so", "libopapi.so", "libplatform.so", "libprofapi.so", "libregister.so", "libruntime.so",
 )  # fmt: skip
-# MindSpore's own stand-in for aclrtProcessReport(timeout), which a thread of its calls without end: as it returns
-# at once, that thread would take a processor from the compilation. Preloaded, this one comes before it.
+# MindSpore's own stand-in for aclrtProcessReport(timeout). One of its threads calls it without end, and as it
+# returns at once, that thread takes a processor from the compilation. Preloaded, ours is found before it.
 _IDLE = """
 int poll(void *, unsigned long, int);
-int _ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i(int timeout) { return poll(0, 0, 100) & 0; }
+int _ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i(int timeout)
+{
+    poll(0, 0, 100);
+    return 0;
+}
 """
 _CLASS_TABLES = ("_ZTV", "_ZTI", "_ZTS")
 
@@ -59,9 +63,8 @@ def ascend_environment(device_num: int, rank: int) -> dict[str, str]:
         ValueError: no stand-ins can be built here; the message says why.
         OSError: the user's cache directory cannot be written.
     """
-    environment = dict(
-        os.environ, MS_SIMULATION_LEVEL="0", RANK_SIZE=str(device_num), RANK_ID=str(rank), MS_ROLE=""
-    )
+    environment = dict(os.environ, MS_SIMULATION_LEVEL="0", RANK_SIZE=str(device_num), RANK_ID=str(rank))
+    environment.pop("MS_ROLE", None)  # of a job that this process may belong to, which has its own cluster
     if not cann_is_installed():
         stub = stub_directory()
         lib64, mindspore = stub / "cann" / "lib64", _mindspore_libraries()
