@@ -18,7 +18,7 @@ from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import dynamic_inputs, paged_step
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
 from research.telechat2.telechat_mask import DocumentMask
-from research.telechat2.telechat_parallel import GlobalMean
+from research.telechat2.telechat_parallel import GlobalMean, apply_plan
 from research.telechat2.telechat_rope import RotaryTables
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
@@ -117,6 +117,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.mul = P.Mul()
         self.cast = P.Cast()
         self.load_checkpoint(config)
+        apply_plan(self, config)
 
     def construct(
         self,

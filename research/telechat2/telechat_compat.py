@@ -19,6 +19,7 @@ from mindformers.models.modeling_utils import PreTrainedModel as _PreTrainedMode
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import AddedToken
 from mindformers.modules.transformer.moe import MoEConfig as _MoEConfig
+from mindformers.modules.transformer.op_parallel_config import OpParallelConfig
 from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
@@ -48,6 +49,7 @@ __all__ = [
     "MindFormerModuleType",
     "MindFormerRegister",
     "MoEConfig",
+    "OpParallelConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
     "PretrainedConfig",

@@ -16,6 +16,7 @@ from research.telechat2.telechat_compat import (
     parallel_config_from,
 )
 from research.telechat2.telechat_moe_config import MoESettings
+from research.telechat2.telechat_parallel_config import check_plan
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 EXTEND_METHODS = ("None", "PI", "NTK")
@@ -77,7 +78,9 @@ class TelechatConfig(PretrainedConfig):
             ``seq_length`` is one in any case.
         checkpoint_name_or_path: weights loaded when the model is built; "" for none.
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
-        parallel_config: MindFormers' ``parallel_config`` section; only ``data_parallel`` may exceed 1.
+        offset: layers that stages of the pipeline have more than ``num_layers // stages``, see partition.
+        pp_interleave_num: runs of layers, "virtual chunks", of each stage of the pipeline.
+        parallel_config: MindFormers' ``parallel_config`` section with its ``recompute``, see check_plan.
         moe_config: MindFormers' ``moe_config`` section; with ``expert_num`` above 1 every feed-forward block
             is a mixture of experts of width ``intermediate_size``, see MoESettings.
 
@@ -135,6 +138,8 @@ class TelechatConfig(PretrainedConfig):
         max_decode_length: int = 512,
         checkpoint_name_or_path: str = "",
         calculate_per_token_loss: bool = False,
+        offset: int | list = 0,
+        pp_interleave_num: int = 1,
         parallel_config=default_transformer_config,
         moe_config=None,
         **kwargs,
@@ -157,7 +162,8 @@ class TelechatConfig(PretrainedConfig):
             setattr(self, name, value)
         _check_sizes(self)
         _check_choices(self)
-        _check_plan(self)
+        _check_rest(self)
+        check_plan(self)
 
     @property
     def moe(self) -> MoESettings | None:
@@ -230,6 +236,7 @@ def _check_sizes(config: TelechatConfig) -> None:
     for name in (
         "batch_size", "seq_length", "hidden_size", "num_layers", "num_heads", "n_kv_heads",
         "intermediate_size", "vocab_size", "block_size", "num_blocks", "max_position_embedding",
+        "pp_interleave_num",
     ):  # fmt: skip
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -292,21 +299,8 @@ def _check_choices(config: TelechatConfig) -> None:
         )
 
 
-def _check_plan(config: TelechatConfig) -> None:
+def _check_rest(config: TelechatConfig) -> None:
     """Refuse what this version would have to ignore."""
-    degrees = ("model_parallel", "pipeline_stage", "context_parallel", "expert_parallel")
-    wanted = {name: getattr(config.parallel_config, name, 1) for name in degrees}
-    wanted = {name: degree for name, degree in wanted.items() if degree > 1}
-    if wanted:
-        listed = ", ".join(f"{name} {degree}" for name, degree in wanted.items())
-        raise ValueError(f"parallel_config asks for {listed}; this version splits data only. Set them to 1.")
-    recompute = config.parallel_config.recompute
-    if any(
-        getattr(recompute, name, False) for name in ("recompute", "select_recompute", "select_comm_recompute")
-    ):
-        raise ValueError(
-            "recompute_config asks for recomputation, which this version does not do; switch it off."
-        )
     if config.moe and config.hidden_dropout_prob:
         raise ValueError(
             f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "

@@ -7,7 +7,7 @@ are errors here, since only here the target is known.
 import mindspore as ms
 from mindspore import nn
 
-from research.telechat2.telechat_compat import CrossEntropyLoss, is_cpu
+from research.telechat2.telechat_compat import CrossEntropyLoss, OpParallelConfig, is_cpu
 from research.telechat2.telechat_fused import (
     CausalAttentionFused,
     DroplessExpertsFused,
@@ -111,9 +111,14 @@ def dropless_experts(config) -> nn.Cell:
     return kind(config.moe, swiglu(), turned=config.use_past)
 
 
-def cross_entropy() -> nn.Cell:
-    """Cross entropy: ``(logits [T, V], labels [T], mask [T]) -> (sum [1], number of tokens [1])``."""
-    return CrossEntropyTwin() if is_cpu() else CrossEntropyLoss(calculate_per_token_loss=True)
+def cross_entropy(tokens: int = 1, vocabulary: int = 1) -> nn.Cell:
+    """Cross entropy: ``(logits [T, V], labels [T], mask [T]) -> (sum [1], number of tokens [1])``.
+
+    ``tokens`` and ``vocabulary``: how often a parallel plan splits T and V.
+    """
+    if is_cpu():
+        return CrossEntropyTwin()
+    return CrossEntropyLoss(OpParallelConfig(tokens, vocabulary), calculate_per_token_loss=True)
 
 
 def _check_paged_kernels(config) -> None:

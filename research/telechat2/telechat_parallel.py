@@ -1,11 +1,204 @@
-"""What a parallel plan adds to the model. A plan changes no number: the loss is that of one device.
+"""Every strategy of a parallel plan, and what data-parallel processes share. A plan changes no number.
 
-Data parallelism is all there is so far: every process has its own records, and the processes add up their
-gradients.
+In semi-automatic parallelism one graph is written for the whole cluster, and each operator is told how many
+times each axis of its operands is split. Operators that are told nothing, such as casts, follow the others.
+
+Axes: T tokens of all sequences, H channels, F width of the feed-forward block, V vocabulary, N heads. ``dp``
+and ``mp`` are ``data_parallel`` and ``model_parallel``.
 """
+
+from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import nn, ops
+
+from research.telechat2 import telechat_ops
+from research.telechat2.telechat_pipeline import assign_stages
+from research.telechat2.telechat_recompute import recompute_layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often axes are split.
+
+    Attributes:
+        dp: the batch, and with it the tokens.
+        mp: heads, and the width of the feed-forward block.
+        tokens: the tokens outside of attention and feed-forward blocks; ``dp * mp`` with sequence
+            parallelism.
+        vocabulary: rows of the embedding and the output projection.
+        packed: records have documents that do not see each other, by a mask for each.
+    """
+
+    dp: int
+    mp: int
+    tokens: int
+    vocabulary: int
+    packed: bool
+
+    @classmethod
+    def read(cls, config) -> "Plan":
+        """From MindFormers' section."""
+        section = config.parallel_config
+        dp, mp = section.data_parallel, section.model_parallel
+        tokens = dp * mp if section.use_seq_parallel else dp
+        return cls(dp, mp, tokens, 1 if section.vocab_emb_dp else mp, bool(config.document_start_ids))
+
+
+def is_semi_auto() -> bool:
+    """Whether one graph is compiled for the whole cluster, so that operators need strategies."""
+    return ms.get_auto_parallel_context("parallel_mode") == "semi_auto_parallel"
+
+
+def apply_plan(model, config) -> None:
+    """Make a TelechatForCausalLM follow the config's plan: recompute, and on a cluster strategies and stages.
+
+    Raises:
+        ValueError: MindSpore's context does not fit the plan, or see recompute_layers.
+    """
+    if config.use_past:
+        return  # prediction with a cache is not split, see check_plan
+    recompute_layers(model, config)
+    if not is_semi_auto():
+        return
+    _check_context(config)
+    plan = Plan.read(config)
+    shard_inputs(model, plan)
+    if model.model.packed:
+        shard_document_mask(model.model.document_mask, plan)
+    shard_embedding(model.model.tok_embeddings, plan)
+    for layer in model.model.layers:
+        shard_layer(layer, plan)
+    shard_norm(model.model.norm_out, plan)
+    shard_output(model, plan)
+    assign_stages(model, config)
+    fuse_gradients(model, config)
+
+
+def _check_context(config) -> None:
+    section = config.parallel_config
+    devices = ms.communication.get_group_size()
+    product = section.data_parallel * section.model_parallel * section.pipeline_stage
+    if product != devices:
+        raise ValueError(
+            f"data_parallel {section.data_parallel} times model_parallel {section.model_parallel} times "
+            f"pipeline_stage {section.pipeline_stage} is {product}, but {devices} devices take part; make "
+            "them equal."
+        )
+    if ms.get_auto_parallel_context("gradients_mean"):
+        raise ValueError(
+            "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
+            "more by the number of devices; set it to False."
+        )
+    if not config.use_flash_attention:
+        raise ValueError(
+            "use_flash_attention is False, but only the fused attention is split over devices; set "
+            "model_config.use_flash_attention: True, or use_parallel: False."
+        )
+
+
+def fuse_gradients(model, config) -> None:
+    """Group what the optimizer communicates: a pipeline's stage as one, else by runs of layers.
+
+    Norms and biases are too small to be shared between optimizers' shards.
+    """
+    section, layers = config.parallel_config, model.model.layers
+    size = max((len(layers) + 1) // section.gradient_aggregation_group, 1)
+    pipeline = section.pipeline_stage > 1
+    for index, layer in enumerate(layers):
+        layer.set_comm_fusion(2 if pipeline else index // size + 1)
+    for parameter in model.trainable_params():
+        if len(parameter.shape) == 1:
+            parameter.parallel_optimizer = False
+
+
+def shard_inputs(model, plan: Plan) -> None:
+    """Ids and labels ``[B, S + 1]``, of which every device has those of its rows."""
+    rows = (plan.dp, 1)
+    model.slice.shard((rows,))
+    model.not_equal.shard((rows, ()))
+
+
+def shard_document_mask(cell, plan: Plan) -> None:
+    """What tokens must not see, ``[B, 1, S, S]``, each row on its device."""
+    dp = plan.dp
+    cell.equal.shard(((dp, 1, 1), (1, 1, 1)))
+    cell.any.shard(((dp, 1, 1),))
+    cell.cumsum.shard(((dp, 1),))
+    cell.different.shard(((dp, 1, 1, 1), (dp, 1, 1, 1)))
+    cell.either.shard(((dp, 1, 1, 1), (1, 1, 1, 1)))
+
+
+def shard_embedding(cell, plan: Plan) -> None:
+    """Rows of the table by vocabulary; each device contributes the tokens that it holds."""
+    if plan.vocabulary > 1:
+        cell.gather.shard(((plan.vocabulary, 1), (plan.dp,)), ((plan.tokens, 1),))
+    else:
+        cell.gather.shard(((1, 1), (plan.tokens,)))
+    cell.dropout.dropout.shard(((plan.tokens, 1),))
+
+
+def shard_layer(layer, plan: Plan) -> None:
+    """A decoder layer; outside of its two blocks it works on ``tokens`` parts."""
+    tokens = (plan.tokens, 1)
+    shard_norm(layer.attention_norm, plan)
+    shard_attention(layer.attention, plan)
+    shard_norm(layer.ffn_norm, plan)
+    shard_feed_forward(layer.feed_forward, plan)
+    layer.add_attention.shard((tokens, tokens))
+    layer.add_feed_forward.shard((tokens, tokens))
+
+
+def shard_norm(cell, plan: Plan) -> None:
+    """RMSNorm, each token on its device."""
+    cell.norm.norm.shard(((plan.tokens, 1), (1,)))
+
+
+def shard_attention(cell, plan: Plan) -> None:
+    """Heads are split: the projections before by columns, the one after by rows."""
+    heads = (plan.dp, plan.mp, 1, 1)
+    split_columns(cell.wq, plan)
+    split_columns(cell.wk_v, plan)
+    for transpose in (cell.transpose_q, cell.transpose_kv):
+        transpose.shard(((plan.dp, 1, plan.mp, 1),))
+    cell.split_kv.shard((heads,))
+    table = (1, 1, 1, 1)
+    cell.rotary.rotary.shard((heads, table, table))
+    mask = (plan.dp, 1, 1, 1) if plan.packed else (1, 1)
+    cell.causal_attention.flash.shard((heads, heads, heads, mask))
+    cell.transpose_out.shard((heads,))
+    split_rows(cell.wo, plan)
+
+
+def shard_feed_forward(cell, plan: Plan) -> None:
+    """The width is split: w1 and w3 by columns, w2 by rows."""
+    split_columns(cell.w1, plan)
+    split_columns(cell.w3, plan)
+    cell.swiglu.stack.shard(((plan.dp, plan.mp), (plan.dp, plan.mp)))
+    cell.swiglu.swiglu.shard(((plan.dp, 1, plan.mp),))
+    split_rows(cell.w2, plan)
+
+
+def split_columns(linear, plan: Plan) -> None:
+    """``[T, in]`` whole to ``[T, out]`` split: the rows of the weight ``[out, in]`` are."""
+    linear.matmul.shard(((plan.dp, 1), (plan.mp, 1)))
+    linear.dropout.dropout.shard(((plan.dp, plan.mp),))
+
+
+def split_rows(linear, plan: Plan) -> None:
+    """``[T, in]`` split to ``[T, out]``: the devices' products are added up, and then the bias to the sum."""
+    tokens = (plan.tokens, 1)
+    linear.matmul.shard(((plan.dp, plan.mp), (1, plan.mp)), (tokens,))
+    linear.bias_add.shard((tokens, (1,)))
+    linear.dropout.dropout.shard((tokens,))
+
+
+def shard_output(model, plan: Plan) -> None:
+    """Output projection and loss, split by vocabulary; a whole vocabulary by tokens only."""
+    rows = plan.dp if plan.vocabulary > 1 else plan.tokens
+    model.lm_head.matmul.shard(((rows, 1), (plan.vocabulary, 1)))
+    model.lm_head.dropout.dropout.shard(((rows, plan.vocabulary),))
+    model.loss = telechat_ops.cross_entropy(rows, plan.vocabulary)
 
 
 class _AcrossProcesses(nn.Cell):

@@ -2,6 +2,7 @@
 
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore.ops import constexpr
 from mindspore.ops import operations as P  # noqa: N812
 
 
@@ -34,13 +35,12 @@ class RotaryTables(nn.Cell):
         self.cos = Tensor(cos, config.rotary_dtype)
         self.sin = Tensor(sin, config.rotary_dtype)
         self.gather = P.Gather()
-        self.slice = P.StridedSlice()
-        self.head_dim = config.head_dim
+        # Constants of the graph, so that no plan has to split or send them.
+        self.first = constexpr(lambda length: (self.cos[:length], self.sin[:length]))
 
     def sequence(self, length):
         """Tables ``[length, D]`` of positions 0 to length - 1."""
-        size, step = (length, self.head_dim), (1, 1)
-        return self.slice(self.cos, (0, 0), size, step), self.slice(self.sin, (0, 0), size, step)
+        return self.first(length)
 
     def tokens(self, positions):
         """Tables ``[T, D]`` of the positions ``[T]``."""

@@ -1,0 +1,120 @@
+"""What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
+
+from research.telechat2.telechat_pipeline import partition_of
+from research.telechat2.telechat_recompute import first_layers
+
+_WITHOUT_EFFECT = {
+    "select_recompute_exclude": "leave operators out of select_recompute instead",
+    "select_comm_recompute_exclude": "leave operators out of select_comm_recompute instead",
+    "parallel_optimizer_comm_recompute": (
+        "this MindSpore gathers an optimizer's shards again in the backward pass with "
+        "parallel.parallel_optimizer_config.optimizer_level: level3"
+    ),
+}
+
+
+def check_plan(config) -> None:
+    """Refuse a plan that cannot be, and what this model would have to ignore.
+
+    Raises:
+        ValueError: sizes that do not divide, an impossible pipeline, or an option without effect.
+    """
+    section = config.parallel_config
+    _check_unsupported(config, section)
+    _check_model_parallel(config, section)
+    _check_pipeline(config, section)
+    _check_recompute(config, section.recompute)
+
+
+def _check_unsupported(config, section) -> None:
+    if section.context_parallel > 1:
+        raise ValueError(
+            f"parallel_config.context_parallel is {section.context_parallel}; this version does not split "
+            "the sequence of attention. Set it to 1, and split heads by model_parallel."
+        )
+    if section.seq_split_num > 1:
+        raise ValueError(
+            f"parallel_config.seq_split_num is {section.seq_split_num}; this model has no sequence pipeline. "
+            "Set it to 1."
+        )
+    if section.swap.swap:
+        raise ValueError(
+            "swap_config.swap is True; this version does not move activations to the host. Set it to False."
+        )
+    if section.optimizer_shard is not None:
+        raise ValueError(
+            "parallel_config.optimizer_shard has no effect in MindFormers any more; "
+            "remove it, and set parallel.enable_parallel_optimizer."
+        )
+    if config.moe and max(section.model_parallel, section.expert_parallel) > 1:
+        raise ValueError(
+            f"parallel_config asks for model_parallel {section.model_parallel} and expert_parallel "
+            f"{section.expert_parallel}; this version splits experts by data only. Set them to 1."
+        )
+    if not config.moe and section.expert_parallel > 1:
+        raise ValueError(
+            f"parallel_config.expert_parallel is {section.expert_parallel}, but the model has no experts; "
+            "set it to 1."
+        )
+    if config.use_past and max(section.model_parallel, section.pipeline_stage) > 1:
+        raise ValueError(
+            f"use_past is True, and parallel_config asks for model_parallel {section.model_parallel} and "
+            f"pipeline_stage {section.pipeline_stage}; this model predicts with a cache on one device. "
+            "Set them to 1."
+        )
+
+
+def _check_model_parallel(config, section) -> None:
+    mp = section.model_parallel
+    sizes = ["num_heads", "n_kv_heads", "intermediate_size"]
+    if not section.vocab_emb_dp:
+        sizes.append("vocab_size")
+    for name in sizes:
+        if getattr(config, name) % mp:
+            advice = ", or set vocab_emb_dp: True" if name == "vocab_size" else ""
+            raise ValueError(
+                f"{name} {getattr(config, name)} is not divisible by parallel_config.model_parallel {mp}; "
+                f"change one of them{advice}."
+            )
+    tokens = config.batch_size * config.seq_length
+    if section.use_seq_parallel and tokens % mp:
+        raise ValueError(
+            f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
+            f"parallel_config.model_parallel {mp}, as use_seq_parallel needs; change one of them, or set "
+            "use_seq_parallel: False."
+        )
+
+
+def _check_pipeline(config, section) -> None:
+    stages, chunks = section.pipeline_stage, config.pp_interleave_num
+    if chunks > 1 and stages == 1:
+        raise ValueError(
+            f"pp_interleave_num is {chunks}, but parallel_config.pipeline_stage is 1; virtual chunks need a "
+            "pipeline. Set pp_interleave_num to 1."
+        )
+    partition_of(config)
+    if stages == 1:
+        return
+    if section.micro_batch_num < stages:
+        raise ValueError(
+            f"parallel_config.micro_batch_num is {section.micro_batch_num}, less than pipeline_stage {stages}"
+            "; a pipeline needs at least as many micro-batches as stages."
+        )
+    if config.tie_word_embeddings:
+        raise ValueError(
+            f"tie_word_embeddings is True, and parallel_config.pipeline_stage {stages}: the embedding is on "
+            "the first stage and the output projection on the last, so they cannot be one tensor. Set "
+            "pipeline_stage to 1, or tie_word_embeddings to False."
+        )
+
+
+def _check_recompute(config, recompute) -> None:
+    for name, advice in _WITHOUT_EFFECT.items():
+        if getattr(recompute, name):
+            raise ValueError(f"recompute_config.{name} is set, but has no effect; {advice}.")
+    counts = partition_of(config)
+    for name in ("recompute", "select_recompute", "select_comm_recompute"):
+        setting = getattr(recompute, name)
+        patterns = setting.values() if isinstance(setting, dict) else [setting]
+        for value in patterns:
+            first_layers(name, value, counts)

@@ -1,0 +1,126 @@
+"""Which activations are computed again in the backward pass instead of being kept.
+
+``recompute_config`` is MindFormers' section. Its three choices, ``recompute`` (whole layers),
+``select_recompute`` (operators of layers) and ``select_comm_recompute`` (communication after operators), each
+say for how many layers they hold: all or none (True, False), the first n of each stage (a list), or the first
+n of each stage and chunk (a list of lists).
+"""
+
+import re
+
+from mindspore.ops import Primitive
+
+from research.telechat2.telechat_pipeline import partition_of, places
+
+# What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
+SELECTED = r"feed_forward\.swiglu\..*"
+# The all-gathers of sequence parallelism follow the norms.
+COMMUNICATION = r".*_norm\..*"
+
+
+def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]:
+    """How many layers of each chunk and stage a setting holds for.
+
+    Args:
+        name: of the setting, for errors.
+        setting: True, False, a list with a number or bool for each stage, or a list of such lists, one for
+            each chunk. A stage's number is dealt to its chunks one by one.
+        counts: the layers of each chunk and stage.
+
+    Raises:
+        ValueError: another type or shape, or more layers than there are.
+    """
+    chunks, stages = len(counts), len(counts[0])
+    if isinstance(setting, bool):
+        return [[count * setting for count in row] for row in counts]
+    if _is_row(setting, stages):
+        dealt = [
+            _deal(name, number, [row[stage] for row in counts], stage) for stage, number in enumerate(setting)
+        ]
+        return [list(row) for row in zip(*dealt, strict=True)]
+    listed = isinstance(setting, list | tuple) and len(setting) == chunks
+    if listed and all(_is_row(row, stages) for row in setting):
+        return [
+            [_deal(name, row[stage], [have[stage]], stage)[0] for stage in range(stages)]
+            for row, have in zip(setting, counts, strict=True)
+        ]
+    raise ValueError(
+        f"recompute_config.{name} is {setting!r}; it must be True, False, a list of {stages} numbers of "
+        f"layers (one for each stage), or {chunks} such lists (one for each chunk)."
+    )
+
+
+def _is_row(value, stages: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == stages and all(isinstance(n, int) for n in value)
+
+
+def _deal(name: str, number, have: list[int], stage: int) -> list[int]:
+    """Share ``number`` layers of a stage out to its chunks, which have as many as ``have`` says."""
+    if isinstance(number, bool):
+        return [count * number for count in have]
+    if not 0 <= number <= sum(have):
+        raise ValueError(
+            f"recompute_config.{name} asks for {number} layers of stage {stage}, which has {sum(have)}."
+        )
+    dealt = [0] * len(have)
+    while sum(dealt) < number:
+        for chunk, count in enumerate(have):
+            if dealt[chunk] < count and sum(dealt) < number:
+                dealt[chunk] += 1
+    return dealt
+
+
+def recompute_layers(model, config) -> None:
+    """Mark what a TelechatForCausalLM computes again; on every target, with one device as with many.
+
+    A layer that is computed again as a whole is not searched for operators.
+
+    Raises:
+        ValueError: see first_layers; or a pattern that matches no operator of a layer.
+    """
+    section = config.parallel_config.recompute
+    counts = partition_of(config)
+    whole = first_layers("recompute", section.recompute, counts)
+    selected = _by_pattern("select_recompute", section.select_recompute, SELECTED, counts)
+    communication = _by_pattern("select_comm_recompute", section.select_comm_recompute, COMMUNICATION, counts)
+    for layer, (chunk, stage, number) in zip(model.model.layers, places(counts), strict=True):
+        if number < whole[chunk][stage]:
+            layer.recompute(
+                mp_comm_recompute=section.mp_comm_recompute,
+                recompute_slice_activation=section.recompute_slice_activation,
+            )
+            continue
+        for pattern, table in selected.items():
+            if number < table[chunk][stage]:
+                for operator in _matching("select_recompute", pattern, layer):
+                    operator.recompute()
+        for pattern, table in communication.items():
+            if number < table[chunk][stage]:
+                for operator in _matching("select_comm_recompute", pattern, layer):
+                    operator.add_prim_attr("recompute_comm_op", True)
+
+
+def _by_pattern(name: str, setting, default: str, counts) -> dict[str, list[list[int]]]:
+    """``{pattern: layers}`` of a setting that may name patterns itself, as a list or as keys."""
+    if isinstance(setting, dict):
+        return {pattern: first_layers(name, value, counts) for pattern, value in setting.items()}
+    if isinstance(setting, list | tuple) and setting and all(isinstance(value, str) for value in setting):
+        return {pattern: first_layers(name, True, counts) for pattern in setting}
+    return {default: first_layers(name, setting, counts)}
+
+
+def _matching(name: str, pattern: str, layer) -> list[Primitive]:
+    """The operators of a layer whose path, such as ``feed_forward.swiglu.swiglu``, is matched as a whole."""
+    operators = {
+        f"{path}.{attribute}".lstrip("."): operator
+        for path, cell in layer.cells_and_names()
+        for attribute, operator in vars(cell).items()
+        if isinstance(operator, Primitive)
+    }
+    found = [operator for path, operator in operators.items() if re.fullmatch(pattern, path)]
+    if not found:
+        raise ValueError(
+            f"recompute_config.{name} names {pattern!r}, which matches no operator of a layer; there are "
+            f"{', '.join(sorted(operators))}."
+        )
+    return found
