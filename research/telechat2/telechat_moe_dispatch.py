@@ -164,6 +164,27 @@ class FromExperts(nn.Cell):
         return dblock, dgates, self.zeros(rows), self.zeros(kept), self.zeros(choices)
 
 
+class OwnExperts(nn.Cell):
+    """One device has all experts: their rows stay where they are. ExpertExchange is the same for many."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.reshape = P.Reshape()
+
+    def forth(self, block):
+        """The tokens' rows ``[E * C, H]`` as ``[E, C, H]``."""
+        return self.reshape(block, (self.num_experts, -1, block.shape[1]))
+
+    def back(self, rows):
+        """The inverse."""
+        return self.reshape(rows, (-1, rows.shape[2]))
+
+    def add_up(self, y):
+        """Parts ``[T, H]`` of the experts' answers to the whole of them."""
+        return y
+
+
 class BatchedExperts(nn.Cell):
     """What the experts make of their tokens, as batched products over the block.
 
@@ -181,10 +202,10 @@ class BatchedExperts(nn.Cell):
 
     def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
         super().__init__()
-        self.num_experts = settings.num_experts
         self.expert_rows = ExpertRows(settings.num_experts, settings.token_major)
         self.to_experts = ToExperts()
         self.from_experts = FromExperts()
+        self.exchange = OwnExperts(settings.num_experts)
         self.gated_bias = GatedBias(settings.num_experts)
         self.swiglu = swiglu
         self.batched_matmul = P.BatchMatMul(transpose_b=not turned)
@@ -194,14 +215,14 @@ class BatchedExperts(nn.Cell):
 
     def answer(self, x, experts, gates, w1, w3, w2, bias, capacity):
         """See the class."""
-        hidden, width = x.shape[1], w1.shape[self.width_axis]
+        num_experts, width = w1.shape[0], w1.shape[self.width_axis]
         rows, kept, choices = self.expert_rows(experts, capacity)
-        block = self.reshape(self.to_experts(x, rows, kept, choices), (self.num_experts, -1, hidden))
+        block = self.exchange.forth(self.to_experts(x, rows, kept, choices))
         gate = self.reshape(self.batched_matmul(block, w1), (-1, width))
         up = self.reshape(self.batched_matmul(block, w3), (-1, width))
-        out = self.reshape(self.swiglu(gate, up), (self.num_experts, -1, width))
-        out = self.reshape(self.batched_matmul(out, w2), (-1, hidden))
-        y = self.from_experts(out, gates, rows, kept, choices)
+        out = self.reshape(self.swiglu(gate, up), (num_experts, -1, width))
+        block = self.exchange.back(self.batched_matmul(out, w2))
+        y = self.exchange.add_up(self.from_experts(block, gates, rows, kept, choices))
         return self.add(y, self.gated_bias(experts, gates, kept, bias)), kept
 
 
