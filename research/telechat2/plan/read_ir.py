@@ -114,6 +114,8 @@ def _nodes(lines) -> Iterator[_Node]:
     subgraph = text = types = None
     for line in lines:
         if line.startswith("  %"):
+            if text:
+                raise ValueError(f"the IR is not written as expected: no scope follows {text.strip()[:200]}")
             text, types = line, None
         elif line.startswith("      : ("):
             types = line
