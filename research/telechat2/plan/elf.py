@@ -82,7 +82,7 @@ def mentioned(path: str | Path, pattern: str) -> set[str]:
     with _open(path) as (data, sections):
         names = _names_of_sections(data, sections)
         read_only = [section for section, name in zip(sections, names, strict=True) if name == ".rodata"]
-        found = {match for section in read_only for match in search.findall(_bytes(data, section))}
+        found = {match for section in read_only for match in search.findall(b"\0" + _bytes(data, section))}
     return {match.decode() for match in found}
 
 
