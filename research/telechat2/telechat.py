@@ -115,6 +115,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.gather = P.Gather()
         self.not_equal = P.NotEqual()
         self.mul = P.Mul()
+        self.add = P.Add()
         self.cast = P.Cast()
         self.load_checkpoint(config)
         apply_plan(self, config)
@@ -167,9 +168,9 @@ class TelechatForCausalLM(PreTrainedModel):
             self.reshape(self.slice(trained, first, last, step), (-1,)),
         )
         if self.calculate_per_token_loss:
-            return (total + balance_loss * count, count) if self.has_experts else (total, count)
+            return (self.add(total, balance_loss * count), count) if self.has_experts else (total, count)
         loss = self.global_mean(total, count)
-        return loss + balance_loss if self.has_experts else loss
+        return self.add(loss, balance_loss) if self.has_experts else loss
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""

@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from research.telechat2 import telechat_ops
+from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
 from research.telechat2.telechat_pipeline import assign_stages
 from research.telechat2.telechat_recompute import recompute_layers
 
@@ -28,6 +29,7 @@ class Plan:
             parallelism.
         vocabulary: rows of the embedding and the output projection.
         packed: records have documents that do not see each other, by a mask for each.
+        experts: where they lie; None for a dense model.
     """
 
     dp: int
@@ -35,6 +37,7 @@ class Plan:
     tokens: int
     vocabulary: int
     packed: bool
+    experts: ExpertPlan | None
 
     @classmethod
     def read(cls, config) -> "Plan":
@@ -42,7 +45,22 @@ class Plan:
         section = config.parallel_config
         dp, mp = section.data_parallel, section.model_parallel
         tokens = dp * mp if section.use_seq_parallel else dp
-        return cls(dp, mp, tokens, 1 if section.vocab_emb_dp else mp, bool(config.document_start_ids))
+        vocabulary = 1 if section.vocab_emb_dp else mp
+        return cls(dp, mp, tokens, vocabulary, bool(config.document_start_ids), _expert_plan(config))
+
+
+def _expert_plan(config) -> ExpertPlan | None:
+    if not config.moe:
+        return None
+    section = config.parallel_config
+    return ExpertPlan(
+        replicas=section.data_parallel // section.expert_parallel,
+        expert_parallel=section.expert_parallel,
+        model_parallel=section.model_parallel,
+        ep_extend_tp=config.moe.ep_extend_tp and section.use_seq_parallel,
+        sequence_parallel=section.use_seq_parallel,
+        rank=ms.communication.get_rank(),
+    )
 
 
 def is_semi_auto() -> bool:
@@ -69,6 +87,7 @@ def apply_plan(model, config) -> None:
     shard_embedding(model.model.tok_embeddings, plan)
     for layer in model.model.layers:
         shard_layer(layer, plan)
+    model.model.add.shard(((1,), (1,)))
     shard_norm(model.model.norm_out, plan)
     shard_output(model, plan)
     assign_stages(model, config)
@@ -144,7 +163,10 @@ def shard_layer(layer, plan: Plan) -> None:
     shard_norm(layer.attention_norm, plan)
     shard_attention(layer.attention, plan)
     shard_norm(layer.ffn_norm, plan)
-    shard_feed_forward(layer.feed_forward, plan)
+    if layer.has_experts:
+        shard_experts(layer.feed_forward, plan.experts)
+    else:
+        shard_feed_forward(layer.feed_forward, plan)
     layer.add_attention.shard((tokens, tokens))
     layer.add_feed_forward.shard((tokens, tokens))
 
@@ -199,6 +221,7 @@ def shard_output(model, plan: Plan) -> None:
     model.lm_head.matmul.shard(((rows, 1), (plan.vocabulary, 1)))
     model.lm_head.dropout.dropout.shard(((rows, plan.vocabulary),))
     model.loss = telechat_ops.cross_entropy(rows, plan.vocabulary)
+    model.add.shard(((1,), (1,)))
 
 
 class _AcrossProcesses(nn.Cell):

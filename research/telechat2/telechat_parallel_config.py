@@ -22,6 +22,7 @@ def check_plan(config) -> None:
     section = config.parallel_config
     _check_unsupported(config, section)
     _check_model_parallel(config, section)
+    _check_experts(config, section)
     _check_pipeline(config, section)
     _check_recompute(config, section.recompute)
 
@@ -46,16 +47,6 @@ def _check_unsupported(config, section) -> None:
             "parallel_config.optimizer_shard has no effect in MindFormers any more; "
             "remove it, and set parallel.enable_parallel_optimizer."
         )
-    if config.moe and max(section.model_parallel, section.expert_parallel) > 1:
-        raise ValueError(
-            f"parallel_config asks for model_parallel {section.model_parallel} and expert_parallel "
-            f"{section.expert_parallel}; this version splits experts by data only. Set them to 1."
-        )
-    if not config.moe and section.expert_parallel > 1:
-        raise ValueError(
-            f"parallel_config.expert_parallel is {section.expert_parallel}, but the model has no experts; "
-            "set it to 1."
-        )
     if config.use_past and max(section.model_parallel, section.pipeline_stage) > 1:
         raise ValueError(
             f"use_past is True, and parallel_config asks for model_parallel {section.model_parallel} and "
@@ -66,7 +57,9 @@ def _check_unsupported(config, section) -> None:
 
 def _check_model_parallel(config, section) -> None:
     mp = section.model_parallel
-    sizes = ["num_heads", "n_kv_heads", "intermediate_size"]
+    sizes = ["num_heads", "n_kv_heads"]
+    if not (config.moe and config.moe.ep_extend_tp):
+        sizes.append("intermediate_size")
     if not section.vocab_emb_dp:
         sizes.append("vocab_size")
     for name in sizes:
@@ -82,6 +75,35 @@ def _check_model_parallel(config, section) -> None:
             f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
             f"parallel_config.model_parallel {mp}, as use_seq_parallel needs; change one of them, or set "
             "use_seq_parallel: False."
+        )
+
+
+def _check_experts(config, section) -> None:
+    mp, ep, dp = section.model_parallel, section.expert_parallel, section.data_parallel
+    if not config.moe:
+        if ep > 1:
+            raise ValueError(
+                f"parallel_config.expert_parallel is {ep}, but the model has no experts; set it to 1."
+            )
+        return
+    if dp % ep:
+        raise ValueError(
+            f"parallel_config.data_parallel {dp} is not divisible by expert_parallel {ep}: data-parallel ranks "
+            "share the experts out. Change one of them."
+        )
+    extend = config.moe.ep_extend_tp and mp > 1
+    if extend and not section.use_seq_parallel:
+        raise ValueError(
+            f"moe_config.ep_extend_tp is True, model_parallel {mp} and use_seq_parallel False: tensor-"
+            "parallel ranks with the same tokens cannot send them to experts of their own. Set use_seq_parallel: True, "
+            "or ep_extend_tp: False."
+        )
+    owners = ep * mp if extend else ep
+    if config.moe.num_experts % owners:
+        raise ValueError(
+            f"moe_config.expert_num {config.moe.num_experts} is not divisible by the {owners} devices that "
+            f"share the experts (expert_parallel {ep}{f' times model_parallel {mp}' if extend else ''}); "
+            "change one of them."
         )
 
 
