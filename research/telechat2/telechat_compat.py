@@ -24,6 +24,7 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
+from mindformers.tools.logger import get_logger
 from mindformers.tools.logger import logger as library_logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.register.template import ConfigTemplate
@@ -60,6 +61,7 @@ __all__ = [
     "check_in_modelarts",
     "default_transformer_config",
     "find_graph_again",
+    "get_logger",
     "get_tensorboard_writer",
     "greedy_token",
     "is_cpu",

@@ -25,6 +25,7 @@ from research.telechat2.telechat_run_config import (
 )
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
 from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
+from research.telechat2.telechat_run_log import hush_loaders
 from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts
 from research.telechat2.telechat_run_saving import (
     answers_file,
@@ -184,6 +185,7 @@ def _carry_out(raw: dict, path: Path) -> list | None:
     if config.remote_save_url and not check_in_modelarts():
         raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
     set_output_path(config.output_dir)
+    hush_loaders()
     try:
         with naming_target(config.context.device_target):
             build_context(config)
