@@ -34,9 +34,16 @@ def dataset(small_vocab, tmp_path_factory):
     return folder / "data" / "dataset.mindrecord"
 
 
+# Dropless: with a capacity, each process drops by that of its own tokens.
+CONFIGS = {
+    "dense": ["--config", "finetune_telechat_tiny.yaml"],
+    "moe": ["--config", "finetune_telechat_tiny_moe.yaml", "--moe_config.capacity_factor", "0"],
+}
+
+
 def words(dataset, *more) -> list[str]:
     return [
-        "python", str(CHECKOUT / "run_mindformer.py"), "--config", "finetune_telechat_tiny.yaml",
+        "python", str(CHECKOUT / "run_mindformer.py"),
         "--train_dataset", str(dataset), "--runner_config.epochs", "4", "--seed", "1",
         "--model.model_config.seq_length", "40", "--train_dataset.data_loader.shuffle", "False", *more,
     ]  # fmt: skip
@@ -47,29 +54,35 @@ def numbers(log: str) -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in re.findall(r"loss:\[([\d.]+).*global_norm: \[([\d.]+)", log)]
 
 
+def reports(log: str) -> list[str]:
+    """What every step says of its experts."""
+    return re.findall(r"{ step \d+, experts: .* }", log)
+
+
 @pytest.mark.slow  # three processes that build and compile a model
-def test_two_processes_train_as_one(dataset, tmp_path):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_two_processes_train_as_one(kind, dataset, tmp_path):
     one = subprocess.run(
-        words(dataset, "--batch_size", "2"), cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+        words(dataset, *CONFIGS[kind], "--batch_size", "2"),
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     plan = [
-        "--batch_size",
-        "1",
-        "--use_parallel",
-        "True",
-        "--parallel.parallel_mode",
-        "0",
-        "--output_dir",
-        "two",
-    ]
-    plan += ["--parallel.full_batch", "False", "--parallel_config.data_parallel", "2"]
-    launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), " ".join(words(dataset, *plan))]
+        "--batch_size", "1", "--use_parallel", "True", "--parallel.parallel_mode", "0", "--output_dir", "two",
+        "--parallel.full_batch", "False", "--parallel_config.data_parallel", "2",
+    ]  # fmt: skip
+    command = " ".join(words(dataset, *CONFIGS[kind], *plan))
+    launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
     subprocess.run([*launcher, "2", str(port), "logs", "True", "120"], cwd=tmp_path, check=True, timeout=600)
     expected = numbers(one.stdout + one.stderr)
     assert len(expected) == 4 and expected[0] != expected[3]
+    loads = reports(one.stdout + one.stderr)
+    assert len(loads) == (4 if kind == "moe" else 0) and all(
+        "dropped choices 0.00%" in load for load in loads
+    )
     for rank in (0, 1):
-        found = numbers((tmp_path / "logs" / f"worker_{rank}.log").read_text(errors="replace"))
-        assert found == [pytest.approx(pair, rel=1e-6) for pair in expected]
+        log = (tmp_path / "logs" / f"worker_{rank}.log").read_text(errors="replace")
+        assert numbers(log) == [pytest.approx(pair, rel=1e-6) for pair in expected]
+        assert reports(log) == loads
