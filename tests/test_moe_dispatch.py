@@ -323,17 +323,19 @@ def test_experts_with_a_capacity_equal_a_loop_in_outputs_and_gradients(case, rul
     check_experts(Answer(cell), experts, num_experts, kept)
 
 
-def test_one_dropless_graph_serves_any_number_of_tokens():
-    cell = DroplessExpertsTwin(moe_settings(5, 2, 0.0, "k-major"), SwiGLUTwin())
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_dropless_graph_serves_any_number_of_tokens(turned):
+    """With the weights of training, and with those that prediction has turned."""
+    cell = DroplessExpertsTwin(moe_settings(5, 2, 0.0, "k-major"), SwiGLUTwin(), turned=turned)
     weights = operands_of(10, random_experts(0, 1, 5, 2), 5)[2:]
+    stored = [w.swapaxes(1, 2).copy() if turned and w.ndim == 3 else w for w in weights]
     shapes = [(None, HIDDEN), (None, 2), (None, 2)]
     dtypes = [ms.float32, ms.int32, ms.float32]
     dynamic = [Tensor(shape=shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    cell.set_inputs(*dynamic, *map(Tensor, weights))
+    cell.set_inputs(*dynamic, *map(Tensor, stored))
     for num_tokens in (1, 7, 30, 2):
         experts = random_experts(num_tokens, num_tokens, 5, 2)
         x, gates = operands_of(num_tokens, experts, 5)[:2]
-        y = cell(Tensor(x), int32(experts), Tensor(gates), *map(Tensor, weights))
-        assert_close(
-            y, weighted_experts(*map(to_torch, [x]), experts, *map(to_torch, [gates, *weights])), 1e-6
-        )
+        y = cell(Tensor(x), int32(experts), Tensor(gates), *map(Tensor, stored))
+        expected = weighted_experts(to_torch(x), experts, to_torch(gates), *map(to_torch, weights))
+        assert_close(y, expected, 1e-6)
