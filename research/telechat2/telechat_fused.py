@@ -164,51 +164,99 @@ class PagedAttentionFused(nn.Cell):
         return self.reshape(out, (-1, self.width))
 
 
+class TurnedProduct(nn.Cell):
+    """Ascend's GroupedMatmul: rows that lie expert after expert, times each expert's weight.
+
+    Inputs: rows ``[n, in]``, weight ``[E, in, out]``, and ends ``[E]`` int64, of each expert the number of
+    its rows and of those before them.
+
+    Output: ``[n, out]``.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.grouped_matmul = auto_generate.GroupedMatmul(split_item=3, group_type=0)
+
+    def construct(self, rows, weight, ends):
+        return self.grouped_matmul([rows], [weight], None, None, None, None, None, ends)[0]
+
+
+class GroupedProduct(nn.Cell):
+    """TurnedProduct with a weight ``[E, out, in]``, as published, of which it makes no turned copy.
+
+    GroupedMatmul reads turned views. Its own gradient would bring the weight's as ``[E, in, out]``, to be
+    copied before it can be added up; here it comes as it is needed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.product = TurnedProduct()
+        self.sum_by_expert = auto_generate.GroupedMatmul(split_item=3, group_type=2)
+        self.turn = auto_generate.TransposeExtView()
+        self.zeros = P.ZerosLike()
+
+    def construct(self, rows, weight, ends):
+        return self.product(rows, self.turn(weight, -1, -2), ends)
+
+    def bprop(self, rows, weight, ends, out, dout):
+        """Gradients of rows and weight."""
+        turned = self.turn(dout, -1, -2)
+        dweight = self.sum_by_expert([turned], [rows], None, None, None, None, None, ends)[0]
+        return self.product(dout, weight, ends), dweight, self.zeros(ends)
+
+
 class DroplessExpertsFused(nn.Cell):
     """Ascend's MoeTokenPermute, GroupedMatmul and MoeTokenUnpermute; see DroplessExpertsTwin.
 
-    Tokens lie expert after expert without padding. GroupedMatmul takes weights ``[E, in, out]`` only: those
-    of training are turned in the graph. It has a gradient only without a bias, which is added by a product of
-    its own.
+    Tokens lie expert after expert without padding. GroupedMatmul has no gradient with a bias, which is added
+    by a product of its own.
     """
 
     def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
         super().__init__()
-        self.turned = turned
-        self.transpose = P.Transpose()
-        self.experts = Tensor(np.arange(settings.num_experts, dtype=np.int32))
+        self.row_counts = RowCounts(settings.num_experts)
         self.permute = auto_generate.MoeTokenPermute()
         self.unpermute = auto_generate.MoeTokenUnpermute()
-        self.grouped_w1 = _grouped_matmul()
-        self.grouped_w3 = _grouped_matmul()
-        self.grouped_w2 = _grouped_matmul()
+        self.product = TurnedProduct() if turned else GroupedProduct()
         self.swiglu = swiglu
         self.gated_bias = GatedBias(settings.num_experts)
-        self.equal = P.Equal()
-        self.sum = P.ReduceSum()
-        self.cumsum = P.CumSum()
         self.ones = P.OnesLike()
         self.add = P.Add()
         self.reshape = P.Reshape()
-        self.cast = P.Cast()
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
-        chosen = self.cast(self.equal(self.reshape(experts, (-1, 1)), self.experts), ms.int32)
-        ends = self.cast(self.cumsum(self.sum(chosen, 0), 0), ms.int64)
+        y = self.answer(x, experts, gates, self.row_counts(experts), w1, w3, w2)
+        return self.add_bias(y, experts, gates, bias)
+
+    def answer(self, x, experts, gates, counts, w1, w3, w2):
+        """Without the biases; ``counts`` ``[E]`` int32, of each expert's rows."""
+        ends = self.row_counts.ends(counts)
         rows, order = self.permute(x, experts)
-        if not self.turned:
-            w1, w3 = self.transpose(w1, (0, 2, 1)), self.transpose(w3, (0, 2, 1))
-            w2 = self.transpose(w2, (0, 2, 1))
-        gate = self._product(self.grouped_w1, rows, w1, ends)
-        up = self._product(self.grouped_w3, rows, w3, ends)
-        out = self._product(self.grouped_w2, self.swiglu(gate, up), w2, ends)
-        y = self.unpermute(out, order, gates)
+        rows = self.reshape(rows, (-1, x.shape[1]))  # which is lost where their number is not known
+        hidden = self.swiglu(self.product(rows, w1, ends), self.product(rows, w3, ends))
+        return self.unpermute(self.product(hidden, w2, ends), order, gates)
+
+    def add_bias(self, y, experts, gates, bias):
+        """The answers ``y`` ``[T, H]`` and the biases of their experts."""
         return self.add(y, self.gated_bias(experts, gates, self.ones(experts), bias))
 
-    def _product(self, grouped_matmul, rows, weight, ends):
-        return grouped_matmul([rows], [weight], None, None, None, None, None, ends)[0]
 
+class RowCounts(nn.Cell):
+    """How many rows each expert has of experts ``[T, k]`` int32: ``[E]`` int32."""
 
-def _grouped_matmul():
-    """``([rows [n, in]], [weight [E, in, out]], …, end of each expert's rows [E] int64) -> ([n, out],)``."""
-    return auto_generate.GroupedMatmul(split_item=3, group_type=0)
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.experts = Tensor(np.arange(num_experts, dtype=np.int32))
+        self.equal = P.Equal()
+        self.sum = P.ReduceSum()
+        self.cumsum = P.CumSum()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, experts):
+        chosen = self.equal(self.reshape(experts, (-1, 1)), self.experts)
+        return self.sum(self.cast(chosen, ms.int32), 0)
+
+    def ends(self, counts):
+        """The counts ``[E]`` of groups as the ends that GroupedMatmul reads, int64."""
+        return self.cast(self.cumsum(counts, 0), ms.int64)

@@ -16,7 +16,9 @@ The gradient takes the same way back. Router and biases are on every device.
 from dataclasses import dataclass
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops import auto_generate
 from mindspore.ops import operations as P  # noqa: N812
 from mindspore.parallel import Layout
 
@@ -133,6 +135,90 @@ class ExpertExchange(nn.Cell):
         return self.add_answers(y) if self.adds_up else y
 
 
+class DroplessExchange(nn.Cell):
+    """DroplessExpertsFused for many devices: as many rows as there are go to the owners of their experts.
+
+    N: owners, R: rows that this device receives. First the devices tell each other how many rows they send.
+    AlltoAllV reads these numbers on the host, and breaks where it receives nothing: so each device has tokens
+    of zeros behind its own, which go to every owner. All index arithmetic is int32.
+
+    Args:
+        plan: one by which experts lie whole on their owners, of which there are several.
+        experts: DroplessExpertsFused.
+        num_experts, top_k, hidden_size: E, k and H.
+    """
+
+    def __init__(self, plan: ExpertPlan, experts: nn.Cell, num_experts: int, top_k: int, hidden_size: int):
+        super().__init__()
+        self.experts = experts
+        self.owners, self.own_experts = plan.owners, num_experts // plan.owners
+        self.padding = -(-self.owners // top_k)
+        to_all = np.arange(self.padding * top_k, dtype=np.int32).reshape(-1, top_k) % self.owners
+        self.padding_experts = Tensor(to_all * self.own_experts)
+        group = _group(plan.owner_ranks())
+        self.tell = P.AlltoAll(self.owners, 0, 0, group)
+        self.to_owners = P.AlltoAllV(group, hidden_size)
+        self.from_owners = P.AlltoAllV(group, hidden_size)
+        self.to_host = P.MoveTo()
+        self.sent_experts = SentExperts(self.own_experts)
+        self.permute = auto_generate.MoeTokenPermute()
+        self.unpermute = auto_generate.MoeTokenUnpermute()
+        self.concat = P.Concat(0)
+        self.fill = P.Zeros()
+        self.slice = P.StridedSlice()
+        self.sum = P.ReduceSum()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, x, experts, gates, w1, w3, w2, bias):
+        tokens, hidden = x.shape
+        padded = self.concat((experts, self.padding_experts))
+        counts = self.experts.row_counts(padded)
+        told = self.reshape(self.tell(counts), (self.owners, self.own_experts))
+        sent, received = self._totals(self.reshape(counts, told.shape)), self._totals(told)
+
+        rows, order = self.permute(self.concat((x, self.fill((self.padding, hidden), x.dtype))), padded)
+        rows = self.reshape(self.to_owners(self.reshape(rows, (-1,)), sent, received), (-1, hidden))
+        rows = self.experts.answer(rows, self.sent_experts(told, rows), None, self.sum(told, 0), w1, w3, w2)
+        rows = self.reshape(self.from_owners(self.reshape(rows, (-1,)), received, sent), (-1, hidden))
+
+        no_gates = self.fill((self.padding, gates.shape[1]), gates.dtype)
+        y = self.unpermute(rows, order, self.concat((gates, no_gates)))
+        y = self.slice(y, (0, 0), (tokens, hidden), (1, 1))
+        return self.experts.add_bias(y, experts, gates, bias)
+
+    def _totals(self, counts):
+        """Rows for each owner or from each sender, where the host can read them."""
+        return self.to_host(self.cast(self.sum(counts, 1), ms.int64), "CPU", True)
+
+
+class SentExperts(nn.Cell):
+    """Which of the own experts each row is for, where the senders' rows lie expert after expert.
+
+    Inputs: counts ``[N, E / N]`` int32, the rows of each sender for each of the own experts; and the rows
+    ``[R, H]`` themselves.
+
+    Output: ``[R]`` int32.
+    """
+
+    def __init__(self, own_experts: int):
+        super().__init__()
+        self.own_experts = own_experts
+        self.range = P.Range()
+        self.cumsum = P.CumSum()
+        self.greater_equal = P.GreaterEqual()
+        self.sum = P.ReduceSum()
+        self.mod = P.FloorMod()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, counts, rows):
+        ends = self.cumsum(self.reshape(counts, (1, -1)), 1)
+        numbers = self.reshape(self.cast(self.range(0, rows.shape[0], 1), ms.int32), (-1, 1))
+        runs_before = self.sum(self.cast(self.greater_equal(numbers, ends), ms.int32), 1)
+        return self.mod(runs_before, self.own_experts)
+
+
 class ExpertRegion(nn.Cell):
     """An ExpertBlock inside a Morph: the same inputs and outputs, those of all devices together."""
 
@@ -168,9 +254,21 @@ class ExpertRegion(nn.Cell):
 
 
 def shard_experts(moe: nn.Cell, plan: ExpertPlan) -> None:
-    """Share out a TelechatMoE that is to be trained."""
-    moe.capacity_block.experts.exchange = ExpertExchange(plan, moe.capacity_block.num_experts)
-    moe.capacity_block = ExpertRegion(moe.capacity_block, plan)
+    """Share out a TelechatMoE that is to be trained.
+
+    Raises:
+        ValueError: the experts, or their widths, cannot be shared out in this way.
+    """
+    _check_plan(moe, plan)
+    if moe.with_capacity:
+        moe.capacity_block.experts.exchange = ExpertExchange(plan, moe.capacity_block.num_experts)
+        moe.capacity_block = ExpertRegion(moe.capacity_block, plan)
+    else:
+        block = moe.dropless_block
+        if plan.owners > 1:
+            sizes = block.num_experts, block.router.top_k, moe.ffn.w1.weight.shape[2]
+            block.experts = DroplessExchange(plan, block.experts, *sizes)
+        moe.dropless_block = ExpertRegion(block, plan)
     rows, columns = plan.weight_layouts()
     moe.cast_w1.shard(in_strategy=(rows,))
     moe.cast_w3.shard(in_strategy=(rows,))
@@ -183,6 +281,32 @@ def shard_experts(moe: nn.Cell, plan: ExpertPlan) -> None:
     moe.mul.shard(((1, 1), (1, 1)))
     moe.sum.shard(((1, 1),))
     moe.scale.shard(((1,), ()))
+
+
+def _check_plan(moe: nn.Cell, plan: ExpertPlan) -> None:
+    num_experts, width, _ = moe.ffn.w1.weight.shape
+    if plan.ep_extend_tp and plan.model_parallel > 1 and not plan.sequence_parallel:
+        raise ValueError(
+            f"ep_extend_tp is True and model_parallel {plan.model_parallel}, but use_seq_parallel is False: "
+            "tensor-parallel ranks that have the same tokens cannot have experts of their own. Set "
+            "parallel_config.use_seq_parallel: True, or moe_config.ep_extend_tp: False."
+        )
+    if num_experts % plan.owners:
+        raise ValueError(
+            f"expert_num is {num_experts}, which {plan.owners} devices cannot share out evenly; choose "
+            "expert_parallel, or model_parallel with ep_extend_tp, so that their number divides it."
+        )
+    if width % plan.width_parts:
+        raise ValueError(
+            f"intermediate_size is {width}, which cannot be split into model_parallel {plan.width_parts} "
+            "equal parts; change one of them, or set moe_config.ep_extend_tp: True."
+        )
+    if not moe.with_capacity and plan.width_parts > 1:
+        raise ValueError(
+            f"capacity_factor is 0 and model_parallel {plan.model_parallel} splits the experts' width, but "
+            "dropless experts lie whole on their devices. Set moe_config.ep_extend_tp: True with "
+            "use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
+        )
 
 
 def _group(ranks: list[int]) -> str:
