@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.modules.transformer.transformer import TransformerOpParallelConfig
 
-from research.telechat2.telechat_config import DEAD_KEYS, TelechatConfig, feed_forward_width
+from research.telechat2.checkpoint.sizes import feed_forward_width
+from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_config_rules import DEAD_KEYS
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizer",
     "PretrainedConfig",
-    "TRAINER_KEYS",
     "Trainer",
     "TransformerOpParallelConfig",
     "build_context",
@@ -76,9 +75,6 @@ __all__ = [
     "parallel_config_from",
     "set_output_path",
 ]
-
-# Keys that the Trainer adds to a model's config and that say nothing about the model.
-TRAINER_KEYS = ("dataset_config", "type", "auto_register", "auto_map")
 
 # The plugin's own warnings, on standard error whatever becomes of MindFormers' notes.
 logger = logging.getLogger("telechat2")

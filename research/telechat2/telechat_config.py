@@ -1,36 +1,25 @@
 """TelechatConfig: every number that shapes a TeleChat2 model, checked when it is made."""
 
-import difflib
-
 import mindspore as ms
 
-from research.telechat2.checkpoint.sizes import feed_forward_width
 from research.telechat2.telechat_compat import (
-    TRAINER_KEYS,
     MindFormerModuleType,
     MindFormerRegister,
     PretrainedConfig,
     default_transformer_config,
-    logger,
     moe_config_from,
     parallel_config_from,
 )
+from research.telechat2.telechat_config_rules import (
+    DTYPE_FIELDS,
+    DTYPES,
+    check_fields,
+    complete,
+    dtype_name,
+    library_keys,
+)
 from research.telechat2.telechat_moe_config import MoESettings
 from research.telechat2.telechat_parallel_config import check_plan
-
-DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
-EXTEND_METHODS = ("None", "PI", "NTK")
-# Keys of older TeleChat2 YAMLs that never had an effect: accepted there, refused here with the reason.
-DEAD_KEYS = {
-    "pretrain_seqlen": "nothing ever read it; max_position_embedding is the length the model was trained at",
-    "use_past_shard": "nothing ever read it",
-    "use_rope_slice": "the rotary operators are chosen by the target",
-    "use_attn_mask_compression": "the causal mask is always compressed",
-    "hidden_act": "TeleChat2 is SwiGLU throughout",
-    "out_proj_has_bias": "every TeleChat2 model has a bias on wo and w2",
-    "qkv_has_bias": "no TeleChat2 model has a bias on wq and wk_v",
-    "parallel_optimizer": "the section `parallel` decides on that",
-}
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)
@@ -145,24 +134,15 @@ class TelechatConfig(PretrainedConfig):
         **kwargs,
     ):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs") and not k.startswith("__")}
-        super().__init__(**_library_keys(kwargs, values))
-        for name in _DTYPE_FIELDS:
-            if values[name] is not None:
-                values[name] = _dtype(name, values[name])
-        values["embedding_init_type"] = values["embedding_init_type"] or values["param_init_type"]
-        values["n_kv_heads"] = num_heads if n_kv_heads is None else n_kv_heads
-        values["max_position_embedding"] = max_position_embedding or seq_length
-        values["document_start_ids"] = list(document_start_ids)
+        super().__init__(**library_keys(kwargs, values))
+        complete(values)
+        for name in DTYPE_FIELDS:
+            values[name] = _dtype(name, values[name])
         values["moe_config"] = moe_config_from(moe_config)
-        values["extend_method"] = str(extend_method)
         values["parallel_config"] = parallel_config_from(parallel_config)
-        if intermediate_size is None:
-            values["intermediate_size"] = feed_forward_width(hidden_size, ffn_dim_multiplier, multiple_of)
         for name, value in values.items():
             setattr(self, name, value)
-        _check_sizes(self)
-        _check_choices(self)
-        _check_rest(self)
+        check_fields(self)
         check_plan(self)
 
     @property
@@ -176,136 +156,7 @@ class TelechatConfig(PretrainedConfig):
         return self.hidden_size // self.num_heads
 
 
-_DTYPE_FIELDS = (
-    "compute_dtype",
-    "param_init_type",
-    "embedding_init_type",
-    "layernorm_compute_type",
-    "softmax_compute_type",
-    "rotary_dtype",
-    "res_dtype",
-)
-# What MindFormers' PretrainedConfig, its Trainer and its YAML reader set besides the model's own fields.
-_LIBRARY_KEYS = (
-    "name_or_path",
-    "_name_or_path",
-    "_commit_hash",
-    "pretrained_model_dir",
-    "mindformers_version",
-    "tokenizer_class",
-    "architectures",
-    "is_encoder_decoder",
-    "is_sample_acceleration",
-    "quantization_config",
-    "quantization",
-    "pet_config",
-    "model_type",
-    "parallel_decoding_params",
-    "disable_lazy_inline",
-    *TRAINER_KEYS,
-)
-
-
-def _library_keys(extra: dict, known: dict) -> dict:
-    """``extra`` without keys that are not the model's; raises ValueError for one that nobody knows."""
-    for key in extra:
-        if key in DEAD_KEYS:
-            raise ValueError(
-                f"model_config has the key {key!r}, which has no effect: {DEAD_KEYS[key]}. Remove it."
-            )
-        if key not in _LIBRARY_KEYS:
-            nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-            hint = (
-                f"; did you mean {nearest[0]!r}?"
-                if nearest
-                else f"; known keys are {', '.join(sorted(known))}."
-            )
-            raise ValueError(f"model_config has the key {key!r}, which TelechatConfig does not know{hint}")
-    return {k: v for k, v in extra.items() if k not in ("model_type", *TRAINER_KEYS)}
-
-
 def _dtype(name: str, value):
-    if value in DTYPES.values():
+    if value in [getattr(ms, dtype) for dtype in DTYPES]:
         return value
-    if str(value).lower() not in DTYPES:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
-    return DTYPES[str(value).lower()]
-
-
-def _check_sizes(config: TelechatConfig) -> None:
-    for name in (
-        "batch_size", "seq_length", "hidden_size", "num_layers", "num_heads", "n_kv_heads",
-        "intermediate_size", "vocab_size", "block_size", "num_blocks", "max_position_embedding",
-        "pp_interleave_num",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-    if config.hidden_size % config.num_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}; "
-            "every head needs the same whole number of channels."
-        )
-    if config.head_dim % 2:
-        raise ValueError(
-            f"head_dim (hidden_size / num_heads) is {config.head_dim}; rotary embedding needs an even one."
-        )
-    if config.num_heads % config.n_kv_heads:
-        raise ValueError(
-            f"num_heads {config.num_heads} is not divisible by n_kv_heads {config.n_kv_heads}; "
-            "every key/value head serves the same number of query heads."
-        )
-    if config.use_past and config.seq_length % config.block_size:
-        raise ValueError(
-            f"seq_length {config.seq_length} is not divisible by block_size {config.block_size}, "
-            "so its last tokens would have no block in the paged cache; change one of them."
-        )
-
-
-def _check_choices(config: TelechatConfig) -> None:
-    if config.extend_method not in EXTEND_METHODS:
-        raise ValueError(
-            f"extend_method is {config.extend_method!r}; it must be one of {', '.join(EXTEND_METHODS)}."
-        )
-    if config.extend_method == "None" and config.scaling_factor != 1.0:
-        raise ValueError(
-            f"scaling_factor is {config.scaling_factor}, but extend_method is 'None' and would ignore it; "
-            "choose an extend_method or leave scaling_factor at 1.0."
-        )
-    if config.extend_method == "None" and config.max_position_embedding < config.seq_length:
-        raise ValueError(
-            f"seq_length {config.seq_length} exceeds max_position_embedding "
-            f"{config.max_position_embedding}, the length the model was trained at; "
-            "choose an extend_method, or change one of the two."
-        )
-    if config.attention_dropout_prob != 0.0:
-        raise ValueError(
-            f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
-            "without dropout (every TeleChat2 model was trained with 0.0). Set it to 0.0."
-        )
-    if any(not 0 <= token < config.vocab_size for token in config.document_start_ids):
-        raise ValueError(
-            f"document_start_ids is {config.document_start_ids}; ids lie between 0 and vocab_size - 1 = "
-            f"{config.vocab_size - 1}."
-        )
-    for name in ("embed_dropout_prob", "hidden_dropout_prob"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")
-    if config.use_past and config.batch_size * config.seq_length > config.block_size * config.num_blocks:
-        logger.warning(
-            "The paged cache holds %d tokens, fewer than batch_size * seq_length = %d: long batches run out.",
-            config.block_size * config.num_blocks,
-            config.batch_size * config.seq_length,
-        )
-
-
-def _check_rest(config: TelechatConfig) -> None:
-    """Refuse what this version would have to ignore."""
-    if config.moe and config.hidden_dropout_prob:
-        raise ValueError(
-            f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "
-            "set it to 0.0."
-        )
-    for name in ("quantization_config", "quantization", "parallel_decoding_params", "pet_config"):
-        if getattr(config, name, None):
-            raise ValueError(f"model_config has {name}, which this version does not support; remove it.")
+    return getattr(ms, dtype_name(name, value))

@@ -14,6 +14,7 @@ from mindspore import nn, ops
 
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
+from research.telechat2.telechat_parallel_config import check_cluster
 from research.telechat2.telechat_pipeline import assign_stages
 from research.telechat2.telechat_recompute import recompute_layers
 
@@ -79,7 +80,7 @@ def apply_plan(model, config) -> None:
     recompute_layers(model, config)
     if not is_semi_auto():
         return
-    _check_context(config)
+    check_cluster(config, ms.communication.get_group_size(), ms.get_auto_parallel_context("gradients_mean"))
     plan = Plan.read(config)
     shard_inputs(model, plan)
     if model.model.packed:
@@ -92,28 +93,6 @@ def apply_plan(model, config) -> None:
     shard_output(model, plan)
     assign_stages(model, config)
     fuse_gradients(model, config)
-
-
-def _check_context(config) -> None:
-    section = config.parallel_config
-    devices = ms.communication.get_group_size()
-    product = section.data_parallel * section.model_parallel * section.pipeline_stage
-    if product != devices:
-        raise ValueError(
-            f"data_parallel {section.data_parallel} times model_parallel {section.model_parallel} times "
-            f"pipeline_stage {section.pipeline_stage} is {product}, but {devices} devices take part; make "
-            "them equal."
-        )
-    if ms.get_auto_parallel_context("gradients_mean"):
-        raise ValueError(
-            "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
-            "more by the number of devices; set it to False."
-        )
-    if not config.use_flash_attention:
-        raise ValueError(
-            "use_flash_attention is False, but only the fused attention is split over devices; set "
-            "model_config.use_flash_attention: True, or use_parallel: False."
-        )
 
 
 def fuse_gradients(model, config) -> None:

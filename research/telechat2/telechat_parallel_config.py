@@ -27,6 +27,33 @@ def check_plan(config) -> None:
     _check_recompute(config, section.recompute)
 
 
+def check_cluster(config, devices: int, gradients_mean: bool) -> None:
+    """Refuse to share one graph out to ``devices`` where plan or context do not fit.
+
+    Raises:
+        ValueError: another number of devices than the plan's, gradients that would be averaged twice, or
+            attention that cannot be split.
+    """
+    section = config.parallel_config
+    product = section.data_parallel * section.model_parallel * section.pipeline_stage
+    if product != devices:
+        raise ValueError(
+            f"data_parallel {section.data_parallel} times model_parallel {section.model_parallel} times "
+            f"pipeline_stage {section.pipeline_stage} is {product}, but {devices} devices take part; make "
+            "them equal."
+        )
+    if gradients_mean:
+        raise ValueError(
+            "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
+            "more by the number of devices; set it to False."
+        )
+    if not config.use_flash_attention:
+        raise ValueError(
+            "use_flash_attention is False, but only the fused attention is split over devices; set "
+            "model_config.use_flash_attention: True, or use_parallel: False."
+        )
+
+
 def _check_unsupported(config, section) -> None:
     if section.context_parallel > 1:
         raise ValueError(

@@ -6,8 +6,6 @@ activations pass through all stages once for each chunk. Tables here are ``[chun
 
 from typing import NamedTuple
 
-import mindspore as ms
-
 
 class Place(NamedTuple):
     """Where a layer is: its chunk and stage, and its number among the layers there."""
@@ -81,18 +79,32 @@ def assign_stages(model, config) -> None:
 
 
 def _check_context(stages: int, chunks: int) -> None:
+    import mindspore as ms  # here: the rules are asked without MindSpore
+
     running = ms.get_auto_parallel_context("pipeline_stages")
     if running != stages:
         raise ValueError(
             f"parallel_config.pipeline_stage is {stages}, but MindSpore is set up for {running} stages; "
             "set both, pipeline_stage and parallel.pipeline_stages, to one number, or leave the latter out."
         )
-    if ms.get_auto_parallel_context("pipeline_scheduler") == "zero_bubble_v":
+    check_schedule(
+        chunks,
+        ms.get_auto_parallel_context("pipeline_scheduler"),
+        ms.get_auto_parallel_context("pipeline_interleave"),
+    )
+
+
+def check_schedule(chunks: int, scheduler: str, interleaved: bool) -> None:
+    """Refuse what ``parallel.pipeline_config`` says and this model cannot do.
+
+    Raises:
+        ValueError: another schedule, or chunks and interleaving that do not fit.
+    """
+    if scheduler == "zero_bubble_v":
         raise ValueError(
             "parallel.pipeline_config.pipeline_scheduler is zero_bubble_v, which this model does not have; "
             "set it to 1f1b."
         )
-    interleaved = ms.get_auto_parallel_context("pipeline_interleave")
     if (chunks > 1) != interleaved:
         raise ValueError(
             f"model_config.pp_interleave_num is {chunks}, but parallel.pipeline_config.pipeline_interleave "

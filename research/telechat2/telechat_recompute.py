@@ -8,8 +8,6 @@ n of each stage and chunk (a list of lists).
 
 import re
 
-from mindspore.ops import Primitive
-
 from research.telechat2.telechat_pipeline import partition_of, places
 
 # What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
@@ -109,8 +107,10 @@ def _by_pattern(name: str, setting, default: str, counts) -> dict[str, list[list
     return {default: first_layers(name, setting, counts)}
 
 
-def _matching(name: str, pattern: str, layer) -> list[Primitive]:
+def _matching(name: str, pattern: str, layer) -> list:
     """The operators of a layer whose path, such as ``feed_forward.swiglu.swiglu``, is matched as a whole."""
+    from mindspore.ops import Primitive  # here: the rules above are asked without MindSpore
+
     operators = {
         f"{path}.{attribute}".lstrip("."): operator
         for path, cell in layer.cells_and_names()
