@@ -1,4 +1,4 @@
-"""The Trainer's training step of a small model, for the dry run's compiling process."""
+"""The Trainer's training step of a small model, and what the dry run finds in it."""
 
 import mindspore as ms
 import numpy as np
@@ -8,9 +8,28 @@ from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, PipelineCel
 from mindspore import Tensor, nn
 from mindspore.nn.wrap.cell_wrapper import GradAccumulationCell, _VirtualDatasetCell
 
+from research.telechat2.plan.simulate import simulate
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_compat import MFTrainOneStepCell
 from research.telechat2.telechat_config import TelechatConfig
+
+MODEL = {
+    "seq_length": 256, "hidden_size": 256, "num_layers": 2, "num_heads": 8, "n_kv_heads": 4,
+    "intermediate_size": 512, "vocab_size": 1024, "compute_dtype": "bfloat16", "res_dtype": "float32",
+    "layernorm_compute_type": "float32",
+}  # fmt: skip
+PLAN = {"data_parallel": 2, "model_parallel": 4, "use_seq_parallel": True, "vocab_emb_dp": False}
+
+
+def compiled(plan=None, parallel=None, rank=0, steps=None, **model):
+    """The dry run's report on MODEL and ``model`` under PLAN and ``plan``.
+
+    ``parallel`` is for MindSpore's context, ``steps`` the arguments of build.
+    """
+    plan = PLAN | (plan or {})
+    devices = plan["data_parallel"] * plan["model_parallel"] * plan.get("pipeline_stage", 1)
+    arguments = {"config": MODEL | model | {"parallel_config": plan}} | (steps or {})
+    return simulate("parallel_cells:build", arguments, device_num=devices, rank=rank, parallel=parallel)
 
 
 def build(config: dict, copies: int = 1, accumulation: int = 1):
@@ -21,7 +40,9 @@ def build(config: dict, copies: int = 1, accumulation: int = 1):
         copies: ``micro_batch_interleave_num``.
         accumulation: ``gradient_accumulation_steps``.
     """
-    model = TelechatForCausalLM(TelechatConfig(**config))
+    plan = config["parallel_config"]
+    single = plan.get("pipeline_stage", 1) == 1 and accumulation == 1  # as the Trainer asks
+    model = TelechatForCausalLM(TelechatConfig(**config, disable_lazy_inline=single))
     plan, per_token = model.config.parallel_config, model.config.calculate_per_token_loss
     rate = CosineWithWarmUpLR(1e-4, warmup_steps=1, total_steps=10)
     optimizer = AdamW(model.trainable_params(), learning_rate=rate)

@@ -1,36 +1,21 @@
 """What a tensor-parallel layer communicates and in which dtypes it computes, read from the compiled graph."""
 
 from collections import Counter
+from types import SimpleNamespace
 
+import mindspore as ms
 import pytest
+from parallel_cells import MODEL, PLAN, compiled
 
 from research.telechat2.plan.graph import TensorType
-from research.telechat2.plan.simulate import CompilationError, simulate
+from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_parallel import apply_plan
 
-DP, MP, SEQ, HIDDEN, WIDTH, VOCAB = 2, 4, 256, 256, 512, 1024
-MODEL = {
-    "seq_length": SEQ, "hidden_size": HIDDEN, "num_layers": 2, "num_heads": 8, "n_kv_heads": 4,
-    "intermediate_size": WIDTH, "vocab_size": VOCAB, "compute_dtype": "bfloat16", "res_dtype": "float32",
-    "layernorm_compute_type": "float32",
-}  # fmt: skip
-PLAN = {"data_parallel": DP, "model_parallel": MP, "use_seq_parallel": True, "vocab_emb_dp": False}
+DP, MP, SEQ, HIDDEN, WIDTH, VOCAB = 2, 4, 256, 256, 512, 1024  # as in MODEL and PLAN
 SHARDED = {
     "enable_parallel_optimizer": True,
     "parallel_optimizer_config": {"parallel_optimizer_threshold": 0},
 }
-
-
-def compiled(plan=None, parallel=None, rank=0, arguments=None, **model):
-    """The dry run's report on a model under PLAN and ``plan``."""
-    plan = PLAN | (plan or {})
-    devices = plan["data_parallel"] * plan["model_parallel"] * plan.get("pipeline_stage", 1)
-    return simulate(
-        "parallel_cells:build",
-        {"config": MODEL | model | {"parallel_config": plan}} | (arguments or {}),
-        device_num=devices,
-        rank=rank,
-        parallel=parallel,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +128,23 @@ def test_a_replicated_vocabulary_is_computed_on_each_devices_own_tokens():
     ]
 
 
-def test_a_plan_for_another_number_of_devices_is_refused():
-    with pytest.raises(CompilationError, match="is 8, but 16 devices take part; make them equal"):
-        simulate("parallel_cells:build", {"config": MODEL | {"parallel_config": PLAN}}, device_num=16)
+@pytest.mark.parametrize(
+    ("fields", "mean", "message"),
+    [
+        ({}, False, "times pipeline_stage 1 is 8, but 16 devices take part; make them equal"),
+        ({"parallel_config": PLAN | {"data_parallel": 4}}, True, "gradients_mean is True.*set it to False"),
+        (
+            {"parallel_config": PLAN | {"data_parallel": 4}, "use_flash_attention": False},
+            False,
+            "use_flash_attention is False, but only the fused attention is split",
+        ),
+    ],
+)
+def test_a_context_that_does_not_fit_the_plan_is_refused(monkeypatch, fields, mean, message):
+    context = {"parallel_mode": "semi_auto_parallel", "gradients_mean": mean}
+    monkeypatch.setattr(ms, "get_auto_parallel_context", context.__getitem__)
+    monkeypatch.setattr(ms.communication, "get_group_size", lambda: 16)
+    model = SimpleNamespace(model=SimpleNamespace(layers=[None]))
+    config = TelechatConfig(**MODEL | {"num_layers": 1, "parallel_config": PLAN} | fields)
+    with pytest.raises(ValueError, match=message):
+        apply_plan(model, config)

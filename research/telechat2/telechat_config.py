@@ -69,6 +69,8 @@ class TelechatConfig(PretrainedConfig):
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
         offset: layers that stages of the pipeline have more than ``num_layers // stages``, see partition.
         pp_interleave_num: runs of layers, "virtual chunks", of each stage of the pipeline.
+        disable_lazy_inline: compile a cluster's graph anew for every micro-batch. MindFormers' Trainer sets
+            it where a step has only one.
         parallel_config: MindFormers' ``parallel_config`` section with its ``recompute``, see check_plan.
         moe_config: MindFormers' ``moe_config`` section; with ``expert_num`` above 1 every feed-forward block
             is a mixture of experts of width ``intermediate_size``, see MoESettings.
@@ -129,6 +131,7 @@ class TelechatConfig(PretrainedConfig):
         calculate_per_token_loss: bool = False,
         offset: int | list = 0,
         pp_interleave_num: int = 1,
+        disable_lazy_inline: bool = False,
         parallel_config=default_transformer_config,
         moe_config=None,
         **kwargs,

@@ -51,7 +51,6 @@ _LIBRARY_KEYS = (
     "pet_config",
     "model_type",
     "parallel_decoding_params",
-    "disable_lazy_inline",
     *TRAINER_KEYS,
 )
 

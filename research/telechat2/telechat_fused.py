@@ -44,7 +44,9 @@ class RotaryFused(nn.Cell):
         self.rotary = auto_generate.RotaryPositionEmbedding()
 
     def construct(self, query, key, query_tables, key_tables):
-        return self.rotary(query, *query_tables, 0), self.rotary(key, *key_tables, 0)
+        # An operator called with a tuple unpacked loses its scope, and with it the mark to be recomputed.
+        (cos, sin), (key_cos, key_sin) = query_tables, key_tables
+        return self.rotary(query, cos, sin, 0), self.rotary(key, key_cos, key_sin, 0)
 
 
 class RotaryTokensFused(nn.Cell):

@@ -93,6 +93,17 @@ def apply_plan(model, config) -> None:
     shard_output(model, plan)
     assign_stages(model, config)
     fuse_gradients(model, config)
+    compile_once(model, config)
+
+
+def compile_once(model, config) -> None:
+    """Have MindSpore compile the model once for all micro-batches, not once for each.
+
+    As its decorator ``lazy_inline`` does; virtual chunks demand it. The graph communicates the same, but for
+    a single micro-batch, where it would gather the optimizer's shards before they are cast.
+    """
+    if not config.disable_lazy_inline:
+        model.cell_init_args = f"lazy_inline_{type(model).__name__}"
 
 
 def fuse_gradients(model, config) -> None:

@@ -1,7 +1,7 @@
 """What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
 
 from research.telechat2.telechat_pipeline import partition_of
-from research.telechat2.telechat_recompute import first_layers
+from research.telechat2.telechat_recompute import read_recompute
 
 _WITHOUT_EFFECT = {
     "select_recompute_exclude": "leave operators out of select_recompute instead",
@@ -115,15 +115,15 @@ def _check_experts(config, section) -> None:
         return
     if dp % ep:
         raise ValueError(
-            f"parallel_config.data_parallel {dp} is not divisible by expert_parallel {ep}: data-parallel ranks "
-            "share the experts out. Change one of them."
+            f"parallel_config.data_parallel {dp} is not divisible by expert_parallel {ep}: data-parallel "
+            "ranks share the experts out. Change one of them."
         )
     extend = config.moe.ep_extend_tp and mp > 1
     if extend and not section.use_seq_parallel:
         raise ValueError(
             f"moe_config.ep_extend_tp is True, model_parallel {mp} and use_seq_parallel False: tensor-"
-            "parallel ranks with the same tokens cannot send them to experts of their own. Set use_seq_parallel: True, "
-            "or ep_extend_tp: False."
+            "parallel ranks with the same tokens cannot send them to experts of their own. Set "
+            "use_seq_parallel: True, or ep_extend_tp: False."
         )
     owners = ep * mp if extend else ep
     if config.moe.num_experts % owners:
@@ -144,6 +144,11 @@ def _check_pipeline(config, section) -> None:
     partition_of(config)
     if stages == 1:
         return
+    if chunks > 1 and config.disable_lazy_inline:
+        raise ValueError(
+            f"disable_lazy_inline is True, but pp_interleave_num {chunks} needs a model that is compiled "
+            "once for all micro-batches; remove it."
+        )
     if section.micro_batch_num < stages:
         raise ValueError(
             f"parallel_config.micro_batch_num is {section.micro_batch_num}, less than pipeline_stage {stages}"
@@ -161,9 +166,4 @@ def _check_recompute(config, recompute) -> None:
     for name, advice in _WITHOUT_EFFECT.items():
         if getattr(recompute, name):
             raise ValueError(f"recompute_config.{name} is set, but has no effect; {advice}.")
-    counts = partition_of(config)
-    for name in ("recompute", "select_recompute", "select_comm_recompute"):
-        setting = getattr(recompute, name)
-        patterns = setting.values() if isinstance(setting, dict) else [setting]
-        for value in patterns:
-            first_layers(name, value, counts)
+    read_recompute(config)

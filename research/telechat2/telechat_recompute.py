@@ -7,8 +7,9 @@ n of each stage and chunk (a list of lists).
 """
 
 import re
+from typing import NamedTuple
 
-from research.telechat2.telechat_pipeline import partition_of, places
+from research.telechat2.telechat_pipeline import Place, partition_of, places
 
 # What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
 SELECTED = r"feed_forward\.swiglu\..*"
@@ -68,38 +69,61 @@ def _deal(name: str, number, have: list[int], stage: int) -> list[int]:
     return dealt
 
 
+class Recompute(NamedTuple):
+    """How many layers of each chunk and stage are computed again: whole, or the operators of patterns."""
+
+    whole: list[list[int]]
+    selected: dict[str, list[list[int]]]
+    communication: dict[str, list[list[int]]]
+
+
+def read_recompute(config) -> Recompute:
+    """What a TelechatConfig asks for.
+
+    Raises:
+        ValueError: see first_layers.
+    """
+    section, counts = config.parallel_config.recompute, partition_of(config)
+    return Recompute(
+        first_layers("recompute", section.recompute, counts),
+        _by_pattern("select_recompute", section.select_recompute, SELECTED, counts),
+        _by_pattern("select_comm_recompute", section.select_comm_recompute, COMMUNICATION, counts),
+    )
+
+
 def recompute_layers(model, config) -> None:
     """Mark what a TelechatForCausalLM computes again; on every target, with one device as with many.
 
     A layer that is computed again as a whole is not searched for operators.
 
     Raises:
-        ValueError: see first_layers; or a pattern that matches no operator of a layer.
+        ValueError: a pattern matches no operator of a layer.
     """
     section = config.parallel_config.recompute
-    counts = partition_of(config)
-    whole = first_layers("recompute", section.recompute, counts)
-    selected = _by_pattern("select_recompute", section.select_recompute, SELECTED, counts)
-    communication = _by_pattern("select_comm_recompute", section.select_comm_recompute, COMMUNICATION, counts)
-    for layer, (chunk, stage, number) in zip(model.model.layers, places(counts), strict=True):
-        if number < whole[chunk][stage]:
+    tables = read_recompute(config)
+    for layer, place in zip(model.model.layers, places(partition_of(config)), strict=True):
+        if _holds(tables.whole, place):
             layer.recompute(
                 mp_comm_recompute=section.mp_comm_recompute,
                 recompute_slice_activation=section.recompute_slice_activation,
             )
             continue
-        for pattern, table in selected.items():
-            if number < table[chunk][stage]:
+        for pattern, table in tables.selected.items():
+            if _holds(table, place):
                 for operator in _matching("select_recompute", pattern, layer):
                     operator.recompute()
-        for pattern, table in communication.items():
-            if number < table[chunk][stage]:
+        for pattern, table in tables.communication.items():
+            if _holds(table, place):
                 for operator in _matching("select_comm_recompute", pattern, layer):
                     operator.add_prim_attr("recompute_comm_op", True)
 
 
+def _holds(table: list[list[int]], place: Place) -> bool:
+    return place.number < table[place.chunk][place.stage]
+
+
 def _by_pattern(name: str, setting, default: str, counts) -> dict[str, list[list[int]]]:
-    """``{pattern: layers}`` of a setting that may name patterns itself, as a list or as keys."""
+    """Layers for each pattern; a setting may name patterns itself, as a list of them or as keys."""
     if isinstance(setting, dict):
         return {pattern: first_layers(name, value, counts) for pattern, value in setting.items()}
     if isinstance(setting, list | tuple) and setting and all(isinstance(value, str) for value in setting):
