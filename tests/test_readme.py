@@ -59,8 +59,9 @@ def test_files_that_the_text_names_exist():
 @cache
 def known_flags(*command: str) -> frozenset[str]:
     """The options that ``--help`` of a program lists."""
+    interpreter = "bash" if command[0].endswith(".sh") else sys.executable
     told = subprocess.run(
-        [sys.executable, str(CHECKOUT / command[0]), *command[1:], "--help"],
+        [interpreter, str(CHECKOUT / command[0]), *command[1:], "--help"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
@@ -85,11 +86,7 @@ def test_commands_name_files_and_flags_that_exist(words):
             ".yaml"
         ):
             assert (CHECKOUT / word).exists() or resolve_config(word, CHECKOUT), (before, word)
-    flags = [word for word in words if word.startswith("--")]
-    if words[0] == "bash":
-        assert not flags
-        return
-    for flag in flags:
+    for flag in (word for word in words if word.startswith("--")):
         overridden = "." in flag and words[1] == "run_mindformer.py"
         assert overridden or by_name(flag, known_flags(*program(words))), flag
 
@@ -164,7 +161,7 @@ def readme_answer() -> str:
 STEP = re.compile(r"Epoch:\[\s*(\d+)/\s*\d+\], step:\[\s*(\d+)/\s*5\], loss:\[([\d.]+)/")
 
 
-def check_quickstart(clone: Clone, said: str) -> None:
+def check_quickstart(clone: Clone, said: str, folder: str = "quickstart") -> None:
     right = re.search(
         r"^(\d+) of 100 conversations end with the trained answer word for word", said, re.MULTILINE
     )
@@ -172,10 +169,35 @@ def check_quickstart(clone: Clone, said: str) -> None:
     assert f"\n生抽与老抽的区别？\n{readme_answer()}\n" in said
     assert "installing" not in said
     assert clone.peak_bytes() < 6e9
-    work = clone.path / "output" / "quickstart"
+    work = clone.path / "output" / folder
     assert (work / "train" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert any((work / "train" / "tensorboard").rglob("events.out.tfevents.*"))
     assert any((work / "train" / "checkpoint").glob("iteration_*"))
+
+
+def check_quickstart_experts(clone: Clone, said: str) -> None:
+    """What the README says of the log and of TensorBoard too."""
+    check_quickstart(clone, said, "quickstart_moe")
+    work = clone.path / "output" / "quickstart_moe"
+    example = next(text for _, text in BLOCK.findall(ENGLISH) if "of a fair share" in text)
+    form = re.sub(r"\d+", r"\\d+", re.escape(example.strip()))
+    log = (work / "train.log").read_text(encoding="utf-8", errors="replace")
+    assert len(re.findall(form, log)) == len(re.findall(r"loss:\[", log))
+    tags = events(work / "train" / "tensorboard")
+    for tag in ("busiest", "idlest", "dropped"):
+        assert {f"experts/{tag}/layer_0", f"experts/{tag}/layer_1"} <= tags
+
+
+def events(folder: Path) -> set[str]:
+    """The names of the scalars in a folder of TensorBoard's events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = set()
+    for file in folder.rglob("events.out.tfevents.*"):
+        accumulator = EventAccumulator(str(file))
+        accumulator.Reload()
+        names |= set(accumulator.Tags()["scalars"])
+    return names
 
 
 def check_data(clone: Clone, said: str) -> None:
@@ -233,7 +255,7 @@ def check_benchmark(clone: Clone, said: str) -> None:
 
 CHECKS = [
     check_quickstart, None, check_data, check_show, check_weights, check_finetune, check_resume, check_eval,
-    check_predict, check_ask, check_two_processes, check_benchmark,
+    check_predict, check_ask, check_quickstart_experts, check_two_processes, check_benchmark,
 ]  # fmt: skip
 
 
