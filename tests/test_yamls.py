@@ -1,14 +1,30 @@
 """Every shipped YAML is read, taken by MindFormers' template and TelechatConfig, and says the right sizes."""
 
+from math import prod
+from pathlib import Path
+
 import pytest
 
+from research.telechat2.plan.check import check
+from research.telechat2.plan.settings import read_settings
 from research.telechat2.telechat_run_config import read_config, shipped_configs
 from research.telechat2.telechat_run_keys import moe_section
 
-# Parameters of the releases (model card); hidden, layers, heads, feed-forward, vocabulary.
+# Parameters of the releases (model card); hidden, layers, heads, key/value heads, feed-forward.
 RELEASES = {
-    "telechat2-3b": (3072, 24, 24, 6144, 131072, 3_070_528_512),
-    "telechat2-7b": (4096, 30, 32, 12288, 131072, 7_617_351_680),
+    "telechat2-3b": (3072, 24, 24, None, 6144, 3_070_528_512),
+    "telechat2-7b": (4096, 30, 32, None, 12288, 7_617_351_680),
+    "telechat2-35b": (6144, 64, 48, None, 20480, 35_435_059_200),
+    "telechat2-115b": (8192, 96, 64, 8, 40960, 113_282_916_352),
+    "telechat2-39b-a12b": (4096, 30, 32, None, 6144, 39_330_099_200),
+}
+# The published clusters: devices, sequences of a step, layers of each stage.
+CLUSTERS = {
+    "finetune_telechat_7b.yaml": (8, 8, [30]),
+    "finetune_telechat_35b.yaml": (16, 32, [15, 17, 17, 15]),
+    "finetune_telechat_115b.yaml": (512, 64, [10, 11, 12, 13, 13, 13, 13, 11]),
+    "finetune_telechat_115b_64p.yaml": (64, 8, [10, 11, 12, 13, 13, 13, 13, 11]),
+    "finetune_telechat_39b_a12b.yaml": (1024, 512, [15, 15]),
 }
 # What prediction and training must agree on, for the weights to fit.
 SHAPES = ("hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
@@ -19,7 +35,8 @@ YAMLS = {f"{path.parent.name}/{path.name}": path for path in shipped_configs()}
 def model_settings(path) -> dict:
     """What the Trainer makes a model of: ``model_config``, and the section ``moe_config``."""
     config = read_config(path)
-    return config["model"]["model_config"] | {"moe_config": moe_section(config)}
+    plan = config.get("parallel_config", {}) | {"recompute": config.get("recompute_config", {})}
+    return config["model"]["model_config"] | {"moe_config": moe_section(config), "parallel_config": plan}
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -59,15 +76,36 @@ def test_mindformers_template_takes_it(name):
 
 @pytest.mark.parametrize("name", [name for name in YAMLS if name.split("/")[0] in RELEASES])
 def test_its_sizes_give_the_releases_parameter_count(name):
-    hidden, layers, heads, width, vocab, parameters = RELEASES[name.split("/")[0]]
+    hidden, layers, heads, kv_heads, width, parameters = RELEASES[name.split("/")[0]]
     settings = model_settings(YAMLS[name])
-    found = [
-        settings[key] for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
-    ]
-    assert found == [hidden, layers, heads, width, vocab]
-    # query, key_value, dense with bias; gate, up, down with bias; two norms
-    layer = 4 * hidden**2 + hidden + 3 * width * hidden + hidden + 2 * hidden
+    found = [settings.get(key) for key in SHAPES]
+    vocab = 131072
+    assert found == [hidden, layers, heads, kv_heads, width, vocab]
+    experts = settings["moe_config"].get("expert_num", 1)
+    keys = 2 * hidden * (kv_heads or heads) // heads
+    # query, key_value, dense with bias, two norms; gate, up, down with bias of each expert; the router
+    attention = 2 * hidden**2 + keys * hidden + hidden + 2 * hidden
+    router = experts * hidden if experts > 1 else 0
+    layer = attention + experts * (3 * width * hidden + hidden) + router
     assert layers * layer + 2 * vocab * hidden + hidden == parameters
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_its_plan_is_legal_and_nothing_in_it_is_without_effect(name):
+    _, settings = read_settings(str(YAMLS[name]), {}, Path.cwd())
+    checked = check(settings)
+    assert checked.notes == ()
+    assert checked.device_num == prod(checked.factors.values())
+    assert (
+        sum(stage.num_layers for stage in checked.stages) == settings["model"]["model_config"]["num_layers"]
+    )
+    if published := CLUSTERS.get(YAMLS[name].name):
+        layers = [stage.num_layers for stage in checked.stages]
+        assert (checked.device_num, checked.global_batch, layers) == published
+
+
+def test_every_size_has_a_plan_for_its_cluster():
+    assert set(CLUSTERS) <= {path.name for path in YAMLS.values()}
 
 
 def test_a_size_states_only_what_differs():

@@ -119,9 +119,10 @@ def _check_sizes(config) -> None:
             f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}; "
             "every head needs the same whole number of channels."
         )
-    if config.head_dim % 2:
+    head_dim = config.hidden_size // config.num_heads
+    if head_dim % 2:
         raise ValueError(
-            f"head_dim (hidden_size / num_heads) is {config.head_dim}; rotary embedding needs an even one."
+            f"head_dim (hidden_size / num_heads) is {head_dim}; rotary embedding needs an even one."
         )
     if config.num_heads % config.n_kv_heads:
         raise ValueError(

@@ -1,0 +1,56 @@
+"""Check a training plan before a single NPU is rented: its rules at once, its graph by compiling it here."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a file from anywhere: the checkout is the import root
+
+from research.telechat2.plan.command import plan  # noqa: E402
+from research.telechat2.telechat_cli import run  # noqa: E402
+from research.telechat2.telechat_run_config import parse_value  # noqa: E402
+
+
+def setting(text: str) -> tuple[str, object]:
+    """``a.b=value`` as key and value: an argparse type."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected section.key=value, got {text!r}")
+    return key, parse_value(value)
+
+
+def main() -> None:
+    """Read the arguments and print what they ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="finetune YAML: a path, or the name of a shipped one")
+    parser.add_argument(
+        "--device_num", type=int, help="NPUs that there are; as many as the plan takes by default"
+    )
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        metavar="KEY=VALUE",
+        type=setting,
+        nargs="+",
+        default=[],
+        action="extend",
+        help="change settings of the YAML: parallel_config.model_parallel=4",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result as JSON too, to a new file"
+    )
+    arguments = parser.parse_args()
+    print(
+        plan(
+            arguments.config,
+            dict(arguments.changes),
+            device_num=arguments.device_num,
+            json_file=arguments.json,
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)
