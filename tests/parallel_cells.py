@@ -4,7 +4,11 @@ import mindspore as ms
 import numpy as np
 from mindformers.core.lr import CosineWithWarmUpLR
 from mindformers.core.optim import AdamW
-from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, PipelineCellWithTwoOutput
+from mindformers.wrapper.wrapper import (
+    GradAccumulationCellWithTwoOutput,
+    MFPipelineWithLossScaleCell,
+    PipelineCellWithTwoOutput,
+)
 from mindspore import Tensor, nn
 from mindspore.nn.wrap.cell_wrapper import GradAccumulationCell, _VirtualDatasetCell
 
@@ -51,7 +55,8 @@ def build(config: dict, copies: int = 1, accumulation: int = 1):
     if plan.pipeline_stage > 1:
         network = (PipelineCellWithTwoOutput if per_token else nn.PipelineCell)(network, micro_batches)
     elif accumulation > 1:
-        network = GradAccumulationCell(network, accumulation)
+        accumulate = GradAccumulationCellWithTwoOutput if per_token else GradAccumulationCell
+        network = accumulate(network, accumulation)
     arguments = {"use_clip_grad": True, "scale_sense": 1.0, "calculate_per_token_loss": per_token}
     if micro_batches > 1:
         arguments["micro_batch_num"] = micro_batches

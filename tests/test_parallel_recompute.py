@@ -143,6 +143,7 @@ def test_gathers_of_layers_are_repeated_where_asked(report):
     assert again(report, 0, report.collectives) == {"AllGather": 2, "ReduceScatter": 1}
 
 
+@pytest.mark.slow
 def test_without_communication_a_layer_is_computed_again_from_what_was_gathered():
     section = {"recompute": True, "mp_comm_recompute": False}
     report = compiled({"data_parallel": 1, "model_parallel": 2, "recompute": section}, num_layers=1)

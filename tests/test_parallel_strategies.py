@@ -28,7 +28,8 @@ def of_layer(report, layer=1):
     return Counter(
         (c.phase, c.kind, c.input, c.ranks)
         for c in report.collectives
-        if f"layers.{layer}." in c.scope and not c.parameter
+        if f"layers.{layer}." in c.scope and c.role not in ("gradient", "weight")
+        for _ in range(c.count)
     )
 
 
@@ -126,6 +127,26 @@ def test_a_replicated_vocabulary_is_computed_on_each_devices_own_tokens():
         for c in report.collectives
         if not c.parameter and "layers." not in c.scope and c.input.bytes > 4 * SEQ * DP
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "model"),
+    [
+        ({"accumulation": 2}, {"document_start_ids": [5], "calculate_per_token_loss": True}),
+        pytest.param({"copies": 2}, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_micro_batches_communicate_twice_as_much_as_one(steps, model):
+    """Under the Trainer's wrappers; a packed record's mask is made from each device's own tokens."""
+    report = compiled({"model_parallel": 2}, steps=steps, num_layers=1, **model)
+    whole, part = TensorType("BFloat16", (SEQ, HIDDEN)), TensorType("BFloat16", (SEQ // 2, HIDDEN))
+    assert of_layer(report, 0) == {
+        ("forward", "AllGather", part, (0, 1)): 4,
+        ("forward", "ReduceScatter", whole, (0, 1)): 4,
+        ("backward", "AllGather", part, (0, 1)): 4,
+        ("backward", "ReduceScatter", whole, (0, 1)): 4,
+    }
+    assert not [c for c in report.collectives if "document_mask" in c.scope]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ class DocumentMask(nn.Cell):
         super().__init__()
         self.start_ids = Tensor(np.array(start_ids, np.int32).reshape(1, 1, -1))
         self.equal = P.Equal()
-        self.any = P.ReduceAny()
+        self.sum = P.ReduceSum()
         self.cast = P.Cast()
         self.cumsum = P.CumSum()
         self.different = P.NotEqual()
@@ -28,8 +28,8 @@ class DocumentMask(nn.Cell):
 
     def construct(self, tokens):
         batch, length = tokens.shape
-        starts = self.any(self.equal(tokens.reshape(batch, length, 1), self.start_ids), -1)
-        document = self.cumsum(self.cast(starts, mstype.int32), 1)
+        starts = self.cast(self.equal(tokens.reshape(batch, length, 1), self.start_ids), mstype.int32)
+        document = self.cumsum(self.sum(starts, -1), 1)
         other = self.different(document.reshape(batch, 1, length, 1), document.reshape(batch, 1, 1, length))
         index = np.arange(length, dtype=np.int32)
         later = self.later(Tensor(index.reshape(1, 1, 1, length)), Tensor(index.reshape(1, 1, length, 1)))

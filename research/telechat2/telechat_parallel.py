@@ -132,7 +132,7 @@ def shard_document_mask(cell, plan: Plan) -> None:
     """What tokens must not see, ``[B, 1, S, S]``, each row on its device."""
     dp = plan.dp
     cell.equal.shard(((dp, 1, 1), (1, 1, 1)))
-    cell.any.shard(((dp, 1, 1),))
+    cell.sum.shard(((dp, 1, 1),))
     cell.cumsum.shard(((dp, 1),))
     cell.different.shard(((dp, 1, 1, 1), (dp, 1, 1, 1)))
     cell.either.shard(((dp, 1, 1, 1), (1, 1, 1, 1)))

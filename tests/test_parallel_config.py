@@ -1,0 +1,85 @@
+"""What a plan may ask for is checked when the config is made, in sentences with the values."""
+
+import pytest
+
+from research.telechat2.telechat_config import TelechatConfig
+
+SIZES = {
+    "batch_size": 1, "seq_length": 64, "hidden_size": 96, "num_layers": 4, "num_heads": 12, "n_kv_heads": 4,
+    "intermediate_size": 120, "vocab_size": 100,
+}  # fmt: skip
+PIPELINE = {"pipeline_stage": 2, "micro_batch_num": 2}
+EXPERTS = {"expert_num": 6, "num_experts_chosen": 2, "capacity_factor": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("plan", "fields", "message"),
+    [
+        ({"model_parallel": 8}, {}, "num_heads 12 is not divisible by .*model_parallel 8"),
+        ({"model_parallel": 6}, {}, "n_kv_heads 4 is not divisible by .*model_parallel 6"),
+        (
+            {"model_parallel": 4},
+            {"intermediate_size": 122},
+            "intermediate_size 122 is not divisible by .*model_parallel 4",
+        ),
+        (
+            {"model_parallel": 4, "vocab_emb_dp": False},
+            {"vocab_size": 102},
+            "vocab_size 102 is not divisible by .*model_parallel 4.*or set vocab_emb_dp: True",
+        ),
+        (
+            {"model_parallel": 4, "use_seq_parallel": True},
+            {"seq_length": 62},
+            "batch_size 1 times seq_length 62 is not divisible by .*model_parallel 4",
+        ),
+        ({"context_parallel": 2}, {}, "context_parallel is 2.*Set it to 1"),
+        ({"seq_split_num": 2}, {}, "seq_split_num is 2.*Set it to 1"),
+        ({"expert_parallel": 2}, {}, "expert_parallel is 2, but the model has no experts"),
+        ({"optimizer_shard": True}, {}, "optimizer_shard has no effect.*enable_parallel_optimizer"),
+        ({"swap": {"swap": True}}, {}, "swap_config.swap is True"),
+        ({"model_parallel": 2}, {"use_past": True}, "use_past is True.*model_parallel 2"),
+        (PIPELINE, {"use_past": True}, "use_past is True.*pipeline_stage 2"),
+        (PIPELINE, {"tie_word_embeddings": True}, "tie_word_embeddings is True.*cannot be one tensor"),
+        ({"pipeline_stage": 2}, {}, "micro_batch_num is 1, less than pipeline_stage 2"),
+        ({}, {"pp_interleave_num": 2}, "pp_interleave_num is 2, but .*pipeline_stage is 1"),
+        ({}, {"pp_interleave_num": 0}, "pp_interleave_num is 0"),
+        (PIPELINE, {"pp_interleave_num": 2, "disable_lazy_inline": True}, "disable_lazy_inline is True"),
+        (PIPELINE, {"num_layers": 5}, "offset is 0, which adds 0 layers, but 5 layers on 2 stages"),
+        ({}, {"offset": [0, 0]}, "offset is .*a list of 1"),
+        (
+            {"data_parallel": 3, "expert_parallel": 2},
+            {"moe_config": EXPERTS},
+            "data_parallel 3 is not divisible by expert_parallel 2",
+        ),
+        (
+            {"data_parallel": 4, "expert_parallel": 4},
+            {"moe_config": EXPERTS},
+            "expert_num 6 is not divisible by the 4 devices",
+        ),
+        (
+            {"model_parallel": 2},
+            {"moe_config": EXPERTS | {"ep_extend_tp": True}},
+            "ep_extend_tp is True, model_parallel 2 and use_seq_parallel False",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(plan, fields, message):
+    with pytest.raises(ValueError, match=message):
+        TelechatConfig(**SIZES | fields, parallel_config=plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "fields"),
+    [
+        ({"model_parallel": 4, "use_seq_parallel": True, "vocab_emb_dp": False}, {}),
+        ({"model_parallel": 4, "vocab_emb_dp": True}, {"vocab_size": 102}),
+        ({"model_parallel": 4}, {"seq_length": 62}),
+        ({"model_parallel": 4, "use_seq_parallel": True}, {"seq_length": 62, "batch_size": 2}),
+        ({"data_parallel": 3}, {"use_past": True}),
+        (PIPELINE, {"num_layers": 5, "offset": [0, 1]}),
+        ({"data_parallel": 2, "expert_parallel": 2}, {"moe_config": EXPERTS}),
+    ],
+)
+def test_plans_that_can_be_are_taken(plan, fields):
+    section = TelechatConfig(**SIZES | fields, parallel_config=plan).parallel_config
+    assert all(getattr(section, key) == value for key, value in plan.items())
