@@ -116,12 +116,12 @@ def test_groups_partition_each_stage_and_hold_what_they_are_to(matrix, layout, s
         # Owner i has the i-th experts, of the same part of their widths.
         np.testing.assert_array_equal(
             np.concatenate([held[rank] for rank in owners]),
-            weight if plan.width_parts == 1 else cut(weight, plan.layout("None", "model", "None"), plan.rank),
+            weight if plan.width_parts == 1 else cut(weight, plan.layout("None", "width", "None"), plan.rank),
         )
         if plan.width_parts > 1:  # and together the width ranks have their experts' whole widths
             np.testing.assert_array_equal(
                 np.concatenate([held[rank] for rank in widths], 1),
-                cut(weight, plan.layout("expert", "None", "None"), plan.rank),
+                cut(weight, plan.layout("owner", "None", "None"), plan.rank),
             )
 
 

@@ -59,21 +59,20 @@ class ExpertPlan:
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The axes of the matrix that the tokens are split over."""
-        return ("replica", "expert", "model") if self.sequence_parallel else ("replica", "expert")
+        return ("replica", "owner", "width") if self.sequence_parallel else ("replica", "owner")
 
     def layout(self, *axes):
-        """A tensor's MindSpore layout on the matrix."""
-        matrix = Layout(
-            (self.replicas, self.expert_parallel, self.model_parallel), ("replica", "expert", "model")
-        )
+        """A tensor's MindSpore layout on the matrix, as experts see it: (replicas, owners, width_parts).
+
+        An axis of a parameter must be split by one axis of the matrix: MindSpore writes a parameter's layout
+        down in such a way that it cannot cut slices by two.
+        """
+        matrix = Layout((self.replicas, self.owners, self.width_parts), ("replica", "owner", "width"))
         return matrix(*axes)
 
     def weight_layouts(self):
         """Layouts of ``[E, F, H]`` and of ``[E, H, F]``."""
-        if self.ep_extend_tp:
-            whole = self.layout(("expert", "model"), "None", "None")
-            return whole, whole
-        return self.layout("expert", "model", "None"), self.layout("expert", "None", "model")
+        return self.layout("owner", "width", "None"), self.layout("owner", "None", "width")
 
     def owner_ranks(self) -> list[int]:
         """The ranks that exchange rows, those with the first experts first."""
