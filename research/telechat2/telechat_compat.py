@@ -34,6 +34,7 @@ from mindformers.tools.utils import (
     get_predict_run_mode,
     is_main_rank,
 )
+from mindformers.trainer import CausalLanguageModelingTrainer
 from mindformers.utils.file_utils import set_output_path
 from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
@@ -43,6 +44,7 @@ from mindspore.train.callback import Callback
 __all__ = [
     "AddedToken",
     "Callback",
+    "CausalLanguageModelingTrainer",
     "ConfigTemplate",
     "CrossEntropyLoss",
     "MFTrainOneStepCell",

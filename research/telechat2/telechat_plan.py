@@ -39,6 +39,15 @@ def main() -> None:
         help="change settings of the YAML: parallel_config.model_parallel=4",
     )
     parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="compile the training step of a rank of every stage, and read it",
+    )
+    parser.add_argument("--rank", type=int, help="with --dry_run: this rank alone")
+    parser.add_argument(
+        "--output_dir", type=Path, help="with --dry_run: where to write the strategy files of checkpoints"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result as JSON too, to a new file"
     )
     arguments = parser.parse_args()
@@ -47,6 +56,9 @@ def main() -> None:
             arguments.config,
             dict(arguments.changes),
             device_num=arguments.device_num,
+            dry=arguments.dry_run,
+            rank=arguments.rank,
+            output_dir=arguments.output_dir,
             json_file=arguments.json,
         )
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from research.telechat2.plan.effects import without_effect
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.plan.tables import table
 from research.telechat2.telechat_parallel_config import check_cluster
 from research.telechat2.telechat_pipeline import check_schedule, partition_of
 from research.telechat2.telechat_recompute import first_layers
@@ -76,7 +77,7 @@ class CheckedPlan:
             f"global batch  {_product(self.global_batch, self.batch)} sequences",
             f"tokens a step {tokens:,} = sequences x {self.seq_length:,}",
             "",
-            *_stage_table(self.stages),
+            *table(_stage_rows(self.stages)),
         ]
         return "\n".join([*lines, *("\nnote: " + note for note in self.notes)])
 
@@ -240,7 +241,7 @@ def _product(total: int, factors: dict[str, int]) -> str:
     return f"{total:,} = " + " x ".join(f"{name} {value}" for name, value in factors.items())
 
 
-def _stage_table(stages: tuple[Stage, ...]) -> list[str]:
+def _stage_rows(stages: tuple[Stage, ...]) -> list[list[str]]:
     chosen = [name for name in stages[0].recompute if any(stage.recompute[name] for stage in stages)]
     chunks = len(stages[0].layers)
     heads = ["stage", "ranks", "layers", *(f"chunk {i}" for i in range(chunks if chunks > 1 else 0)), *chosen]
@@ -250,7 +251,4 @@ def _stage_table(stages: tuple[Stage, ...]) -> list[str]:
         layers = [str(stage.num_layers), *spans] if chunks > 1 else [f"{stage.num_layers} ({spans[0]})"]
         ranks = f"{stage.ranks[0]}-{stage.ranks[1]}"
         rows.append([str(number), ranks, *layers, *(str(stage.recompute[name]) for name in chosen)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return rows

@@ -1,0 +1,65 @@
+"""The step that a YAML's run would train with, built by MindFormers' own Trainer; for the dry run."""
+
+import os
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+
+from research.telechat2.telechat_run import prepare_environment
+from research.telechat2.telechat_run_config import CHECKOUT, SHIPPED
+
+
+def build(settings: dict):
+    """The wrapped training step, and its input of the global batch ``[B, seq_length + 1]``, ids and labels.
+
+    MindFormers sets MindSpore's context and makes model, pipeline, optimizer and step of the YAML, as in a
+    run; left out are data, weights and callbacks. The strategy file is ``strategy.ckpt`` in the current
+    directory.
+
+    Args:
+        settings: the YAML.
+    """
+    here = Path.cwd()
+    os.environ["OM_MODULES_CACHE"] = str(here / "modules")
+    prepare_environment(str(here / "output"), CHECKOUT / SHIPPED)
+    from research.telechat2.telechat_compat import (
+        CausalLanguageModelingTrainer,
+        ConfigTemplate,
+        MindFormerConfig,
+        build_context,
+        set_output_path,
+    )
+
+    ConfigTemplate.apply_template(settings)
+    config = MindFormerConfig(**settings)
+    set_output_path(str(here / "output"))
+    build_context(config)
+    ms.set_auto_parallel_context(strategy_ckpt_save_file=str(here / "strategy.ckpt"))
+    trainer = CausalLanguageModelingTrainer(model_name=config.trainer.model_name)
+    trainer.set_train_dataset(_Steps())
+    config = trainer.set_config(config, is_full_config=True)
+    network = trainer.create_network(
+        default_args={
+            "parallel_config": config.parallel_config,
+            "moe_config": config.moe_config,
+            "dataset_config": config.train_dataset,
+            "calculate_per_token_loss": config.get("calculate_per_token_loss", False),
+            "batch_size": config.runner_config.mini_batch_size,
+        }
+    )
+    seq_length = network.config.seq_length
+    network = trainer.wrap_network_with_tool_cells(network)
+    trainer.set_network(network, is_train=True)
+    optimizer = trainer.create_optimizer_scheduler(network, set())
+    step = trainer.create_model_wrapper(network, optimizer)
+    ids = ms.Tensor(np.zeros((config.runner_config.global_batch_size, seq_length + 1)), ms.int32)
+    return step.set_train(True), [ids, ids]
+
+
+class _Steps:
+    """All that the learning rate's schedule asks of a data set."""
+
+    def get_dataset_size(self) -> int:
+        """Steps of an epoch."""
+        return 1
