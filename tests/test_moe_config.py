@@ -74,7 +74,7 @@ FORMS = {
 def test_the_released_section_is_read(form):
     expected = MoESettings(
         num_experts=16, top_k=4, capacity_factor=1.2, token_major=False, balance_factor=0.01,
-        fused_router=True, ep_extend_tp=True,
+        ep_extend_tp=True,
     )  # fmt: skip
     assert settings_of(FORMS[form](RELEASED)) == expected
 
@@ -87,7 +87,7 @@ def test_every_setting_can_be_another(form):
     }  # fmt: skip
     expected = MoESettings(
         num_experts=8, top_k=2, capacity_factor=0.0, token_major=True, balance_factor=0.5,
-        fused_router=False, ep_extend_tp=False,
+        ep_extend_tp=False,
     )  # fmt: skip
     assert settings_of(FORMS[form](section)) == expected
 
@@ -150,7 +150,6 @@ def test_settings_come_back_from_the_configs_dictionary():
         ({"capacity_factor": math.nan}, "moe_config.capacity_factor is nan; it must be a finite number"),
         ({"capacity_factor": None}, "moe_config.capacity_factor is None; it must be a finite number"),
         ({"enable_sdrop": "False"}, "moe_config.enable_sdrop is 'False'; it must be True or False"),
-        ({"use_fused_ops_topkrouter": 1}, "use_fused_ops_topkrouter is 1; it must be True or False"),
         ({"expert_num": 0}, "moe_config is refused by MindFormers: .*'expert_num'.*Correct that key"),
         ({"expert_num": "16"}, "moe_config is refused by MindFormers: .*'expert_num'.*Correct that key"),
         ({"num_experts_chosen": 17}, "'num_experts_chosen' must not be larger than 'expert_num', but got 17"),

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 from research.telechat2.telechat_compat import MoEConfig
 
-# Keys whose other values ask for what this model does not have. Keys not listed have no bearing on it, or
-# are read below.
+# Keys whose other values ask for what this model does not have. Keys not listed are read below, or have no
+# bearing on it: use_fused_ops_topkrouter, since plain operators find the places of tokens on every target.
 _FIXED = {
     "shared_expert_num": 0,
     "use_shared_expert_gating": False,
@@ -51,8 +51,6 @@ class MoESettings:
         token_major: who is dropped, ``enable_sdrop``: True counts all choices of a token before those of the
             next one, False (k-major) the first choices of all tokens before the second ones.
         balance_factor: α of the auxiliary loss ``α·E·Σ f·P``; ``aux_loss_factors`` of the type "expert".
-        fused_router: on Ascend the fused TopKRouter finds the places of tokens in their experts;
-            ``use_fused_ops_topkrouter``.
         ep_extend_tp: the tensor-parallel ranks are expert-parallel ranks inside the block.
     """
 
@@ -61,7 +59,6 @@ class MoESettings:
     capacity_factor: float
     token_major: bool
     balance_factor: float
-    fused_router: bool
     ep_extend_tp: bool
 
     @classmethod
@@ -80,7 +77,6 @@ class MoESettings:
             capacity_factor=max(_number("capacity_factor", section.capacity_factor), 0.0),
             token_major=section.enable_sdrop,
             balance_factor=_balance_factor(section),
-            fused_router=section.use_fused_ops_topkrouter,
             ep_extend_tp=getattr(section, "ep_extend_tp", True),  # MindFormers' own object forgets it
         )
 
@@ -101,9 +97,8 @@ def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
     for key, advice in _ADVICE.items():
         if getattr(section, key, None) != getattr(MoEConfig(), key, None):
             raise ValueError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
-    for key in ("enable_sdrop", "use_fused_ops_topkrouter"):
-        if not isinstance(getattr(section, key), bool):
-            raise ValueError(f"moe_config.{key} is {getattr(section, key)!r}; it must be True or False.")
+    if not isinstance(section.enable_sdrop, bool):
+        raise ValueError(f"moe_config.enable_sdrop is {section.enable_sdrop!r}; it must be True or False.")
     if section.first_k_dense_replace not in (True, False):
         raise ValueError(
             f"moe_config.first_k_dense_replace is {section.first_k_dense_replace}, but every layer of "
