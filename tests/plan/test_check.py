@@ -24,7 +24,7 @@ SMALL = {
     },
     "model": {
         "model_config": {
-            "type": "TelechatConfig", "seq_length": 64, "hidden_size": 64, "num_layers": 5, "num_heads": 8,
+            "type": "TelechatConfig", "seq_length": 64, "hidden_size": 128, "num_layers": 5, "num_heads": 8,
             "n_kv_heads": 4, "intermediate_size": 96, "vocab_size": 128, "offset": [0, 1],
         },
     },
@@ -105,8 +105,11 @@ def test_processes_that_are_copies_take_any_number_of_devices():
         (model(intermediate_size=98), "intermediate_size 98 is not divisible by .*model_parallel 4"),
         (model(vocab_size=130), "vocab_size 130 is not divisible by .*model_parallel 4"),
         (model(seq_length=65), "batch_size 2 times seq_length 65 is not divisible"),
-        (model(hidden_size=65), "hidden_size 65 is not divisible by num_heads 8"),
-        (model(num_heads=64, n_kv_heads=64), r"head_dim \(hidden_size / num_heads\) is 1"),
+        (model(hidden_size=129), "hidden_size 129 is not divisible by num_heads 8"),
+        (model(hidden_size=120), r"head_dim \(hidden_size / num_heads\) is 15"),
+        (model(hidden_size=192), "head_dim is 24, but Ascend's FlashAttentionScore needs a multiple of 16"),
+        (model(compute_dtype="float32"), "compute_dtype is float32, but Ascend's attention kernels"),
+        ({"context.device_target": "CPU"}, "compute_dtype is bfloat16, for which MindSpore has no operators"),
         (model(offset=0), r"offset must add up to 1: \[0, 1\] for one"),
         (model(offset=[4, -3]), "which gives the stages .* all but the first and the last need at least one"),
         (plan(micro_batch_num=1), "micro_batch_num is 1, less than pipeline_stage 2"),

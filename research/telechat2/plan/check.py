@@ -12,6 +12,11 @@ from dataclasses import asdict, dataclass
 from research.telechat2.plan.effects import without_effect
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
 from research.telechat2.plan.tables import table
+from research.telechat2.telechat_kernel_rules import (
+    check_cpu_dtypes,
+    check_fused_attention,
+    check_paged_kernels,
+)
 from research.telechat2.telechat_parallel_config import check_cluster
 from research.telechat2.telechat_pipeline import check_schedule, partition_of
 from research.telechat2.telechat_recompute import first_layers
@@ -95,6 +100,7 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
     kind = _kind(settings)
     plan = _effective_plan(settings, kind)
     config = model_config(settings, plan)
+    _check_kernels(settings, config)
     if kind == "semi_auto":
         devices = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"]
         _check_context(settings, config, device_num or devices)
@@ -118,6 +124,16 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
         stages=_stages(config, devices),
         notes=tuple(without_effect(settings, kind)),
     )
+
+
+def _check_kernels(settings: dict, config) -> None:
+    """What the target's kernels can run."""
+    if section_of(settings, "context").get("device_target", "Ascend") == "CPU":
+        check_cpu_dtypes(config)
+    elif config.use_past:
+        check_paged_kernels(config)
+    elif config.use_flash_attention:
+        check_fused_attention(config)
 
 
 def _kind(settings: dict) -> str:
