@@ -125,6 +125,12 @@ def _check_experts(config, section) -> None:
             "parallel ranks with the same tokens cannot send them to experts of their own. Set "
             "use_seq_parallel: True, or ep_extend_tp: False."
         )
+    if mp > 1 and not extend and config.moe.capacity_factor <= 0:
+        raise ValueError(
+            f"moe_config.capacity_factor is {config.moe.capacity_factor} and model_parallel {mp} splits the "
+            "experts' width, but experts without capacity lie whole on their devices. Set ep_extend_tp: True "
+            "with use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
+        )
     owners = ep * mp if extend else ep
     if config.moe.num_experts % owners:
         raise ValueError(
