@@ -31,8 +31,8 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
     """Refuse to share one graph out to ``devices`` where plan or context do not fit.
 
     Raises:
-        ValueError: another number of devices than the plan's, gradients that would be averaged twice, or
-            attention that cannot be split.
+        ValueError: another number of devices than the plan's or MindSpore's, gradients that would be averaged
+            twice, or attention that cannot be split.
     """
     section = config.parallel_config
     product = section.data_parallel * section.model_parallel * section.pipeline_stage
@@ -41,6 +41,11 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
             f"data_parallel {section.data_parallel} times model_parallel {section.model_parallel} times "
             f"pipeline_stage {section.pipeline_stage} is {product}, but {devices} devices take part; make "
             "them equal."
+        )
+    if devices % 8 and devices not in (1, 2, 4):
+        raise ValueError(
+            f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
+            "Ascend's devices; choose data_parallel, model_parallel and pipeline_stage so."
         )
     if gradients_mean:
         raise ValueError(
