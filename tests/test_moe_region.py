@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_ranks import World, numpy_cells, swiglu
-from oracle_moe import RULES, moe_block, route
+from oracle_moe import RULES, capacity, moe_block, route
 
 from research.telechat2.telechat_fused import DroplessExpertsFused, GroupedProduct
 from research.telechat2.telechat_moe import ExpertBlock
@@ -68,7 +68,14 @@ def operands(plan: ExpertPlan, x, weights: dict) -> list[np.ndarray]:
 
 
 def settings_of(num_experts: int, top_k: int, factor: float = 0.0, rule: str = "k-major") -> MoESettings:
-    return MoESettings(num_experts, top_k, factor, rule == "token-major", 0.0, False, True)
+    return MoESettings(
+        num_experts=num_experts,
+        top_k=top_k,
+        capacity_factor=factor,
+        token_major=rule == "token-major",
+        balance_factor=0.0,
+        ep_extend_tp=True,
+    )
 
 
 def block_of(plan: ExpertPlan, moe: MoESettings) -> ExpertBlock:
@@ -175,7 +182,9 @@ def assert_shares(shares, x, weights: dict, moe: MoESettings):
     np.testing.assert_allclose(shares[0, 0], probabilities.mean(0), rtol=1e-9)
     np.testing.assert_allclose(shares[0, 1], sent / experts.size, rtol=1e-9)
     # Which choices were taken is told by the answers; how many follows from the capacity alone.
-    limit = moe.capacity(len(x)) if moe.capacity_factor else len(x)
+    limit = (
+        capacity(len(x), moe.top_k, moe.num_experts, moe.capacity_factor) if moe.capacity_factor else len(x)
+    )
     np.testing.assert_allclose(shares[0, 2], np.minimum(sent, limit) / experts.size, rtol=1e-9)
 
 

@@ -1,0 +1,84 @@
+"""Layers of experts, each shared out by a plan of its own, for the dry run's compiling process."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import operations as P  # noqa: N812
+
+from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_moe import TelechatMoE
+from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
+
+
+class Layer(nn.Cell):
+    """What stands around experts in the model: operators that each device does for its own tokens."""
+
+    def __init__(self, config: TelechatConfig, plan: ExpertPlan):
+        super().__init__()
+        self.moe = TelechatMoE(config)
+        shard_experts(self.moe, plan)
+        self.norm = Parameter(Tensor(np.ones(config.hidden_size, np.float32)), name="norm")
+        tokens = (plan.token_parts, 1)
+        self.mul = P.Mul().shard((tokens, (1,)))
+        self.cast = P.Cast().shard((tokens,))
+        # A gradient that depends on the data: MindSpore adds up constants without communication.
+        self.square = P.Square().shard((tokens,))
+        self.sum = P.ReduceSum().shard((tokens,))
+        self.reshape = P.Reshape()
+        self.add = P.Add().shard(((1,), (1,)))
+
+    def construct(self, x):
+        y, balance_loss = self.moe(self.mul(x, self.norm))
+        total = self.sum(self.square(self.cast(y, ms.float32)))
+        return self.add(self.reshape(total, (1,)), balance_loss)
+
+
+class Layers(nn.Cell):
+    """The sum of what the layers return; each has the same tokens."""
+
+    def __init__(self, layers: list[nn.Cell]):
+        super().__init__()
+        self.layers = nn.CellList(layers)
+        self.add = P.Add().shard(((1,), (1,)))
+
+    def construct(self, x):
+        total = self.layers[0](x)
+        for layer in self.layers[1:]:
+            total = self.add(total, layer(x))
+        return total
+
+
+class Gradients(nn.Cell):
+    """Of all weights."""
+
+    def __init__(self, network: nn.Cell):
+        super().__init__()
+        self.network = network
+        self.weights = ms.ParameterTuple(network.trainable_params())
+        self.gradients = ops.GradOperation(get_by_list=True)
+
+    def construct(self, x):
+        return self.gradients(self.network, self.weights)(x)
+
+
+def build(layers: list[dict], tokens: int, num_experts: int, hidden: int, width: int, top_k: int):
+    """Gradients of layers, and their input ``[tokens, 1]``: as wide as hidden it may not fit into memory.
+
+    Args:
+        layers: of each layer its ``capacity_factor``, and the arguments of its ExpertPlan as ``plan``.
+    """
+    rank = ms.communication.get_rank()
+    built = []
+    for layer in layers:
+        moe_config = {
+            "expert_num": num_experts, "num_experts_chosen": top_k,
+            "capacity_factor": layer["capacity_factor"],
+            "aux_loss_types": ["expert"], "aux_loss_factors": [0.01],
+        }  # fmt: skip
+        config = TelechatConfig(
+            hidden_size=hidden, intermediate_size=width, num_heads=hidden // 64, num_layers=1, vocab_size=64,
+            compute_dtype="bfloat16", moe_config=moe_config,
+        )  # fmt: skip
+        built.append(Layer(config, ExpertPlan(*layer["plan"], rank=rank)))
+    network = Layers(built).set_train(True)
+    return Gradients(network), [Tensor(np.zeros((tokens, 1)), ms.float32)]
