@@ -1,0 +1,123 @@
+"""Estimate a run's memory, communication and speed, in seconds and without MindSpore's compiler.
+
+    estimated = estimate(settings)
+    print(estimated.table())
+
+Parameters, gradients and optimizer are exact, communication follows the compiled graph, activations and times
+are formulas; see memory.py, communication.py and throughput.py.
+"""
+
+from dataclasses import asdict, dataclass
+
+from research.telechat2.plan.communication import Communication, stage_communication
+from research.telechat2.plan.memory import StageMemory, stage_memory
+from research.telechat2.plan.tables import table
+from research.telechat2.plan.throughput import ASSUMPTIONS, FITTED, Throughput, throughput
+from research.telechat2.plan.workload import Workload, workload
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run comes to.
+
+    Attributes:
+        workload: what was estimated.
+        memory: of a device of each stage.
+        communication: what a device of each stage sends in a step.
+        throughput: predicted speed.
+    """
+
+    workload: Workload
+    memory: tuple[StageMemory, ...]
+    communication: tuple[tuple[Communication, ...], ...]
+    throughput: Throughput
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest stage's devices."""
+        return max(stage.total for stage in self.memory)
+
+    def as_dict(self) -> dict:
+        """This estimate for JSON: bytes and seconds; of the schedule its bubble alone."""
+        speed = {name: value for name, value in vars(self.throughput).items() if name != "schedule"}
+        return {
+            "stages": [
+                {
+                    "stage": number,
+                    "memory": asdict(memory) | {"total": memory.total},
+                    "communication": [asdict(item) | {"bytes": item.bytes} for item in sent],
+                }
+                for number, (memory, sent) in enumerate(zip(self.memory, self.communication, strict=True))
+            ],
+            "throughput": speed,
+            "efficiency": asdict(FITTED),
+            "assumptions": list(ASSUMPTIONS),
+        }
+
+    def table(self) -> str:
+        """This estimate for people."""
+        speed = self.throughput
+        lines = [
+            f"speed         {speed.tokens_per_second:,.0f} tokens/s/NPU predicted: a step of "
+            f"{speed.step_seconds:.2f} s, {speed.optimizer_seconds:.2f} s of it for gradients and optimizer",
+            f"bubble        {speed.bubble:.1%} of the stages' time",
+            f"arithmetic    {speed.model_flops_per_token / 1e9:,.1f} GFLOP a token, {speed.utilization:.1%} "
+            "of the peak, without what is computed again",
+            "",
+            *table(_memory_rows(self.memory)),
+            "",
+            *table(_communication_rows(self.communication)),
+            "",
+            f"assumed: {FITTED.compute:.0%} of the peak and {FITTED.links:.0%} of the links' bandwidth, "
+            "fitted to four published speeds",
+            *(f"assumed: {line}" for line in ASSUMPTIONS),
+            "assumed: no memory of MindSpore's and CANN's own, which is 2 to 4 GB",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(settings: dict) -> Estimate:
+    """Of the settings of ``read_settings``.
+
+    Raises:
+        ValueError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
+    """
+    return estimate_workload(workload(settings))
+
+
+def estimate_workload(run: Workload) -> Estimate:
+    """Of a workload.
+
+    Raises:
+        ValueError: see schedule.
+    """
+    speed = throughput(run)
+    stages = range(run.pp)
+    return Estimate(
+        workload=run,
+        memory=tuple(stage_memory(run, stage, speed.schedule) for stage in stages),
+        communication=tuple(tuple(stage_communication(run, stage)) for stage in stages),
+        throughput=speed,
+    )
+
+
+def _memory_rows(memory: tuple[StageMemory, ...]) -> list[list[str]]:
+    names = list(asdict(memory[0]))
+    rows = [["GB of NPU", *names, "total"]]
+    for number, stage in enumerate(memory):
+        values = [*asdict(stage).values(), stage.total]
+        rows.append([f"stage {number}", *(f"{value / GB:.2f}" for value in values)])
+    return rows
+
+
+def _communication_rows(stages: tuple[tuple[Communication, ...], ...]) -> list[list[str]]:
+    """One row for each kind, group and phase, a column for each stage."""
+    sent: dict[tuple, list[int]] = {}
+    for number, items in enumerate(stages):
+        for item in items:
+            key = (item.group, f"{item.ranks}", item.kind, item.what, item.phase)
+            sent.setdefault(key, [0] * len(stages))[number] += item.bytes
+    heads = ["group", "ranks", "sent, GB a step", "of", "phase", *(f"stage {i}" for i in range(len(stages)))]
+    return [heads] + [[*key, *(f"{size / GB:.3f}" for size in sizes)] for key, sizes in sorted(sent.items())]

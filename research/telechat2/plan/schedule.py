@@ -1,0 +1,127 @@
+"""When each stage of a pipeline computes what: 1F1B, and 1F1B with virtual chunks.
+
+The order of a stage's passes is that of Narayanan et al. 2021 (Efficient Large-Scale Language Model Training
+on GPU Clusters Using Megatron-LM, section 2.2). Stages may take different times; the bubble is idle time.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Pass(NamedTuple):
+    """A forward or backward pass of one chunk of one stage with one micro-batch; times in seconds."""
+
+    stage: int
+    forward: bool
+    chunk: int
+    micro_batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All passes of a step in the order of their ends, and what they come to.
+
+    Attributes:
+        passes: see Pass.
+        seconds: from the first pass to the last.
+        bubble: share of all stages' time in which they are idle.
+        in_flight: most micro-batches whose activations a stage keeps at once, ``[chunk][stage]``, taken at
+            the moment at which the stage keeps most of all chunks together.
+    """
+
+    passes: tuple[Pass, ...]
+    seconds: float
+    bubble: float
+    in_flight: tuple[tuple[int, ...], ...]
+
+
+def run_ahead(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
+    """Most forward passes of a stage whose backward pass is to come."""
+    if chunks == 1:
+        return min(stages - stage, micro_batches)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
+
+
+def schedule(forward: list[list[float]], backward: list[list[float]], micro_batches: int) -> Schedule:
+    """Run a step.
+
+    Args:
+        forward, backward: seconds of a pass, ``[chunk][stage]``.
+        micro_batches: of a step.
+
+    Raises:
+        ValueError: virtual chunks, and the micro-batches are no multiple of the stages.
+    """
+    chunks, stages = len(forward), len(forward[0])
+    if chunks > 1 and micro_batches % stages:
+        raise ValueError(
+            f"parallel_config.micro_batch_num is {micro_batches}, pipeline_stage {stages} and "
+            f"pp_interleave_num {chunks}; with virtual chunks the schedule is known for multiples of "
+            f"pipeline_stage. Set micro_batch_num to {-(-micro_batches // stages) * stages}, for one."
+        )
+    orders = [_order(stage, stages, chunks, micro_batches) for stage in range(stages)]
+    done: dict[tuple[bool, int, int, int], float] = {}
+    free, taken = [0.0] * stages, [0] * stages
+    passes: list[Pass] = []
+    while len(passes) < 2 * chunks * stages * micro_batches:
+        before = len(passes)
+        for stage, order in enumerate(orders):
+            while taken[stage] < len(order):
+                way, chunk, micro_batch = order[taken[stage]]
+                ready = _ready(done, way, chunk, stage, micro_batch, chunks, stages)
+                if ready is None:
+                    break
+                start = max(free[stage], ready)
+                end = start + (forward if way else backward)[chunk][stage]
+                done[way, chunk, stage, micro_batch] = free[stage] = end
+                taken[stage] += 1
+                passes.append(Pass(stage, way, chunk, micro_batch, start, end))
+        assert len(passes) > before, "a stage waits for itself"
+    seconds = max(free)
+    busy = sum(p.end - p.start for p in passes)
+    bubble = 1 - busy / (seconds * stages) if seconds else 0.0
+    return Schedule(tuple(passes), seconds, bubble, _in_flight(passes, chunks, stages))
+
+
+def _order(stage: int, stages: int, chunks: int, micro_batches: int) -> list[tuple[bool, int, int]]:
+    """Direction, chunk and micro-batch of a stage's passes: first ahead, then in turn, then what is left."""
+    forward = [(True, *rest) for rest in _sequence(range(chunks), stages, micro_batches)]
+    backward = [(False, *rest) for rest in _sequence(range(chunks - 1, -1, -1), stages, micro_batches)]
+    ahead = run_ahead(stage, stages, chunks, micro_batches) - 1
+    turns = zip(forward[ahead:], backward[: len(backward) - ahead], strict=True)
+    return forward[:ahead] + [step for turn in turns for step in turn] + backward[len(backward) - ahead :]
+
+
+def _sequence(chunks, stages: int, micro_batches: int) -> list[tuple[int, int]]:
+    """Chunk and micro-batch: as many micro-batches as there are stages, for each chunk in turn."""
+    return [
+        (chunk, micro_batch)
+        for first in range(0, micro_batches, stages)
+        for chunk in chunks
+        for micro_batch in range(first, min(first + stages, micro_batches))
+    ]
+
+
+def _ready(done, forward, chunk, stage, micro_batch, chunks, stages) -> float | None:
+    """When the operands of a pass are there; None if that is not known yet."""
+    if forward:
+        if chunk == stage == 0:
+            return 0.0
+        before = (True, chunk, stage - 1) if stage else (True, chunk - 1, stages - 1)
+    elif stage < stages - 1:
+        before = (False, chunk, stage + 1)
+    else:
+        before = (False, chunk + 1, 0) if chunk < chunks - 1 else (True, chunk, stage)
+    return done.get((*before, micro_batch))
+
+
+def _in_flight(passes: list[Pass], chunks: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    most = [[0] * chunks for _ in range(stages)]
+    kept = [[0] * chunks for _ in range(stages)]
+    for step in passes:  # the passes of a stage are in its own order
+        kept[step.stage][step.chunk] += 1 if step.forward else -1
+        if sum(kept[step.stage]) > sum(most[step.stage]):
+            most[step.stage] = list(kept[step.stage])
+    return tuple(zip(*most, strict=True))
