@@ -26,7 +26,8 @@ TOP_LEVEL = _names(
     "profile_rank_ids profile_pipeline profile_level mstx layer_scale layer_decay lr_scale lr_scale_factor "
     "micro_batch_interleave_num remote_save_url save_file input_data predict_batch_size exclude_cann_cpu "
     "train_precision_sync infer_precision_sync postprocess_use_numpy remove_redundancy transform_by_rank "
-    "npu_num_per_node use_checkpoint_health_monitor use_graceful_exit resume_by_last_timestamp_ckpt"
+    "npu_num_per_node use_checkpoint_health_monitor use_graceful_exit resume_by_last_timestamp_ckpt "
+    "calculate_per_token_loss"
 )
 TEMPLATE = {section: {} for section in SECTIONS} | {"": dict.fromkeys(TOP_LEVEL)}  # of ``apply_overrides``
 KEYS = {
