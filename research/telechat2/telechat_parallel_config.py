@@ -1,7 +1,8 @@
 """What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
 
+from research.telechat2.telechat_groups import check_groups
 from research.telechat2.telechat_pipeline import partition_of
-from research.telechat2.telechat_recompute import read_recompute
+from research.telechat2.telechat_recompute import SELECTED, read_recompute
 
 _WITHOUT_EFFECT = {
     "select_recompute_exclude": "leave operators out of select_recompute instead",
@@ -31,8 +32,8 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
     """Refuse to share one graph out to ``devices`` where plan or context do not fit.
 
     Raises:
-        ValueError: another number of devices than the plan's or MindSpore's, gradients that would be averaged
-            twice, or attention that cannot be split.
+        ValueError: another number of devices than the plan's or MindSpore's, groups of ranks that nodes do
+            not have, gradients that would be averaged twice, or attention that cannot be split.
     """
     section = config.parallel_config
     product = section.data_parallel * section.model_parallel * section.pipeline_stage
@@ -47,6 +48,7 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
             f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
             "Ascend's devices; choose data_parallel, model_parallel and pipeline_stage so."
         )
+    check_groups(section.data_parallel, section.model_parallel, section.pipeline_stage)
     if gradients_mean:
         raise ValueError(
             "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
@@ -177,4 +179,17 @@ def _check_recompute(config, recompute) -> None:
     for name, advice in _WITHOUT_EFFECT.items():
         if getattr(recompute, name):
             raise ValueError(f"recompute_config.{name} is set, but has no effect; {advice}.")
-    read_recompute(config)
+    tables = read_recompute(config)
+    if config.moe and (selected := tables.selected.get(SELECTED)) and _reaches_beyond(selected, tables.whole):
+        raise ValueError(
+            f"recompute_config.select_recompute is {recompute.select_recompute}, which chooses operators of "
+            "the dense feed-forward block, but the layers have experts. Set it to False, and choose whole "
+            "layers by recompute."
+        )
+
+
+def _reaches_beyond(selected: list[list[int]], whole: list[list[int]]) -> bool:
+    """Whether there are layers that are recomputed in part only."""
+    return any(
+        n > m for row, other in zip(selected, whole, strict=True) for n, m in zip(row, other, strict=True)
+    )

@@ -8,8 +8,8 @@ from research.telechat2.plan.settings import read_settings
 # data_parallel, model_parallel and pipeline_stage of numbers of devices that MindSpore takes.
 CLUSTERS = [
     (dp, mp, stages)
-    for dp in range(1, 5)
-    for mp in range(1, 5)
+    for dp in (1, 2, 3, 4, 6, 8)
+    for mp in (1, 2, 3, 4, 6, 8)
     for stages in range(1, 4)
     if dp * mp * stages in (2, 4, 8, 16, 24)
 ]

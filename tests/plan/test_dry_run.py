@@ -20,6 +20,7 @@ CLUSTER = [path.name for path in shipped_configs() if read_config(path).get("use
 # Refusals of the check alone: MindSpore compiles what they describe, but a run would not do what it should.
 DELIBERATE = {
     "gradients would be divided twice": "gradients_mean is True",
+    "one chunk cannot be interleaved": "pp_interleave_num is 1, but parallel.pipeline_config",
 }
 
 

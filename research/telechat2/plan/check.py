@@ -19,7 +19,7 @@ from research.telechat2.telechat_kernel_rules import (
 )
 from research.telechat2.telechat_parallel_config import check_cluster
 from research.telechat2.telechat_pipeline import check_schedule, partition_of
-from research.telechat2.telechat_recompute import first_layers
+from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
 SEMI_AUTO = (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")
 DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
@@ -32,8 +32,8 @@ class Stage:
     Attributes:
         ranks: its first and last rank.
         layers: for each chunk the first layer and the one after the last.
-        recompute: for each choice of ``recompute_config`` how many of its layers it holds for; patterns of
-            operators apart.
+        recompute: for each choice of ``recompute_config``, and each pattern of operators that the YAML names
+            itself, how many of its layers it holds for.
     """
 
     ranks: tuple[int, int]
@@ -234,12 +234,15 @@ def _stages(config, devices: int) -> tuple[Stage, ...]:
         for count in row:
             starts[-1].append((start, start + count))
             start += count
-    chosen = {
-        name: first_layers(name, setting, counts)
-        for name in ("recompute", "select_recompute", "select_comm_recompute")
-        if not isinstance(setting := getattr(config.parallel_config.recompute, name), dict)
-        and not (isinstance(setting, list) and setting and isinstance(setting[0], str))
-    }
+    tables = read_recompute(config)
+    chosen = {"recompute": tables.whole}
+    for name, by_pattern in (
+        ("select_recompute", tables.selected),
+        ("select_comm_recompute", tables.communication),
+    ):
+        default = SELECTED if name == "select_recompute" else COMMUNICATION
+        for pattern, layers in by_pattern.items():
+            chosen[name if pattern == default else f"{name} {pattern}"] = layers
     each = devices // len(counts[0])
     return tuple(
         Stage(
