@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
+from research.telechat2 import telechat_ops
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_moe import TelechatMoE
 from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
@@ -82,3 +83,37 @@ def build(layers: list[dict], tokens: int, num_experts: int, hidden: int, width:
         built.append(Layer(config, ExpertPlan(*layer["plan"], rank=rank)))
     network = Layers(built).set_train(True)
     return Gradients(network), [Tensor(np.zeros((tokens, 1)), ms.float32)]
+
+
+class TrainedAndPredicted(nn.Cell):
+    """Gradients of experts without a capacity, and what experts with turned weights answer."""
+
+    def __init__(self, trained: nn.Cell, predicting: nn.Cell):
+        super().__init__()
+        self.trained, self.predicting = trained, predicting
+        self.gradients = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, x, experts, gates, w1, w3, w2, bias, dy):
+        turned = [P.Reshape()(w, (w.shape[0], w.shape[2], w.shape[1])) for w in (w1, w3, w2)]
+        y = self.predicting(x, experts, gates, *turned, bias)
+        return y, self.gradients(self.trained)(x, experts, gates, w1, w3, w2, bias, dy)
+
+
+def build_dropless(tokens: int, num_experts: int, hidden: int, width: int, top_k: int):
+    """TrainedAndPredicted on one device, which needs no region, and its inputs."""
+    ms.set_auto_parallel_context(full_batch=False, parallel_mode="stand_alone")
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_heads": 1, "compute_dtype": "bfloat16"}
+    moe_config = {"expert_num": num_experts, "num_experts_chosen": top_k, "capacity_factor": 0.0}
+    cells = [
+        telechat_ops.dropless_experts(TelechatConfig(**sizes, moe_config=moe_config, use_past=use_past))
+        for use_past in (False, True)
+    ]
+    inputs = [
+        Tensor(np.zeros(shape), ms.int32 if name == "experts" else ms.bfloat16)
+        for name, shape in {
+            "x": (tokens, hidden), "experts": (tokens, top_k), "gates": (tokens, top_k),
+            "w1": (num_experts, width, hidden), "w3": (num_experts, width, hidden),
+            "w2": (num_experts, hidden, width), "bias": (1, num_experts, 1, hidden), "dy": (tokens, hidden),
+        }.items()
+    ]  # fmt: skip
+    return TrainedAndPredicted(*cells), inputs

@@ -231,6 +231,17 @@ def test_the_gradient_of_a_grouped_product_is_a_loops():
     np.testing.assert_allclose(dweight, expected, atol=1e-12)
 
 
+def test_experts_with_turned_weights_answer_as_those_that_were_trained():
+    rng = np.random.default_rng(6)
+    weights, x = random_weights(rng, 5, 4), rng.standard_normal((9, HIDDEN))
+    _, experts, gates = route(x, weights["router"], 2)
+    turned = [weights[name].swapaxes(1, 2) for name in ("w1", "w3", "w2")]
+    with numpy_cells(World(1)):
+        cell = DroplessExpertsFused(settings_of(5, 2), swiglu, turned=True)
+        y = cell.construct(x, experts.astype(np.int32), gates, *turned, weights["b2"][None, :, None])
+    np.testing.assert_allclose(y, moe_block(x, weights, 2), rtol=1e-9, atol=1e-12)
+
+
 # --- plans that cannot be -----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What a layer of experts communicates on a cluster, read from the compiled graph."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -199,6 +200,29 @@ def test_products_are_those_of_bfloat16(report):
     assert {o.kind for o in of_experts} == {"BatchMatMul", "GroupedMatmul", "Swiglu"}
     for operator in of_experts:
         assert {t.dtype for t in (*operator.inputs, *operator.outputs)} - {"Int64"} == {"BFloat16"}
+
+
+def test_grouped_products_make_no_copies_of_weights(tmp_path):
+    """Experts on one device: nine products for training, three for prediction; all turning is by views."""
+    sizes = {"tokens": 32, "num_experts": 4, "hidden": 64, "width": 48, "top_k": 2}
+    folder = tmp_path / "dry"
+    report = simulate("region_cells:build_dropless", sizes, device_num=1, folder=folder)
+    shapes = Counter(
+        (o.inputs[0].shape, o.inputs[1].shape, o.outputs[0].shape)
+        for o in report.operators
+        if o.kind == "GroupedMatmul"
+    )
+    up, down = ((64, 64), (4, 64, 48), (64, 48)), ((64, 48), (4, 48, 64), (64, 64))
+    assert shapes == {
+        # Forward of both kinds, and gradients of rows, where w2's have the shapes of w1's products.
+        up: 2 + 2 + 1, down: 1 + 1 + 2,
+        ((48, 64), (64, 64), (4, 48, 64)): 2,  # gradients of w1 and w3, as they are stored
+        ((64, 64), (64, 48), (4, 64, 48)): 1,  # of w2
+    }  # fmt: skip
+    assert {t.dtype for o in report.operators if o.kind == "GroupedMatmul" for t in o.outputs} == {"BFloat16"}
+    (graph,) = (folder / "ir" / "rank_0").glob("*_validate_*.ir")
+    turned = Counter(re.findall(r"= PrimFunc_(Transpose\w*)\(", graph.read_text()))
+    assert turned == {"TransposeExtView": 6}
 
 
 @pytest.mark.slow
