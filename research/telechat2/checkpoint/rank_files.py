@@ -1,0 +1,194 @@
+"""The files of a sharded checkpoint: which belong to one step of a run, and writing new ones."""
+
+import json
+import os
+import re
+import shutil
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from research.telechat2.checkpoint.safetensors_files import CODES, ITEM_BYTES
+from research.telechat2.checkpoint.sources import READERS, latest_iteration
+from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.telechat_files import fsync
+
+Shards = list[dict[str, StoredTensor]]  # of each rank, its tensors by name
+
+_CODE = {name: code for code, name in CODES.items()} | {
+    "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_STEP = re.compile(r"-([0-9]+)_([0-9]+)\.(?:safetensors|ckpt)$")  # epoch and step, by CheckpointMonitor
+_OF_ITERATION = re.compile(r"-(?:model|opt)-([0-9]{7})-([0-9]{7})\.safetensors$")
+
+
+def width_of(dtype: str) -> int:
+    """Bytes of an element of any dtype that a checkpoint can hold."""
+    return ITEM_BYTES[_CODE.get(dtype, dtype)]
+
+
+def saved_shards(folder: Path, device_num: int) -> Shards:
+    """What each of ``device_num`` ranks saved: in ``rank_*`` folders, or in MindFormers' format 2.
+
+    Raises:
+        ValueError: other ranks than these, a rank without a file of the newest step, or a broken file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected the checkpoint folder that all ranks saved into")
+    folder = latest_iteration(folder)
+    files = _in_rank_folders(folder) or _of_iteration(folder)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no rank_* folders and no *-model-0000000-*.safetensors; expected what "
+            f"{device_num} devices saved, such as output/checkpoint"
+        )
+    if sorted(files) != list(range(device_num)):
+        absent = [rank for rank in range(device_num) if rank not in files]
+        what = f"lacks the ranks {absent[:10]}" if absent else f"holds {len(files)} ranks"
+        raise ValueError(
+            f"{folder} {what}, but the strategies are of {device_num} devices: ranks 0 to {device_num - 1}. "
+            "Copy the files of all devices there, and give the strategies of the same run, of all stages"
+        )
+    return [_read(files[rank]) for rank in range(device_num)]
+
+
+def _in_rank_folders(folder: Path) -> dict[int, list[Path]]:
+    """Rank -> its file of the newest step."""
+    names = {rank: re.fullmatch(r"rank_([0-9]+)", rank.name) for rank in folder.glob("rank_*")}
+    found = {int(match[1]): _checkpoint_files(rank) for rank, match in names.items() if match}
+    steps = {
+        tuple(map(int, match.groups()))
+        for files in found.values()
+        for file in files
+        if (match := _STEP.search(file.name))
+    }
+    newest = max(steps, default=None)
+    for rank, files in sorted(found.items()):
+        of_step = [
+            file
+            for file in files
+            if newest is None
+            or ((match := _STEP.search(file.name)) and tuple(map(int, match.groups())) == newest)
+        ]
+        if len(of_step) != 1:
+            step = f"of epoch {newest[0]}, step {newest[1]}, the newest" if newest else "with weights"
+            raise ValueError(
+                f"{folder / f'rank_{rank}'} holds {len(of_step)} files {step} that a rank has; expected one. "
+                "Copy what is missing, or, if not all ranks saved that step, move its files elsewhere"
+            )
+        found[rank] = of_step
+    return found
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    files = (file for file in sorted(folder.glob("*")) if not file.name.startswith("."))
+    return [file for file in files if file.suffix in (".safetensors", ".ckpt")]
+
+
+def _of_iteration(folder: Path) -> dict[int, list[Path]]:
+    """Rank -> its files of weights and of the optimizer's states."""
+    found: dict[int, list[Path]] = {}
+    with_states: set[int] = set()
+    for file in _checkpoint_files(folder):
+        if match := _OF_ITERATION.search(file.name):
+            found.setdefault(int(match[1]), []).append(file)
+            if "-opt-" in match[0]:
+                with_states.add(int(match[1]))
+    if with_states and with_states != found.keys():
+        raise ValueError(
+            f"{folder} holds the optimizer's states (*-opt-*) of some ranks, but not of "
+            f"{sorted(found.keys() - with_states)[:10]}; expected those of all or of none. Copy the others"
+        )
+    return found
+
+
+def _read(files: list[Path]) -> dict[str, StoredTensor]:
+    tensors = {}
+    for file in files:
+        for tensor in READERS[file.suffix](file):
+            if _CODE.get(tensor.dtype, tensor.dtype) not in ITEM_BYTES:
+                raise ValueError(
+                    f"{file} holds {tensor.name} as {tensor.dtype}, which is no dtype of tensors"
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse a target that is a file, or that holds ranks of another checkpoint.
+
+    Raises:
+        ValueError: with what is in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
+    if there := sorted(folder.glob("rank_*")):
+        raise ValueError(
+            f"{folder} already holds {there[0].name}; nothing is overwritten: give another --dst_ckpt_dir, "
+            "or delete the old checkpoint"
+        )
+
+
+def write_ranks(folder: Path, prefix: str, ranks: list[list[StoredTensor]]) -> int:
+    """Write ``rank_<r>/<prefix><r>.safetensors`` for all ranks or none; returns the tensors' bytes.
+
+    The folders get their names when all files are on the disk, that of rank 0 last.
+
+    Raises:
+        ValueError: too little room on the disk, or a target that appeared meanwhile.
+    """
+    sizes = [sum(tensor.size * width_of(tensor.dtype) for tensor in tensors) for tensors in ranks]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{os.getpid()}.part"
+    named = []
+    try:
+        if sum(sizes) > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"{folder} has room for {free:,} bytes, the checkpoint needs {sum(sizes):,}; free space, or "
+                "give another place"
+            )
+        progress = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="transforming", disable=None)
+        with progress:
+            for rank, tensors in enumerate(ranks):
+                part = temporary / f"rank_{rank}"
+                part.mkdir(parents=True)
+                _write(part / f"{prefix}{rank}.safetensors", tensors, progress)
+        refuse_existing(folder)
+        for rank in reversed(range(len(ranks))):
+            (temporary / f"rank_{rank}").rename(folder / f"rank_{rank}")
+            named.append(folder / f"rank_{rank}")
+        temporary.rmdir()
+        fsync(folder)
+    except BaseException:
+        for path in (temporary, *named):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in created:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
+        raise
+    return sum(sizes)
+
+
+def _write(file: Path, tensors: list[StoredTensor], progress: tqdm) -> None:
+    # Wide elements first: every tensor then begins at a multiple of its element's width.
+    tensors = sorted(tensors, key=lambda tensor: width_of(tensor.dtype), reverse=True)
+    header: dict = {"__metadata__": {"format": "ms"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.size * width_of(tensor.dtype)
+        code = _CODE.get(tensor.dtype, tensor.dtype)
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    with open(file, "xb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for block in tensor.blocks():
+                progress.update(stream.write(block))
+    fsync(file)
+    fsync(file.parent)
