@@ -33,8 +33,8 @@ def _groups(dp: int, mp: int, stages: int) -> Iterator[tuple[str, range]]:
         for start in range(first, first + mp):
             yield f"data_parallel {dp}", range(start, start + each, mp)
         yield f"a stage of data_parallel {dp} times model_parallel {mp}", range(first, first + each)
-    for first in range(0, (stages - 1) * each):
-        yield f"pipeline_stage {stages} of {each} devices each", range(first, first + each + 1, each)
+    for first in range(each):  # MindSpore sends and receives in one group of all stages
+        yield f"pipeline_stage {stages} of {each} devices each", range(first, stages * each, each)
 
 
 def _is_possible(ranks: range) -> bool:
