@@ -47,16 +47,23 @@ class Communication:
         return once * self.count * (2 if self.kind == ALL_REDUCE else 1)
 
 
-def layer_communication(run: Workload, again: bool, gathers_again: bool) -> list[Communication]:
+def layer_communication(
+    run: Workload, again: bool, gathers_again: bool, first: bool = False
+) -> list[Communication]:
     """A decoder layer's with one micro-batch.
 
     Args:
         again: the layer is computed again as a whole.
         gathers_again: its gathers are done again.
+        first: it follows the embedding.
     """
     found = []
     if run.mp > 1:
         found += _blocks(run, again, gathers_again)
+    # Without sequence parallelism the input is kept in parts; MindSpore keeps an embedding's as it is.
+    if again and run.mp > 1 and run.slice_kept and not run.sequence_parallel and (run.moe or not first):
+        kept = run.tokens * run.hidden_size * run.residual_bytes
+        found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "kept inputs", kept))
     if run.moe:
         found += _exchanges(run, again)
     return found
@@ -81,9 +88,6 @@ def _blocks(run: Workload, again: bool, gathers_again: bool) -> list[Communicati
         found.append(_tensor(run, ALL_REDUCE, phase, "hidden states", hidden, blocks))
     if repeats:
         found.append(_tensor(run, ALL_REDUCE, RECOMPUTE, "hidden states", hidden))
-    if again and run.slice_kept:  # its input is kept in parts
-        kept = run.tokens * run.hidden_size * run.residual_bytes
-        found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "kept inputs", kept))
     return found
 
 
@@ -156,7 +160,8 @@ def micro_batch_communication(run: Workload, chunk: int, stage: int) -> list[Com
         found += embedding_communication(run)
     for number in range(run.layers[chunk][stage]):
         again = number < run.whole[chunk][stage]
-        found += layer_communication(run, again, not again and number < run.gathers[chunk][stage])
+        gathers_again = not again and number < run.gathers[chunk][stage]
+        found += layer_communication(run, again, gathers_again, chunk == stage == number == 0)
     if chunk == run.chunks - 1 and stage == run.pp - 1:
         found += output_communication(run)
     return merged(found + pipeline_communication(run, chunk, stage))

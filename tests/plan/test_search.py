@@ -1,0 +1,72 @@
+"""Plans that are found are legal, fit, and are what the estimate says; and an estimate can be drawn."""
+
+from pathlib import Path
+
+import pytest
+
+from research.telechat2.plan.check import check
+from research.telechat2.plan.draw import draw
+from research.telechat2.plan.estimate import estimate
+from research.telechat2.plan.search import search
+from research.telechat2.plan.settings import read_settings
+
+
+def shipped(name: str, changes: dict | None = None) -> dict:
+    return read_settings(name, changes or {}, Path.cwd())[1]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(shipped("finetune_telechat_115b"), device_num=64, memory_gb=60, count=1000)
+
+
+def test_found_plans_are_legal_and_come_to_what_they_promise(found):
+    assert found.plans
+    for plan in found.plans[:5]:
+        settings = shipped("finetune_telechat_115b", plan.changes)
+        checked = check(settings, device_num=64)
+        assert checked.global_batch == 64  # the config's own: 8 data-parallel ranks of 8 micro-batches
+        again = estimate(settings)
+        assert again.throughput.tokens_per_second == plan.estimate.throughput.tokens_per_second
+        assert again.peak_bytes == plan.estimate.peak_bytes <= 60e9
+
+
+def test_the_fastest_come_first_and_every_plan_is_counted(found):
+    speeds = [plan.estimate.throughput.tokens_per_second for plan in found.plans]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found.tried == found.illegal + found.too_large + len(found.plans)
+    assert found.too_large
+
+
+def test_less_memory_makes_no_plan_faster(found):
+    less = search(shipped("finetune_telechat_115b"), device_num=64, memory_gb=50)
+    best = less.plans[0].estimate
+    assert best.peak_bytes <= 50e9
+    assert best.throughput.tokens_per_second <= found.plans[0].estimate.throughput.tokens_per_second
+
+
+def test_the_published_plan_of_7b_is_about_as_good_as_the_best():
+    best = search(shipped("finetune_telechat_7b"), device_num=8, memory_gb=58).plans[0]
+    assert (best.estimate.workload.dp, best.estimate.workload.mp) == (8, 1)
+
+
+def test_a_model_that_fits_nowhere_is_said_to(found):
+    none = search(shipped("finetune_telechat_115b"), device_num=8, memory_gb=60)
+    assert not none.plans
+    assert "Take more NPUs" in none.table()
+
+
+def test_plans_are_searched_for_clusters_only():
+    with pytest.raises(ValueError, match="plans are searched for a run on a cluster"):
+        search(shipped("finetune_telechat_tiny"), device_num=8, memory_gb=60)
+
+
+def test_a_picture_is_a_new_png(tmp_path):
+    estimated = estimate(shipped("finetune_telechat_115b"))
+    path = tmp_path / "plan.png"
+    draw(estimated, path, memory_gb=64)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="exists and is not overwritten"):
+        draw(estimated, path)
+    with pytest.raises(ValueError, match=r"call it plan\.png"):
+        draw(estimated, tmp_path / "plan.svg")
