@@ -74,7 +74,7 @@ def test_each_published_speed_is_predicted_from_the_three_others(published):
 def test_a_layers_activations_are_those_counted_by_hand():
     """7B: a token has 4096 channels of float32 twice, of bfloat16 six times, and three widths of bfloat16.
 
-    Both norms' inputs; both blocks' inputs, rotated queries and keys, values, attention's result; gate, up and
+    Both norms' inputs; both blocks' inputs, rotated queries and keys, values, attention's result; gate, up,
     their product; and eight float32 maxima and sums of each of 32 heads.
     """
     run = workload(settings_of("finetune_telechat_7b"))
