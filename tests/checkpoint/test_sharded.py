@@ -27,8 +27,8 @@ def plan(dp: int, mp: int, stages: int = 1, whole: dict = WHOLE) -> list[dict]:
     for name, array in whole.items():
         layer = name.split("layers.")[1].split(".")[0] if "layers." in name else None
         stage = min(int(layer), stages - 1) if layer else 0 if "tok_embeddings" in name else stages - 1
-        if array.ndim == 1:
-            result[stage][name] = ((dp * mp,), ((),), 0)
+        if array.ndim != 2:
+            result[stage][name] = ((dp * mp,), ((),) * array.ndim, 0)
         else:
             axes = ((0,), ()) if name.endswith(CUT_IN_ROWS) else ((), (0,))
             result[stage][name] = ((dp, mp), axes, -1 if dp > 1 else 0)
@@ -183,6 +183,21 @@ def test_states_may_be_absent_altogether(copy):
         edit(file, lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("adam_m")])
     weights = {name: array for name, array in WHOLE.items() if not name.startswith("adam_m")}
     assert_same(merge(copy), weights | COUNTERS)
+
+
+def test_statistics_of_a_layer_go_to_its_stage(tmp_path):
+    """They are in no strategy file."""
+    whole = model_tensors(num_layers=2, experts=4)
+    write_shards(tmp_path / "checkpoint", whole, plan(2, 1, whole=whole))
+    loads = {f"model.layers.{i}.feed_forward.expert_load": np.full(4, i, np.float32) for i in range(2)}
+    for file in (tmp_path / "checkpoint").glob("*/*.safetensors"):
+        edit(file, lambda tensors: tensors.update(loads))
+    source = write_strategies(tmp_path / "strategy", plan(2, 1, whole=whole))
+    target = write_strategies(tmp_path / "target", plan(1, 1, 2, whole))
+    transform(tmp_path / "checkpoint", tmp_path / "new", "x", source, target)
+    for rank, name in enumerate(loads):
+        expected = stored_by(whole, plan(1, 1, 2, whole), rank) | {name: loads[name]}
+        assert_same(load_file(tmp_path / f"new/rank_{rank}/x{rank}.safetensors"), expected)
 
 
 def edit(file: Path, change) -> None:

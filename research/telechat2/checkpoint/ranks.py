@@ -26,7 +26,7 @@ from research.telechat2.checkpoint.rank_files import (
 )
 from research.telechat2.checkpoint.sources import read_mindspore_source
 from research.telechat2.checkpoint.stored import StoredTensor, blocks_of
-from research.telechat2.checkpoint.strategies import Box, Cluster, read_strategies
+from research.telechat2.checkpoint.strategies import Box, Cluster, Layout, read_strategies
 from research.telechat2.checkpoint.table import ignored_as
 
 ACCUMULATED = "accu_grads."  # gradients of a step that is under way
@@ -245,9 +245,8 @@ def _cut(
     sliced: Mapping[str, Whole], copied: Mapping[str, Whole], target: Cluster | None
 ) -> list[list[StoredTensor]]:
     """What each rank of the target stores."""
-    copies = [whole.cut(whole.box) for whole in copied.values()]
     if target is None:
-        return [[whole.cut(whole.box) for whole in sliced.values()] + copies]
+        return [[whole.cut(whole.box) for whole in (*sliced.values(), *copied.values())]]
     if unknown := sorted(sliced.keys() - target.names):
         raise ValueError(
             f"the strategies of the target do not know {len(unknown)} tensors of the checkpoint: "
@@ -256,6 +255,7 @@ def _cut(
     _require_all(target.names, sliced, "the checkpoint lacks")
     ranks: list[list[StoredTensor]] = []
     for layouts in target.stages:
+        copies = [whole.cut(whole.box) for name, whole in copied.items() if _belongs(name, layouts)]
         stage = [list(copies) for _ in range(target.stage_size)]
         for name in [name for name in layouts if name in sliced]:
             whole, layout = sliced[name], layouts[name]
@@ -270,6 +270,12 @@ def _cut(
                 tensors.append(whole.cut(layout.box(whole.shape, place)))
         ranks += stage
     return ranks
+
+
+def _belongs(name: str, layouts: Mapping[str, Layout]) -> bool:
+    """Whether a stage needs a tensor that no strategy knows: not if it is one of another stage's layers."""
+    layer = re.match(r"model\.layers\.[0-9]+\.", name)
+    return layer is None or any(other.startswith(layer[0]) for other in layouts)
 
 
 def _box_of(shape: tuple[int, ...]) -> Box:
