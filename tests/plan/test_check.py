@@ -113,7 +113,7 @@ def test_processes_that_are_copies_take_any_number_of_devices():
         (model(offset=0), r"offset must add up to 1: \[0, 1\] for one"),
         (model(offset=[4, -3]), "which gives the stages .* all but the first and the last need at least one"),
         (plan(micro_batch_num=1), "micro_batch_num is 1, less than pipeline_stage 2"),
-        (plan(context_parallel=2), "context_parallel is 2"),
+        (plan(seq_split_num=2), "seq_split_num is 2"),
         (plan(expert_parallel=2), "expert_parallel is 2, but the model has no experts"),
         (plan(data_parallel=0), "parallel_config.data_parallel is 0; it must be a whole number"),
         (plan(data_parallel="2"), "parallel_config.data_parallel is '2'; it must be a whole number"),

@@ -8,6 +8,7 @@ a run starts; here is added only what its Trainer and MindSpore's context decide
 """
 
 from dataclasses import asdict, dataclass
+from math import prod
 
 from research.telechat2.plan.effects import without_effect
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
@@ -22,6 +23,7 @@ from research.telechat2.telechat_pipeline import check_schedule, partition_of
 from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
 SEMI_AUTO = (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")
+_FACTORS = ("data_parallel", "context_parallel", "model_parallel", "pipeline_stage")
 DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
 
 
@@ -102,24 +104,21 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
     config = model_config(settings, plan)
     _check_kernels(settings, config)
     if kind == "semi_auto":
-        devices = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"]
+        devices = prod(plan[name] for name in _FACTORS)
         _check_context(settings, config, device_num or devices)
     elif device_num not in (None, 1) and kind == "single":
         raise ValueError(f"use_parallel is False, so the run takes 1 device, not {device_num}.")
     else:
         devices = device_num or 1
     batch = _batch(settings, plan, kind, devices)
-    names = ("data_parallel", "model_parallel", "pipeline_stage") if kind == "semi_auto" else ()
-    factors = {name: plan[name] for name in names} or {"processes": devices}
-    total = 1
-    for factor in batch.values():
-        total *= factor
+    named = {name: plan[name] for name in _FACTORS if plan[name] > 1 or name != "context_parallel"}
+    factors = named if kind == "semi_auto" else {"processes": devices}
     return CheckedPlan(
         kind=kind,
         device_num=devices,
         factors=factors,
         batch=batch,
-        global_batch=total,
+        global_batch=prod(batch.values()),
         seq_length=config.seq_length,
         stages=_stages(config, devices),
         notes=tuple(without_effect(settings, kind)),
