@@ -268,7 +268,7 @@ class Answer(nn.Cell):
 
 
 def moe_settings(num_experts: int, top_k: int, factor: float, rule: str) -> MoESettings:
-    return MoESettings(num_experts, top_k, factor, rule == "token-major", 0.0, False, True)
+    return MoESettings(num_experts, top_k, factor, rule == "token-major", 0.0, True)
 
 
 def operands_of(seed: int, experts: np.ndarray, num_experts: int) -> list[np.ndarray]:

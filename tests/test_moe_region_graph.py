@@ -8,7 +8,6 @@ import pytest
 from oracle_moe import capacity
 from test_moe_region import LAYOUTS, cut
 
-from research.telechat2.plan import read_ir
 from research.telechat2.plan.graph import TensorType
 from research.telechat2.plan.simulate import Report, simulate
 from research.telechat2.telechat_moe_region import ExpertPlan
@@ -29,19 +28,6 @@ LAYERS = {
     "dropless-alone": ((16, 1, 1, True, True), 0.0),
 }
 NAMES = ("ffn.w1.weight", "ffn.w3.weight", "ffn.w2.weight")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def types_without_symbols():
-    """Where shapes are dynamic, the IR has a second line of types, by symbols, which is not read."""
-    nodes = read_ir._nodes
-
-    def known(lines):
-        return nodes(line for line in lines if not (line.startswith("      : (") and "(S:[" in line))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_ir, "_nodes", known)
-        yield
 
 
 def compiled(layers: dict, sizes: dict, **cluster) -> Report:

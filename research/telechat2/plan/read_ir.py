@@ -117,7 +117,9 @@ def _nodes(lines) -> Iterator[_Node]:
             if text:
                 raise ValueError(f"the IR is not written as expected: no scope follows {text.strip()[:200]}")
             text, types = line, None
-        elif line.startswith("      : ("):
+        elif (
+            line.startswith("      : (") and types is None
+        ):  # a second line of types has dynamic shapes' symbols
             types = line
         elif line.startswith(_SCOPE) and text:
             if subgraph is None or types is None:
