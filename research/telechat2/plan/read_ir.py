@@ -117,9 +117,7 @@ def _nodes(lines) -> Iterator[_Node]:
             if text:
                 raise ValueError(f"the IR is not written as expected: no scope follows {text.strip()[:200]}")
             text, types = line, None
-        elif (
-            line.startswith("      : (") and types is None
-        ):  # a second line of types has dynamic shapes' symbols
+        elif line.startswith("      : (") and types is None:  # a second such line has symbols of shapes
             types = line
         elif line.startswith(_SCOPE) and text:
             if subgraph is None or types is None:
