@@ -16,11 +16,12 @@ from research.telechat2.telechat_compat import (
 )
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import dynamic_inputs, paged_step
+from research.telechat2.telechat_interleave import JoinTokens, SplitTokens, decoder_layers
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
 from research.telechat2.telechat_mask import DocumentMask
 from research.telechat2.telechat_parallel import GlobalMean, apply_plan
+from research.telechat2.telechat_parallel_config import copies_of
 from research.telechat2.telechat_rope import RotaryTables
-from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
 LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the other linears
 
@@ -31,7 +32,7 @@ class TelechatModel(nn.Cell):
     def __init__(self, config: TelechatConfig):
         super().__init__()
         self.tok_embeddings = TelechatEmbedding(config)
-        self.layers = nn.CellList([TelechatDecoderLayer(config) for _ in range(config.num_layers)])
+        self.layers = nn.CellList(decoder_layers(config))
         self.norm_out = TelechatRMSNorm(config)
         self.rotary_tables = RotaryTables(config)
         if config.use_past:
@@ -42,6 +43,10 @@ class TelechatModel(nn.Cell):
         if self.packed:
             self.document_mask = DocumentMask(config.document_start_ids)
         self.has_experts = config.moe is not None
+        self.interleaved = copies_of(config) > 1
+        if self.interleaved:
+            self.split_tokens, self.join_embedded = SplitTokens(copies_of(config)), JoinTokens()
+            self.split_hidden, self.join_hidden = SplitTokens(copies_of(config)), JoinTokens()
         self.reshape = P.Reshape()
         self.add = P.Add()
 
@@ -50,7 +55,7 @@ class TelechatModel(nn.Cell):
         batch_size, seq_length = tokens.shape
         masked = self.document_mask(tokens) if self.packed else None
         inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size, masked)
-        x = self.tok_embeddings(self.reshape(tokens, (-1,)))
+        x = self._embed(self.reshape(tokens, (-1,)))
         balance_loss = ops.zeros((1,), ms.float32)
         for layer in self.layers:
             if self.has_experts:
@@ -58,7 +63,17 @@ class TelechatModel(nn.Cell):
                 balance_loss = self.add(balance_loss, loss)
             else:
                 x = layer(x, batch_size, inputs)
-        return self.norm_out(x), balance_loss
+        return self._norm(x), balance_loss
+
+    def _embed(self, tokens):
+        if not self.interleaved:
+            return self.tok_embeddings(tokens)
+        return self.join_embedded([self.tok_embeddings(part) for part in self.split_tokens(tokens)])
+
+    def _norm(self, x):
+        if not self.interleaved:
+            return self.norm_out(x)
+        return self.join_hidden([self.norm_out(part) for part in self.split_hidden(x)])
 
     def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
         """Tokens ``[T]`` of cached sequences; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""

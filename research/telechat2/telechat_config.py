@@ -69,6 +69,9 @@ class TelechatConfig(PretrainedConfig):
         calculate_per_token_loss: return the loss as numerator and denominator (MindFormers' accumulation).
         offset: layers that stages of the pipeline have more than ``num_layers // stages``, see partition.
         pp_interleave_num: runs of layers, "virtual chunks", of each stage of the pipeline.
+        fine_grain_interleave: copies of the tokens, 1 or 2, in which a layer is computed where
+            ``model_parallel`` is above 1, so that one communicates beside the other's products: see
+            telechat_interleave.py.
         disable_lazy_inline: compile a cluster's graph anew for every micro-batch. MindFormers' Trainer sets
             it where a step has only one.
         parallel_config: MindFormers' ``parallel_config`` section with its ``recompute``, see check_plan.
@@ -131,6 +134,7 @@ class TelechatConfig(PretrainedConfig):
         calculate_per_token_loss: bool = False,
         offset: int | list = 0,
         pp_interleave_num: int = 1,
+        fine_grain_interleave: int = 1,
         disable_lazy_inline: bool = False,
         parallel_config=default_transformer_config,
         moe_config=None,

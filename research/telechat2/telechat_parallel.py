@@ -86,6 +86,7 @@ def apply_plan(model, config) -> None:
     if model.model.packed:
         shard_document_mask(model.model.document_mask, plan)
     shard_embedding(model.model.tok_embeddings, plan)
+    shard_copies(model.model, plan)
     for layer in model.model.layers:
         shard_layer(layer, plan)
     model.model.add.shard(((1,), (1,)))
@@ -159,6 +160,33 @@ def shard_layer(layer, plan: Plan) -> None:
         shard_feed_forward(layer.feed_forward, plan)
     layer.add_attention.shard((tokens, tokens))
     layer.add_feed_forward.shard((tokens, tokens))
+
+
+def shard_copies(model, plan: Plan) -> None:
+    """Of a TelechatModel with interleaved layers: each device cuts and joins the tokens that it holds."""
+    if not model.interleaved:
+        return
+    _keep_local(model.split_tokens.slice, (plan.dp,))
+    copies = model.split_tokens.copies
+    heads, tokens = (plan.dp, plan.mp), (plan.tokens, 1)
+    _keep_local(model.join_embedded.concat, *[tokens] * copies)
+    _keep_local(model.split_hidden.slice, tokens)
+    # The output projection and the loss want each device's tokens in their order.
+    _keep_local(model.join_hidden.concat, *[(plan.dp, 1)] * copies)
+    for layer in model.layers:
+        for cell in (layer.join_query, layer.join_key_value):
+            _keep_local(cell.concat, *[heads] * copies)
+        _keep_local(layer.split_attention.slice, heads)
+        if layer.splits:
+            _keep_local(layer.split_stage.slice, tokens)
+        if layer.joins:
+            _keep_local(layer.join_stage.concat, *[tokens] * copies)
+
+
+def _keep_local(operator, *strategies) -> None:
+    """Have an operator work on the axis that is split, on each device's part of it."""
+    operator.shard(strategies)
+    operator.add_prim_attr("skip_redistribution", True)
 
 
 def shard_norm(cell, plan: Plan) -> None:

@@ -24,6 +24,7 @@ def check_plan(config) -> None:
     _check_unsupported(config, section)
     _check_model_parallel(config, section)
     _check_experts(config, section)
+    _check_interleave(config, section)
     _check_pipeline(config, section)
     _check_recompute(config, section.recompute)
 
@@ -144,6 +145,42 @@ def _check_experts(config, section) -> None:
             f"moe_config.expert_num {config.moe.num_experts} is not divisible by the {owners} devices that "
             f"share the experts (expert_parallel {ep}{f' times model_parallel {mp}' if extend else ''}); "
             "change one of them."
+        )
+
+
+def copies_of(config) -> int:
+    """In how many copies of the tokens a TelechatConfig's layers are computed; 1 for plain layers.
+
+    Copies hide the communication of tensor parallelism; without it, and with a cache, there is one.
+    """
+    section = config.parallel_config
+    return 1 if section.model_parallel == 1 or config.use_past else config.fine_grain_interleave
+
+
+def _check_interleave(config, section) -> None:
+    if config.moe and config.fine_grain_interleave > 1:
+        raise ValueError(
+            f"fine_grain_interleave is {config.fine_grain_interleave}, but layers with experts are not "
+            "computed in copies: their capacity and load are those of all tokens. Set it to 1."
+        )
+    copies = copies_of(config)
+    if copies > 1 and section.context_parallel > 1:
+        raise ValueError(
+            f"fine_grain_interleave is {copies} and parallel_config.context_parallel "
+            f"{section.context_parallel}; only whole sequences are computed in copies. Set one of them to 1."
+        )
+    if copies > 2:
+        raise ValueError(
+            f"fine_grain_interleave is {copies}, but MindSpore only has two copies take turns; set it to 2, "
+            "or to 1 for plain layers."
+        )
+    tokens = config.batch_size * config.seq_length
+    parts = copies * (section.model_parallel if section.use_seq_parallel else 1)
+    if copies > 1 and tokens % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
+            f"{parts} (fine_grain_interleave {copies} times the {parts // copies} devices that share the "
+            "tokens); change one of them, or set fine_grain_interleave to 1."
         )
 
 

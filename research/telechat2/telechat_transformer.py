@@ -44,14 +44,19 @@ class TelechatAttention(nn.Cell):
 
     def construct(self, x, batch_size, inputs):
         """Whole sequences: ``x`` ``[B*S, H]``, ``inputs`` rotary tables and mask; returns ``[B*S, H]``."""
+        return self.wo(self.attend(self.wq(x), self.wk_v(x), batch_size, inputs))
+
+    def attend(self, query, key_value, batch_size, inputs):
+        """Between the projections: ``[B*S, N*D]`` and ``[B*S, 2*K*D]`` to ``[B*S, N*D]``."""
         query_tables, key_tables, mask = inputs
-        query = self.reshape(self.wq(x), (batch_size, -1, self.num_heads, self.head_dim))
-        key_value = self.reshape(self.wk_v(x), (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
+        flat = query.shape
+        query = self.reshape(query, (batch_size, -1, self.num_heads, self.head_dim))
+        key_value = self.reshape(key_value, (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
         query = self.transpose_q(query, (0, 2, 1, 3))
         key, value = self.split_kv(self.transpose_kv(key_value, (0, 2, 1, 3)))
         query, key = self._rotate(query, key, (query_tables, key_tables))
         out = self.transpose_out(self.causal_attention(query, key, value, mask), (0, 2, 1, 3))
-        return self.wo(self.reshape(out, x.shape))
+        return self.reshape(out, flat)
 
     def paged(self, x, prefill, tables, inputs, lengths):
         """Tokens ``x`` ``[T, H]`` with the cache, ``tables`` cos and sin ``[T, D]``; returns ``[T, H]``."""
