@@ -34,7 +34,7 @@ PIPELINE = {
 EXPERTS = {
     "moe_config": MIXTURE, PLAN + "expert_parallel": 2, PLAN + "data_parallel": 4,
     PLAN + "model_parallel": 2,
-    OPTIMIZER + "optimizer_weight_shard_size": 2,
+    OPTIMIZER + "optimizer_weight_shard_size": 2, "calculate_per_token_loss": False,
 }  # fmt: skip
 UNSHARED = {
     PLAN + "use_seq_parallel": False, "parallel.enable_parallel_optimizer": False,
@@ -46,16 +46,21 @@ SLOW = {
         MODEL + "vocab_size": 1028, PLAN + "data_parallel": 8, PLAN + "model_parallel": 1,
         OPTIMIZER + "parallel_optimizer_threshold": 0,
     },
-    "level 3": {OPTIMIZER + "optimizer_level": "level3"},
+    "level 3": {
+        "parallel.parallel_optimizer_config": {
+            "optimizer_level": "level3", "parallel_optimizer_threshold": 64,
+        },
+    },
     "accumulation": {"runner_config.gradient_accumulation_steps": 2},
     "16-bit weights": {MODEL + "param_init_type": "bfloat16"},
-    "two copies": {"micro_batch_interleave_num": 2},
+    "two copies": {"micro_batch_interleave_num": 2, "calculate_per_token_loss": False},
     "split experts": EXPERTS | {"moe_config": MIXTURE | {"ep_extend_tp": False}, AGAIN + "recompute": True},
     "split experts without sequence parallelism": EXPERTS
     | {"moe_config": MIXTURE | {"ep_extend_tp": False}, PLAN + "use_seq_parallel": False},
     "chunks": {
         MODEL + "num_layers": 4, MODEL + "pp_interleave_num": 2, PLAN + "pipeline_stage": 2,
-        PLAN + "micro_batch_num": 4, "parallel.pipeline_config": {"pipeline_interleave": True},
+        PLAN + "micro_batch_num": 4,
+        "parallel.pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"},
     },
 }  # fmt: skip
 
