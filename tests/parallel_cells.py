@@ -31,7 +31,8 @@ def compiled(plan=None, parallel=None, rank=0, steps=None, **model):
     ``parallel`` is for MindSpore's context, ``steps`` the arguments of build.
     """
     plan = PLAN | (plan or {})
-    devices = plan["data_parallel"] * plan["model_parallel"] * plan.get("pipeline_stage", 1)
+    devices = plan["data_parallel"] * plan["model_parallel"]
+    devices *= plan.get("pipeline_stage", 1) * plan.get("context_parallel", 1)
     arguments = {"config": MODEL | model | {"parallel_config": plan}} | (steps or {})
     return simulate("parallel_cells:build", arguments, device_num=devices, rank=rank, parallel=parallel)
 

@@ -98,18 +98,18 @@ def tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_rotary_of_whole_sequences():
-    query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8)
+    query, key = normal(2, 6, 4, 8), normal(2, 6, 2, 8)
     cos, sin = tables(6, 8)
 
     def reference(query, key, *_):
-        return np.concatenate((rotate(query, cos, sin), rotate(key, cos, sin)), 1)
+        return np.concatenate([rotate(x, cos[:, None], sin[:, None]) for x in (query, key)], 2)
 
     class Both(nn.Cell):
         def __init__(self):
             super().__init__()
             self.inputs = telechat_twins.SequenceInputsTwin(4, 2, ms.float32)
             self.rotary = telechat_twins.RotaryTwin()
-            self.concat = ops.Concat(1)
+            self.concat = ops.Concat(2)
 
         def construct(self, query, key, cos, sin):
             query_tables, key_tables, _ = self.inputs(cos, sin, 2, None)

@@ -69,7 +69,7 @@ class RotaryTokensFused(nn.Cell):
 
 
 class SequenceInputsFused(nn.Cell):
-    """The fused kernels broadcast: cos and sin ``[1, 1, S, D]``, and a mask in uint8.
+    """The fused kernels broadcast: cos and sin ``[1, S, 1, D]``, and a mask in uint8.
 
     That is ``[B, 1, S, S]`` for packed documents, else a triangle ``[2048, 2048]`` that FlashAttentionScore
     expands to any length (sparse mode 2).
@@ -81,7 +81,8 @@ class SequenceInputsFused(nn.Cell):
         self.cast = P.Cast()
 
     def construct(self, cos, sin, batch_size, masked):
-        tables = (cos.reshape(1, 1, *cos.shape), sin.reshape(1, 1, *sin.shape))
+        length, head_dim = cos.shape
+        tables = (cos.reshape(1, length, 1, head_dim), sin.reshape(1, length, 1, head_dim))
         return tables, tables, self.mask if masked is None else self.cast(masked, ms.uint8)
 
 

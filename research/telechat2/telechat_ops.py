@@ -48,7 +48,7 @@ def swiglu() -> nn.Cell:
 
 
 def rotary() -> nn.Cell:
-    """Rotation of whole sequences: ``(q [B, N, S, D], k [B, K, S, D], (cos, sin), (cos, sin)) -> (q, k)``."""
+    """Rotation of whole sequences: ``(q [B, S, N, D], k [B, S, K, D], (cos, sin), (cos, sin)) -> (q, k)``."""
     return RotaryTwin() if is_cpu() else RotaryFused()
 
 

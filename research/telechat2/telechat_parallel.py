@@ -3,18 +3,28 @@
 In semi-automatic parallelism one graph is written for the whole cluster, and each operator is told how many
 times each axis of its operands is split. Operators that are told nothing, such as casts, follow the others.
 
-Axes: T tokens of all sequences, H channels, F width of the feed-forward block, V vocabulary, N heads. ``dp``
-and ``mp`` are ``data_parallel`` and ``model_parallel``.
+Axes: B sequences, S tokens of each, T tokens of all, H channels, F width of the feed-forward block, V
+vocabulary, N heads. ``dp``, ``cp`` and ``mp`` are ``data_parallel``, ``context_parallel`` and
+``model_parallel``; devices are numbered in that order, ``mp`` fastest.
+
+Context parallelism splits sequences. All but attention works on tokens alone, as if ``dp`` were ``dp * cp``.
+For attention a device either gathers the keys and values of the whole sequence, or it gives away tokens of
+most of its heads for those that others have of the rest (Ulysses: ``exchange`` devices do that), or both.
 """
 
 from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.parallel import Layout
 
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
-from research.telechat2.telechat_parallel_config import check_cluster
+from research.telechat2.telechat_parallel_config import (
+    check_cluster,
+    check_exchange,
+    exchange_of,
+)
 from research.telechat2.telechat_pipeline import assign_stages
 from research.telechat2.telechat_recompute import recompute_layers
 
@@ -26,7 +36,9 @@ class Plan:
     Attributes:
         dp: the batch, and with it the tokens.
         mp: heads, and the width of the feed-forward block.
-        tokens: the tokens outside of attention and feed-forward blocks; ``dp * mp`` with sequence
+        gather, exchange: factors of ``cp``, see above.
+        rows: the tokens, ``dp * cp``.
+        tokens: the tokens outside of attention and feed-forward blocks; ``rows * mp`` with sequence
             parallelism.
         vocabulary: rows of the embedding and the output projection.
         packed: records have documents that do not see each other, by a mask for each.
@@ -35,6 +47,9 @@ class Plan:
 
     dp: int
     mp: int
+    gather: int
+    exchange: int
+    rows: int
     tokens: int
     vocabulary: int
     packed: bool
@@ -45,9 +60,13 @@ class Plan:
         """From MindFormers' section."""
         section = config.parallel_config
         dp, mp = section.data_parallel, section.model_parallel
-        tokens = dp * mp if section.use_seq_parallel else dp
+        exchange = exchange_of(section)
+        gather = section.context_parallel // exchange
+        rows = dp * section.context_parallel
+        tokens = rows * mp if section.use_seq_parallel else rows
         vocabulary = 1 if section.vocab_emb_dp else mp
-        return cls(dp, mp, tokens, vocabulary, bool(config.document_start_ids), _expert_plan(config))
+        packed = bool(config.document_start_ids)
+        return cls(dp, mp, gather, exchange, rows, tokens, vocabulary, packed, _expert_plan(config))
 
 
 def _expert_plan(config) -> ExpertPlan | None:
@@ -81,6 +100,7 @@ def apply_plan(model, config) -> None:
     if not is_semi_auto():
         return
     check_cluster(config, ms.communication.get_group_size(), ms.get_auto_parallel_context("gradients_mean"))
+    check_exchange(config, ms.get_auto_parallel_context("enable_alltoall"))
     plan = Plan.read(config)
     shard_inputs(model, plan)
     if model.model.packed:
@@ -130,19 +150,20 @@ def shard_inputs(model, plan: Plan) -> None:
 
 
 def shard_document_mask(cell, plan: Plan) -> None:
-    """What tokens must not see, ``[B, 1, S, S]``, each row on its device."""
+    """What tokens must not see, ``[B, 1, S, S]``, each row on its device, and of it what its tokens ask."""
     dp = plan.dp
     cell.equal.shard(((dp, 1, 1), (1, 1, 1)))
     cell.sum.shard(((dp, 1, 1),))
     cell.cumsum.shard(((dp, 1),))
-    cell.different.shard(((dp, 1, 1, 1), (dp, 1, 1, 1)))
-    cell.either.shard(((dp, 1, 1, 1), (1, 1, 1, 1)))
+    cell.different.shard(((dp, 1, plan.gather, 1), (dp, 1, 1, 1)))
+    cell.later.shard(((1, 1, 1, 1), (1, 1, plan.gather, 1)))
+    cell.either.shard(((dp, 1, plan.gather, 1), (1, 1, plan.gather, 1)))
 
 
 def shard_embedding(cell, plan: Plan) -> None:
     """Rows of the table by vocabulary; each device contributes the tokens that it holds."""
     if plan.vocabulary > 1:
-        cell.gather.shard(((plan.vocabulary, 1), (plan.dp,)), ((plan.tokens, 1),))
+        cell.gather.shard(((plan.vocabulary, 1), (plan.rows,)), ((plan.tokens, 1),))
     else:
         cell.gather.shard(((1, 1), (plan.tokens,)))
     cell.dropout.dropout.shard(((plan.tokens, 1),))
@@ -195,18 +216,26 @@ def shard_norm(cell, plan: Plan) -> None:
 
 
 def shard_attention(cell, plan: Plan) -> None:
-    """Heads are split: the projections before by columns, the one after by rows."""
-    heads = (plan.dp, plan.mp, 1, 1)
+    """Heads are split: the projections before by columns, the one after by rows.
+
+    From ``[B, S, N, D]`` to the kernel's ``[B, N, S, D]`` the layouts are named, since by numbers alone
+    MindSpore would take devices for numbered in the order of the axes.
+    """
     split_columns(cell.wq, plan)
     split_columns(cell.wk_v, plan)
+    positions = plan.gather * plan.exchange
+    tokens = (plan.dp, positions, plan.mp, 1)
+    cell.split_kv.shard((tokens,))
+    table = (1, positions, 1, 1)
+    cell.rotary.rotary.shard((tokens, table, table))
     for transpose in (cell.transpose_q, cell.transpose_kv):
-        transpose.shard(((plan.dp, 1, plan.mp, 1),))
-    cell.split_kv.shard((heads,))
-    table = (1, 1, 1, 1)
-    cell.rotary.rotary.shard((heads, table, table))
-    mask = (plan.dp, 1, 1, 1) if plan.packed else (1, 1)
-    cell.causal_attention.flash.shard((heads, heads, heads, mask))
-    cell.transpose_out.shard((heads,))
+        transpose.shard((tokens,))
+    layout = Layout((plan.dp, plan.gather, plan.exchange, plan.mp), ("dp", "gather", "exchange", "mp"))
+    query = layout("dp", ("mp", "exchange"), "gather", "None")
+    key = layout("dp", ("mp", "exchange"), "None", "None")
+    mask = layout("dp", "None", "gather", "None") if plan.packed else layout("None", "None")
+    cell.causal_attention.flash.shard((query, key, key, mask))
+    cell.transpose_out.shard((layout("dp", "mp", ("gather", "exchange"), "None"),))
     split_rows(cell.wo, plan)
 
 
@@ -214,28 +243,28 @@ def shard_feed_forward(cell, plan: Plan) -> None:
     """The width is split: w1 and w3 by columns, w2 by rows."""
     split_columns(cell.w1, plan)
     split_columns(cell.w3, plan)
-    cell.swiglu.stack.shard(((plan.dp, plan.mp), (plan.dp, plan.mp)))
-    cell.swiglu.swiglu.shard(((plan.dp, 1, plan.mp),))
+    cell.swiglu.stack.shard(((plan.rows, plan.mp), (plan.rows, plan.mp)))
+    cell.swiglu.swiglu.shard(((plan.rows, 1, plan.mp),))
     split_rows(cell.w2, plan)
 
 
 def split_columns(linear, plan: Plan) -> None:
     """``[T, in]`` whole to ``[T, out]`` split: the rows of the weight ``[out, in]`` are."""
-    linear.matmul.shard(((plan.dp, 1), (plan.mp, 1)))
-    linear.dropout.dropout.shard(((plan.dp, plan.mp),))
+    linear.matmul.shard(((plan.rows, 1), (plan.mp, 1)))
+    linear.dropout.dropout.shard(((plan.rows, plan.mp),))
 
 
 def split_rows(linear, plan: Plan) -> None:
     """``[T, in]`` split to ``[T, out]``: the devices' products are added up, and then the bias to the sum."""
     tokens = (plan.tokens, 1)
-    linear.matmul.shard(((plan.dp, plan.mp), (1, plan.mp)), (tokens,))
+    linear.matmul.shard(((plan.rows, plan.mp), (1, plan.mp)), (tokens,))
     linear.bias_add.shard((tokens, (1,)))
     linear.dropout.dropout.shard((tokens,))
 
 
 def shard_output(model, plan: Plan) -> None:
     """Output projection and loss, split by vocabulary; a whole vocabulary by tokens only."""
-    rows = plan.dp if plan.vocabulary > 1 else plan.tokens
+    rows = plan.rows if plan.vocabulary > 1 else plan.tokens
     model.lm_head.matmul.shard(((rows, 1), (plan.vocabulary, 1)))
     model.lm_head.dropout.dropout.shard(((rows, plan.vocabulary),))
     model.loss = telechat_ops.cross_entropy(rows, plan.vocabulary)

@@ -23,6 +23,7 @@ def check_plan(config) -> None:
     section = config.parallel_config
     _check_unsupported(config, section)
     _check_model_parallel(config, section)
+    _check_context_parallel(config, section)
     _check_experts(config, section)
     _check_interleave(config, section)
     _check_pipeline(config, section)
@@ -37,13 +38,13 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
             not have, gradients that would be averaged twice, or attention that cannot be split.
     """
     section = config.parallel_config
-    product = section.data_parallel * section.model_parallel * section.pipeline_stage
+    product = devices_of(section)
     if product != devices:
-        raise ValueError(
-            f"data_parallel {section.data_parallel} times model_parallel {section.model_parallel} times "
-            f"pipeline_stage {section.pipeline_stage} is {product}, but {devices} devices take part; make "
-            "them equal."
-        )
+        names = ["data_parallel", "context_parallel", "model_parallel", "pipeline_stage"]
+        if section.context_parallel == 1:
+            names.remove("context_parallel")
+        factors = " times ".join(f"{name} {getattr(section, name)}" for name in names)
+        raise ValueError(f"{factors} is {product}, but {devices} devices take part; make them equal.")
     if devices % 8 and devices not in (1, 2, 4):
         raise ValueError(
             f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
@@ -62,12 +63,85 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
         )
 
 
-def _check_unsupported(config, section) -> None:
-    if section.context_parallel > 1:
+def devices_of(section) -> int:
+    """How many devices a ``parallel_config`` takes."""
+    context = section.context_parallel
+    return section.data_parallel * context * section.model_parallel * section.pipeline_stage
+
+
+def exchange_of(section) -> int:
+    """How many devices exchange heads for tokens (Ulysses); the other factor of ``context_parallel`` gathers.
+
+    By ``context_parallel_algo``: ``colossalai_cp`` gathers only, ``ulysses_cp`` exchanges only, ``hybrid_cp``
+    has ``ulysses_degree_in_cp`` devices exchange.
+    """
+    algorithm = _algorithm(section)
+    if section.context_parallel == 1 or algorithm == "colossalai_cp":
+        return 1
+    return section.context_parallel if algorithm == "ulysses_cp" else section.ulysses_degree_in_cp
+
+
+def check_exchange(config, enable_alltoall: bool) -> None:
+    """Refuse to gather what is to be exchanged.
+
+    Raises:
+        ValueError: MindSpore's context forbids the exchange that the plan asks for.
+    """
+    exchange = exchange_of(config.parallel_config)
+    if exchange > 1 and not enable_alltoall:
         raise ValueError(
-            f"parallel_config.context_parallel is {section.context_parallel}; this version does not split "
-            "the sequence of attention. Set it to 1, and split heads by model_parallel."
+            f"parallel_config.context_parallel_algo {_algorithm(config.parallel_config)} has {exchange} "
+            "devices exchange heads for tokens, but parallel.enable_alltoall is False, with which MindSpore "
+            "would gather all of them; set it to True."
         )
+
+
+def _algorithm(section) -> str:
+    """MindFormers' enumeration, or the text of a YAML."""
+    return getattr(section.context_parallel_algo, "value", section.context_parallel_algo)
+
+
+def _check_context_parallel(config, section) -> None:
+    context, algorithm, degree = section.context_parallel, _algorithm(section), section.ulysses_degree_in_cp
+    if context == 1:
+        return
+    name = f"parallel_config.context_parallel {context}"
+    if algorithm not in ("colossalai_cp", "ulysses_cp", "hybrid_cp"):
+        raise ValueError(
+            f"parallel_config.context_parallel_algo is {algorithm!r}; it must be colossalai_cp, ulysses_cp "
+            "or hybrid_cp."
+        )
+    if degree > 1 and algorithm != "hybrid_cp":
+        raise ValueError(
+            f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
+            "not read it; set context_parallel_algo: hybrid_cp, or remove it."
+        )
+    if context % exchange_of(section):
+        raise ValueError(f"{name} is not divisible by ulysses_degree_in_cp {degree}; change one of them.")
+    if config.seq_length % context:
+        raise ValueError(f"seq_length {config.seq_length} is not divisible by {name}; change one of them.")
+    if config.batch_size > 1:
+        raise ValueError(
+            f"batch_size is {config.batch_size} and {name}; the tokens of one sequence are split, not of "
+            "several. Set batch_size to 1, and gradient_accumulation_steps or micro_batch_num higher."
+        )
+    if config.moe:
+        raise ValueError(
+            f"{name}, but the model has experts, which take whole sequences only; set context_parallel to "
+            "1, and split heads by model_parallel."
+        )
+    owners = section.model_parallel * exchange_of(section)
+    for heads in ("num_heads", "n_kv_heads"):
+        if getattr(config, heads) % owners:
+            raise ValueError(
+                f"{heads} {getattr(config, heads)} is not divisible by {owners} (model_parallel "
+                f"{section.model_parallel} times {exchange_of(section)} devices that exchange heads, see "
+                "context_parallel_algo); let fewer exchange by hybrid_cp and ulysses_degree_in_cp, or none "
+                "by colossalai_cp."
+            )
+
+
+def _check_unsupported(config, section) -> None:
     if section.seq_split_num > 1:
         raise ValueError(
             f"parallel_config.seq_split_num is {section.seq_split_num}; this model has no sequence pipeline. "
@@ -82,11 +156,11 @@ def _check_unsupported(config, section) -> None:
             "parallel_config.optimizer_shard has no effect in MindFormers any more; "
             "remove it, and set parallel.enable_parallel_optimizer."
         )
-    if config.use_past and max(section.model_parallel, section.pipeline_stage) > 1:
+    if config.use_past and section.model_parallel * section.pipeline_stage * section.context_parallel > 1:
         raise ValueError(
-            f"use_past is True, and parallel_config asks for model_parallel {section.model_parallel} and "
-            f"pipeline_stage {section.pipeline_stage}; this model predicts with a cache on one device. "
-            "Set them to 1."
+            f"use_past is True, and parallel_config asks for model_parallel {section.model_parallel}, "
+            f"context_parallel {section.context_parallel} and pipeline_stage {section.pipeline_stage}; this "
+            "model predicts with a cache on one device. Set them to 1."
         )
 
 
@@ -105,10 +179,12 @@ def _check_model_parallel(config, section) -> None:
                 f"change one of them{advice}."
             )
     tokens = config.batch_size * config.seq_length
-    if section.use_seq_parallel and tokens % mp:
+    context = section.context_parallel
+    if section.use_seq_parallel and tokens % (mp * context):
+        by = f"{mp}" if context == 1 else f"{mp} times context_parallel {context}"
         raise ValueError(
             f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
-            f"parallel_config.model_parallel {mp}, as use_seq_parallel needs; change one of them, or set "
+            f"parallel_config.model_parallel {by}, as use_seq_parallel needs; change one of them, or set "
             "use_seq_parallel: False."
         )
 

@@ -52,9 +52,10 @@ class TelechatAttention(nn.Cell):
         flat = query.shape
         query = self.reshape(query, (batch_size, -1, self.num_heads, self.head_dim))
         key_value = self.reshape(key_value, (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
-        query = self.transpose_q(query, (0, 2, 1, 3))
-        key, value = self.split_kv(self.transpose_kv(key_value, (0, 2, 1, 3)))
+        key, value = self.split_kv(key_value)
         query, key = self._rotate(query, key, (query_tables, key_tables))
+        query = self.transpose_q(query, (0, 2, 1, 3))
+        key, value = self.transpose_kv(key, (0, 2, 1, 3)), self.transpose_kv(value, (0, 2, 1, 3))
         out = self.transpose_out(self.causal_attention(query, key, value, mask), (0, 2, 1, 3))
         return self.reshape(out, flat)
 

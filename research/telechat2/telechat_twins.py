@@ -74,7 +74,7 @@ class SwiGLUTwin(nn.Cell):
 
 
 class RotaryTwin(nn.Cell):
-    """Half-split rotation of queries ``[B, N, S, D]`` and keys ``[B, K, S, D]``, each by its own cos and sin.
+    """Half-split rotation of queries ``[B, S, N, D]`` and keys ``[B, S, K, D]``, each by its own cos and sin.
 
     ``x * cos + (-x2, x1) * sin``, where x1 and x2 are the first and second half of the channels.
     """
@@ -185,7 +185,7 @@ class SequenceInputsTwin(nn.Cell):
     Inputs: cos and sin ``[S, D]`` of positions 0 to S - 1, the batch size B, and what a token must not see
     ``[B, 1, S, S]`` bool, or None if that is just what follows it.
 
-    Outputs: cos and sin for queries ``[B, N, S, D]``, those for keys ``[B, K, S, D]``, and the score bias
+    Outputs: cos and sin for queries ``[B, S, N, D]``, those for keys ``[B, S, K, D]``, and the score bias
     ``[B, N, S, S]``.
     """
 
@@ -198,8 +198,9 @@ class SequenceInputsTwin(nn.Cell):
 
     def construct(self, cos, sin, batch_size, masked):
         length, head_dim = cos.shape
-        queries = (batch_size, self.num_heads, length, head_dim)
-        keys = (batch_size, self.n_kv_heads, length, head_dim)
+        queries = (batch_size, length, self.num_heads, head_dim)
+        keys = (batch_size, length, self.n_kv_heads, head_dim)
+        cos, sin = cos.reshape(length, 1, head_dim), sin.reshape(length, 1, head_dim)
         if masked is None:
             masked = ops.triu(ops.ones((length, length), self.softmax_dtype), 1)
         bias = self.cast(masked, self.softmax_dtype) * self.masked_score
