@@ -183,7 +183,9 @@ class TelechatForCausalLM(PreTrainedModel):
             self.reshape(self.slice(trained, first, last, step), (-1,)),
         )
         if self.calculate_per_token_loss:
-            return (self.add(total, balance_loss * count), count) if self.has_experts else (total, count)
+            if self.has_experts:
+                total = self.add(self.reshape(total, (1,)), balance_loss * count)
+            return total, count
         loss = self.global_mean(total, count)
         return self.add(loss, balance_loss) if self.has_experts else loss
 
