@@ -39,6 +39,11 @@ EXPERTS = {"expert_num": 6, "num_experts_chosen": 2, "capacity_factor": 1.5}
             {"n_kv_heads": 2},
             "n_kv_heads 2 is not divisible by 4",
         ),
+        (
+            CONTEXT | {"context_parallel_algo": "hybrid_cp", "ulysses_degree_in_cp": 3},
+            {},
+            "context_parallel 4 should be divisible by ulysses_degree_in_cp 3",  # MindFormers says so
+        ),
         (CONTEXT, {"seq_length": 62}, "seq_length 62 is not divisible by .*context_parallel 4"),
         (CONTEXT | {"use_seq_parallel": True}, {"seq_length": 68}, "not divisible by .* 2 times .* 4"),
         (CONTEXT, {"batch_size": 2}, "batch_size is 2 and .*context_parallel 4.*Set batch_size to 1"),

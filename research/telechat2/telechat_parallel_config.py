@@ -116,7 +116,7 @@ def _check_context_parallel(config, section) -> None:
             f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
             "not read it; set context_parallel_algo: hybrid_cp, or remove it."
         )
-    if context % exchange_of(section):
+    if degree < 1 or context % degree:
         raise ValueError(f"{name} is not divisible by ulysses_degree_in_cp {degree}; change one of them.")
     if config.seq_length % context:
         raise ValueError(f"seq_length {config.seq_length} is not divisible by {name}; change one of them.")

@@ -18,7 +18,7 @@ from research.telechat2.telechat_kernel_rules import (
     check_fused_attention,
     check_paged_kernels,
 )
-from research.telechat2.telechat_parallel_config import check_cluster
+from research.telechat2.telechat_parallel_config import check_cluster, check_exchange
 from research.telechat2.telechat_pipeline import check_schedule, partition_of
 from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
@@ -176,6 +176,7 @@ def _check_context(settings: dict, config, devices: int) -> None:
     """What MindSpore's context must say for one graph of all devices."""
     parallel = section_of(settings, "parallel")
     check_cluster(config, devices, parallel.get("gradients_mean", False))
+    check_exchange(config, parallel.get("enable_alltoall", False))
     pipeline = section_of(settings, "parallel.pipeline_config")
     check_schedule(
         config.pp_interleave_num,
