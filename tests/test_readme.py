@@ -249,13 +249,19 @@ def check_two_processes(clone: Clone, said: str) -> None:
     assert len(re.findall(r"loss:\[[\d.]+", log)) == 8
 
 
+def check_plan(clone: Clone, said: str) -> None:
+    plans = [line.split() for line in said.splitlines() if line.startswith("devices")]
+    assert [plan[1] for plan in plans] == ["512", "512"]
+    assert "data_parallel 64 x model_parallel 4 x pipeline_stage 2" in said
+
+
 def check_benchmark(clone: Clone, said: str) -> None:
     assert "step" in said and "decode" in said
 
 
 CHECKS = [
     check_quickstart, None, check_data, check_show, check_weights, check_finetune, check_resume, check_eval,
-    check_predict, check_ask, check_quickstart_experts, check_two_processes, check_benchmark,
+    check_predict, check_ask, check_quickstart_experts, check_plan, check_two_processes, check_benchmark,
 ]  # fmt: skip
 
 

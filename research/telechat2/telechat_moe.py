@@ -118,7 +118,7 @@ class TelechatMoE(nn.Cell):
         self.dropless_block = ExpertBlock(config, telechat_ops.dropless_experts(config), False)
         self.balance_scale = moe.balance_factor * moe.num_experts
         self.mean_over_processes = ProcessMean()
-        # MindFormers leaves parameters of this name out of the checkpoints it saves.
+        # MindFormers leaves this name out of checkpoint/rank_*; the section `checkpoint:` saves it.
         self.expert_load = Parameter(
             initializer("zeros", (2, moe.num_experts), ms.float32), name="expert_load", requires_grad=False
         )
