@@ -17,12 +17,17 @@ two copies' communication take turns. A block that ends with communication, or h
 makes MindSpore 2.9 order the graph in a circle: embedding and last norm are in copies, but in no block.
 """
 
+import logging
+
 from mindspore import nn
 from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2.telechat_parallel_config import copies_of
 from research.telechat2.telechat_pipeline import partition_of, places
+from research.telechat2.telechat_recompute import read_recompute
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
+
+logger = logging.getLogger("telechat2")
 
 
 class SplitTokens(nn.Cell):
@@ -71,7 +76,7 @@ class TelechatInterleaveLayer(TelechatDecoderLayer):
     last returns, one tensor ``[T, H]`` of joined copies.
 
     Args:
-        number: of the layer.
+        number: of the layer; None to mark no blocks, so that MindSpore orders nothing.
         splits, joins: whether it is the first and the last of its run.
     """
 
@@ -85,7 +90,7 @@ class TelechatInterleaveLayer(TelechatDecoderLayer):
         if splits:
             self.split_stage = SplitTokens(copies, number)
         if joins:
-            self.join_stage = JoinTokens(number + 1)
+            self.join_stage = JoinTokens(None if number is None else number + 1)
 
     def construct(self, x, batch_size, inputs):
         """Whole sequences, see TelechatAttention."""
@@ -108,6 +113,16 @@ def decoder_layers(config) -> list[TelechatDecoderLayer]:
     """The layers that a TelechatConfig asks for: plain, or interleaved with their runs' borders."""
     if copies_of(config) == 1:
         return [TelechatDecoderLayer(config) for _ in range(config.num_layers)]
+    # With layers that are computed again as a whole, MindSpore 2.9 would order the graph in a circle too.
+    ordered = not any(sum(row) for row in read_recompute(config).whole)
+    if not ordered:
+        logger.warning(
+            "recompute_config.recompute is set: MindSpore cannot make the copies' communication take turns; "
+            "whether it overlaps is left to the NPU's scheduler. select_recompute lets it."
+        )
     runs = [(place.chunk, place.stage) for place in places(partition_of(config))]
     borders = [True, *(before != after for before, after in zip(runs, runs[1:], strict=False)), True]
-    return [TelechatInterleaveLayer(config, i, borders[i], borders[i + 1]) for i in range(config.num_layers)]
+    return [
+        TelechatInterleaveLayer(config, i if ordered else None, borders[i], borders[i + 1])
+        for i in range(config.num_layers)
+    ]
