@@ -11,4 +11,4 @@ echo "style"
 ruff check
 ruff format --check
 echo "tests"
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -106,7 +106,7 @@ def _training_folder(path: Path) -> Path:
     if len(ranks) > 1:
         raise ValueError(
             f"{path} holds {len(ranks)} folders rank_*: the checkpoint was cut up for {len(ranks)} "
-            "devices; merge it first with MindFormers' transform_ckpt.py, and convert the result"
+            "devices; merge it first with transform_ckpt.py in research/telechat2, and convert the result"
         )
     return ranks[0] if ranks else path
 
