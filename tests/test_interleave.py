@@ -168,7 +168,10 @@ def test_copies_are_joined_for_attention_only_and_mindspore_orders_every_block(o
             r"batch_size 1 times seq_length 2 is not divisible by 4 \(fine_grain_interleave 2 times the 2 ",
         ),
         (
-            {"moe_config": {"expert_num": 4, "num_experts_chosen": 2, "capacity_factor": 1.5}},
+            {
+                "moe_config": {"expert_num": 4, "num_experts_chosen": 2, "capacity_factor": 1.5},
+                "parallel_config": {"model_parallel": 2, "use_seq_parallel": True},
+            },
             "fine_grain_interleave is 2, but layers with experts are not computed in copies.*Set it to 1",
         ),
     ],
