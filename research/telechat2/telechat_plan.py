@@ -39,6 +39,15 @@ def main() -> None:
         help="change settings of the YAML: parallel_config.model_parallel=4",
     )
     parser.add_argument(
+        "--estimate", action="store_true", help="memory, communication and speed by formulas, in seconds"
+    )
+    parser.add_argument(
+        "--search", type=float, metavar="GB", help="list the best plans for NPUs with this memory in GB"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the estimate: memory of each stage, and the schedule"
+    )
+    parser.add_argument(
         "--dry_run",
         action="store_true",
         help="compile the training step of a rank of every stage, and read it",
@@ -56,6 +65,9 @@ def main() -> None:
             arguments.config,
             dict(arguments.changes),
             device_num=arguments.device_num,
+            estimated=arguments.estimate,
+            search_gb=arguments.search,
+            picture=arguments.plot,
             dry=arguments.dry_run,
             rank=arguments.rank,
             output_dir=arguments.output_dir,
