@@ -46,6 +46,7 @@ SLOW = {
         MODEL + "vocab_size": 1028, PLAN + "data_parallel": 8, PLAN + "model_parallel": 1,
         OPTIMIZER + "parallel_optimizer_threshold": 0,
     },
+    "interleaved copies": {MODEL + "fine_grain_interleave": 2, AGAIN + "recompute": [1]},
     "level 3": {
         "parallel.parallel_optimizer_config": {
             "optimizer_level": "level3", "parallel_optimizer_threshold": 64,
@@ -96,7 +97,7 @@ def _compare_communication(run, stage: int, report):
     """Of each kind the bytes of the tensors; those of a few numbers for each token are not estimated."""
     found, expected = Counter(), Counter()
     for item in report.collectives:
-        if item.kind != "Receive":
+        if item.kind != "Receive" and len(item.ranks) > 1:
             tensor = item.output if item.kind == "AllGather" else item.input
             found[item.kind] += tensor.bytes * item.count
     for item in stage_communication(run, stage):
@@ -131,11 +132,12 @@ def test_further_plans_are_estimated_as_compiled(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_random_plans_are_estimated_as_compiled(seed):
-    settings = random_plan(seed)
+    settings = random_plan(seed) | {"calculate_per_token_loss": False}
+    # Their tokens have so few channels that the loss's numbers for each token would count.
+    settings["model"]["model_config"]["hidden_size"] *= 16
     try:
         if check(settings).device_num == 1:
             pytest.skip("one device has no plan")
-        workload(settings)
         throughput(workload(settings))
     except ValueError as error:
         pytest.skip(f"not legal, or not estimated: {error}")

@@ -96,8 +96,9 @@ def _exchanges(run: Workload, again: bool) -> list[Communication]:
     rows = run.expert_rows * run.hidden_size * run.compute_bytes
     found = []
     stride = 1 if run.extends else run.mp
+    back = again and run.answers_again
     if run.owners > 1:
-        for phase, count in ((FORWARD, 2), (BACKWARD, 2), (RECOMPUTE, int(again))):
+        for phase, count in ((FORWARD, 2), (BACKWARD, 2), (RECOMPUTE, again + back)):
             found.append(
                 Communication(ALL_TO_ALL, "experts", phase, "expert rows", run.owners, stride, rows, count)
             )
@@ -108,6 +109,8 @@ def _exchanges(run: Workload, again: bool) -> list[Communication]:
             found.append(_tensor(run, REDUCE_SCATTER, phase, "expert rows", whole))
         if again:
             found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "expert rows", whole))
+        if back:
+            found.append(_tensor(run, REDUCE_SCATTER, RECOMPUTE, "expert rows", whole))
     elif run.width_parts > 1:
         answers = run.tokens * run.hidden_size * run.compute_bytes
         for phase in (FORWARD, BACKWARD):

@@ -74,8 +74,10 @@ def pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
         moved = layers * layer_bytes(run)
     else:  # FlashAttentionScoreGrad computes the scores again: five products against two
         flops = layers * (2 * operations.products + 2.5 * operations.attention)
-        # What a layer returns is not needed again, so neither is its last product.
-        flops += whole * (operations.products + operations.attention - operations.last)
+        again = operations.products + operations.attention
+        if not (run.moe and run.answers_again):  # what a layer returns is not needed again
+            again -= operations.last
+        flops += whole * again
         moved = (2 * layers + whole) * layer_bytes(run)
     if chunk == run.chunks - 1 and stage == run.pp - 1:
         parts = run.vocabulary if run.vocabulary > 1 else run.token_parts

@@ -55,7 +55,8 @@ def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
         found.append(_embedding(run))
     for index, place in enumerate(places(run.layers)):
         if place.stage == stage:
-            found += layer_parameters(run, f"model.layers.{index}")
+            again = place.number < run.whole[place.chunk][stage]
+            found += layer_parameters(run, f"model.layers.{index}", again)
     if stage == run.pp - 1:
         found.append(_vector(run, "model.norm_out.weight", run.hidden_size, run.norm_bytes))
         if not run.tie_word_embeddings:
@@ -64,12 +65,14 @@ def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
     return found
 
 
-def layer_parameters(run: Workload, prefix: str) -> list[StoredParameter]:
-    """Those of a decoder layer."""
+def layer_parameters(run: Workload, prefix: str, again: bool) -> list[StoredParameter]:
+    """Those of a decoder layer; ``again``: it is computed again as a whole."""
     hidden, mp = run.hidden_size, run.mp
+    # MindSpore casts before it gathers, but not where copies of a layer are computed again.
+    gathered = run.parameter_bytes if again and run.fine_grain > 1 else run.compute_bytes
 
     def matrix(name, rows, columns, split):
-        return _stored(run, f"{prefix}.{name}.weight", (rows, columns), split)
+        return _stored(run, f"{prefix}.{name}.weight", (rows, columns), split, compute_bytes=gathered)
 
     attention = [
         _vector(run, f"{prefix}.attention_norm.weight", hidden, run.norm_bytes),

@@ -1,10 +1,9 @@
 """The training speeds that are published for TeleChat2, and the constants fitted to them.
 
 Tokens a second and NPU, at a sequence length of 8192, on Atlas 800T A2 (MindFormers' TeleChat2 README of
-v1.6.0), with the plans of the shipped YAMLs and, for 35B and 115B, two interleaved copies of a layer.
+v1.6.0), with the plans of the shipped YAMLs.
 """
 
-from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from research.telechat2.plan.throughput import Efficiency, throughput
 from research.telechat2.plan.workload import Workload, workload
 
 SPEEDS = {"7b": 2950, "35b": 516, "115b": 158, "39b_a12b": 865}
-COPIES = {"7b": 1, "35b": 2, "115b": 2, "39b_a12b": 1}
 
 
 def published_workloads() -> dict[str, Workload]:
@@ -24,7 +22,7 @@ def published_workloads() -> dict[str, Workload]:
     for size in SPEEDS:
         name = f"telechat2-{size.replace('_', '-')}/finetune_telechat_{size}.yaml"
         _, settings = read_settings(str(folder / name), {}, folder)
-        runs[size] = replace(workload(settings), fine_grain=COPIES[size])
+        runs[size] = workload(settings)
     return runs
 
 

@@ -34,7 +34,7 @@ class Efficiency:
         return cost.flops / (PEAK * self.compute) + cost.moved / MEMORY + cost.links / self.links
 
 
-FITTED = Efficiency(compute=0.7875, links=0.425)
+FITTED = Efficiency(compute=0.783, links=0.431)
 
 
 @dataclass(frozen=True)

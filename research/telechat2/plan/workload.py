@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from research.telechat2.plan.check import check
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.telechat_parallel_config import copies_of
 from research.telechat2.telechat_pipeline import partition_of
 from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
@@ -114,6 +115,14 @@ class Workload:
         return 1 if self.extends else self.mp
 
     @property
+    def answers_again(self) -> bool:
+        """Whether a mixture of experts that is computed again does its last product and exchange again, too.
+
+        MindSpore does so in models that it compiles once for all micro-batches, and only there.
+        """
+        return self.pp > 1 or self.micro_batches > 1
+
+    @property
     def expert_rows(self) -> int:
         """Rows that a device sends to all experts together, the padding of a capacity included.
 
@@ -163,7 +172,7 @@ def of_config(config, settings: dict) -> Workload:
         sequence_parallel=plan.use_seq_parallel and mp > 1,
         vocabulary=1 if plan.vocab_emb_dp else mp,
         **_sharing(settings),
-        fine_grain=getattr(config, "fine_grain_interleave", 1) if mp > 1 else 1,
+        fine_grain=copies_of(config),
         layers=partition_of(config),
         whole=recompute.whole,
         selected=_built_in("select_recompute", recompute.selected, SELECTED),
