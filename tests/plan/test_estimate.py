@@ -51,6 +51,12 @@ def test_zero_shares_all_but_vectors_out_to_eight_npus(published):
     assert memory.optimizer == 2 * 4 * own
 
 
+def test_weights_are_kept_in_the_dtype_that_they_are_computed_in():
+    """35B's second stage: 17 layers of 528,506,880 numbers; but for 4 vectors of 6144 each, a quarter of them."""
+    memory = estimate(settings_of("finetune_telechat_35b")).memory[1]
+    assert memory.gathered == 2 * 17 * (528_506_880 - 4 * 6144) // 4
+
+
 def test_published_plans_fit_the_memory_that_they_were_published_with(published):
     """``context.max_device_memory`` of spec 11."""
     limits = {"7b": 58, "35b": 57, "115b": 54.5, "39b_a12b": 53}

@@ -126,7 +126,7 @@ def update_cost(run: Workload, stage: int) -> Cost:
             stored = parameter.bytes // parameter.number_bytes
             # Their norm, clipping, and AdamW's four tensors read and three written; all float32.
             moved += stored * 4 * (1 + 2 + 7)
-            moved += parameter.gathered_bytes + parameter.bytes  # to the compute dtype
+            moved += parameter.computed_bytes + parameter.bytes  # to the compute dtype
             if run.micro_batches > 1:
                 moved += run.micro_batches * 3 * parameter.slice_bytes
     return Cost(0, moved, sum(map(link_seconds, optimizer_communication(run, stage))))

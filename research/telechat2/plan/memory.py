@@ -69,7 +69,7 @@ def _gathered(run: Workload, parameter) -> int:
     same = parameter.shards == 1 and parameter.compute_bytes == parameter.number_bytes
     if same or len(parameter.shape) == 1 or run.gathers_again:
         return 0
-    return parameter.gathered_bytes
+    return parameter.computed_bytes
 
 
 def chunk_activations(run: Workload, chunk: int, stage: int) -> int:

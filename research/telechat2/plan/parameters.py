@@ -17,7 +17,8 @@ class StoredParameter:
         slice_shape: what the device computes with.
         local_shape: what it stores, less than that where the optimizer's work is shared out.
         number_bytes: of one number.
-        compute_bytes: of one number in the form in which the shards are gathered.
+        compute_bytes: of one number as the device computes with it.
+        gather_bytes: of one number when the shards are gathered.
         replicas: devices with the same slice. shards: how many of them share it out.
         trained: has a gradient and an optimizer's state.
     """
@@ -28,6 +29,7 @@ class StoredParameter:
     local_shape: tuple[int, ...]
     number_bytes: int
     compute_bytes: int
+    gather_bytes: int
     replicas: int
     shards: int
     trained: bool = True
@@ -44,6 +46,11 @@ class StoredParameter:
 
     @property
     def gathered_bytes(self) -> int:
+        """Bytes of the slice when its shards are gathered."""
+        return prod(self.slice_shape) * self.gather_bytes
+
+    @property
+    def computed_bytes(self) -> int:
         """Bytes of the slice as the device computes with it."""
         return prod(self.slice_shape) * self.compute_bytes
 
@@ -72,7 +79,7 @@ def layer_parameters(run: Workload, prefix: str, again: bool) -> list[StoredPara
     gathered = run.parameter_bytes if again and run.fine_grain > 1 else run.compute_bytes
 
     def matrix(name, rows, columns, split):
-        return _stored(run, f"{prefix}.{name}.weight", (rows, columns), split, compute_bytes=gathered)
+        return _stored(run, f"{prefix}.{name}.weight", (rows, columns), split, gather_bytes=gathered)
 
     attention = [
         _vector(run, f"{prefix}.attention_norm.weight", hidden, run.norm_bytes),
@@ -99,7 +106,9 @@ def _experts(run: Workload, prefix: str) -> list[StoredParameter]:
     whole = (1, 1, 1)
     load = (2, experts)  # what the experts took, kept for reports
     return [
-        StoredParameter(f"{prefix}.expert_load", load, load, load, 4, 4, run.dp * run.mp, 1, trained=False),
+        StoredParameter(
+            f"{prefix}.expert_load", load, load, load, 4, 4, 4, run.dp * run.mp, 1, trained=False
+        ),
         # The router is computed in float32.
         _stored(run, f"{prefix}.router.dense.weight", (experts, hidden), (1, 1), compute_bytes=4),
         _stored(run, f"{prefix}.ffn.w1.weight", (experts, width, hidden), (owners, parts, 1)),
@@ -127,6 +136,7 @@ def _stored(
     split: tuple[int, ...],
     number_bytes: int | None = None,
     compute_bytes: int | None = None,
+    gather_bytes: int | None = None,
 ) -> StoredParameter:
     """Share out what the plan's split leaves.
 
@@ -146,6 +156,7 @@ def _stored(
     shards = shards if shared else 1
     local_shape = (slice_shape[0] // shards, *slice_shape[1:])
     compute_bytes = compute_bytes or run.compute_bytes
+    gather_bytes = gather_bytes or compute_bytes
     return StoredParameter(
-        name, shape, slice_shape, local_shape, number_bytes, compute_bytes, replicas, shards
+        name, shape, slice_shape, local_shape, number_bytes, compute_bytes, gather_bytes, replicas, shards
     )
