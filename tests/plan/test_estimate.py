@@ -52,7 +52,7 @@ def test_zero_shares_all_but_vectors_out_to_eight_npus(published):
 
 
 def test_weights_are_kept_in_the_dtype_that_they_are_computed_in():
-    """35B's second stage: 17 layers of 528,506,880 numbers; but for 4 vectors of 6144 each, a quarter of them."""
+    """35B's second stage: 17 layers of 528,506,880 numbers; but for 4 vectors of 6144, a quarter of them."""
     memory = estimate(settings_of("finetune_telechat_35b")).memory[1]
     assert memory.gathered == 2 * 17 * (528_506_880 - 4 * 6144) // 4
 
