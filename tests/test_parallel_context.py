@@ -59,6 +59,7 @@ def test_ulysses_exchanges_heads_for_tokens_four_times_each_way():
     assert flash_inputs(report) == [queries, keys, keys, (2048, 2048)]
 
 
+@pytest.mark.slow  # each alone is in the default tier
 def test_both_together_with_packed_documents():
     """Each device makes its queries' part of the mask from the tokens that it has, and sends none of it."""
     plan = {"context_parallel": 4, "context_parallel_algo": "hybrid_cp", "ulysses_degree_in_cp": 2}

@@ -117,6 +117,7 @@ def test_experts_are_estimated_as_compiled():
     compare(settings_of(EXPERTS), 0)
 
 
+@pytest.mark.slow  # compiles as long as the two before
 def test_a_plan_without_sequence_and_optimizer_parallelism_is_estimated_as_compiled():
     compare(settings_of(UNSHARED), 0)
 
