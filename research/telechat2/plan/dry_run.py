@@ -6,12 +6,11 @@
 See simulate.py for how, and graph.py for the words of a report.
 """
 
-import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,20 +182,12 @@ def _role(name: str) -> str:
 
 def _traffic(collectives: tuple[Collective, ...]) -> tuple[Traffic, ...]:
     counts, sent = Counter(), Counter()
-    for found in map(_with_its_ranks, collectives):
+    for found in collectives:
         key = (found.phase, found.role, found.kind, len(found.ranks), found.input.dtype)
         counts[key] += found.count
         sent[key] += found.count * found.bytes
     rows = [Traffic(*key, counts[key], sent[key]) for key in counts]
     return tuple(sorted(rows, key=lambda row: (-row.bytes, row)))
-
-
-def _with_its_ranks(found: Collective) -> Collective:
-    """Of groups that the model makes itself, the simulated cluster names all ranks; the names say which."""
-    if not (name := re.fullmatch(r"experts-(\d+)-(\d+)-to-(\d+)", found.group)):
-        return found
-    first, second, last = map(int, name.groups())
-    return replace(found, ranks=tuple(range(first, last + 1, second - first)))
 
 
 def _computations(operators: tuple[Operator, ...]) -> tuple[Computation, ...]:

@@ -156,7 +156,8 @@ def _executions(nodes: list[_Node], entry: str) -> dict[str, int]:
 
 def _collective(node: _Node, rank: int, forward_scopes: dict[str, str]) -> Collective:
     inputs, outputs = _types(node.types)
-    ranks = _shape(_attribute(node.text, "group_rank_ids") or _attribute(node.text, "rank_list") or "")
+    group = _attribute(node.text, "group") or ""
+    ranks = _group_ranks(node, group)
     if node.kind == "Send":
         ranks = (rank, ranks[int(_attribute(node.text, "dest_rank"))])
     elif node.kind == "Receive":
@@ -166,7 +167,7 @@ def _collective(node: _Node, rank: int, forward_scopes: dict[str, str]) -> Colle
     scope = forward_scopes.get(_attribute(node.text, "forward_unique_id"), node.scope)
     return Collective(
         kind=node.kind,
-        group=_attribute(node.text, "group") or "",
+        group=group,
         ranks=ranks,
         input=inputs[0],
         output=outputs[0],
@@ -176,6 +177,14 @@ def _collective(node: _Node, rank: int, forward_scopes: dict[str, str]) -> Colle
         parameter=parameter,
         micro_batch=_micro_batch(node.text),
     )
+
+
+def _group_ranks(node: _Node, group: str) -> tuple[int, ...]:
+    """The ranks of a group; of those that the model makes, the IR has all ranks and the name says which."""
+    if name := re.fullmatch(r"experts-(\d+)-(\d+)-to-(\d+)", group):
+        first, second, last = map(int, name.groups())
+        return tuple(range(first, last + 1, second - first))
+    return _shape(_attribute(node.text, "group_rank_ids") or _attribute(node.text, "rank_list") or "")
 
 
 def _role(node: _Node, parameter: str) -> str:
