@@ -4,9 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[2]
-)  # run as a file from anywhere: the checkout is the import root
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
 
 from research.telechat2.plan.command import plan  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
