@@ -1,10 +1,10 @@
 """torch -> MindSpore -> torch gives back every tensor: name, dtype, shape and bytes."""
 
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
+from memory import peak_of_both_ways
 from oracle import hf_shapes, stored_tensors, write_hf_folder
 
 from research.telechat2.checkpoint import convert, convert_to_mindspore, convert_to_torch
@@ -210,14 +210,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """64 MB of weights, nearly all in one tensor, pass through blocks of 16 MiB."""
     write_hf_folder(tmp_path / "hf", {"vocab_size": 250_000, "n_layer": 1}, seed=13, tied=True)
     assert (tmp_path / "hf" / "model.safetensors").stat().st_size > 60e6
-    tracemalloc.start()
-    try:
-        convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
-        convert_to_torch(tmp_path / "ms", tmp_path / "back")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 20e6
+    assert peak_of_both_ways(tmp_path) < 20e6
     assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")
 
 
