@@ -1,5 +1,6 @@
 """MoESettings: read from every form in which MindFormers hands over its section; the released sizes."""
 
+import inspect
 import math
 
 import mindspore as ms
@@ -11,7 +12,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_moe_config import MoESettings
+from research.telechat2.telechat_moe_config import DEFAULTS, MoESettings, plain_section
 
 # The section of the released fine-tuning YAML (spec 11.1).
 RELEASED = {
@@ -119,6 +120,13 @@ def test_settings_come_back_from_the_configs_dictionary():
     assert TelechatConfig(**config.to_dict()).moe == config.moe
 
 
+def test_a_section_is_read_as_by_mindformers_without_it():
+    theirs = inspect.signature(mindformers_moe.MoEConfig.__init__).parameters
+    assert {key: theirs[key].default for key in DEFAULTS} == DEFAULTS
+    for section in (RELEASED, PREDICT, RELEASED | {"capacity_factor": 0, "aux_loss_factors": [0.5]}):
+        assert MoESettings.read(plain_section(section), 6144) == settings_of(section)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -163,6 +171,22 @@ def test_what_the_model_is_not_is_refused_with_a_sentence(form, change, message)
     with pytest.raises(ValueError, match=message) as refused:
         settings_of(FORMS[form](RELEASED | change))
     assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expert_num": 0}, {"expert_num": "16"}, {"num_experts_chosen": 17}, {"ep_extend_tp": "yes"},
+        {"update_step": 0}, {"cur_layer": -1}, {"hot_expert_num": 17}, {"cold_token_percent": 0},
+        {"aux_loss_types": "expert"}, {"aux_loss_types": None}, {"aux_loss_factors": 0.01},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_mindformers_refuses_is_refused_without_it(change):
+    with pytest.raises(ValueError):
+        settings_of(RELEASED | change)
+    with pytest.raises(ValueError, match=rf"moe_config.*{next(iter(change))} .*\.$"):
+        MoESettings.read(plain_section(RELEASED | change), 6144)
 
 
 @pytest.mark.parametrize("section", [16, "16", [{"expert_num": 16}]])

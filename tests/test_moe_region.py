@@ -20,7 +20,6 @@ from research.telechat2.telechat_moe_region import (
     ExpertExchange,
     ExpertPlan,
     SentExperts,
-    shard_experts,
 )
 
 HIDDEN = 6
@@ -240,30 +239,3 @@ def test_experts_with_turned_weights_answer_as_those_that_were_trained():
         cell = DroplessExpertsFused(settings_of(5, 2), swiglu, turned=True)
         y = cell.construct(x, experts.astype(np.int32), gates, *turned, weights["b2"][None, :, None])
     np.testing.assert_allclose(y, moe_block(x, weights, 2), rtol=1e-9, atol=1e-12)
-
-
-# --- plans that cannot be -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("plan", "sizes", "with_capacity", "message"),
-    [
-        (
-            (1, 1, 4, True, False),
-            (16, 8),
-            True,
-            "ep_extend_tp is True and model_parallel 4.*use_seq_parallel: True",
-        ),
-        ((1, 2, 3, True, True), (16, 8), True, "expert_num is 16, which 6 devices cannot"),
-        ((2, 3, 1, False, False), (16, 8), False, "expert_num is 16, which 3 devices cannot"),
-        ((1, 2, 3, False, True), (16, 8), True, "intermediate_size is 8.*model_parallel 3 equal parts"),
-        ((1, 2, 2, False, True), (16, 8), False, "capacity_factor is 0 and model_parallel 2 splits"),
-        ((1, 2, 2, False, False), (16, 8), False, "capacity_factor is 0 and model_parallel 2 splits"),
-    ],
-)
-def test_plans_that_do_not_fit_are_refused(plan, sizes, with_capacity, message):
-    num_experts, width = sizes
-    weight = SimpleNamespace(shape=(num_experts, width, HIDDEN))
-    moe = SimpleNamespace(ffn=SimpleNamespace(w1=SimpleNamespace(weight=weight)), with_capacity=with_capacity)
-    with pytest.raises(ValueError, match=message):
-        shard_experts(moe, ExpertPlan(*plan, rank=0))

@@ -82,6 +82,21 @@ EXPERTS = {"expert_num": 6, "num_experts_chosen": 2, "capacity_factor": 1.5}
             {"moe_config": EXPERTS | {"ep_extend_tp": True}},
             "ep_extend_tp is True, model_parallel 2 and use_seq_parallel False",
         ),
+        (
+            {"model_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "use_seq_parallel": True},
+            {"moe_config": EXPERTS | {"ep_extend_tp": True}},
+            "expert_num 6 is not divisible by the 4 devices",
+        ),
+        (
+            {"model_parallel": 4},
+            {"moe_config": EXPERTS | {"ep_extend_tp": False}, "intermediate_size": 122},
+            "intermediate_size 122 is not divisible by .*model_parallel 4",
+        ),
+        (
+            {"model_parallel": 2, "use_seq_parallel": True},
+            {"moe_config": EXPERTS | {"ep_extend_tp": False, "capacity_factor": 0}},
+            "capacity_factor is 0.* and model_parallel 2 splits",
+        ),
     ],
 )
 def test_plans_that_cannot_be_are_refused(plan, fields, message):

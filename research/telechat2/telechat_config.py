@@ -149,13 +149,14 @@ class TelechatConfig(PretrainedConfig):
         values["parallel_config"] = parallel_config_from(parallel_config)
         for name, value in values.items():
             setattr(self, name, value)
+        # The mixture of experts; None for a dense model.
+        self.moe = MoESettings.read(self.moe_config, self.intermediate_size)
         check_fields(self)
         check_plan(self)
 
-    @property
-    def moe(self) -> MoESettings | None:
-        """The mixture of experts; None for a dense model."""
-        return MoESettings.read(self.moe_config, self.intermediate_size)
+    def to_dict(self) -> dict:
+        """MindFormers' dictionary of all fields; ``moe`` follows from them."""
+        return {name: value for name, value in super().to_dict().items() if name != "moe"}
 
     @property
     def head_dim(self) -> int:

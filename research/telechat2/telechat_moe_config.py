@@ -1,11 +1,21 @@
-"""MoESettings: what TeleChat2 takes from MindFormers' ``moe_config`` section, and what it refuses."""
+"""MoESettings: what TeleChat2 takes from MindFormers' ``moe_config`` section, and what it refuses.
+
+Needs neither MindSpore nor MindFormers, so that a plan is checked at once: see plain_section.
+"""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 
-from research.telechat2.telechat_compat import MoEConfig
-
+# MindFormers' defaults of keys that are looked at; a test compares them.
+DEFAULTS = {
+    "expert_num": 1, "num_experts_chosen": 1, "capacity_factor": 1.1, "enable_sdrop": False,
+    "aux_loss_types": None, "aux_loss_factors": None, "ep_extend_tp": True, "router_dense_type": "float32",
+    "first_k_dense_replace": True, "moe_intermediate_size": 1407, "aux_loss_factor": 0.05, "use_gmm": False,
+}  # fmt: skip
+# Keys of which MindFormers checks the values, although this model does not follow them.
+_COUNTS = {"comp_comm_parallel_degree": 1, "update_step": 1, "cur_layer": 0, "hot_expert_num": 0}
 # Keys whose other values ask for what this model does not have. Keys not listed are read below, or have no
 # bearing on it: use_fused_ops_topkrouter, since plain operators find the places of tokens on every target.
 _FIXED = {
@@ -62,8 +72,8 @@ class MoESettings:
     ep_extend_tp: bool
 
     @classmethod
-    def read(cls, section: MoEConfig, intermediate_size: int) -> "MoESettings | None":
-        """From MindFormers' object of the section; None where it has one expert, which is a dense model.
+    def read(cls, section, intermediate_size: int) -> "MoESettings | None":
+        """From MindFormers' object of the section, or a plain_section; None of one expert: a dense model.
 
         Raises:
             ValueError: for a value that asks for what the model does not have.
@@ -86,7 +96,34 @@ class MoESettings:
         return min(tokens, math.ceil(self.top_k * tokens * factor / self.num_experts))
 
 
-def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
+def plain_section(section: dict) -> SimpleNamespace:
+    """The section as a YAML has it, with MindFormers' defaults and checked by its rules.
+
+    Raises:
+        ValueError: MindFormers would refuse it.
+    """
+    values = DEFAULTS | section
+    for key, least in {"expert_num": 1, "num_experts_chosen": 1, **_COUNTS}.items():
+        value = values.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"moe_config.{key} is {value!r}; it must be a whole number of at least {least}.")
+    for key in ("num_experts_chosen", "hot_expert_num"):
+        if values.get(key, 0) > values["expert_num"]:
+            raise ValueError(
+                f"moe_config.{key} is {values[key]}, but there are {values['expert_num']} experts "
+                "(expert_num); choose no more."
+            )
+    if not isinstance(values["ep_extend_tp"], bool):
+        raise ValueError(f"moe_config.ep_extend_tp is {values['ep_extend_tp']!r}; it must be True or False.")
+    if not 0 < _number("cold_token_percent", values.get("cold_token_percent", 1.0)) <= 1:
+        raise ValueError(
+            f"moe_config.cold_token_percent is {values['cold_token_percent']}; it must be above 0 and at "
+            "most 1. Leave the key out."
+        )
+    return SimpleNamespace(**values)
+
+
+def _refuse_others(section, intermediate_size: int) -> None:
     """Raise ValueError for what TeleChat2's mixture of experts is not."""
     for key, fixed in _FIXED.items():
         if getattr(section, key, fixed) != fixed:
@@ -95,7 +132,7 @@ def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
                 f"{key}: {fixed} only. Set it so, or leave the key out."
             )
     for key, advice in _ADVICE.items():
-        if getattr(section, key, None) != getattr(MoEConfig(), key, None):
+        if getattr(section, key, DEFAULTS[key]) != DEFAULTS[key]:
             raise ValueError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
     if not isinstance(section.enable_sdrop, bool):
         raise ValueError(f"moe_config.enable_sdrop is {section.enable_sdrop!r}; it must be True or False.")
@@ -104,7 +141,7 @@ def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
             f"moe_config.first_k_dense_replace is {section.first_k_dense_replace}, but every layer of "
             "TeleChat2 is a mixture of experts; leave the key out."
         )
-    if section.moe_intermediate_size not in (MoEConfig().moe_intermediate_size, intermediate_size):
+    if section.moe_intermediate_size not in (DEFAULTS["moe_intermediate_size"], intermediate_size):
         raise ValueError(
             f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
             f"expert is intermediate_size, {intermediate_size}; leave the first one out."
@@ -116,9 +153,10 @@ def _refuse_others(section: MoEConfig, intermediate_size: int) -> None:
         )
 
 
-def _balance_factor(section: MoEConfig) -> float:
+def _balance_factor(section) -> float:
     types, factors = section.aux_loss_types or [], section.aux_loss_factors or []
-    if len(types) != len(factors) or set(types) - {"expert"} or len(types) > 1:
+    listed = isinstance(types, list) and isinstance(factors, list) and len(types) == len(factors)
+    if not listed or types not in ([], ["expert"]):
         raise ValueError(
             f"moe_config.aux_loss_types is {types} and aux_loss_factors {factors}; TeleChat2 has the one "
             "auxiliary loss 'expert', with one factor: ['expert'] and [0.01] for the published model."

@@ -253,12 +253,7 @@ class ExpertRegion(nn.Cell):
 
 
 def shard_experts(moe: nn.Cell, plan: ExpertPlan) -> None:
-    """Share out a TelechatMoE that is to be trained.
-
-    Raises:
-        ValueError: the experts, or their widths, cannot be shared out in this way.
-    """
-    _check_plan(moe, plan)
+    """Share out a TelechatMoE that is to be trained; TelechatConfig has checked that experts divide."""
     if moe.with_capacity:
         moe.capacity_block.experts.exchange = ExpertExchange(plan, moe.capacity_block.num_experts)
         moe.capacity_block = ExpertRegion(moe.capacity_block, plan)
@@ -280,32 +275,6 @@ def shard_experts(moe: nn.Cell, plan: ExpertPlan) -> None:
     moe.mul.shard(((1, 1), (1, 1)))
     moe.sum.shard(((1, 1),))
     moe.scale.shard(((1,), ()))
-
-
-def _check_plan(moe: nn.Cell, plan: ExpertPlan) -> None:
-    num_experts, width, _ = moe.ffn.w1.weight.shape
-    if plan.ep_extend_tp and plan.model_parallel > 1 and not plan.sequence_parallel:
-        raise ValueError(
-            f"ep_extend_tp is True and model_parallel {plan.model_parallel}, but use_seq_parallel is False: "
-            "tensor-parallel ranks that have the same tokens cannot have experts of their own. Set "
-            "parallel_config.use_seq_parallel: True, or moe_config.ep_extend_tp: False."
-        )
-    if num_experts % plan.owners:
-        raise ValueError(
-            f"expert_num is {num_experts}, which {plan.owners} devices cannot share out evenly; choose "
-            "expert_parallel, or model_parallel with ep_extend_tp, so that their number divides it."
-        )
-    if width % plan.width_parts:
-        raise ValueError(
-            f"intermediate_size is {width}, which cannot be split into model_parallel {plan.width_parts} "
-            "equal parts; change one of them, or set moe_config.ep_extend_tp: True."
-        )
-    if not moe.with_capacity and plan.width_parts > 1:
-        raise ValueError(
-            f"capacity_factor is 0 and model_parallel {plan.model_parallel} splits the experts' width, but "
-            "dropless experts lie whole on their devices. Set moe_config.ep_extend_tp: True with "
-            "use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
-        )
 
 
 def _group(ranks: list[int]) -> str:

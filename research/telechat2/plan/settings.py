@@ -17,6 +17,7 @@ from research.telechat2.telechat_config_rules import (
     dtype_name,
     library_keys,
 )
+from research.telechat2.telechat_moe_config import MoESettings, plain_section
 from research.telechat2.telechat_run_config import (
     apply_overrides,
     did_you_mean,
@@ -146,7 +147,8 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
         recompute=SimpleNamespace(**with_defaults(settings, "recompute_config")),
         swap=SimpleNamespace(**with_defaults(settings, "swap_config")),
     )
-    config.moe = _experts(section_of(settings, "moe_config"), config.intermediate_size)
+    experts = plain_section(section_of(settings, "moe_config"))
+    config.moe = MoESettings.read(experts, config.intermediate_size)
     check_fields(config)
     rules.check_plan(config)
     return config
@@ -167,16 +169,3 @@ def _model_defaults() -> dict:
         for name, default in zip(names, init.args.defaults, strict=True)
         if name not in sections
     }
-
-
-def _experts(section: dict, intermediate_size: int):
-    """The MoESettings of a ``moe_config`` section; only experts need MindFormers, which checks them."""
-    if section.get("expert_num", 1) == 1:
-        return None
-    from research.telechat2.telechat_cli import quiet_libraries
-
-    quiet_libraries()
-    from research.telechat2.telechat_compat import moe_config_from
-    from research.telechat2.telechat_moe_config import MoESettings
-
-    return MoESettings.read(moe_config_from(section), intermediate_size)
