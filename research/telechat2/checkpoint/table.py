@@ -4,6 +4,7 @@ Both converters, and every loader, work from these rows, in either direction. ``
 the expert. Shapes are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold
 the same rows in the same order, K then V per kv head, and MindSpore stacks the experts of a layer along a
 leading axis: so a parameter's bytes are those of its torch tensors, one after the other, never reordered.
+Only what inference joins (``JOINED``) has its rows in another order.
 """
 
 import re
@@ -21,55 +22,94 @@ Side = Literal["torch", "mindspore"]
 class Row:
     """One MindSpore parameter and its torch tensor, or with ``{e}`` its torch tensors, one for each expert.
 
-    ``shape`` is that of a torch tensor, ``stacked`` that of the parameter where it is another.
+    ``shape`` is that of a torch tensor, ``stacked`` that of the parameter where it is another. ``split`` is
+    the axis of the parameter that the ranks of a tensor-parallel group share; None: each has all of it.
     """
 
     torch: str
     mindspore: str
     shape: tuple[str, ...]
     stacked: tuple[str, ...] = ()
+    split: int | None = None
 
     def shape_on(self, side: Side) -> tuple[str, ...]:
         """The shape, in symbols, of a tensor of that side."""
         return self.stacked if side == "mindspore" and self.stacked else self.shape
 
 
-def _layer_row(torch: str, mindspore: str, *shape: str, stacked: tuple[str, ...] = ()) -> Row:
-    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, stacked)
+def _layer_row(torch: str, mindspore: str, *shape: str, **more) -> Row:
+    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, **more)
 
 
-def _expert_row(torch: str, mindspore: str, *shape: str, stacked: tuple[str, ...]) -> Row:
-    torch, mindspore = f"mlp.local_experts.{{e}}.{torch}", f"feed_forward.ffn.{mindspore}"
-    return _layer_row(torch, mindspore, *shape, stacked=stacked)
+def _expert_row(torch: str, mindspore: str, *shape: str, **more) -> Row:
+    return _layer_row(f"mlp.local_experts.{{e}}.{torch}", f"feed_forward.ffn.{mindspore}", *shape, **more)
 
 
 EMBEDDING = Row(
-    "transformer.word_embeddings.weight", "model.tok_embeddings.embedding_weight", ("vocab", "hidden")
+    "transformer.word_embeddings.weight",
+    "model.tok_embeddings.embedding_weight",
+    ("vocab", "hidden"),
+    split=0,
 )
 ATTENTION_ROWS = (
     _layer_row("input_layernorm.weight", "attention_norm.weight", "hidden"),
-    _layer_row("self_attention.query.weight", "attention.wq.weight", "hidden", "hidden"),
-    _layer_row("self_attention.key_value.weight", "attention.wk_v.weight", "key_value", "hidden"),
-    _layer_row("self_attention.dense.weight", "attention.wo.weight", "hidden", "hidden"),
+    _layer_row("self_attention.query.weight", "attention.wq.weight", "hidden", "hidden", split=0),
+    _layer_row("self_attention.key_value.weight", "attention.wk_v.weight", "key_value", "hidden", split=0),
+    _layer_row("self_attention.dense.weight", "attention.wo.weight", "hidden", "hidden", split=1),
     _layer_row("self_attention.dense.bias", "attention.wo.bias", "hidden"),
     _layer_row("post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
 )
 DENSE_ROWS = (
-    _layer_row("mlp.gate_proj.weight", "feed_forward.w1.weight", "ffn", "hidden"),
-    _layer_row("mlp.up_proj.weight", "feed_forward.w3.weight", "ffn", "hidden"),
-    _layer_row("mlp.down_proj.weight", "feed_forward.w2.weight", "hidden", "ffn"),
+    _layer_row("mlp.gate_proj.weight", "feed_forward.w1.weight", "ffn", "hidden", split=0),
+    _layer_row("mlp.up_proj.weight", "feed_forward.w3.weight", "ffn", "hidden", split=0),
+    _layer_row("mlp.down_proj.weight", "feed_forward.w2.weight", "hidden", "ffn", split=1),
     _layer_row("mlp.down_proj.bias", "feed_forward.w2.bias", "hidden"),
 )
 MOE_ROWS = (
     _layer_row("mlp.router.weight", "feed_forward.router.dense.weight", "experts", "hidden"),
-    _expert_row("gate_proj.weight", "w1.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden")),
-    _expert_row("up_proj.weight", "w3.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden")),
-    _expert_row("down_proj.weight", "w2.weight", "hidden", "ffn", stacked=("experts", "hidden", "ffn")),
+    _expert_row(
+        "gate_proj.weight", "w1.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden"), split=1
+    ),
+    _expert_row(
+        "up_proj.weight", "w3.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden"), split=1
+    ),
+    _expert_row(
+        "down_proj.weight", "w2.weight", "hidden", "ffn", stacked=("experts", "hidden", "ffn"), split=2
+    ),
     _expert_row("down_proj.bias", "w2.bias", "hidden", stacked=("1", "experts", "1", "hidden")),
 )
 FINAL_NORM = Row("transformer.ln_f.weight", "model.norm_out.weight", ("hidden",))
-LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab", "hidden"))  # absent when embeddings are tied
+LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab", "hidden"), split=0)  # absent when tied
 ROWS = (EMBEDDING, *ATTENTION_ROWS, *DENSE_ROWS, *MOE_ROWS, FINAL_NORM, LM_HEAD)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A parameter that inference has in place of several: its rows are those of the parts, one after another.
+
+    ``parts``: MindSpore names, each with the rows of it that are meant: all, or of each of its kv heads the
+    keys or the values. For tensor parallelism each rank's rows are arranged so by themselves.
+    """
+
+    mindspore: str
+    parts: tuple[tuple[str, Literal["all", "keys", "values"]], ...]
+
+
+_ATTENTION, _FEED_FORWARD = "model.layers.{i}.attention", "model.layers.{i}.feed_forward"
+JOINED = (
+    Joined(
+        f"{_ATTENTION}.w_qkv.weight",
+        (
+            (f"{_ATTENTION}.wq.weight", "all"),
+            (f"{_ATTENTION}.wk_v.weight", "keys"),
+            (f"{_ATTENTION}.wk_v.weight", "values"),
+        ),
+    ),
+    Joined(
+        f"{_FEED_FORWARD}.w_gate_hidden.weight",
+        ((f"{_FEED_FORWARD}.w1.weight", "all"), (f"{_FEED_FORWARD}.w3.weight", "all")),
+    ),
+)  # the second in dense models only: experts stay apart
 
 # What a checkpoint may hold beside weights: left out of the other side, and counted under these words.
 _STATE_PER_WEIGHT = (
@@ -138,7 +178,7 @@ def canonical_name(name: str, side: Side) -> str:
     return name
 
 
-def place(name: str, row: Row, side: Side) -> tuple[int, int] | None:
+def place(name: str, row: Row | Joined, side: Side) -> tuple[int, int] | None:
     """The (layer, expert) of a tensor of that row, 0 for what the row has not; None if it is of another."""
     match = _pattern(getattr(row, side)).fullmatch(name)
     return match and tuple(int(match.groupdict().get(key, 0)) for key in ("i", "e"))

@@ -1,0 +1,155 @@
+"""Reading a checkpoint of any layout: whole, with joined rows, or cut for the ranks of tensor parallelism.
+
+What a file is arranged for is recorded in its header: ``qkv_concat`` is the number of ranks whose rows are
+joined, ``tensor_parallel`` the number of ranks that the checkpoint is cut for. Whichever it is, the readers
+give the training model's weights, from which every layout can be made (see layouts.py).
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from research.telechat2.checkpoint.layouts import (
+    Tensors,
+    check_divisible,
+    glue_ranks,
+    is_joined,
+    part_of_rank,
+    part_rows,
+)
+from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.rank_files import saved_shards
+from research.telechat2.checkpoint.safetensors_files import read_metadata, read_safetensors
+from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.sources import TRACKER, read_mindspore_source, read_torch_source
+from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.table import canonical_name
+
+QKV_CONCAT, TENSOR_PARALLEL = "qkv_concat", "tensor_parallel"  # keys of headers
+
+
+def weights_of_rank(
+    path: str | Path, sizes: TelechatSizes, *, tensor_parallel: int, rank: int, qkv_concat: bool
+) -> Tensors:
+    """What one rank of the parallel inference model loads: its parameters by name, in the layout they have.
+
+    Args:
+        path: an HF folder of a TeleChat model, a MindSpore file or folder, with rows joined for any number of
+            ranks or not, or a folder of ``rank_*`` folders of any number of ranks.
+        sizes: those of the model that is to be loaded, see ``sizes_of_model``.
+        tensor_parallel: number of ranks of the group; rank: 0 to that.
+        qkv_concat: as the model's config says.
+
+    Only headers are read here, and later only the bytes that this rank has: of the two matrices that are cut
+    along their columns (wo and w2), whole rows.
+
+    Raises:
+        ValueError: a checkpoint that is broken, incomplete, or of other sizes, or sizes that do not divide.
+    """
+    check_divisible(sizes, tensor_parallel)
+    return part_of_rank(whole_weights(path, sizes), sizes, tensor_parallel, rank, qkv_concat)
+
+
+def whole_weights(path: str | Path, sizes: TelechatSizes | None) -> Tensors:
+    """All weights of a checkpoint of any layout, torch or MindSpore, as the training model has them.
+
+    ``sizes`` None takes them from the tensors, whose rows must not be joined then.
+
+    Raises:
+        ValueError: a checkpoint that is broken, incomplete, or of other sizes.
+    """
+    path = Path(path)
+    if is_torch_source(path):
+        plan = make_plan(read_torch_source(path), "torch", sizes, str(path))
+        return {name: tensor for tensor, name in plan.weights}
+    plan = make_plan(read_whole(path, sizes), "mindspore", sizes, str(path))
+    return {tensor.name: tensor for tensor in plan.sources}
+
+
+def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
+    """The tensors of a MindSpore checkpoint of any layout: glued, and joined rows taken apart.
+
+    Raises:
+        ValueError: nothing there to read, ranks that do not go together, or joined rows and no ``sizes``.
+    """
+    ranks = _rank_folders(path)
+    if len(ranks) > 1:
+        shards = saved_shards(path, len(ranks))
+        tensors, group = glue_ranks(shards), len(ranks)
+    else:
+        tensors, group = read_mindspore_source(path), 1
+    recorded = _recorded(tensors if group == 1 else [tensor for shard in shards for tensor in shard.values()])
+    if recorded.get(TENSOR_PARALLEL, group) != group:
+        raise ValueError(
+            f"{path} holds {group} of the {recorded[TENSOR_PARALLEL]} ranks that its checkpoint is cut for; "
+            f"give the folder that holds rank_0 to rank_{recorded[TENSOR_PARALLEL] - 1}"
+        )
+    if not is_joined(tensor.name for tensor in tensors):
+        return tensors
+    if sizes is None:
+        raise ValueError(
+            f"{path} has joined rows (qkv_concat), which take the number of heads to part, and that the "
+            "tensors do not show; put the model's config.json beside them"
+        )
+    joined_for = recorded.get(QKV_CONCAT)
+    if joined_for is None:
+        joined_for = group
+        _say_assumed(path, group)
+    if group not in (1, joined_for):
+        raise ValueError(f"{path} holds {group} ranks, but says that its rows are joined for {joined_for}")
+    return part_rows(tensors, sizes, joined_for)
+
+
+def is_torch_source(path: Path) -> bool:
+    """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; only headers are read."""
+    if path.is_file():
+        files = [path]
+    elif _rank_folders(path) or (path / TRACKER).is_file():
+        return False
+    else:
+        files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+        files = files or sorted(path.glob("pytorch_model*.bin"))
+    if any(file.suffix == ".bin" for file in files):
+        return True
+    names = (t.name for file in files if file.suffix == ".safetensors" for t in read_safetensors(file))
+    return any(canonical_name(name, "torch").startswith("transformer.") for name in names)
+
+
+def _rank_folders(path: Path) -> list[Path]:
+    return [folder for folder in sorted(path.glob("rank_*/")) if re.fullmatch(r"rank_[0-9]+", folder.name)]
+
+
+def _recorded(tensors: list[StoredTensor]) -> dict[str, int]:
+    """What the files' headers say of their layout; they must agree.
+
+    Raises:
+        ValueError: they do not, or say what is no number of ranks.
+    """
+    recorded: dict[str, int] = {}
+    first = None
+    for file in dict.fromkeys(tensor.file for tensor in tensors):
+        header = read_metadata(file) if file.suffix == ".safetensors" else {}
+        found = {key: header[key] for key in (QKV_CONCAT, TENSOR_PARALLEL) if key in header}
+        if wrong := [
+            f"{key} = {value!r}"
+            for key, value in found.items()
+            if not re.fullmatch("[1-9][0-9]*", str(value))
+        ]:
+            raise ValueError(f"{file} says {wrong[0]} in its header; expected a number of ranks")
+        found = {key: int(value) for key, value in found.items()}
+        if first is not None and found != recorded:
+            raise ValueError(
+                f"{first} and {file} say different things of their layout ({recorded or 'nothing'} and "
+                f"{found or 'nothing'}); they are of different checkpoints"
+            )
+        first, recorded = file, found
+    return recorded
+
+
+def _say_assumed(path: Path, group: int) -> None:
+    what = "one rank" if group == 1 else f"{group} ranks, as there are folders"
+    print(
+        f"{path} does not say for how many ranks its rows are joined; taken as joined for {what}, as "
+        "MindFormers' convert_weight.py joins them",
+        file=sys.stderr,
+    )
