@@ -46,7 +46,7 @@ def test_keys_that_never_had_an_effect_are_refused_with_the_reason(key):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"extend_method": "YARN"}, "extend_method is 'YARN'; it must be one of None, PI, NTK"),
+        ({"extend_method": "LLAMA3"}, "extend_method is 'LLAMA3'; it must be one of None, PI, linear, NTK"),
         ({"scaling_factor": 2.0}, "scaling_factor is 2.0, but extend_method is 'None'"),
         ({"attention_dropout_prob": 0.1}, "attention_dropout_prob is 0.1"),
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob is 1.0; it must be in \[0, 1\)"),
@@ -139,7 +139,7 @@ sizes = st.fixed_dictionaries(
         "use_past": st.booleans(),
         "pad_token_id": st.sampled_from([3, -1]),
         "eos_token_id": st.integers(0, 9),
-        "extend_method": st.sampled_from(["None", "PI", "NTK"]),
+        "extend_method": st.sampled_from(["None", "PI", "linear", "NTK", "DYNAMIC_NTK"]),
         "document_start_ids": st.lists(st.integers(0, 99), max_size=2),
     }
 )

@@ -22,6 +22,7 @@ from research.telechat2.telechat_mask import DocumentMask
 from research.telechat2.telechat_parallel import GlobalMean, apply_plan
 from research.telechat2.telechat_parallel_config import copies_of
 from research.telechat2.telechat_rope import RotaryTables
+from research.telechat2.telechat_rope_requests import RequestLengths
 
 LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the other linears
 
@@ -75,11 +76,11 @@ class TelechatModel(nn.Cell):
             return self.norm_out(x)
         return self.join_hidden([self.norm_out(part) for part in self.split_hidden(x)])
 
-    def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping):
+    def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping, rotary_lengths=None):
         """Tokens ``[T]`` of cached sequences; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
         prepare = self.paged_inputs.prefill if prefill else self.paged_inputs.decode
         inputs = prepare(positions, lengths, block_tables, slot_mapping)
-        tables = self.rotary_tables.tokens(positions)
+        tables = self.rotary_tables.tokens(positions, rotary_lengths)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer.paged(x, prefill, tables, inputs, lengths)
@@ -97,7 +98,8 @@ class TelechatForCausalLM(PreTrainedModel):
           ``ignore_token_id``. Without labels every token but padding is trained.
         - **position_ids** ``[T]``, **batch_valid_length** ``[B]``, **block_tables** ``[B, M]``,
           **slot_mapping** ``[T]``, **last_token** ``[B]``: prediction with a cache; ``last_token`` is the
-          index of each sequence's last token in the flattened prompts.
+          index of each sequence's last token in the flattened prompts. With DYNAMIC_NTK also
+          **rotary_lengths** ``[T]``, the length whose rotary factor the token's request has.
 
     Returns:
         Training: the loss ``[1]``, the sum over trained tokens divided by their number (0 if there are none),
@@ -124,6 +126,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.predicting = is_predict_run()
         self.is_first_iteration = True
         self.last_shapes = {}
+        self.requests = RequestLengths(config) if config.extend_method == "DYNAMIC_NTK" else None
         self.argmax = greedy_token
         self.slice = P.StridedSlice()
         self.reshape = P.Reshape()
@@ -144,13 +147,15 @@ class TelechatForCausalLM(PreTrainedModel):
         block_tables=None,
         slot_mapping=None,
         last_token=None,
+        rotary_lengths=None,
     ):
         if self.use_past:
             lengths = self.reshape(batch_valid_length, (-1,))
             tokens = self.reshape(input_ids, (-1,))
             hidden = self.model.paged(
-                tokens, self.is_first_iteration, position_ids, lengths, block_tables, slot_mapping
-            )
+                tokens, self.is_first_iteration, position_ids, lengths, block_tables, slot_mapping,
+                rotary_lengths,
+            )  # fmt: skip
             if self.is_first_iteration:
                 hidden = self.gather(hidden, last_token, 0)
             return self._logits(hidden)
@@ -192,10 +197,15 @@ class TelechatForCausalLM(PreTrainedModel):
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""
         if not self.use_past:
+            if self.requests is not None:
+                raise ValueError(
+                    "use_past is False, but with extend_method DYNAMIC_NTK only the cache gives each request "
+                    "a rotary factor of its own; set use_past: True."
+                )
             return {"input_ids": Tensor(input_ids.astype(np.int32))}
         if self.has_experts:
             self._turn_experts()
-        inputs = paged_step(self.config, input_ids, **kwargs)
+        inputs = paged_step(self.config, input_ids, requests=self.requests, **kwargs)
         if not self.config.is_dynamic:
             find_graph_again(self, "prefill" if kwargs["prefill"] else "increment", inputs)
         return inputs
@@ -208,7 +218,7 @@ class TelechatForCausalLM(PreTrainedModel):
     def set_dynamic_inputs(self, **kwargs):
         """Compile one graph for prompts and batches of every size."""
         if self.use_past:
-            self.set_inputs(**dynamic_inputs())
+            self.set_inputs(**dynamic_inputs(self.config))
 
     def get_model_parameters(self):
         """The trainable parameters, as MindFormers' optimizers ask for them."""

@@ -7,6 +7,7 @@ change of one file. The workarounds for the CPU target are at the end; they chan
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import mindspore as ms
 import numpy as np
@@ -14,6 +15,8 @@ from mindformers import MindFormerConfig, Trainer
 from mindformers.core import parallel_config as _parallel_config
 from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
+from mindformers.generation.generation_config import GenerationConfig
+from mindformers.generation.text_generator import get_valid_length_each_example
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.modeling_utils import PreTrainedModel as _PreTrainedModel
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
@@ -40,6 +43,8 @@ from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
+
+from research.telechat2.telechat_rope_requests import longest_of_rows
 
 __all__ = [
     "AddedToken",
@@ -228,7 +233,25 @@ def greedy_token(logits, axis=-1) -> Tensor:
 
 
 class PreTrainedModel(_PreTrainedModel):
-    """MindFormers' model, which samples on a CPU too."""
+    """MindFormers' model, which samples on a CPU too, and knows how long a row may become (DYNAMIC_NTK)."""
+
+    def generate(self, input_ids, generation_config=None, *args, **kwargs):
+        """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
+
+        ``longest`` ``[B]``: tokens that prompt and answer of each row may have, if it is not just what
+        ``max_new_tokens`` or ``max_length`` says; see RequestLengths.
+        """
+        if self.config.extend_method == "DYNAMIC_NTK" and kwargs.get("longest") is None:
+            settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
+            settings.update(**kwargs)
+            rows = np.array(input_ids)
+            lengths, _ = get_valid_length_each_example(
+                rows.reshape(-1, rows.shape[-1]), settings.pad_token_id or 0
+            )
+            kwargs["longest"] = longest_of_rows(
+                self.config, lengths, settings.max_new_tokens, settings.max_length
+            )
+        return super().generate(input_ids, generation_config, *args, **kwargs)
 
     @staticmethod
     def get_logits_warper(generation_config):

@@ -43,8 +43,14 @@ class TelechatConfig(PretrainedConfig):
         theta: base of the rotary frequencies.
         max_position_embedding: length in tokens the model was trained at; None means ``seq_length``. Less
             than ``seq_length`` needs an ``extend_method``.
-        extend_method: how positions beyond the trained length are read, one of "None", "PI", "NTK".
-        scaling_factor: factor of "PI" (positions are divided by it) and "NTK" (theta is multiplied by it).
+        extend_method: how positions beyond the trained length are read, one of "None", "PI", "linear", "NTK",
+            "YARN", "DYNAMIC_NTK": see telechat_rope.py.
+        scaling_factor: at least 1; what "PI" and "linear" divide positions by and "NTK" multiplies theta by.
+            For "YARN" a section, see yarn_settings in telechat_rope_rules.py.
+        base_seqlen, training_seqlen: lengths in tokens from which on "DYNAMIC_NTK" stretches frequencies and
+            scales scores, see dynamic_ntk; None means ``max_position_embedding``.
+        extend_by_prompt: "DYNAMIC_NTK" chooses a request's factor by its prompt's length (True), or by the
+            length that prompt and answer may reach (False).
         embed_dropout_prob, hidden_dropout_prob: dropout after the embedding, and after ``wo`` and ``w2``.
         attention_dropout_prob: 0.0; attention runs without dropout.
         compute_dtype: dtype of matrix products; "float32", "float16" or "bfloat16" like all below.
@@ -102,7 +108,10 @@ class TelechatConfig(PretrainedConfig):
         theta: float = 10000.0,
         max_position_embedding: int | None = None,
         extend_method: str = "None",
-        scaling_factor: float = 1.0,
+        scaling_factor: float | dict = 1.0,
+        base_seqlen: int | None = None,
+        training_seqlen: int | None = None,
+        extend_by_prompt: bool = False,
         embed_dropout_prob: float = 0.0,
         hidden_dropout_prob: float = 0.0,
         attention_dropout_prob: float = 0.0,

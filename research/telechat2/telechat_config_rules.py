@@ -8,6 +8,7 @@ import difflib
 import logging
 
 from research.telechat2.checkpoint.sizes import feed_forward_width
+from research.telechat2.telechat_rope_rules import check_extension, complete_extension
 
 logger = logging.getLogger("telechat2")
 
@@ -21,7 +22,6 @@ DTYPE_FIELDS = (
     "rotary_dtype",
     "res_dtype",
 )
-EXTEND_METHODS = ("None", "PI", "NTK")
 # Keys of older TeleChat2 YAMLs that never had an effect: accepted there, refused here with the reason.
 DEAD_KEYS = {
     "pretrain_seqlen": "nothing ever read it; max_position_embedding is the length the model was trained at",
@@ -87,7 +87,7 @@ def complete(values: dict) -> None:
         values["n_kv_heads"] = values["num_heads"]
     values["max_position_embedding"] = values["max_position_embedding"] or values["seq_length"]
     values["document_start_ids"] = list(values["document_start_ids"])
-    values["extend_method"] = str(values["extend_method"])
+    complete_extension(values)
     if values["intermediate_size"] is None:
         values["intermediate_size"] = feed_forward_width(
             values["hidden_size"], values["ffn_dim_multiplier"], values["multiple_of"]
@@ -137,21 +137,7 @@ def _check_sizes(config) -> None:
 
 
 def _check_choices(config) -> None:
-    if config.extend_method not in EXTEND_METHODS:
-        raise ValueError(
-            f"extend_method is {config.extend_method!r}; it must be one of {', '.join(EXTEND_METHODS)}."
-        )
-    if config.extend_method == "None" and config.scaling_factor != 1.0:
-        raise ValueError(
-            f"scaling_factor is {config.scaling_factor}, but extend_method is 'None' and would ignore it; "
-            "choose an extend_method or leave scaling_factor at 1.0."
-        )
-    if config.extend_method == "None" and config.max_position_embedding < config.seq_length:
-        raise ValueError(
-            f"seq_length {config.seq_length} exceeds max_position_embedding "
-            f"{config.max_position_embedding}, the length the model was trained at; "
-            "choose an extend_method, or change one of the two."
-        )
+    check_extension(config)
     if config.attention_dropout_prob != 0.0:
         raise ValueError(
             f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "

@@ -7,7 +7,7 @@ from mindspore import Tensor
 from research.telechat2 import telechat_ops
 
 
-def dynamic_inputs() -> dict[str, Tensor]:
+def dynamic_inputs(config) -> dict[str, Tensor]:
     """Shapes of a graph that serves prompts and batches of every size; None stands for an unknown one."""
     shapes = {
         "input_ids": [None, None],
@@ -17,11 +17,22 @@ def dynamic_inputs() -> dict[str, Tensor]:
         "slot_mapping": [None],
         "last_token": [None],
     }
+    if config.extend_method == "DYNAMIC_NTK":
+        shapes["rotary_lengths"] = [None]
     return {name: Tensor(shape=shape, dtype=ms.int32) for name, shape in shapes.items()}
 
 
 def paged_step(
-    config, input_ids, *, prefill, valid_length_each_example, block_tables, slot_mapping, **kwargs
+    config,
+    input_ids,
+    *,
+    prefill,
+    valid_length_each_example,
+    block_tables,
+    slot_mapping,
+    requests=None,
+    longest=None,
+    **kwargs,
 ):
     """Inputs of ``TelechatForCausalLM.construct`` for one prefill or decode step.
 
@@ -32,6 +43,8 @@ def paged_step(
         valid_length_each_example: ``[B]``, tokens of each row.
         block_tables: ``[B, seq_length / block_size]``, -1 where a row has no block yet.
         slot_mapping: slots of the tokens read, -1 for padding.
+        requests: RequestLengths of the model's engine, with DYNAMIC_NTK alone.
+        longest: ``[B]``, tokens that each row may reach, if the caller knows; see RequestLengths.
         kwargs: what MindFormers passes besides; not needed.
 
     Returns:
@@ -39,6 +52,8 @@ def paged_step(
     """
     lengths = np.asarray(valid_length_each_example, np.int32)
     slots = np.asarray(slot_mapping, np.int32).reshape(-1)
+    if requests is not None:
+        rotary_lengths = requests.of_rows(prefill, lengths, block_tables, longest=longest)
     if prefill:
         tokens = np.concatenate([row[:n] for row, n in zip(input_ids, lengths, strict=True)])
         positions = np.concatenate([np.arange(n) for n in lengths])
@@ -57,6 +72,9 @@ def paged_step(
         "slot_mapping": slots,
         "last_token": last,
     }
+    if requests is not None:
+        rotary_lengths = np.repeat(rotary_lengths, lengths if prefill else 1)
+        step["rotary_lengths"] = np.pad(rotary_lengths, (0, len(positions) - len(rotary_lengths)))
     tensors = {name: Tensor.from_numpy(np.ascontiguousarray(value, np.int32)) for name, value in step.items()}
     # The library wraps this one itself, just before the call.
     return {**tensors, "batch_valid_length": lengths.reshape(1, -1)}

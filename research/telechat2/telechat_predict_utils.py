@@ -106,6 +106,8 @@ class Predictor:
         # One limit for all rows: the largest. What a longer prompt may not use of it is taken off below.
         room = max(self._room(ids) for ids in prompts)
         settings = self.generation | {"max_new_tokens": room, "pad_token_id": padding}
+        if not self.model.config.extend_by_prompt:
+            settings["longest"] = [len(ids) + self._room(ids) for ids in prompts]
         outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
         answers = []
         for prompt, output in zip(prompts, outputs, strict=True):

@@ -1,0 +1,72 @@
+"""Which length's rotary factor a request has (DYNAMIC_NTK): chosen at its prefill, kept for its whole life.
+
+The torch release computes the factor anew at every step and leaves the keys that are cached as they were, so
+that queries and keys of one sequence disagree once it has grown over a threshold. Here all keys and queries
+of a request share one factor, and an answer is that of a full forward pass with this factor.
+"""
+
+import numpy as np
+
+
+def longest_of_rows(config, prompt_lengths, max_new_tokens: int | None, max_length: int) -> np.ndarray:
+    """Tokens ``[B]`` that prompt and answer of each row may have, at most ``seq_length``.
+
+    ``max_length`` counts both, and where ``max_new_tokens`` is given does not matter. With
+    ``extend_by_prompt`` the prompts alone.
+    """
+    prompt_lengths = np.asarray(prompt_lengths)
+    if config.extend_by_prompt:
+        longest = prompt_lengths
+    elif max_new_tokens is None:
+        longest = np.maximum(prompt_lengths, max_length)
+    else:
+        longest = prompt_lengths + max_new_tokens
+    return np.minimum(longest, config.seq_length)
+
+
+class RequestLengths:
+    """The lengths whose factors the live requests have, each kept by the first block of its cache.
+
+    A request ends when its first block begins another. One that is read from a later position on, its first
+    blocks being in the cache already (chunked prefill, shared prefixes), has the factor those were read with.
+    """
+
+    def __init__(self, config):
+        self.block_size, self.seq_length = config.block_size, config.seq_length
+        self.by_prompt = config.extend_by_prompt
+        self.by_first_block: dict[int, int] = {}
+
+    def of_rows(self, prefill: bool, lengths, block_tables, *, starts=None, longest=None) -> np.ndarray:
+        """The length ``[B]`` int32 whose factor each row of a step has.
+
+        Args:
+            prefill: whether prompts are read, or one token of each row.
+            lengths: ``[B]``, tokens of each row.
+            block_tables: ``[B, M]``, -1 where a row has no block; a row without any is padding of the batch.
+            starts: ``[B]``, position of the first token that a prefill reads; None means 0.
+            longest: ``[B]``, tokens that each row may reach, where the caller knows: needed at a request's
+                prefill only. Without it those that the blocks reserved for it hold, or ``extend_by_prompt``.
+
+        Raises:
+            ValueError: a row goes on whose beginning was not seen.
+        """
+        lengths, tables = np.asarray(lengths), np.asarray(block_tables)
+        firsts = tables[:, 0]
+        starts = 0 if starts is None else np.asarray(starts)
+        begins = (firsts >= 0) & (starts == 0) & bool(prefill)
+        if longest is None:
+            longest = lengths if self.by_prompt else (tables >= 0).sum(1) * self.block_size
+        longest = np.clip(longest, lengths, self.seq_length)
+        for row in np.flatnonzero(begins):
+            self.by_first_block[int(firsts[row])] = int(longest[row])
+        return np.array([self._kept(int(block)) for block in firsts], np.int32)
+
+    def _kept(self, first_block: int) -> int:
+        if first_block < 0:
+            return 0
+        if first_block not in self.by_first_block:
+            raise ValueError(
+                f"a request goes on whose first block is {first_block}, but no prefill began in that block, "
+                f"so that its rotary factor (extend_method DYNAMIC_NTK) is unknown; read its prompt again."
+            )
+        return self.by_first_block[first_block]
