@@ -33,6 +33,14 @@ DEAD_KEYS = {
     "qkv_has_bias": "no TeleChat2 model has a bias on wq and wk_v",
     "parallel_optimizer": "the section `parallel` decides on that",
 }
+# Keys of MindFormers' models for what is not in this one.
+_OTHERS_KEYS = {
+    "use_ring_attention": (
+        "MindSpore compiles its ring attention, but that no query sees a later key cannot be shown without "
+        "NPUs; parallel_config.context_parallel splits sequences, with context_parallel_algo colossalai_cp "
+        "(keys and values are gathered), ulysses_cp (heads are exchanged for tokens) or hybrid_cp (both)"
+    ),
+}
 # Keys that the Trainer adds to a model's config and that say nothing about the model.
 TRAINER_KEYS = ("dataset_config", "type", "auto_register", "auto_map")
 # What MindFormers' PretrainedConfig, its Trainer and its YAML reader set besides the model's own fields.
@@ -61,6 +69,11 @@ def library_keys(extra: dict, known: dict) -> dict:
         if key in DEAD_KEYS:
             raise ValueError(
                 f"model_config has the key {key!r}, which has no effect: {DEAD_KEYS[key]}. Remove it."
+            )
+        if key in _OTHERS_KEYS:
+            raise ValueError(
+                f"model_config has the key {key!r}, which this model does not have: {_OTHERS_KEYS[key]}. "
+                f"Remove {key}."
             )
         if key not in _LIBRARY_KEYS:
             nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
