@@ -37,12 +37,11 @@ def compiled(plan=None, parallel=None, rank=0, steps=None, **model):
     return simulate("parallel_cells:build", arguments, device_num=devices, rank=rank, parallel=parallel)
 
 
-def build(config: dict, copies: int = 1, accumulation: int = 1):
+def build(config: dict, accumulation: int = 1):
     """The step as MindFormers wraps it, and its input of the global batch of one row for each device.
 
     Args:
         config: of the model; its ``parallel_config`` says how many stages and micro-batches there are.
-        copies: ``micro_batch_interleave_num``.
         accumulation: ``gradient_accumulation_steps``.
     """
     plan = config["parallel_config"]
@@ -51,7 +50,7 @@ def build(config: dict, copies: int = 1, accumulation: int = 1):
     plan, per_token = model.config.parallel_config, model.config.calculate_per_token_loss
     rate = CosineWithWarmUpLR(1e-4, warmup_steps=1, total_steps=10)
     optimizer = AdamW(model.trainable_params(), learning_rate=rate)
-    network = nn.MicroBatchInterleaved(model, copies) if copies > 1 else model
+    network = model
     micro_batches = plan.micro_batch_num if plan.pipeline_stage > 1 else accumulation
     if plan.pipeline_stage > 1:
         network = (PipelineCellWithTwoOutput if per_token else nn.PipelineCell)(network, micro_batches)
@@ -63,6 +62,6 @@ def build(config: dict, copies: int = 1, accumulation: int = 1):
         arguments["micro_batch_num"] = micro_batches
     wrapper = MFPipelineWithLossScaleCell if micro_batches > 1 else MFTrainOneStepCell
     step = wrapper(_VirtualDatasetCell(network), optimizer, parallel_config=plan, **arguments)
-    rows = plan.data_parallel * micro_batches * copies
+    rows = plan.data_parallel * micro_batches
     ids = Tensor(np.zeros((rows, model.config.seq_length + 1)), ms.int32)
     return step.set_train(True), [ids, ids]

@@ -100,15 +100,20 @@ def check_schedule(chunks: int, scheduler: str, interleaved: bool) -> None:
     Raises:
         ValueError: another schedule, or chunks and interleaving that do not fit.
     """
-    if scheduler == "zero_bubble_v":
+    if scheduler not in ("1f1b", "gpipe"):
         raise ValueError(
-            "parallel.pipeline_config.pipeline_scheduler is zero_bubble_v, which this model does not have; "
-            "set it to 1f1b."
+            f"parallel.pipeline_config.pipeline_scheduler is {scheduler}, but this model has 1f1b, and gpipe "
+            "for chunks; set it to 1f1b."
         )
     if (chunks > 1) != interleaved:
         raise ValueError(
             f"model_config.pp_interleave_num is {chunks}, but parallel.pipeline_config.pipeline_interleave "
             f"is {interleaved}; it must be {chunks > 1}."
+        )
+    if scheduler == "gpipe" and chunks == 1:
+        raise ValueError(
+            "parallel.pipeline_config.pipeline_scheduler is gpipe, which MindSpore has for chunks only, and "
+            "model_config.pp_interleave_num is 1; set the scheduler to 1f1b."
         )
 
 

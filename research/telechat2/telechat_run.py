@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
     CHECKOUT,
@@ -70,6 +71,7 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
         check_vocab_file(config)
     if training:
         _check_accumulation(config)
+        check_parallel_sections(config)
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):

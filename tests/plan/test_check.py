@@ -81,9 +81,9 @@ def test_virtual_chunks_are_shown_for_each_stage():
 
 def test_gradients_are_accumulated_without_pipeline_only():
     one_stage = plan(pipeline_stage=1, micro_batch_num=1) | model(offset=0)
-    accumulating = {"runner_config.gradient_accumulation_steps": 3, "micro_batch_interleave_num": 2}
+    accumulating = {"runner_config.gradient_accumulation_steps": 3}
     checked = check(changed(one_stage | accumulating))
-    assert checked.global_batch == 2 * 2 * 3 * 2
+    assert checked.global_batch == 2 * 2 * 3
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 3, .* in a pipeline; set it to 1"):
         check(changed(accumulating))
 
@@ -125,7 +125,21 @@ def test_processes_that_are_copies_take_any_number_of_devices():
         ({"parallel.gradients_mean": True}, "gradients_mean is True"),
         ({"parallel.parallel_mode": 2}, "parallel.parallel_mode is 2; .* 1 .* 0"),
         ({"parallel.full_batch": False}, r"dataset_strategy None; .* \[\[2, 1\], \[2, 1\]\]"),
-        ({"parallel.pipeline_config.pipeline_interleave": True}, "pipeline_interleave is True; it must be"),
+        (
+            {"parallel.pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}},
+            "pipeline_interleave is True; it must be",
+        ),
+        (
+            {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "gpipe"}},
+            "pipeline_scheduler is gpipe, which MindSpore has for chunks only",
+        ),
+        (
+            {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "seqpipe"}},
+            "pipeline_scheduler is seqpipe, but this model has 1f1b, and gpipe",
+        ),
+        ({"parallel.pipeline_config": {"pipeline_interleave": True}}, "without pipeline_scheduler"),
+        ({"micro_batch_interleave_num": 2}, "micro_batch_interleave_num is 2; .* Set it to 1"),
+        (model(use_ring_attention=True), "'use_ring_attention', which this model does not have"),
         ({"recompute_config.recompute": [1]}, r"a list of 2 numbers"),
         ({"recompute_config.recompute": [3, 0]}, "asks for 3 layers of stage 0, which has 2"),
         (model(compute_dtype="float64"), "compute_dtype is 'float64'; it must be one of"),

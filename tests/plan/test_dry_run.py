@@ -21,6 +21,8 @@ CLUSTER = [path.name for path in shipped_configs() if read_config(path).get("use
 DELIBERATE = {
     "gradients would be divided twice": "gradients_mean is True",
     "one chunk cannot be interleaved": "pp_interleave_num is 1, but parallel.pipeline_config",
+    "gradients of copies would be added up": "micro_batch_interleave_num is 2",
+    "sequences have no pipeline": "pipeline_scheduler is seq",
 }
 
 

@@ -54,7 +54,6 @@ SLOW = {
     },
     "accumulation": {"runner_config.gradient_accumulation_steps": 2},
     "16-bit weights": {MODEL + "param_init_type": "bfloat16"},
-    "two copies": {"micro_batch_interleave_num": 2, "calculate_per_token_loss": False},
     "split experts": EXPERTS | {"moe_config": MIXTURE | {"ep_extend_tp": False}, AGAIN + "recompute": True},
     "split experts without sequence parallelism": EXPERTS
     | {"moe_config": MIXTURE | {"ep_extend_tp": False}, PLAN + "use_seq_parallel": False},

@@ -19,6 +19,7 @@ from research.telechat2.telechat_kernel_rules import (
     check_paged_kernels,
 )
 from research.telechat2.telechat_parallel_config import check_cluster, check_exchange
+from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_pipeline import check_schedule, partition_of
 from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
@@ -100,6 +101,7 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
         ValueError: a rule is broken.
     """
     kind = _kind(settings)
+    check_parallel_sections(settings)
     plan = _effective_plan(settings, kind)
     config = model_config(settings, plan)
     _check_kernels(settings, config)
@@ -201,11 +203,9 @@ def _batch(settings: dict, plan: dict, kind: str, devices: int) -> dict[str, int
     """The factors of the global batch."""
     runner = with_defaults(settings, "runner_config")
     accumulation = runner["gradient_accumulation_steps"] or 1
-    copies = settings.get("micro_batch_interleave_num", 1)
     for name, value in (
         ("runner_config.batch_size", runner["batch_size"]),
         ("runner_config.gradient_accumulation_steps", accumulation),
-        ("micro_batch_interleave_num", copies),
     ):
         _check_count(name, value)
     stages = plan["pipeline_stage"]
@@ -222,7 +222,6 @@ def _batch(settings: dict, plan: dict, kind: str, devices: int) -> dict[str, int
         factors["gradient_accumulation_steps"] = accumulation
     else:
         factors["processes"] = devices
-    factors["micro_batch_interleave_num"] = copies
     return {name: value for name, value in factors.items() if value > 1 or name == "batch_size"}
 
 

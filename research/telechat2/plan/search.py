@@ -120,7 +120,7 @@ def _differences(changes: dict[str, object], settings: dict) -> dict[str, object
 
 def _candidates(config, settings: dict, device_num: int, batch: int) -> Iterator[dict[str, object]]:
     """Every way to split the devices; whether it is legal is for others to say."""
-    rows = config.batch_size * (settings.get("micro_batch_interleave_num") or 1)
+    rows = config.batch_size
     for mp in _divisors(min(device_num, NODE), of=device_num):
         for pp in _divisors(config.num_layers, of=device_num // mp):
             dp = device_num // mp // pp

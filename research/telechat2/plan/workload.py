@@ -24,7 +24,7 @@ class Workload:
         packed: documents have a mask of their own, so that attention computes its whole square.
         moe: MoESettings, None in a dense model.
         dp, mp, pp, ep: data, tensor, pipeline and expert parallel.
-        rows: sequences that a device computes at once: the batch size times ``micro_batch_interleave_num``.
+        rows: sequences that a device computes at once.
         micro_batches: steps whose gradients are added up before the optimizer's.
         chunks: runs of layers of each stage.
         vocabulary: parts of embedding and output projection.
@@ -130,7 +130,6 @@ class Workload:
         """
         if not self.moe.capacity_factor:
             return self.tokens // self.token_parts * self.moe.top_k
-        # With micro_batch_interleave_num each copy of the rows has a capacity of its own: proportional here.
         return self.moe.num_experts * self.moe.capacity(self.tokens // self.token_parts)
 
 
@@ -166,7 +165,7 @@ def of_config(config, settings: dict) -> Workload:
         mp=mp,
         pp=plan.pipeline_stage,
         ep=plan.expert_parallel,
-        rows=config.batch_size * (settings.get("micro_batch_interleave_num") or 1),
+        rows=config.batch_size,
         micro_batches=plan.micro_batch_num if pipeline else accumulation,
         chunks=config.pp_interleave_num,
         sequence_parallel=plan.use_seq_parallel and mp > 1,

@@ -1,0 +1,75 @@
+"""What a YAML's settings around ``parallel_config`` may say: rules of MindSpore's context that need none.
+
+The check of a plan obeys them, and a run before it starts: MindSpore would end it minutes later, some of them
+without a sentence.
+"""
+
+_LEVELS = ("level1", "level2", "level3")
+
+
+def check_parallel_sections(settings: dict) -> None:
+    """Refuse copies of the rows, and options of pipeline and optimizer that MindSpore does not have.
+
+    Args:
+        settings: the YAML.
+
+    Raises:
+        ValueError: with the values.
+    """
+    _check_copies(settings.get("micro_batch_interleave_num"))
+    parallel = (settings.get("parallel") or {}) if settings.get("use_parallel") else {}
+    if (pipeline := parallel.get("pipeline_config")) is not None:
+        _check_pipeline(pipeline)
+    if (optimizer := parallel.get("parallel_optimizer_config")) is not None:
+        _check_optimizer(optimizer)
+
+
+def _check_copies(copies) -> None:
+    if copies in (None, 1) and copies is not True:
+        return
+    raise ValueError(
+        f"micro_batch_interleave_num is {copies!r}; MindSpore's MicroBatchInterleaved adds up the copies' "
+        "losses and gradients instead of averaging them, so that a run would not train as with 1. Set it to "
+        "1, and model_config.fine_grain_interleave: 2 to have copies of the tokens overlap."
+    )
+
+
+def _check_pipeline(section: dict) -> None:
+    name = "parallel.pipeline_config"
+    for key in ("pipeline_interleave", "pipeline_scheduler"):
+        if key not in section:
+            raise ValueError(
+                f"{name} is {section}, without {key}; MindSpore asks for both keys. Add it, as in "
+                "{pipeline_interleave: True, pipeline_scheduler: 1f1b}, or leave the section out."
+            )
+    _check_bool(f"{name}.pipeline_interleave", section["pipeline_interleave"])
+
+
+def _check_optimizer(section: dict) -> None:
+    name = "parallel.parallel_optimizer_config"
+    level = section.get("optimizer_level", _LEVELS[0])
+    if level not in _LEVELS:
+        raise ValueError(f"{name}.optimizer_level is {level!r}; it must be one of {', '.join(_LEVELS)}.")
+    if "gradient_accumulation_shard" in section:
+        shard = section["gradient_accumulation_shard"]
+        _check_bool(f"{name}.gradient_accumulation_shard", shard)
+        if "optimizer_level" in section and level != "level2":
+            raise ValueError(
+                f"{name} has optimizer_level {level} and gradient_accumulation_shard {shard}; MindSpore "
+                "takes the latter beside level2 only. Remove gradient_accumulation_shard."
+            )
+    for key, least, others in (
+        ("parallel_optimizer_threshold", 0, ()),
+        ("optimizer_weight_shard_size", 1, (-1,)),
+    ):
+        value = section.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or (value < least and value not in others):
+            also = f", or {others[0]} for all" if others else ""
+            raise ValueError(
+                f"{name}.{key} is {value!r}; it must be a whole number of at least {least}{also}."
+            )
+
+
+def _check_bool(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False.")
