@@ -13,8 +13,6 @@ from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_run_config import read_config
 from research.telechat2.telechat_run_keys import moe_section
 
-NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
-
 
 @dataclass
 class Answer:
@@ -186,7 +184,7 @@ def load_predictor(
     Args:
         yaml_file: a predict YAML. The next three default to what it says.
         vocab_file: tokenizer.model.
-        checkpoint: a converted checkpoint or the `checkpoint` folder of a training run.
+        checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
         prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
             Which it is and why is printed on standard error.
         max_length: most tokens of prompt and answer together, at most ``seq_length``; by default that if
@@ -317,43 +315,15 @@ def _set_context(context: dict, device_id: int | None) -> None:
 
 
 def load_weights(model, checkpoint: str | Path) -> None:
-    """Load every weight of ``model`` from a MindSpore checkpoint, one in memory at a time.
+    """Load every weight of ``model`` from a checkpoint of any layout, one in memory at a time.
 
-    Names and shapes are compared before the first is loaded.
+    It may be an HF folder of a TeleChat model. Names and shapes are compared before the first is loaded.
 
     Raises:
         ValueError: the checkpoint is broken, or its names or shapes are not the model's.
     """
-    from mindspore import Tensor
+    from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
+    from research.telechat2.checkpoint.rank_layout import whole_weights
 
-    from research.telechat2.checkpoint.plan import make_plan
-    from research.telechat2.checkpoint.sources import read_mindspore_source, refuse_torch
-
-    tensors = read_mindspore_source(Path(checkpoint))
-    refuse_torch(tensors, Path(checkpoint))
-    weights = make_plan(tensors, "mindspore", None, str(checkpoint)).sources
-    parameters = {name: p for name, p in model.parameters_and_names() if not name.endswith(NO_WEIGHTS)}
-    _compare(parameters, {weight.name: weight.shape for weight in weights}, checkpoint)
-    for weight in weights:
-        dtype = "float16" if weight.dtype == "float16" else "float32"  # NumPy has no bfloat16
-        array = np.frombuffer(weight.read(dtype), dtype).reshape(weight.shape)
-        parameters[weight.name].set_data(Tensor(array, parameters[weight.name].dtype))
-    model.init_parameters_data()
-
-
-def _compare(parameters: dict, shapes: dict, checkpoint: str | Path) -> None:
-    """ValueError if the names and shapes of a checkpoint are not those of the model's parameters."""
-    problems = [f"{name} is not in the model" for name in shapes if name not in parameters]
-    problems += [
-        f"{name} is {list(shape)}, expected {list(parameters[name].shape)}"
-        for name, shape in shapes.items()
-        if name in parameters and tuple(parameters[name].shape) != shape
-    ]
-    problems += [f"{name} is missing" for name in parameters if name not in shapes]
-    if problems:
-        listed = "; ".join(problems[:10])
-        raise ValueError(
-            f"{checkpoint} does not fit the model of the YAML, {len(problems)} tensors differ: {listed}"
-            f"{'; …' if len(problems) > 10 else ''}. Use the YAML of this checkpoint's size and kind, "
-            f"dense or mixture of experts."
-        )
+    _, tensors = whole_weights(checkpoint, sizes_of_model(model.config))
+    load_tensors(model, tensors, str(checkpoint))

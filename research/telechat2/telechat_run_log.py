@@ -7,7 +7,7 @@ model fills itself. A warning that names a weight stands.
 import re
 from logging import LogRecord
 
-from research.telechat2.telechat_predict_utils import NO_WEIGHTS
+from research.telechat2.checkpoint.loading import NO_WEIGHTS
 
 
 def hush_loaders() -> None:

@@ -61,6 +61,19 @@ def test_weights_are_cast_to_the_types_of_the_yaml(tmp_path):
         np.testing.assert_array_equal(parameter.asnumpy(), stored[name].float().numpy(), err_msg=name)
 
 
+def test_a_hugging_face_folder_loads_without_a_conversion(random, tmp_path):
+    """As downloaded, in bfloat16 shards: the same parameters as of the converted checkpoint."""
+    write_hf_folder(tmp_path / "torch", SIZES, seed=7, dtype="bfloat16", shards=3)
+    convert_to_mindspore(tmp_path / "torch", tmp_path / "ms")
+    model = TelechatForCausalLM(random.config(seq_length=SEQ_LENGTH))
+    load_weights(model, tmp_path / "torch")
+    found = {name: parameter.asnumpy() for name, parameter in model.parameters_and_names()}
+    converted = dict(read_mindspore_tensors(tmp_path / "ms"))
+    assert found.keys() == converted.keys()
+    for name, array in converted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def rewrite(source: Path, target: Path, **changes) -> Path:
     """A checkpoint with tensors left out (None), replaced or added."""
     from safetensors.numpy import load_file, save_file
@@ -98,8 +111,10 @@ def truncated(random, tmp_path):
     return tmp_path / "short.safetensors"
 
 
-def torch_folder(random, tmp_path):
-    return random.hf
+def other_heads(random, tmp_path):
+    """Of the same shapes: only its config.json tells that its rows make other heads."""
+    write_hf_folder(tmp_path / "hf", SIZES | {"n_head": 8, "num_key_value_heads": 4}, seed=1)
+    return tmp_path / "hf"
 
 
 def unrelated(random, tmp_path):
@@ -116,7 +131,7 @@ def unrelated(random, tmp_path):
         (missing, "model.norm_out.weight"),
         (foreign, "lora_a"),
         (truncated, r"short\.safetensors"),
-        (torch_folder, "holds torch weights; convert them first with research/telechat2/convert_weight.py"),
+        (other_heads, "says 8 heads and 4 key/value heads, but the model of the YAML has 4 and 2"),
         (unrelated, r"holds no \*.safetensors and no \*.ckpt; found notes.txt"),
     ],
 )

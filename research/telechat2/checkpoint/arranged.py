@@ -12,9 +12,10 @@ from math import prod
 import numpy as np
 
 from research.telechat2.checkpoint.dtypes import WIDTH
-from research.telechat2.checkpoint.stored import BLOCK_BYTES, StoredTensor, blocks_of
+from research.telechat2.checkpoint.stored import BLOCK_BYTES, Extent, StoredTensor, blocks_of, clip
 
 LONG_RUN = 1 << 20  # ranges of a row that are worth a read of their own; shorter ones are read by whole rows
+MANY_EXTENTS = 4096  # a list that is worth making: the rows of a matrix are more, the heads of a layer fewer
 
 Piece = tuple[
     StoredTensor, int, int
@@ -93,7 +94,20 @@ def _arrange(pieces: list[Piece], outer: int, name: str, shape: tuple[int, ...])
         return replace(first, name=name, shape=shape)
     assert len({tensor.dtype for tensor, _, _ in resolved}) == 1
     assert outer * sum(end - begin for _, begin, end in resolved) == prod(shape) * WIDTH[first.dtype]
-    return StoredTensor(name, first.dtype, shape, first.file, _Arrangement(tuple(resolved), outer))
+    blocks = _Arrangement(tuple(resolved), outer)
+    return StoredTensor(name, first.dtype, shape, first.file, blocks, _extents(resolved, outer))
+
+
+def _extents(pieces: list[Piece], outer: int) -> tuple[Extent, ...] | None:
+    """Where the bytes lie, unless they lie in many places."""
+    if outer * len(pieces) > MANY_EXTENTS or any(tensor.extents is None for tensor, _, _ in pieces):
+        return None
+    extents: list[Extent] = []
+    for number in range(outer):
+        for tensor, begin, end in pieces:
+            offset = number * (tensor.nbytes() // outer)
+            extents += clip(tensor.extents, offset + begin, offset + end)
+    return tuple(extents) if len(extents) <= MANY_EXTENTS else None
 
 
 def _resolve(tensor: StoredTensor, begin: int, end: int, outer: int) -> list[Piece]:

@@ -20,7 +20,7 @@ from research.telechat2.checkpoint.layouts import (
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.rank_files import saved_shards
 from research.telechat2.checkpoint.safetensors_files import read_metadata, read_safetensors
-from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.sources import TRACKER, read_mindspore_source, read_torch_source
 from research.telechat2.checkpoint.stored import StoredTensor
 from research.telechat2.checkpoint.table import canonical_name
@@ -47,23 +47,30 @@ def weights_of_rank(
         ValueError: a checkpoint that is broken, incomplete, or of other sizes, or sizes that do not divide.
     """
     check_divisible(sizes, tensor_parallel)
-    return part_of_rank(whole_weights(path, sizes), sizes, tensor_parallel, rank, qkv_concat)
+    found, whole = whole_weights(path, sizes)
+    _require_sizes(path, found, sizes)
+    return part_of_rank(whole, sizes, tensor_parallel, rank, qkv_concat)
 
 
-def whole_weights(path: str | Path, sizes: TelechatSizes | None) -> Tensors:
-    """All weights of a checkpoint of any layout, torch or MindSpore, as the training model has them.
+def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple[TelechatSizes, Tensors]:
+    """The sizes of a checkpoint of any layout, torch or MindSpore, and its weights as the training model's.
 
-    ``sizes`` None takes them from the tensors, whose rows must not be joined then.
+    The sizes are those of config.json, where there is one beside it, else those that show in the tensors. Of
+    ``sizes`` only the heads are used, and only to part joined rows that have no config.json beside them.
 
     Raises:
-        ValueError: a checkpoint that is broken, incomplete, or of other sizes.
+        ValueError: a checkpoint that is broken, incomplete, or not as its config.json says; or of other
+            heads than ``sizes`` says.
     """
     path = Path(path)
+    configured = sizes_beside(path)
+    if sizes is not None and configured is not None:
+        _require_heads_of(path, configured, sizes)
     if is_torch_source(path):
-        plan = make_plan(read_torch_source(path), "torch", sizes, str(path))
-        return {name: tensor for tensor, name in plan.weights}
-    plan = make_plan(read_whole(path, sizes), "mindspore", sizes, str(path))
-    return {tensor.name: tensor for tensor in plan.sources}
+        plan = make_plan(read_torch_source(path), "torch", configured, str(path))
+        return plan.sizes, {name: tensor for tensor, name in plan.weights}
+    plan = make_plan(read_whole(path, configured or sizes), "mindspore", configured, str(path))
+    return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
 
 
 def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
@@ -113,6 +120,32 @@ def is_torch_source(path: Path) -> bool:
         return True
     names = (t.name for file in files if file.suffix == ".safetensors" for t in read_safetensors(file))
     return any(canonical_name(name, "torch").startswith("transformer.") for name in names)
+
+
+def _require_heads_of(path: Path, found: TelechatSizes, sizes: TelechatSizes) -> None:
+    """Heads show in no tensor: with another number of them the same rows would load, and answer nonsense."""
+    heads = found.num_heads, found.n_kv_heads
+    if None not in (sizes.num_heads, sizes.n_kv_heads) and heads != (sizes.num_heads, sizes.n_kv_heads):
+        raise ValueError(
+            f"the config.json of {path} says {heads[0]} heads and {heads[1]} key/value heads, but the model "
+            f"of the YAML has {sizes.num_heads} and {sizes.n_kv_heads}. Use the YAML of this checkpoint's "
+            "size"
+        )
+
+
+def _require_sizes(path: str | Path, found: TelechatSizes, sizes: TelechatSizes) -> None:
+    names = ("num_layers", "hidden_size", "intermediate_size", "vocab_size", "kv_size", "num_experts",
+             "tie_word_embeddings")  # fmt: skip
+    different = [
+        f"{name} {there} instead of {here}"
+        for name in names
+        if (here := getattr(sizes, name)) is not None and (there := getattr(found, name)) != here
+    ]
+    if different:
+        raise ValueError(
+            f"{path} does not fit the model of the YAML: it has {', '.join(different)}. Use the YAML of this "
+            "checkpoint's size and kind, dense or mixture of experts"
+        )
 
 
 def _rank_folders(path: Path) -> list[Path]:

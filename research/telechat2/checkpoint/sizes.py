@@ -1,6 +1,10 @@
 """The sizes that a checkpoint's shapes follow from: read from a config, or from the tensors themselves."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = "config.json"
 
 # One line per size: the spelling of TeleChat's config.json first, then MindFormers' own.
 SPELLINGS = {
@@ -97,6 +101,27 @@ class TelechatSizes:
             f"{self.num_layers} layers, hidden size {self.hidden_size}, {experts}feed-forward size "
             f"{self.intermediate_size}, vocabulary {self.vocab_size}"
         )
+
+
+def sizes_beside(path: Path) -> TelechatSizes | None:
+    """Sizes from the config.json of a checkpoint's folder, or beside its file; None if there is none.
+
+    Raises:
+        ValueError: it is not the config of such a model.
+    """
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a JSON {type(config).__name__}, expected an object")
+    try:
+        return TelechatSizes.from_hf_config(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _with_moe_section(config: dict) -> dict:
