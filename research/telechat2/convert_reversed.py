@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
+from research.telechat2.checkpoint.options import add_options, options_of  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
 
 
@@ -25,13 +26,9 @@ def main() -> None:
         help="the new weights: a folder for safetensors, or a file ending in .safetensors or .bin "
         "(.bin needs torch and the whole model in memory)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="of the new weights (default: as they are)",
-    )
+    add_options(parser)
     args = parser.parse_args()
-    print(convert_to_torch(args.mindspore_path, args.torch_path, args.dtype))
+    print(convert_to_torch(args.mindspore_path, args.torch_path, **options_of(args)))
 
 
 if __name__ == "__main__":

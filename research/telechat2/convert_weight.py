@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
+from research.telechat2.checkpoint.options import add_options, options_of  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
 
 
@@ -23,17 +24,13 @@ def main() -> None:
         help="the new checkpoint: a file ending in .safetensors or .ckpt, or a folder for model.safetensors",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="of the new weights (default: as they are)",
-    )
-    parser.add_argument(
         "--ckpt_format",
         choices=("safetensors", "ckpt"),
         help="default: as --mindspore_path ends, else safetensors; a ckpt needs the whole model in memory",
     )
+    add_options(parser)
     args = parser.parse_args()
-    print(convert_to_mindspore(args.torch_path, args.mindspore_path, args.dtype, args.ckpt_format))
+    print(convert_to_mindspore(args.torch_path, args.mindspore_path, args.ckpt_format, **options_of(args)))
 
 
 if __name__ == "__main__":

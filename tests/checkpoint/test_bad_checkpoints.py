@@ -9,7 +9,7 @@ import pytest
 from oracle import write_hf_folder
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, output
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, job, output
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_output_is_input(hf, ms):
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(hf, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
+    monkeypatch.setattr(job, "fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
     with pytest.raises(ValueError, match="appeared during the conversion"):
         convert_to_mindspore(hf, tmp_path / "new.safetensors")
     assert (tmp_path / "new.safetensors").read_text() == "another's"
@@ -271,7 +271,7 @@ def test_nothing_is_left_of_an_interrupted_conversion(hf, tmp_path, monkeypatch,
     def fail(path):
         raise error
 
-    monkeypatch.setattr(output, "fsync", fail)
+    monkeypatch.setattr(job, "fsync", fail)
     (tmp_path / "there").mkdir()
     for target in ("there", "new/deep/target", "there/a.ckpt"):
         with pytest.raises(type(error)):

@@ -11,7 +11,6 @@ from oracle import stored_tensors, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
 from research.telechat2.checkpoint import (
-    convert,
     convert_to_mindspore,
     convert_to_torch,
     read_mindspore_tensors,
@@ -123,11 +122,11 @@ def test_casts_cross_from_expert_to_expert(tmp_path, monkeypatch):
     assert {name: data for name, (_, _, data) in stored_tensors(tmp_path / "back").items()} == expected
 
 
-def test_shards_on_the_way_back(tmp_path, monkeypatch):
+def test_shards_on_the_way_back(tmp_path):
     write_hf_folder(tmp_path / "hf", MOE, seed=6)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 50_000)  # a stack is 40,960 bytes, an expert a quarter
-    summary = convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    # a stack is 40,960 bytes, an expert a quarter
+    summary = convert_to_torch(tmp_path / "ms", tmp_path / "back", max_shard_size=50_000)
     assert len(summary.files) > 5
     assert all(
         sum(len(data) for _, _, data in stored_tensors(file).values()) <= 50_000 for file in summary.files

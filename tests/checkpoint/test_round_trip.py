@@ -28,7 +28,11 @@ def test_safetensors(tmp_path, sizes, tied, dtype):
     assert there.bytes == sum(len(data) for _, _, data in before.values())
     assert there.parameters == sum(int(np.prod(shape)) for _, shape, _ in before.values())
     assert there.ignored == {}
-    assert {file.name for file in (tmp_path / "ms").iterdir()} == {"model.safetensors", "config.json"}
+    assert {file.name for file in (tmp_path / "ms").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "manifest.json",
+    }
 
 
 def test_names_of_the_mindspore_side(tmp_path):
@@ -115,11 +119,10 @@ def test_mindspore_itself_reads_both_formats(tmp_path):
         assert bits == expected["transformer.h.1.self_attention.key_value.weight"]
 
 
-def test_shards_with_an_index(tmp_path, monkeypatch):
+def test_shards_with_an_index(tmp_path):
     write_hf_folder(tmp_path / "hf", GQA, seed=6)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
-    summary = convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    summary = convert_to_torch(tmp_path / "ms", tmp_path / "back", max_shard_size=100_000)
 
     before = stored_tensors(tmp_path / "hf")
     assert stored_tensors(tmp_path / "back") == before
@@ -137,11 +140,10 @@ def test_shards_with_an_index(tmp_path, monkeypatch):
     assert stored_tensors(tmp_path / "again") == stored_tensors(tmp_path / "ms")
 
 
-def test_a_limit_below_every_tensor_gives_one_tensor_a_file(tmp_path, monkeypatch):
+def test_a_limit_below_every_tensor_gives_one_tensor_a_file(tmp_path):
     write_hf_folder(tmp_path / "hf", {"n_layer": 1}, seed=6)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 1)
-    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    convert_to_torch(tmp_path / "ms", tmp_path / "back", max_shard_size=1)
     assert [len(stored_tensors(file)) for file in sorted((tmp_path / "back").glob("*.safetensors"))] == [
         1
     ] * 13
@@ -188,9 +190,7 @@ def test_transformers_loads_the_result(tmp_path):
     write_hf_folder(tmp_path / "hf", {"n_layer": 1}, seed=7)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "MAX_SHARD_BYTES", 60_000)
-        convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    convert_to_torch(tmp_path / "ms", tmp_path / "back", max_shard_size=60_000)
     shapes = hf_shapes(json.loads((tmp_path / "hf" / "config.json").read_text()))
     root = torch.nn.Module()
     for name, shape in shapes.items():
@@ -279,7 +279,7 @@ def test_the_prompt_format_travels_with_the_weights(tmp_path, monkeypatch, recor
     other = "plain" if recorded == "chat" else "chat"
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "prompt_format.json").write_text(json.dumps({"prompt_format": other}))
-    monkeypatch.setattr(convert, "write_checkpoint", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(convert, "run_job", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(ValueError, match="prompt format"):
         convert_to_mindspore(tmp_path / "hf", tmp_path / "mixed")
     assert [file.name for file in (tmp_path / "mixed").iterdir()] == ["prompt_format.json"]

@@ -9,101 +9,60 @@ import numpy as np
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.dtypes import WIDTH, widen
-from research.telechat2.checkpoint.output import SINGLE_FILE, plan_shards, require_new, write_checkpoint
+from research.telechat2.checkpoint.job import Job, Options, Written, run_job
+from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.sources import read_mindspore_source, read_torch_source
+from research.telechat2.checkpoint.table import Side, canonical_name
 
-MAX_SHARD_BYTES = 5_000_000_000  # of an HF folder: what transformers itself writes
 CONFIG = "config.json"
 CKPT_FORMATS = ("safetensors", "ckpt")
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a conversion read and wrote; ``ignored`` counts, by kind, source tensors that are not weights."""
+class Summary(Written):
+    """What a conversion did; ``ignored`` counts, by kind, source tensors that are not weights."""
 
-    sources: tuple[Path, ...]
-    files: tuple[Path, ...]
-    tensors: int
-    parameters: int
-    bytes: int
-    ignored: dict[str, int]
-    dtypes: tuple[str, ...]
     sizes: TelechatSizes
+    ignored: dict[str, int]
     prompt_format: str | None
-    config_copied: bool
-
-    def __str__(self) -> str:
-        lines = [
-            f"read {', '.join(map(str, self.sources[:3]))}"
-            + (f" and {len(self.sources) - 3} more files" if len(self.sources) > 3 else ""),
-            f"wrote {self.tensors:,} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes, "
-            f"{' and '.join(self.dtypes)}, to {self.files[0]}"
-            + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""),
-            f"model: {self.sizes.describe()}"
-            + (", output layer tied to the embeddings" if self.sizes.tie_word_embeddings else ""),
-            f"left out: {', '.join(f'{count} {kind}' for kind, count in self.ignored.items()) or 'nothing'}",
-        ]
-        if self.config_copied:
-            lines.append(f"copied {CONFIG} from the source")
-        if self.prompt_format:
-            lines.append(f"prompt format recorded with the weights: {self.prompt_format}")
-        return "\n".join(lines)
 
 
 def convert_to_mindspore(
-    torch_path: str | Path,
-    mindspore_path: str | Path,
-    dtype: str | None = None,
-    ckpt_format: str | None = None,
+    torch_path: str | Path, mindspore_path: str | Path, ckpt_format: str | None = None, **options
 ) -> Summary:
-    """Convert an HF folder of a TeleChat model to one MindSpore checkpoint file.
+    """Convert an HF folder of a TeleChat model to a MindSpore checkpoint.
 
     ``mindspore_path`` is a file when it ends in ``.safetensors`` or ``.ckpt``, else a folder that receives
-    ``model.safetensors`` (``model.ckpt`` with ``ckpt_format="ckpt"``). ``dtype`` (float32, float16, bfloat16)
-    None keeps each tensor's own. Sizes are those of ``config.json``, where there is one; it is copied into a
+    ``model.safetensors`` or shards with an index (``model.ckpt`` with ``ckpt_format="ckpt"``). ``options``
+    are the fields of ``Options``. Sizes are those of ``config.json``, where there is one; it is copied into a
     folder, so that the way back checks them too.
 
     Raises:
-        ValueError: a source that is broken or not such a model, or a target that exists.
+        ValueError: a source that is broken or not such a model, a target that exists, or as ``run_job``.
     """
     source, target = _path(torch_path, "torch_path"), _path(mindspore_path, "mindspore_path")
-    _check_choice("dtype", dtype, WIDTH)
     _check_choice("ckpt_format", ckpt_format, CKPT_FORMATS)
-    wanted = f".{ckpt_format}" if ckpt_format else None
-    is_folder = target.suffix not in (".safetensors", ".ckpt")
-    if not is_folder and wanted not in (None, target.suffix):
+    if target.suffix in (".safetensors", ".ckpt") and ckpt_format not in (None, target.suffix[1:]):
         raise ValueError(
             f"{target} ends in {target.suffix}, but format {ckpt_format} is asked for; drop one of the two"
         )
-    require_new(target, is_folder, source)
-    if is_folder:
-        target = target / Path(SINGLE_FILE).with_suffix(wanted or ".safetensors")
-    plan = make_plan(read_torch_source(source), "torch", _configured_sizes(source), str(source))
-    return _write({target: plan.weights}, plan, dtype, "ms", source, is_folder)
+    return _convert(source, target, "torch", _options(options), (".safetensors", ".ckpt"), ckpt_format)
 
 
-def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, dtype: str | None = None) -> Summary:
+def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, **options) -> Summary:
     """Convert a MindSpore checkpoint of a TeleChat model to Hugging Face's names.
 
     ``mindspore_path`` is a ``.safetensors`` or ``.ckpt`` file or a folder, such as what MindFormers' training
-    leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder that receives
-    ``model.safetensors``, or shards of at most 5 GB and an index. ``dtype`` and
-    ``config.json`` as in ``convert_to_mindspore``.
+    leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder. The rest is
+    as in ``convert_to_mindspore``.
 
     Raises:
-        ValueError: a source that is broken or not such a model, or a target that exists.
+        ValueError: as ``convert_to_mindspore``.
     """
     source, target = _path(mindspore_path, "mindspore_path"), _path(torch_path, "torch_path")
-    _check_choice("dtype", dtype, WIDTH)
-    is_folder = target.suffix not in (".safetensors", ".bin")
-    require_new(target, is_folder, source)
-    plan = make_plan(read_mindspore_source(source), "mindspore", _configured_sizes(source), str(source))
-    files = {target: plan.weights}
-    if is_folder:
-        files = plan_shards(target, plan.weights, dtype, MAX_SHARD_BYTES)
-    return _write(files, plan, dtype, "pt", source, is_folder)
+    return _convert(source, target, "mindspore", _options(options), (".safetensors", ".bin"))
 
 
 def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -123,54 +82,67 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
         yield tensor.name, array.reshape(tensor.shape)
 
 
-def _write(
-    files: dict, plan: Plan, dtype: str | None, framework: str, source: Path, is_folder: bool
+def _convert(
+    source: Path,
+    target: Path,
+    side: Side,
+    options: Options,
+    file_suffixes: tuple[str, ...],
+    ckpt_format: str | None = None,
 ) -> Summary:
+    """From the names of ``side`` to those of the other one."""
+    read, other = (read_torch_source, "mindspore") if side == "torch" else (read_mindspore_source, "torch")
+    plan = make_plan(read(source), side, _configured_sizes(source), str(source))
+    folder, files = deal(target, plan.weights, options, source, file_suffixes, ckpt_format == "ckpt")
     prompt_format = telechat_prompt_format.find(source)
-    folder = next(iter(files)).parent
-
-    beside = _config_to_copy(source, folder) if is_folder else {}
-
-    def record_prompt_format(where: Path) -> None:
-        if prompt_format is not None:
-            telechat_prompt_format.write(where, prompt_format)
-
-    if (folder / telechat_prompt_format.FILE_NAME).exists():
-        record_prompt_format(folder)  # another format there is an error, better known before the work
-    write_checkpoint(files, dtype, framework, record_prompt_format, beside)
-    tensors = [tensor for tensor, _ in plan.weights]
-    return Summary(
-        sources=tuple(dict.fromkeys(tensor.file for tensor in plan.sources)),
-        files=tuple(files),
-        tensors=len(tensors),
-        parameters=sum(tensor.size for tensor in tensors),
-        bytes=sum(tensor.nbytes(dtype) for tensor in tensors),
-        ignored=plan.ignored,
-        dtypes=tuple(sorted({dtype or tensor.dtype for tensor in tensors})),
-        sizes=plan.sizes,
-        prompt_format=prompt_format,
-        config_copied=bool(beside),
+    job = Job(
+        source=source,
+        sources={canonical_name(tensor.name, side): tensor for tensor in plan.sources},
+        files=files,
+        back=lambda tensors: make_plan(tensors, other, plan.sizes, f"what was written to {folder}").weights,
+        framework="ms" if side == "torch" else "pt",
+        beside=_small_files(source, folder, prompt_format, with_config=folder == target),
+        notes=_notes(plan, prompt_format, source, with_config=folder == target),
     )
+    done = run_job(job, folder, options)
+    return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
 
 
-def _config_to_copy(source: Path, folder: Path) -> dict[Path, bytes]:
-    """The config.json to write and its content: none where the source has none, or the folder has the same.
+def _small_files(
+    source: Path, folder: Path, prompt_format: str | None, with_config: bool
+) -> dict[str, bytes]:
+    """What goes along with the weights: the config, and which prompts they were tuned with."""
+    beside = {}
+    if with_config and _config_file(source).is_file():
+        beside[CONFIG] = _config_file(source).read_bytes()
+    if prompt_format is not None:
+        if (folder / telechat_prompt_format.FILE_NAME).exists():
+            telechat_prompt_format.write(folder, prompt_format)  # refuses another
+        else:
+            text = json.dumps({"prompt_format": prompt_format}, indent=2) + "\n"
+            beside[telechat_prompt_format.FILE_NAME] = text.encode()
+    return beside
 
-    Raises:
-        ValueError: the folder has another.
-    """
-    file, target = _config_file(source), folder / CONFIG
-    if not file.is_file():
-        return {}
-    content = file.read_bytes()
-    if not target.exists():
-        return {target: content}
-    if target.read_bytes() != content:
-        raise ValueError(
-            f"{target} differs from {file}, which belongs to the weights; nothing is overwritten: give "
-            "another folder, or delete it"
-        )
-    return {}
+
+def _notes(plan: Plan, prompt_format: str | None, source: Path, with_config: bool) -> tuple[str, ...]:
+    tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
+    lines = [
+        f"model: {plan.sizes.describe()}{tied}",
+        f"left out: {', '.join(f'{count} {kind}' for kind, count in plan.ignored.items()) or 'nothing'}",
+    ]
+    if with_config and _config_file(source).is_file():
+        lines.append(f"{CONFIG} goes along with the weights")
+    if prompt_format:
+        lines.append(f"prompt format recorded with the weights: {prompt_format}")
+    return tuple(lines)
+
+
+def _options(given: dict) -> Options:
+    options = Options(**given)
+    _check_choice("dtype", options.dtype, WIDTH)
+    if options.max_shard_size is not None and options.max_shard_size <= 0:
+        raise ValueError(f"max_shard_size is {options.max_shard_size}; expected a positive number of bytes")
+    return options
 
 
 def _config_file(source: Path) -> Path:

@@ -6,7 +6,7 @@ NumPy has no bfloat16: here it is its bit pattern, uint16, the upper half of a f
 import numpy as np
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
-INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}  # bit patterns, without the sign
+INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns, without the sign
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38}
 
 
@@ -38,6 +38,24 @@ def widen(block: memoryview | bytes | bytearray, source: str) -> np.ndarray:
     if source != "bfloat16":
         return np.frombuffer(block, source).astype(np.float32, copy=False)
     return (np.frombuffer(block, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def count_nonfinite(block: memoryview | bytes, dtype: str) -> tuple[int, int]:
+    """How many elements of a block are NaN, and how many infinite.
+
+    Read as integers they are the largest of either sign, so that two maxima, which cost no memory, show
+    that a block has none.
+    """
+    if not len(block):
+        return 0, 0
+    width = WIDTH[dtype]
+    infinity = INFINITY[dtype]
+    unsigned = np.frombuffer(block, f"<u{width}")
+    sign = 1 << (8 * width - 1)
+    if unsigned.view(f"<i{width}").max() < infinity and unsigned.max() < sign + infinity:
+        return 0, 0
+    magnitude = unsigned & (sign - 1)
+    return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
 
 
 def _to_float16(values: np.ndarray) -> np.ndarray:

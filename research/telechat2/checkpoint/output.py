@@ -1,24 +1,58 @@
-"""Writing converted checkpoints: whole or not at all, and never over an existing one."""
+"""Which files a conversion makes: names, what goes into each, and the index; never over existing ones."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
-from research.telechat2.checkpoint.dtypes import WIDTH
-from research.telechat2.checkpoint.safetensors_files import header_bytes
+from research.telechat2.checkpoint.staging import part_folder
 from research.telechat2.checkpoint.stored import StoredTensor
-from research.telechat2.checkpoint.whole_files import write_bin, write_ckpt
-from research.telechat2.telechat_files import fsync
 
 Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
 
+MAX_SHARD_BYTES = 5_000_000_000  # in a folder, unless another number is asked for
 SINGLE_FILE = "model.safetensors"
+CKPT_FILE = "model.ckpt"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def deal(
+    target: Path,
+    weights: Weights,
+    options,
+    source: Path,
+    suffixes: Iterable[str] = (".safetensors",),
+    as_ckpt: bool = False,
+) -> tuple[Path, dict[str, Weights]]:
+    """The output folder, and its files with their weights.
+
+    A target that ends in one of ``suffixes`` is one file; any other is a folder for ``model.safetensors``,
+    for shards of at most ``options.max_shard_size`` bytes, or (``as_ckpt``) for ``model.ckpt``.
+
+    Raises:
+        ValueError: something of that kind exists, or a single file is to have a largest size.
+    """
+    is_folder = target.suffix not in suffixes
+    if (as_ckpt or not is_folder) and options.max_shard_size is not None:
+        raise ValueError(
+            f"{target} is to be one file with all weights, but shards of {options.max_shard_size:,} bytes "
+            "are asked for; name a folder for safetensors, or leave out --max_shard_size"
+        )
+    folder, files = target.parent, {target.name: weights}
+    if is_folder and as_ckpt:
+        folder, files = target, {CKPT_FILE: weights}
+    elif is_folder:
+        folder = target
+        files = plan_shards(weights, options.dtype, options.max_shard_size or MAX_SHARD_BYTES)
+    if not (options.resume and part_folder(folder, own_name(files)).exists()):
+        require_new(target, is_folder, source)
+    return folder, files
+
+
+def own_name(files: Mapping[str, Weights]) -> str:
+    """The name of the only file, where the user chose it; empty for a folder of files of the usual names."""
+    only = next(iter(files)) if len(files) == 1 else ""
+    return "" if Path(only).stem == "model" or "/" in only else only
 
 
 def require_new(target: Path, is_folder: bool, source: Path) -> None:
@@ -46,7 +80,7 @@ def require_new(target: Path, is_folder: bool, source: Path) -> None:
         )
 
 
-def plan_shards(folder: Path, weights: Weights, dtype: str | None, limit: int) -> dict[Path, Weights]:
+def plan_shards(weights: Weights, dtype: str | None, limit: int) -> dict[str, Weights]:
     """Deal weights in order to files of at most ``limit`` bytes, or of one weight.
 
     One file is ``model.safetensors``; more than one are named ``model-00001-of-00002.safetensors`` and so on.
@@ -60,98 +94,60 @@ def plan_shards(folder: Path, weights: Weights, dtype: str | None, limit: int) -
         shards[-1].append((tensor, name))
         room -= tensor.nbytes(dtype)
     if len(shards) == 1:
-        return {folder / SINGLE_FILE: weights}
+        return {SINGLE_FILE: weights}
     total = len(shards)
-    return {
-        folder / f"model-{number:05d}-of-{total:05d}.safetensors": shard
-        for number, shard in enumerate(shards, 1)
-    }
+    return {f"model-{number:05d}-of-{total:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def write_checkpoint(
-    files: dict[Path, Weights],
-    dtype: str | None,
-    framework: str,
-    before_commit: Callable[[Path], None],
-    beside: dict[Path, bytes],
-) -> None:
-    """Write files of one folder, and an index when they are several: all of them, or none on failure.
+def index_files(files: Mapping[str, Weights], dtype: str | None) -> dict[str, bytes]:
+    """The index of every folder that receives more than one file: name -> content."""
+    by_folder: dict[Path, dict[str, Weights]] = {}
+    for name, weights in files.items():
+        by_folder.setdefault(Path(name).parent, {})[Path(name).name] = weights
+    indexes = {}
+    for folder, shards in by_folder.items():
+        if len(shards) > 1:
+            total = sum(tensor.nbytes(dtype) for weights in shards.values() for tensor, _ in weights)
+            weight_map = {name: shard for shard, weights in shards.items() for _, name in weights}
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            indexes[str(folder / INDEX_FILE)] = (json.dumps(content, indent=2) + "\n").encode()
+    return indexes
 
-    ``beside``: further files of the folder, with their content.
-    ``dtype`` None keeps each tensor's own; ``framework`` (pt or ms) is noted in safetensors headers;
-    ``before_commit(folder)`` runs when all data is on the disk and nothing has its final name yet.
+
+def missing_beside(folder: Path, beside: Mapping[str, bytes], source: Path) -> dict[str, bytes]:
+    """Those small files that the folder does not have yet.
 
     Raises:
-        ValueError: too little room on the disk, or a value that ``dtype`` cannot hold.
+        ValueError: it has another of that name.
     """
-    folder = next(iter(files)).parent
-    nbytes = {file: sum(tensor.nbytes(dtype) for tensor, _ in weights) for file, weights in files.items()}
-    index = [folder / INDEX_FILE] if len(files) > 1 else []
-    with _new_files(folder, [*beside, *files, *index], sum(nbytes.values())) as temporary:
-        progress = tqdm(
-            total=sum(nbytes.values()), unit="B", unit_scale=True, desc="converting", disable=None
-        )
-        with progress:
-            for file, weights in files.items():
-                _write_file(temporary[file], weights, dtype, framework, progress)
-        for file, content in beside.items():
-            temporary[file].write_bytes(content)
-        for file in index:
-            weight_map = {name: part.name for part, weights in files.items() for _, name in weights}
-            content = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
-            temporary[file].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        before_commit(folder)
-
-
-def _write_file(file: Path, weights: Weights, dtype: str | None, framework: str, progress: tqdm) -> None:
-    if file.suffix != ".safetensors":
-        write = write_bin if file.suffix == ".bin" else write_ckpt
-
-        def loaded() -> Iterator[tuple[str, str, tuple[int, ...], bytearray]]:
-            for tensor, name in weights:
-                yield name, dtype or tensor.dtype, tensor.shape, tensor.read(dtype or tensor.dtype)
-                progress.update(tensor.nbytes(dtype))
-
-        write(file, loaded())
-        return
-    # Wide elements first: every tensor then begins at a multiple of its element's width.
-    weights = sorted(weights, key=lambda weight: WIDTH[dtype or weight[0].dtype], reverse=True)
-    head = {name: (dtype or tensor.dtype, tensor.shape) for tensor, name in weights}
-    with open(file, "xb") as stream:
-        stream.write(header_bytes(head, framework))
-        for tensor, _ in weights:
-            for block in tensor.blocks_as(dtype or tensor.dtype):
-                progress.update(stream.write(block))
-                del block  # its buffer makes room for the next one's
-
-
-@contextmanager
-def _new_files(folder: Path, files: list[Path], nbytes: int) -> Iterator[dict[Path, Path]]:
-    """Temporary names for ``files``, which get their own, in this order, when the body has succeeded."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {file: folder / f".{os.getpid()}.part.{file.name}" for file in files}
-    named = []
-    try:
-        free = shutil.disk_usage(folder).free
-        if nbytes > free:
+    missing = {}
+    for name, content in beside.items():
+        there = folder / name
+        if not there.exists():
+            missing[name] = content
+        elif there.read_bytes() != content:
             raise ValueError(
-                f"{folder} has room for {free:,} bytes, the converted checkpoint needs {nbytes:,}; "
-                "free space, or give another place"
+                f"{there} differs from that of {source}, which belongs to the weights; nothing is "
+                "overwritten: give another folder, or delete it"
             )
-        yield temporary
-        for path in temporary.values():
-            fsync(path)
-        for file, path in temporary.items():
-            if file.exists():
-                raise ValueError(f"{file} appeared during the conversion; nothing is overwritten")
-            path.rename(file)
-            named.append(file)
-        fsync(folder)
-    except BaseException:
-        for path in [*temporary.values(), *named]:
-            path.unlink(missing_ok=True)
-        for path in created:
-            with suppress(OSError):  # something else is in it
-                path.rmdir()
-        raise
+    return missing
+
+
+def require_absent(folder: Path, names: Iterable[str]) -> None:
+    """ValueError if one of these files is there."""
+    for name in names:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} exists; nothing is overwritten: give another path, or delete it"
+            )
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """ValueError if the disk has less room than that, beside what ``folder`` takes already."""
+    taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
+    free = shutil.disk_usage(folder).free
+    if nbytes > free + taken:
+        raise ValueError(
+            f"{folder.parent} has room for {free:,} bytes, the converted checkpoint needs "
+            f"{nbytes - taken:,}; free space, or give another place"
+        )

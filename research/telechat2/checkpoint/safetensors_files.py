@@ -5,6 +5,7 @@ blocks, whatever the size of the checkpoint, and so that a broken file is refuse
 """
 
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,17 +32,10 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     Raises:
         ValueError: the file is not safetensors, or is cut off.
     """
-    size = file.stat().st_size
     with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise _broken(
-                file, f"its first 8 bytes announce a header of {length} bytes, the file has {size} bytes"
-            )
-        header = _parse_header(file, stream.read(length))
+        header = _read_header(file, stream)
+        data_start, size = stream.tell(), os.fstat(stream.fileno()).st_size
     header.pop("__metadata__", None)
-    data_start = 8 + length
     tensors, end = [], 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         begin, next_begin = _offsets(file, name, entry)
@@ -56,7 +50,8 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
             )
         end = next_begin
         blocks = partial(_read_blocks, file, data_start + begin, data_start + next_begin)
-        tensors.append(StoredTensor(name, CODES.get(code, code), shape, file, blocks))
+        extents = ((file, data_start + begin, data_start + next_begin),)
+        tensors.append(StoredTensor(name, CODES.get(code, code), shape, file, blocks, extents))
     if data_start + end != size:
         raise _broken(
             file, f"its header describes a file of {data_start + end} bytes, the file has {size} bytes"
@@ -64,10 +59,24 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], framework: str) -> bytes:
-    """The head of a file of ``tensors`` (name -> dtype, shape) in this order; ``framework`` is pt or ms."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file's header says beside its tensors, such as ``{"format": "ms"}``, if anything.
+
+    Raises:
+        ValueError: the file is not safetensors.
+    """
+    with open(file, "rb") as stream:
+        metadata = _read_header(file, stream).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The head of a file of ``tensors`` (name -> dtype, shape) in this order.
+
+    ``metadata`` has a ``format``, pt or ms, and may say more.
+    """
     codes = {dtype: code for code, dtype in CODES.items()}
-    header: dict = {"__metadata__": {"format": framework}}
+    header: dict = {"__metadata__": dict(metadata)}
     begin = 0
     for name, (dtype, shape) in tensors.items():
         end = begin + prod(shape) * ITEM_BYTES[codes[dtype]]
@@ -76,6 +85,17 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], framework: 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text
+
+
+def _read_header(file: Path, stream: BinaryIO) -> dict:
+    """The parsed header; afterwards ``stream`` stands where the data begins."""
+    size, start = os.fstat(stream.fileno()).st_size, stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        raise _broken(
+            file, f"its first 8 bytes announce a header of {length} bytes, the file has {size} bytes"
+        )
+    return _parse_header(file, stream.read(length))
 
 
 def _parse_header(file: Path, text: bytes) -> dict:

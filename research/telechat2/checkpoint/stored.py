@@ -1,13 +1,16 @@
 """A tensor where it lies: its description, and its bytes a block at a time; joined, and cut apart."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
 from research.telechat2.checkpoint.dtypes import WIDTH, cast
 
-BLOCK_BYTES = 16 << 20  # a multiple of every element's width: casts work block by block
+BLOCK_BYTES = 4 << 20  # a multiple of every element's width: casts work block by block
+
+Extent = tuple[Path, int, int]  # a file, and the first byte and the one after the last of a range of it
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class StoredTensor:
 
     ``blocks(start, stop)`` yields its bytes from ``start`` up to ``stop`` (by default all) in order, at most
     ``BLOCK_BYTES`` at a time, little-endian and row by row; a block is valid until the next one is asked for.
+    ``extents`` says where the same bytes lie, in order, where that is known and worth listing: such a tensor
+    is verified without being read a second time.
     """
 
     name: str
@@ -23,6 +28,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     file: Path
     blocks: Callable[..., Iterator[memoryview]]
+    extents: tuple[Extent, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -61,7 +67,10 @@ def join(parts: list[StoredTensor], name: str, shape: tuple[int, ...]) -> Stored
                 yield from part.blocks(max(begin, start) - begin, last - begin)
             begin = end
 
-    return StoredTensor(name, parts[0].dtype, shape, parts[0].file, blocks)
+    extents = None
+    if all(part.extents is not None for part in parts):
+        extents = tuple(extent for part in parts for extent in part.extents)
+    return StoredTensor(name, parts[0].dtype, shape, parts[0].file, blocks, extents)
 
 
 def cut(tensor: StoredTensor, shapes: list[tuple[int, ...]]) -> list[StoredTensor]:
@@ -73,9 +82,33 @@ def cut(tensor: StoredTensor, shapes: list[tuple[int, ...]]) -> list[StoredTenso
     for number, shape in enumerate(shapes):
         end = begin + prod(shape) * WIDTH[tensor.dtype]
         blocks = _range_of(tensor, begin, end)
-        parts.append(StoredTensor(f"{tensor.name}[{number}]", tensor.dtype, shape, tensor.file, blocks))
+        extents = None if tensor.extents is None else tuple(clip(tensor.extents, begin, end))
+        name = f"{tensor.name}[{number}]"
+        parts.append(StoredTensor(name, tensor.dtype, shape, tensor.file, blocks, extents))
         begin = end
     return parts
+
+
+def clip(extents: Iterable[Extent], begin: int, end: int) -> Iterator[Extent]:
+    """Bytes ``begin`` to ``end`` of what the extents are, as extents."""
+    for file, first, last in extents:
+        if begin < last - first and end > 0:
+            yield file, first + max(begin, 0), min(last, first + end)
+        begin, end = begin - (last - first), end - (last - first)
+
+
+def zeros(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor that lies nowhere: all zero, such as the bias of a model that has none."""
+    length = prod(shape) * WIDTH[dtype]
+    return StoredTensor(name, dtype, shape, Path("zeros"), partial(_zero_blocks, length))
+
+
+def _zero_blocks(length: int, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+    length = (length if stop is None else min(stop, length)) - start
+    block = memoryview(bytes(min(length, BLOCK_BYTES)))
+    while length > 0:
+        yield block[:length]
+        length -= len(block)
 
 
 def _range_of(tensor: StoredTensor, begin: int, end: int) -> Callable[..., Iterator[memoryview]]:
