@@ -1,0 +1,134 @@
+"""What a model's config says beside its sizes: of TeleChat2, of TeleChat v1, of Llama, or a YAML.
+
+A conversion carries config.json along unchanged, so the file beside MindSpore weights tells what they are a
+model of. This reads it, in each spelling, into the terms of TelechatConfig.
+"""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Literal
+
+from research.telechat2.checkpoint.relatives.reading import number, whole_number
+from research.telechat2.checkpoint.relatives.rotary import NONE, Extension, stretched_base
+from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.telechat_rope_rules import stretch_factor, yarn_settings
+
+FAMILY_THETA = 10000.0  # rotary base of every TeleChat model within its base length
+SEQ_LENGTH = 8192  # where a TeleChat config is silent
+BASE_SEQLEN_V1_7B = 4096  # written into the code of TeleChat v1 7B, not into its config; 12B's is 8192
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model in the terms of TelechatConfig.
+
+    ``seq_length``: up to which ``theta`` and ``extension`` hold. ``ids``: bos, eos and padding, None where
+    unknown. ``attention_bias``, ``mlp_bias``: whether the torch form has biases; that of a TeleChat model
+    always has, on wo and w2. ``grows``: whether the torch code stretches the base for longer texts.
+    """
+
+    origin: Literal["telechat", "telechat v1", "llama"]
+    sizes: TelechatSizes
+    rms_norm_eps: float
+    theta: float
+    seq_length: int
+    ids: dict
+    extension: Extension = NONE
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    grows: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.sizes.hidden_size // self.sizes.num_heads
+
+
+def token_ids(config: dict, generation: dict | None) -> dict:
+    """bos, eos and padding: those of generation_config.json where it has them.
+
+    TeleChat v1 7B's config.json names ids that its vocabulary uses otherwise.
+    """
+    return {key: (generation or {}).get(key, config.get(key)) for key in IDS}
+
+
+def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSizes) -> Description:
+    """Read a TeleChat config.json; ``sizes`` are those settled with the weights.
+
+    Raises:
+        ValueError: a number is none, or the config asks for what no TeleChat model here has.
+    """
+    for key in ("embed_layernorm", "apply_residual_connection_post_layernorm"):
+        if config.get(key):
+            raise ValueError(f"the config says {key} = {config[key]!r}, which no released TeleChat model has")
+    trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
+    silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
+    base = whole_number(config, "base_seqlen", silent)
+    description = Description(
+        origin="telechat" if "base_seqlen" in config else "telechat v1",
+        sizes=sizes,
+        rms_norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        theta=FAMILY_THETA,
+        seq_length=trained,
+        ids=token_ids(config, generation),
+    )
+    return replace(description, theta=stretched_base(FAMILY_THETA, base, trained, description.head_dim))
+
+
+def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool | None) -> Description:
+    """Read the fields of a TelechatConfig, such as those of a YAML; ``tied`` is what the weights say.
+
+    With DYNAMIC_NTK it is the model within ``training_seqlen``.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    names = ("num_layers", "hidden_size", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
+    sizes = TelechatSizes.from_hf_config({name: getattr(config, name) for name in names})
+    method, length = config.extend_method, config.max_position_embedding
+    theta, extension = float(config.theta), NONE
+    if method == "DYNAMIC_NTK":
+        length = config.training_seqlen
+        theta = stretched_base(theta, config.base_seqlen, length, sizes.hidden_size // sizes.num_heads)
+    elif method == "YARN":
+        length, extension = config.seq_length, (method, yarn_settings(config))
+    elif method != "None":
+        length, extension = config.seq_length, ("NTK" if method == "NTK" else "PI", stretch_factor(config))
+    return Description(
+        origin="telechat",
+        sizes=replace(sizes, tie_word_embeddings=tied),
+        rms_norm_eps=float(config.rms_norm_eps),
+        theta=theta,
+        seq_length=length,
+        ids=token_ids(vars(config), generation),
+        extension=extension,
+        grows=method == "DYNAMIC_NTK",
+    )
+
+
+def model_section(description: Description) -> dict:
+    """The fields of TelechatConfig that make it this model: a YAML's ``model.model_config``.
+
+    Nothing for what is as TelechatConfig has it in every case.
+    """
+    sizes, (method, factor) = description.sizes, description.extension
+    section = {
+        "seq_length": description.seq_length,
+        "hidden_size": sizes.hidden_size,
+        "num_layers": sizes.num_layers,
+        "num_heads": sizes.num_heads,
+        "n_kv_heads": sizes.n_kv_heads,
+        "intermediate_size": sizes.intermediate_size,
+        "vocab_size": sizes.vocab_size,
+        "tie_word_embeddings": bool(sizes.tie_word_embeddings),
+        "rms_norm_eps": description.rms_norm_eps,
+        "theta": description.theta,
+    }
+    if method != "None":
+        section |= {"extend_method": method, "scaling_factor": factor}
+    for key, value in description.ids.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, int):
+            section[key] = first
+    return section

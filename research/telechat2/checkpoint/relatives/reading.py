@@ -1,0 +1,65 @@
+"""Small configs, read with care: a broken one is a sentence."""
+
+import json
+import math
+from pathlib import Path
+
+
+def read_json(file: Path) -> dict | None:
+    """The JSON object in a file, None where there is no file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def json_bytes(content: dict) -> bytes:
+    """A config as the text of a file."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def number(config: dict, key: str, default: float) -> float:
+    """A positive number of a config.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"the config says {key} = {value!r}; expected a positive number")
+    return float(value)
+
+
+def whole_number(config: dict, key: str, default: int) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = number(config, key, default)
+    if value != int(value):
+        raise ValueError(f"the config says {key} = {value!r}; expected a whole number")
+    return int(value)
+
+
+def flag(config: dict, key: str) -> bool:
+    """Whether a config says yes; absent is no.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise ValueError(f"the config says {key} = {value!r}; expected true or false")
+    return bool(value)

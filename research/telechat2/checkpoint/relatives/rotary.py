@@ -1,0 +1,93 @@
+"""Rotary bases and their extension, between TeleChat's rule, Llama's ``rope_scaling`` and TelechatConfig."""
+
+import math
+from collections.abc import Mapping
+
+from research.telechat2.checkpoint.relatives.reading import number
+
+Extension = tuple[str, float | dict]  # TelechatConfig's extend_method and scaling_factor
+NONE: Extension = ("None", 1.0)
+_YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+def stretched_base(theta: float, base_seqlen: int, seqlen: int, head_dim: int) -> float:
+    """TeleChat's rule for texts of ``seqlen`` tokens: ``theta * alpha^(d/(d-2))``, d the width of a head.
+
+    ``alpha = 2^ceil(log2(seqlen/base_seqlen) + 1) - 1``, at least 1, which it is up to ``base_seqlen``.
+    """
+    doublings = (-(-seqlen // base_seqlen) - 1).bit_length()  # ceil(log2(seqlen / base_seqlen)), at least 0
+    return theta * (2 ** (doublings + 1) - 1) ** (head_dim / (head_dim - 2))
+
+
+def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
+    """Rotary base and extension of a Llama config whose longest text has ``seq_length`` tokens.
+
+    Raises:
+        ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have.
+    """
+    parameters = config.get("rope_parameters") or {}  # where transformers 5 writes both
+    theta = number(config, "rope_theta", number(parameters, "rope_theta", 10000.0))
+    scaling = config.get("rope_scaling") or parameters
+    if not isinstance(scaling, dict):
+        raise ValueError(f"the config says rope_scaling = {scaling!r}; expected a section such as rope_type")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, NONE
+    if kind == "linear":
+        return theta, ("PI", number(scaling, "factor", 1.0))
+    if kind == "yarn":
+        return theta, ("YARN", _read_yarn(scaling, seq_length))
+    raise ValueError(
+        f"the config says rope_scaling {kind!r}; only 'linear' (extend_method PI) and 'yarn' (YARN) can be "
+        "expressed. For texts no longer than the model was first trained on, remove rope_scaling from a copy "
+        "of config.json and set max_position_embeddings to that length, if its authors say that this is exact"
+    )
+
+
+def _read_yarn(scaling: dict, seq_length: int) -> dict:
+    original = number(scaling, "original_max_position_embeddings", seq_length)
+    factor = number(scaling, "factor", 1.0)
+    settings = {
+        "factor": factor,
+        "original_max_position_embeddings": int(original),
+        "beta_fast": number(scaling, "beta_fast", 32.0),
+        "beta_slow": number(scaling, "beta_slow", 1.0),
+    }
+    if original != seq_length and not math.isclose(factor * original, seq_length):
+        raise ValueError(
+            f"the config says rope_scaling yarn with factor {factor} from {original:.0f} tokens, but "
+            f"max_position_embeddings {seq_length}; transformers goes by the quotient of the lengths: make "
+            "the three agree in a copy of config.json"
+        )
+    if scaling.get("truncate") is False:
+        raise ValueError("the config says rope_scaling yarn with truncate false, which cannot be expressed")
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        settings |= {key: number(scaling, key, 1.0) for key in ("mscale", "mscale_all_dim")}
+    if scaling.get("attention_factor") not in (None, yarn_scale(settings)):
+        raise ValueError(
+            f"the config says rope_scaling yarn with attention_factor {scaling['attention_factor']!r}; only "
+            f"the one that follows from the factor, {yarn_scale(settings)!r}, can be expressed"
+        )
+    return settings
+
+
+def yarn_scale(settings: Mapping) -> float:
+    """What YaRN multiplies cos and sin by."""
+    grown, kept = (
+        0.1 * settings.get(key, default) * math.log(settings["factor"]) + 1
+        for key, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
+    )
+    return grown / kept
+
+
+def llama_scaling(theta: float, extension: Extension) -> tuple[float, dict | None]:
+    """``rope_theta`` and ``rope_scaling`` of a Llama that rotates as a TelechatConfig with these."""
+    method, factor = extension
+    if method == "NTK":
+        return theta * factor, None
+    if method == "PI":
+        return theta, {"rope_type": "linear", "factor": factor}
+    if method == "YARN":
+        settings = {key: factor[key] for key in _YARN_KEYS} | {"attention_factor": yarn_scale(factor)}
+        return theta, {"rope_type": "yarn"} | settings
+    return theta, None
