@@ -58,11 +58,11 @@ def read_conversations(path: Path) -> list[list[tuple[str, bool]]]:
     counted on stdout. Raises ValueError, naming file and line, for a line that is not a conversation or has a
     text the trainer would skip, and when there is no conversation at all.
     """
-    from research.telechat2.data import formats
+    from research.telechat2.data import formats, sources
 
     conversations = []
     blank_lines = 0
-    for file in formats.input_files(path):
+    for file in sources.input_files(path):
         for number, line in formats.read_lines(file):
             if not line.strip():
                 blank_lines += 1

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from research.telechat2 import telechat_chat
+from research.telechat2.data import vocabulary
 from research.telechat2.telechat_chat import Segment, conversation_text, encode, render
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
@@ -184,7 +185,9 @@ ERRORS = [
         "message 2 has role 'system'; a system message must be the first",
     ),
     ([user("a"), {"role": "tool", "content": "s"}], "message 2 is a tool's result, but no assistant message"),
-    ([user("a"), bot("b", weight=0)], "message 2 has 'weight', which cannot be rendered"),
+    ([user("a"), bot("b", reasoning="c")], "message 2 has 'reasoning', which cannot be rendered"),
+    ([user("a"), bot("b", weight=0.5)], "message 2 has weight 0.5; expected 0 .not trained. or 1"),
+    ([{**user("a"), "weight": 1}, bot("b")], "message 1 has weight 1, but its role is 'user'"),
     ([{**user("a"), "tool_calls": [{}]}], "message 1 has tool_calls, but its role is 'user'"),
     (
         [user("a"), bot(None, tool_calls=[{"name": "f", "arguments": "{"}])],
@@ -222,10 +225,11 @@ def test_an_empty_answer_may_stand_in_the_history_of_a_prompt():
     assert text == "<_start><_user>a<_bot><_end><_user>b<_bot>"
 
 
-def test_trained_tokens_are_coloured(small_tokenizer):
-    ids, mask = encode(render([user("a"), bot("你 b")], prompt_format="plain"), small_tokenizer)
-    assert telechat_chat.coloured(ids, mask, small_tokenizer, False) == "<_start><_user>a<_bot>⟦你 b<_end>⟧"
-    coloured = telechat_chat.coloured(ids, mask, small_tokenizer, True)
+def test_trained_tokens_are_coloured(small_vocab):
+    words = vocabulary.load(small_vocab)
+    ids, mask = encode(render([user("a"), bot("你 b")], prompt_format="plain"), words)
+    assert telechat_chat.coloured(ids, mask, words, False) == "<_start><_user>a<_bot>⟦你 b<_end>⟧"
+    coloured = telechat_chat.coloured(ids, mask, words, True)
     assert "\033[32;1m<_end>\033[0m" in coloured and "\033[1m<_user>\033[0ma" in coloured
 
 

@@ -2,7 +2,8 @@
 
 Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or
 literal text: what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The
-loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere.
+loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere, unless
+another choice of TRAIN_ON or a message's ``weight`` says otherwise.
 
 As a command it shows what a model is trained on:
     python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
@@ -18,8 +19,12 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Callable
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from research.telechat2.data.vocabulary import Vocabulary
 
 from research.telechat2 import telechat_prompt_format
 
@@ -42,8 +47,11 @@ _TOOLS_TAIL = (
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n'
 )
 _TOOL_TAG = re.compile("(" + "|".join(map(re.escape, TOOL_TAGS)) + ")")
+# What of a conversation is trained. System text and the results of tools never are.
+TRAIN_ON = ("answers", "last_answer", "everything")
 # Keys of a message that name or link things the template does not print.
 _SILENT_KEYS = {"name", "tool_call_id", "id", "type"}
+_KNOWN_KEYS = {"role", "content", "tool_calls", "weight"} | _SILENT_KEYS
 
 
 class Segment(NamedTuple):
@@ -61,21 +69,27 @@ def render(
     prompt_format: str = "chat",
     add_generation_prompt: bool = False,
     tool_tags_in_content: bool = False,
+    train_on: str = "answers",
 ) -> list[Segment]:
     """Render a conversation.
 
     ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str;
     None beside tool calls) and, for the assistant, ``tool_calls`` in OpenAI's shape (arguments a dict or
-    its JSON). A system message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``:
-    OpenAI's function descriptions. The plain format has neither system prompt nor tools.
-    ``add_generation_prompt`` ends with ``<_bot>``; only then may an answer of the history be empty.
-    ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are special (``dialog``
-    data).
+    its JSON) and ``weight`` (0: this answer is not trained; 1: as without). A system message stands first;
+    without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function descriptions. The plain
+    format has neither system prompt nor tools. ``add_generation_prompt`` ends with ``<_bot>``; only then may
+    an answer of the history be empty. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in
+    them are special (``dialog`` data). ``train_on``: the answers; the last one only; or everything, which
+    adds the questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer.
 
     Raises ValueError naming the message at fault.
     """
     telechat_prompt_format.check(prompt_format)
+    if train_on not in TRAIN_ON:
+        raise ValueError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
     _check_messages(messages, allow_empty_answers=add_generation_prompt)
+    everything = train_on == "everything"
+    trained_answers = _trained_answers(messages, train_on)
     pieces = _text_with_tags if tool_tags_in_content else _literal
     if prompt_format == "plain":
         segments = [Segment(START, special=True)]
@@ -88,13 +102,12 @@ def render(
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "user":
-            segments += [Segment(USER, special=True), *pieces(message["content"])]
+            segments += _marked([Segment(USER, special=True), *pieces(message["content"])], everything)
         elif role in ("assistant", "bot"):
-            segments += [
-                Segment(BOT, special=True),
-                *_answer(message, number, pieces),
-                *_literal(after_answer),
-            ]
+            trained = number in trained_answers
+            segments.append(Segment(BOT, special=True, trained=everything and trained))
+            segments += _marked(_answer(message, number, pieces), trained)
+            segments += _marked(_literal(after_answer), everything and trained)
         elif role == "tool":
             opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
             segments += [*opening, *_tagged("tool_response", message["content"])]
@@ -104,30 +117,38 @@ def render(
     return segments
 
 
-def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
-    """Return ids and loss mask (1 where trained), of equal length.
+def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> list[tuple[int | str, bool]]:
+    """Return what is encoded, in order: (id of a special token, or text; whether it is trained).
 
-    Adjacent text is joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other
-    special token it lacks a ValueError.
+    ``special_id`` gives the id of a special token, None where the vocabulary has none. Adjacent text is
+    joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special token it
+    lacks a ValueError.
     """
+    found: list[tuple[int | str, bool]] = []
+    for text, special, trained in segments:
+        index = special_id(text) if special else None
+        if index is not None:
+            found.append((index, trained))
+            continue
+        if special and text not in TOOL_TAGS:
+            raise ValueError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
+        if found and isinstance(found[-1][0], str):
+            before, trained_before = found[-1]
+            assert trained_before == trained, "a special token parts what is trained and what is not"
+            found[-1] = (before + text, trained)
+        else:
+            found.append((text, trained))
+    return found
+
+
+def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
+    """Return ids and loss mask (1 where trained), of equal length; see ``runs`` for what is text."""
     ids: list[int] = []
     mask: list[int] = []
-    resolved = [(s, tokenizer.special_id(s.text) if s.special else None) for s in segments]
-    for is_text, run in groupby(resolved, key=lambda pair: pair[1] is None):
-        run = list(run)
-        if not is_text:
-            ids += [index for _, index in run]
-            mask += [int(segment.trained) for segment, _ in run]
-            continue
-        for segment, _ in run:
-            if segment.special and segment.text not in TOOL_TAGS:
-                raise ValueError(
-                    f"the vocabulary has no special token {segment.text!r}; use a TeleChat2 tokenizer.model"
-                )
-        assert len({segment.trained for segment, _ in run}) == 1, "a special token parts prompt and answer"
-        new = tokenizer.encode_text("".join(segment.text for segment, _ in run))
+    for run, trained in runs(segments, tokenizer.special_id):
+        new = tokenizer.encode_text(run) if isinstance(run, str) else [run]
         ids += new
-        mask += [int(run[0][0].trained)] * len(new)
+        mask += [int(trained)] * len(new)
     return ids, mask
 
 
@@ -154,7 +175,19 @@ def _answer(message: dict, number: int, pieces) -> list[Segment]:
     for i, call in enumerate(message.get("tool_calls") or ()):
         segments += _literal("\n" if i else "") + _tagged("tool_call", _call_json(call, f"message {number}"))
     segments.append(Segment(END, special=True))
-    return [segment._replace(trained=True) for segment in segments]
+    return segments
+
+
+def _trained_answers(messages: list[dict], train_on: str) -> set[int]:
+    """Numbers, from 1, of the answers that are trained."""
+    answers = [n for n, message in enumerate(messages, 1) if message["role"] in ("assistant", "bot")]
+    if train_on == "last_answer":
+        answers = answers[-1:]
+    return {n for n in answers if messages[n - 1].get("weight") in (None, 1)}
+
+
+def _marked(segments: list[Segment], trained: bool) -> list[Segment]:
+    return [segment._replace(trained=True) for segment in segments] if trained else segments
 
 
 def _tagged(tag: str, text: str) -> list[Segment]:
@@ -217,16 +250,17 @@ def _check_message(message: dict, where: str, allow_empty_answers: bool) -> None
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
-    unknown = [
-        k
-        for k in message
-        if k not in {"role", "content", "tool_calls"} | _SILENT_KEYS and message[k] is not None
-    ]
+    unknown = [key for key in message if key not in _KNOWN_KEYS and message[key] is not None]
     if unknown:
         raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
     is_answer = role in ("assistant", "bot")
     if calls and not is_answer:
         raise ValueError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where} has weight {_short(weight)}; expected 0 (not trained) or 1")
+    if weight and not is_answer:
+        raise ValueError(f"{where} has weight {weight}, but its role is {role!r}; only answers have a weight")
     if calls is not None and not isinstance(calls, list):
         raise ValueError(f"{where} has tool_calls {_short(calls)}; expected a list")
     if not isinstance(content, str) and not (content is None and is_answer and calls):
@@ -262,41 +296,35 @@ def _short(value) -> str:
 
 
 # ---------------------------------------------------------------------- show
-def coloured(ids: list[int], mask: list[int], tokenizer, colour: bool) -> str:
+def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool) -> str:
     """Return the text of ``ids``; trained tokens green (in ⟦⟧ without colour), special ones bold."""
-    from research.telechat2.telechat_tokenizer import StreamDecoder
-
-    stream = StreamDecoder(tokenizer, skip_special_tokens=False)
-    specials = {tokenizer.special_id(marker) for marker in (START, END, USER, BOT, SYSTEM, *TOOL_TAGS)}
-    parts = [(stream.put(i), bool(m), i in specials) for i, m in zip(ids, mask, strict=True)]
-    parts.append((stream.end(), False, False))
     text = ""
-    for trained, run in groupby(parts, key=lambda part: part[1]):
+    for trained, run in groupby(words.spans(ids, mask), key=lambda span: span.trained):
         if not colour:
-            plain = "".join(part for part, _, _ in run)
+            plain = "".join(span.text for span in run)
             text += f"⟦{plain}⟧" if trained else plain
             continue
-        for part, _, special in run:
-            codes = ["32"] * trained + ["1"] * special
-            text += f"\033[{';'.join(codes)}m{part}\033[0m" if codes and part else part
+        for span in run:
+            codes = ["32"] * trained + ["1"] * span.special
+            text += f"\033[{';'.join(codes)}m{span.text}\033[0m" if codes and span.text else span.text
     return text
 
 
 def _show(args) -> None:
-    from research.telechat2.data import formats, tokenizer_loading
+    from research.telechat2.data import formats, vocabulary
 
-    tokenizer = tokenizer_loading.load_tokenizer(args.vocab_file_path)
+    words = vocabulary.load(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
     for number, line in formats.read_lines(args.file):
         if args.line in (None, number) and line.strip():
             shown += 1
             with formats.naming(args.file, number):
-                conversation = formats.parse_line(line)
-                prompt_format = args.prompt_format or conversation.prompt_format
-                ids, mask = encode(conversation.render(prompt_format), tokenizer)
+                _, parsed = formats.parse(line)
+                prompt_format = args.prompt_format or parsed.prompt_format
+                ids, mask = encode(parsed.render(prompt_format, args.train_on), words)
             print(f"--- line {number}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
-            print(coloured(ids, mask, tokenizer, colour))
+            print(coloured(ids, mask, words, colour))
     if not shown:
         raise ValueError(
             f"{args.file} has no line {args.line} with a conversation"
@@ -315,6 +343,9 @@ def main() -> None:
     show.add_argument("--vocab_file_path", required=True, help="the model's tokenizer.model")
     show.add_argument(
         "--prompt_format", choices=telechat_prompt_format.PROMPT_FORMATS, help="default: the data's own"
+    )
+    show.add_argument(
+        "--train_on", choices=TRAIN_ON, default="answers", help="what is trained (default: %(default)s)"
     )
     show.add_argument("--line", type=int, help="show this line only (from 1); default: all")
     _show(parser.parse_args())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from research.telechat2.data.formats import input_files, parse_line, read_lines
+from research.telechat2.data.formats import parse_line, read_lines
+from research.telechat2.data.sources import input_files
 from research.telechat2.telechat_chat import conversation_text
 
 
@@ -97,7 +98,7 @@ ERRORS = [
     ('{"input": "q"}', "output is missing; expected a string"),
     ('{"output": "a"}', "input is missing; expected a string"),
     ('{"input": null, "output": "a"}', "input is a NoneType; expected a string"),
-    ('{"instruction": "i", "input": "q", "output": "a"}', "has instruction beside input"),
+    ('{"response": "i", "input": "q", "output": "a"}', "has response beside input"),
     ('{"system": "s", "input": "q", "output": "a"}', "has system beside input"),
     ('{"messages": [], "dialog": [1]}', "has dialog beside messages"),
     ('{"messages": {}}', "messages is a dict; expected a list"),

@@ -1,33 +1,47 @@
-"""Training data formats: one jsonl line -> one conversation.
+"""Training data formats: one jsonl line -> one conversation, or one text for pretraining.
 
-Told apart by their keys:
-    input, output         the README's; `<_user>` and `<_bot>` in `input` part earlier turns; plain format
-    messages [, tools]    OpenAI's; chat format
-    dialog [, system]     TeleChat2's own; tools are pre-rendered in the contents; chat format
-Every answer of a conversation is trained; one that ends with a question waits for its answer.
+Told apart by their keys, in this order:
+    messages [, tools]                     OpenAI's; chat template
+    dialog [, system]                      TeleChat2's own, tools pre-rendered in the contents; chat template
+    conversations [, system, tools]        ShareGPT's; chat template
+    instruction, output [, input, …]       Alpaca's; chat template
+    input, output                          the README's, `<_user>` and `<_bot>` in `input` part earlier turns;
+                                           plain prompt format
+    text, or data                          a text to pretrain on, trained whole
 """
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from research.telechat2 import telechat_chat
+from research.telechat2.data import conversions
 
 # Keys that carry text; one that a line's format has no use for is an error: its text would be lost.
 _FORMATS = {
     "messages": {"messages", "tools"},
     "dialog": {"dialog", "system"},
+    "conversations": {"conversations", "system", "tools"},
+    "instruction": {"instruction", "input", "output", "system", "history"},
     "input": {"input", "output"},
     "output": {"input", "output"},
+    "text": {"text"},
+    "data": {"data"},
 }
 _TEXT_KEYS = set().union(*_FORMATS.values()) | {
-    *("instruction", "history", "prompt", "query", "question", "answer", "response", "conversations", "text"),
+    *("prompt", "query", "question", "answer", "response", "functions"),
 }
-_TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
-_CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
+_EXPECTED = "input and output, or messages, or system and dialog"
+
+
+class UnusableLine(ValueError):  # noqa: N818 (a line is at fault, not a programme)
+    """A line that cannot be used; ``reason`` names its kind, the message the details."""
+
+    def __init__(self, reason: str, message: object):
+        super().__init__(str(message))
+        self.reason = reason
 
 
 class Conversation(NamedTuple):
@@ -38,27 +52,32 @@ class Conversation(NamedTuple):
     prompt_format: str
     tool_tags_in_content: bool = False
 
-    def render(self, prompt_format: str | None = None) -> list[telechat_chat.Segment]:
+    def render(
+        self, prompt_format: str | None = None, train_on: str = "answers"
+    ) -> list[telechat_chat.Segment]:
         """Render with the conversation's own prompt format or the given one."""
         return telechat_chat.render(
             self.messages,
             self.tools,
             prompt_format=prompt_format or self.prompt_format,
             tool_tags_in_content=self.tool_tags_in_content,
+            train_on=train_on,
         )
 
 
-def input_files(path: str | Path) -> list[Path]:
-    """Return the jsonl files of a path: itself, or those of a directory, sorted; ValueError if none."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise ValueError(f"{path} holds no .jsonl file; give a jsonl file or a directory of such")
-        return files
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a jsonl file or a directory of such")
-    return [path]
+class Text(NamedTuple):
+    """One line of pretraining data."""
+
+    content: str
+    prompt_format: str = "plain"  # which begins with <_start> as well
+
+    def render(self, prompt_format: str = "plain", train_on: str = "answers") -> list[telechat_chat.Segment]:
+        """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
+        return [
+            telechat_chat.Segment(telechat_chat.START, special=True),
+            telechat_chat.Segment(self.content, trained=True),
+            telechat_chat.Segment(telechat_chat.END, special=True, trained=True),
+        ]
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -66,11 +85,18 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             with naming(path, number):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+                text = decode_line(line, number == 1)
             yield number, text
+
+
+def decode_line(line: bytes, is_first: bool) -> str:
+    """Decode a line of a file, whose first one may begin with a byte order mark."""
+    try:
+        return line.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableLine(
+            "not UTF-8", f"not UTF-8 at byte {error.start}; convert the file to UTF-8"
+        ) from error
 
 
 @contextmanager
@@ -83,93 +109,72 @@ def naming(path: str | Path, number: int) -> Iterator[None]:
 
 
 def parse_line(line: str) -> Conversation:
-    """Parse one jsonl line. ValueError when it is not JSON or of no known format."""
+    """Parse one jsonl line that holds a conversation. ValueError when it does not."""
+    kind, parsed = parse(line)
+    if isinstance(parsed, Text):
+        raise ValueError(f"has the keys {kind}; expected a conversation: {_EXPECTED}")
+    return parsed
+
+
+def parse(line: str) -> tuple[str, Conversation | Text]:
+    """Parse one jsonl line; return the name of its format and what it holds.
+
+    Raises UnusableLine when it is not JSON, of no known format, or not what its format asks for.
+    """
     try:
         data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UnusableLine(
+            "not JSON", f"not JSON ({error}); each line must be one complete JSON object"
+        ) from error
+    kind = _kind(data)
+    try:
+        return _NAMES.get(kind, kind), _CONVERSIONS[kind](data)
     except ValueError as error:
-        raise ValueError(f"not JSON ({error}); each line must be one complete JSON object") from error
+        raise UnusableLine("not what its format asks for", error) from error
+
+
+def _kind(data: object) -> str:
+    reason = "of no known format"
     if not isinstance(data, dict):
-        raise ValueError(
-            f"holds a JSON {type(data).__name__}; expected an object with input and output, or messages"
+        raise UnusableLine(
+            reason,
+            f"holds a JSON {type(data).__name__}; expected an object with input and output, or messages",
         )
     kind = next((key for key in _FORMATS if key in data), None)
     if kind is None:
-        raise ValueError(
-            f"has the keys {', '.join(data) or '(none)'}; "
-            f"expected input and output, or messages, or system and dialog"
+        raise UnusableLine(
+            reason, f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text"
         )
     unused = [key for key in data if key in _TEXT_KEYS - _FORMATS[kind] and data[key]]
     if unused:
-        raise ValueError(
-            f"has {', '.join(unused)} beside {kind}, and their text would be lost; use one format per line"
+        raise UnusableLine(
+            reason,
+            f"has {', '.join(unused)} beside {kind}, and their text would be lost; use one format per line",
         )
-    return {"messages": _from_messages, "dialog": _from_dialog}.get(kind, _from_input)(data)
+    return kind
 
 
-def _from_messages(data: dict) -> Conversation:
-    tools = data.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
-    return Conversation(_list(data, "messages"), tools, "chat")
-
-
-def _from_dialog(data: dict) -> Conversation:
-    messages = _list(data, "dialog")
-    if data.get("system") is not None:
-        # The template ends the system text with a newline of its own.
-        system = {"role": "system", "content": _string(data, "system").removesuffix("\n")}
-        messages = [system, *messages]
-    return Conversation(messages, None, "chat", tool_tags_in_content=True)
+def _chat(convert: Callable, tool_tags_in_content: bool = False) -> Callable[[dict], Conversation]:
+    return lambda data: Conversation(*convert(data), "chat", tool_tags_in_content)
 
 
 def _from_input(data: dict) -> Conversation:
-    question, answer = _string(data, "input"), _string(data, "output")
-    if telechat_chat.SYSTEM in question:
-        raise ValueError(
-            f"input contains {telechat_chat.SYSTEM}, but this format has no system prompt; "
-            f"write the conversation as messages, or as system and dialog"
-        )
-    messages = _turns(question)
-    messages.append({"role": "assistant", "content": answer})
-    return Conversation(messages, None, "plain")
+    return Conversation(conversions.from_input(data), None, "plain")
 
 
-def _turns(text: str) -> list[dict]:
-    """Split ``input`` at its markers into user and assistant turns, the last one the user's.
-
-    A leading `<_start>`, a missing first `<_user>`, `<_end>` at the end of an earlier answer and a closing
-    `<_bot>` are all ways people write the same; any other special text is text.
-    """
-    text = text.removeprefix(telechat_chat.START)
-    first, *rest = _TURN.split(text)
-    turns = list(zip(rest[::2], rest[1::2], strict=True))
-    if first or not turns:
-        turns.insert(0, (telechat_chat.USER, first))
-    if turns[-1] == (telechat_chat.BOT, ""):
-        turns.pop()
-    messages = []
-    for number, (marker, content) in enumerate(turns):
-        expected = telechat_chat.BOT if number % 2 else telechat_chat.USER
-        if marker != expected:
-            raise ValueError(
-                f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
-            )
-        if marker == telechat_chat.BOT:
-            content = _CLOSING.sub("", content)
-        messages.append({"role": "user" if marker == telechat_chat.USER else "assistant", "content": content})
-    if len(turns) % 2 == 0:
-        raise ValueError("input ends with an answer; it must end with the question that output answers")
-    return messages
+def _from_text(key: str) -> Callable[[dict], Text]:
+    return lambda data: Text(conversions.non_empty(data, key))
 
 
-def _string(data: dict, key: str) -> str:
-    if not isinstance(data.get(key), str):
-        found = f"is a {type(data[key]).__name__}" if key in data else "is missing"
-        raise ValueError(f"{key} {found}; expected a string")
-    return data[key]
-
-
-def _list(data: dict, key: str) -> list:
-    if not isinstance(data[key], list):
-        raise ValueError(f"{key} is a {type(data[key]).__name__}; expected a list of messages")
-    return data[key]
+_NAMES = {"input": "input/output", "output": "input/output", "dialog": "system+dialog"}
+_CONVERSIONS: dict[str, Callable[[dict], Conversation | Text]] = {
+    "messages": _chat(conversions.from_messages),
+    "dialog": _chat(conversions.from_dialog, tool_tags_in_content=True),
+    "conversations": _chat(conversions.from_sharegpt),
+    "instruction": _chat(conversions.from_alpaca),
+    "input": _from_input,
+    "output": _from_input,
+    "text": _from_text("text"),
+    "data": _from_text("data"),
+}

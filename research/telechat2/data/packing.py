@@ -1,7 +1,43 @@
-"""Packing: which conversations share a record."""
+"""Packing: which conversations share a record, and how texts are split over records."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from research.telechat2.data.spool import starts_of
+
+
+def records(
+    tokens: np.ndarray, lengths: np.ndarray, capacity: int, rng: np.random.Generator
+) -> Iterator[list[np.ndarray]]:
+    """Yield the tokens of each record, as the pieces that fill it from the left, in random order.
+
+    ``lengths`` are those of the items in ``tokens``; negative ones are texts. These are put one behind the
+    other and split: a record begins with the last token of the one before, which only there can predict the
+    next, so every token is trained once. Conversations are whole, and packed by best fit, the longest first,
+    which leaves the least over; within a record their order is random.
+    """
+    starts = starts_of(lengths).tolist()
+    order = rng.permutation(len(lengths))
+
+    def item(index: int) -> np.ndarray:
+        return tokens[starts[index] : starts[index + 1]]
+
+    texts = [item(i) for i in order[lengths[order] < 0].tolist()]
+    stream = np.concatenate(texts) if texts else tokens[:0]
+    conversations = order[lengths[order] > 0]
+    by_length = conversations[np.argsort(-lengths[conversations], kind="stable")].tolist()
+    rank = np.empty(len(lengths), np.int64)
+    rank[order] = np.arange(len(lengths))
+    packed = pack(lengths[by_length].tolist(), capacity)
+    splits = range(0, max(len(stream) - 1, 0), capacity - 1)
+    for number in rng.permutation(len(packed) + len(splits)).tolist():
+        if number < len(packed):
+            yield [item(i) for i in sorted((by_length[i] for i in packed[number]), key=rank.__getitem__)]
+        else:
+            at = splits[number - len(packed)]
+            yield [stream[at : at + capacity]]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

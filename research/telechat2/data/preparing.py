@@ -1,141 +1,247 @@
-"""From jsonl to a training set: read, render, pack, write, report; ``telechat_preprocess.py`` calls it."""
+"""From jsonl to a training set; ``telechat_preprocess.py`` calls it.
 
-import hashlib
-import random
-from collections import Counter
+    sources -> batches of lines -> tokens (workers) -> spool on the disk -> shuffled buckets -> records
+
+Two passes: the first reads and encodes every line once; the second packs and writes. Each leaves finished
+parts on the disk (segments of the spool, MindRecord files), and everything that is drawn by lot is drawn from
+the seed and the part's number: so a run that was stopped continues at the last finished part, and gives the
+bytes it would have given.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from research.telechat2 import telechat_chat
-from research.telechat2.data import formats, packing, tokenizer_loading, writing
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.data import engines, manifests, packing, sources, vocabulary, writing
+from research.telechat2.data.encoding import Encoded, Settings
+from research.telechat2.data.job import Job, Options, Part
+from research.telechat2.data.spool import SEGMENT_BATCHES, Spool, Totals
+from research.telechat2.telechat_cli import quiet_libraries
+from research.telechat2.telechat_prompt_format import write_json
 
-_NAMED_LINES = 10  # so many bad lines are listed in an error
+_SHUFFLE_STREAM = 3  # of random numbers
 
 
 def prepare(
-    input_path: str | Path, vocab_file: str | Path, output_path: str | Path, max_length: int, seed: int
+    inputs: str | Path | list[str | Path],
+    vocab_file: str | Path,
+    output_path: str | Path,
+    options: Options,
+    *,
+    workers: int | None = None,
+    engine: str = "processes",
+    resume: bool = False,
+    html_report: bool = False,
 ) -> dict:
-    """Turn conversations into records of ``max_length + 1`` tokens; return the manifest.
+    """Turn conversations and texts into records of ``max_length + 1`` tokens; return the manifest.
 
-    Conversations are shuffled by ``seed`` and packed; one longer than a record is skipped and counted.
-    Raises ValueError for lines that cannot be used (all named in one message), for an empty data set, and
-    for an output that exists.
+    ``workers``: processes that encode, None for as many as there are cores (of the cluster, with the engine
+    "ray"). ``resume``: continue a run that was stopped, or begin when there is none.
+
+    Raises ValueError for options and inputs that cannot be used, lines that are refused, an empty data set,
+    an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length is {max_length}; expected at least 1")
+    options.check()
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers are {workers}; expected at least 1")
     target = writing.output_file(output_path)
-    writing.check_absent(target)
-    files = formats.input_files(input_path)
-    tokenizer = tokenizer_loading.load_tokenizer(vocab_file)
-    conversations, counts = _read(files, tokenizer, max_length + 1)
-    random.Random(seed).shuffle(conversations)
-    packed = packing.pack([len(ids) for ids, _ in conversations], max_length + 1)
-    tokens = sum(len(ids) for ids, _ in conversations)
-    records = (
-        writing.fill_record([conversations[i] for i in record], max_length + 1, tokenizer.pad_token_id)
-        for record in packed
-    )
-    manifest = {
-        "prompt_format": max(counts["by_format"], key=counts["by_format"].get),
-        "max_length": max_length,
-        "seed": seed,
-        "inputs": [{"path": str(file), "sha256": _sha256(file)} for file in files],
-        "tokenizer": {"path": str(vocab_file), "sha256": _sha256(vocab_file), "vocab_size": len(tokenizer)},
-        "counts": {
-            **counts,
-            "records": len(packed),
-            "tokens": tokens,
-            "trained_tokens": sum(int(mask.sum()) for _, mask in conversations),
-            "padding_tokens": len(packed) * (max_length + 1) - tokens,
-        },
-    }
-    writing.write(target, records, manifest)
-    return {"output": str(target), **manifest}
-
-
-def _read(files: list[Path], tokenizer, capacity: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict]:
-    """Encode every conversation; return (ids, mask) pairs and the counts."""
-    conversations, bad, lines = [], [], 0
-    skipped: dict[str, list[str]] = {}
-    by_format: Counter[str] = Counter()
-    with_markers = 0
-    for file in files:
-        for number, line in formats.read_lines(file):
-            lines += 1
-            if not line.strip():
-                skipped.setdefault("blank line", []).append(f"{file.name}:{number}")
-                continue
+    folder = writing.partial_folder(target)
+    if not (folder / "moves.json").is_file():
+        writing.check_absent(target)
+    paths = inputs if isinstance(inputs, list) else [inputs]
+    job = Job(options, sources.find(paths), Path(vocab_file), vocabulary.load(vocab_file), target, folder)
+    created = _enter(job, resume)
+    with writing.locked(folder):
+        if not (folder / "moves.json").is_file():
             try:
-                with formats.naming(file, number):
-                    conversation = formats.parse_line(line)
-                    segments = conversation.render()
-                    ids, mask = telechat_chat.encode(segments, tokenizer)
-                    if not any(mask):
-                        raise ValueError(
-                            "the conversation has no answer to train on; add one or remove the line"
-                        )
-            except ValueError as error:
-                bad.append((f"{file.name}:{number}", error))
-                continue
-            if len(ids) > capacity:
-                reason = f"longer than a record of {capacity} tokens"
-                skipped.setdefault(reason, []).append(f"{file.name}:{number}")
-                continue
-            by_format[conversation.prompt_format] += 1
-            with_markers += any(not s.special and tokenizer.has_marker(s.text) for s in segments)
-            conversations.append((np.array(ids, np.int32), np.array(mask, bool)))
-    if bad:
-        raise ValueError(_describe(bad, lines))
-    if not conversations:
-        names = ", ".join(map(str, files))
-        reasons = "; ".join(f"{len(where)} {reason}" for reason, where in skipped.items()) or "no lines"
-        raise ValueError(f"{names} holds no conversation to write ({reasons}); nothing was written")
-    return conversations, {
-        "lines": lines,
-        "conversations": len(conversations),
-        "skipped": {reason: len(where) for reason, where in skipped.items()},
-        "skipped_lines": skipped,
-        "by_format": dict(by_format),
-        "with_special_text": with_markers,
-    }
+                _make(job, workers, engine, html_report)
+            except ValueError:
+                _leave(job, created)
+                raise
+            except KeyboardInterrupt:
+                print("stopped; the same command with --resume continues", file=sys.stderr)
+                raise
+        manifest = json.loads(_current(job).read_text(encoding="utf-8"))
+        writing.publish(folder, target)
+    return {"output": str(manifests.output_of(manifest, target)), **manifest}
 
 
-def _describe(bad: list[tuple[str, ValueError]], lines: int) -> str:
-    _, first = bad[0]
-    if len(bad) == 1:
-        return f"{first}. Nothing was written"
-    others = ", ".join(where for where, _ in bad[1 : _NAMED_LINES + 1])
-    more = f" and {len(bad) - 1 - _NAMED_LINES} more" if len(bad) > _NAMED_LINES + 1 else ""
-    return f"{first}. {len(bad)} of {lines} lines cannot be used; others: {others}{more}. Nothing was written"
+def _enter(job: Job, resume: bool) -> list[Path]:
+    """Make the folder of the run, or check that the one there is of a run with the same inputs.
 
-
-def report(result: dict) -> str:
-    """Return what ``prepare`` did, in lines for a reader."""
-    counts = result["counts"]
-    skipped = counts["skipped"]
-    total = counts["tokens"] + counts["padding_tokens"]
-    lines = [
-        f"read {counts['lines']:,} lines = {counts['conversations']:,} conversations written "
-        f"+ {sum(skipped.values()):,} skipped"
-    ]
-    first = {reason: where[0] for reason, where in counts["skipped_lines"].items()}
-    lines += [f"  skipped {count:,}: {reason} (first: {first[reason]})" for reason, count in skipped.items()]
-    if len(counts["by_format"]) > 1:
-        both = " and ".join(f"{count:,} {name}" for name, count in sorted(counts["by_format"].items()))
-        lines.append(f"  mixed prompt formats: {both}; recorded as {result['prompt_format']}")
-    if counts["with_special_text"]:
-        lines.append(
-            f"  {counts['with_special_text']:,} contain special-token text (such as <_end>), encoded as text"
+    Returns the parents that were made for it.
+    """
+    job_file = job.folder / "job.json"
+    described = manifests.describe_job(job)
+    created = [parent for parent in job.folder.parents if not parent.exists()]
+    if not job.folder.exists():
+        job.folder.mkdir(parents=True)
+        write_json(job_file, described)
+        return created
+    if not resume:
+        raise ValueError(
+            f"{job.folder} exists: another run is writing there, or one was interrupted; in that case "
+            f"continue it with --resume, or delete it and repeat"
         )
-    lines += [
-        f"wrote {counts['records']:,} records of {result['max_length'] + 1:,} tokens to {result['output']}",
-        f"  prompt format {result['prompt_format']}, {counts['tokens']:,} tokens, "
-        f"{counts['trained_tokens']:,} of them trained, padding {counts['padding_tokens'] / total:.2%}",
-    ]
-    return "\n".join(lines)
+    before = json.loads(job_file.read_text(encoding="utf-8")) if job_file.is_file() else described
+    if different := [key for key in described if before.get(key) != described[key]]:
+        raise ValueError(
+            f"{job.folder} is of a run with another {' and '.join(different)}: it cannot be continued; "
+            f"repeat the command of that run, or delete the folder"
+        )
+    write_json(job_file, described)
+    return []
 
 
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _leave(job: Job, created: list[Path]) -> None:
+    """Delete what a run made whose inputs or options must change: nothing of it can be continued."""
+    shutil.rmtree(job.folder)
+    for parent in created:
+        parent.rmdir()
+
+
+def _make(job: Job, workers: int | None, engine: str, html_report: bool) -> None:
+    """Fill the run's folder with all that is to be moved out."""
+    text_bytes = sum(source.text_bytes() * source.weight for source in job.found)
+    spool = Spool(job.folder, text_bytes, job.options.seed)
+    totals, files = _encode(job, spool, workers, engine)
+    manifests.check_totals(totals, job.found, complete=True)
+    parts = _write_parts(job, spool, totals)
+    manifest = manifests.manifest(job, totals, files, parts)
+    for name, content in manifests.with_parts(job.target.name, manifest).items():
+        write_json(telechat_prompt_format.manifest_path(job.folder / name), content)
+    if html_report:
+        from research.telechat2.data import html_report as page
+
+        page.write(writing.report_file(job.folder / job.target.name), manifest, spool, job.words)
+    write_json(job.folder / "moves.json", manifests.moves(job.target, manifest))
+
+
+def _current(job: Job) -> Path:
+    """Where the manifest is now."""
+    inside = telechat_prompt_format.manifest_path(job.folder / job.target.name)
+    return inside if inside.is_file() else telechat_prompt_format.manifest_path(job.target)
+
+
+# ---------------------------------------------------------------------- first pass
+def _encode(
+    job: Job, spool: Spool, workers: int | None, engine: str
+) -> tuple[Totals, list[sources.FileState]]:
+    """Encode all lines into the spool, from its last segment on; return the counts and the files read."""
+    totals = spool.reopen()
+    done = job.folder / "files.json"
+    if done.is_file():
+        return totals, [sources.FileState(*state) for state in json.loads(done.read_text(encoding="utf-8"))]
+    files: list[sources.FileState] = []
+    with _progress("encode", sum(source.path.stat().st_size for source in job.found), "B") as bar:
+        read = sources.read_batches(job.found, spool.segments * SEGMENT_BATCHES, bar.update)
+        batches = _without_states(read, files)
+        settings = Settings(
+            job.options.max_length + 1,
+            job.options.train_on,
+            job.options.too_long,
+            job.options.bad_lines,
+            job.options.seed,
+        )
+        workers = _workers(workers, engine, job.found)
+        with closing(engines.encode_all(batches, job.words, settings, workers, engine)) as encoded:
+            while group := list(islice(_counted(encoded, bar), SEGMENT_BATCHES)):
+                segment = spool.write(group)
+                totals.add(segment.counts, segment.problems)
+                manifests.check_totals(totals, job.found, complete=False)
+    write_json(done, files)
+    return totals, files
+
+
+def _counted(encoded: Iterator[Encoded], bar) -> Iterator[Encoded]:
+    """Pass batches on, and show how many tokens a second they make."""
+    tokens = 0
+    for batch in encoded:
+        tokens += len(batch.tokens)
+        elapsed = bar.format_dict["elapsed"] or 1
+        bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+        yield batch
+
+
+def _without_states(read: Iterator, files: list[sources.FileState]) -> Iterator[sources.Batch]:
+    for item in read:
+        if isinstance(item, sources.FileState):
+            files.append(item)
+        else:
+            yield item
+
+
+def _workers(workers: int | None, engine: str, found: list[sources.Source]) -> int:
+    """As many as asked for or there are cores, but no more than there are batches."""
+    if engine == "ray":
+        return workers or engines.ray_cores()
+    batches = sum(-(-source.text_bytes() // sources.BATCH_BYTES) for source in found)
+    return max(1, min(workers or engines.cores(), batches))
+
+
+# ---------------------------------------------------------------------- second pass
+def _write_parts(job: Job, spool: Spool, totals: Totals) -> list[Part]:
+    """Pack and write all records; parts that an interrupted run finished are kept."""
+    quiet_libraries()
+    capacity = job.options.max_length + 1
+    per_file = job.options.records_per_file
+    expected = totals.counts["totals"]["tokens"] // capacity + 1
+    if per_file is None and expected * capacity * 8 > writing.FILE_BYTES:
+        per_file = max(1, writing.FILE_BYTES // (capacity * 8))
+    records = _shuffled(spool, capacity, job.options.seed)
+    parts: list[Part] = []
+    with _progress("write", expected, " records") as bar:
+        while (first := next(records, None)) is not None:
+            number = len(parts)
+            name = job.target.name if per_file is None else writing.numbered_file(job.target, number).name
+            rest = islice(records, per_file - 1) if per_file else records
+            parts.append(_part(job.folder / name, first, rest, job, bar))
+    return parts
+
+
+def _part(path: Path, first: list, rest: Iterator[list], job: Job, bar) -> Part:
+    finished = path.with_name(f"{path.name}.done")
+    if finished.is_file():
+        part = Part(*json.loads(finished.read_text(encoding="utf-8")))
+        bar.update(1 + sum(1 for _ in rest))
+        return part
+    writing.discard(path)
+    sizes: list[int] = []
+
+    def filled() -> Iterator[dict]:
+        for pieces in _chain(first, rest):
+            sizes.append(sum(map(len, pieces)))
+            yield writing.fill_record(pieces, job.options.max_length + 1, job.words.pad_id)
+
+    writing.write_records(path, filled(), bar.update)
+    part = Part(path.name, len(sizes), sum(sizes))
+    write_json(finished, part)
+    return part
+
+
+def _chain(first: list, rest: Iterator[list]) -> Iterator[list]:
+    yield first
+    yield from rest
+
+
+def _shuffled(spool: Spool, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
+    for bucket in range(spool.buckets):
+        for number, (tokens, lengths) in enumerate(spool.windows(bucket)):
+            rng = np.random.default_rng([seed, _SHUFFLE_STREAM, bucket, number])
+            yield from packing.records(tokens, lengths, capacity, rng)
+
+
+def _progress(what: str, total: int, unit: str):
+    """A bar with rate and time left, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, desc=what, unit=unit, unit_scale=True, disable=None, dynamic_ncols=True, file=sys.stderr
+    )  # fmt: skip

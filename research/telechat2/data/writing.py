@@ -1,24 +1,29 @@
-"""Writing records as MindRecord: one file, complete or absent.
+"""Writing records as MindRecord files: complete, or absent.
 
-MindRecord stores the file's base name inside the file and in its index (``.db``) and refuses to be read
-under another one, so the temporary name is that of a directory: the files are written in
-``.<name>.partial/`` under their final names and moved out. The manifest ``<name>.json`` comes last and
-makes the data set valid.
+MindRecord stores a file's base name inside the file and in its index (``.db``) and refuses to be read under
+another one, so the temporary name is that of a directory: ``.<name>.partial/`` holds the files under their
+final names, and what an interrupted run needs to go on. When all are there they are moved out; the manifest
+``<name>.json`` comes last and makes the data set valid.
 """
 
+import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.data.encoding import TRAINED
 from research.telechat2.telechat_files import fsync
 
 IGNORED_LABEL = -100
-_BATCH = 256  # records handed to the writer at once
+FILE_BYTES = 2 << 30  # of records; more of them go into numbered files
+_BATCH = 128  # records handed to the writer at once
 
 
 def output_file(output_path: str | Path) -> Path:
@@ -29,81 +34,103 @@ def output_file(output_path: str | Path) -> Path:
     return path if is_file else path / "dataset.mindrecord"
 
 
+def numbered_file(path: Path, number: int) -> Path:
+    """Return the name of a part: dataset-00003.mindrecord."""
+    return path.with_name(f"{path.stem}-{number:05}{path.suffix}")
+
+
+def partial_folder(path: Path) -> Path:
+    """Return the folder in which ``path`` is made."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def report_file(path: Path) -> Path:
+    """Return the name of the HTML report."""
+    return path.with_name(f"{path.name}.html")
+
+
 def check_absent(path: Path) -> None:
-    """ValueError when the result, part of it or a leftover of it exists, or a file is in the way."""
+    """ValueError when the result or part of it exists, or a file is in the way."""
     file = next((folder for folder in path.parents if folder.is_file()), None)
     if file:
         raise ValueError(
             f"cannot write {path}: {file} is a file, not a directory; choose another --output_path"
         )
-    for existing in (path, _index(path), telechat_prompt_format.manifest_path(path)):
+    numbered = sorted(path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
+    manifest = telechat_prompt_format.manifest_path(path)
+    for existing in (path, index_of(path), manifest, report_file(path), *numbered):
         if existing.exists():
             raise ValueError(
                 f"{existing} exists and is not overwritten; delete it or choose another --output_path"
             )
-    if _partial(path).exists():
-        raise ValueError(
-            f"{_partial(path)} exists: another run is writing there, or one was interrupted; "
-            f"in that case delete it and repeat"
-        )
 
 
-def fill_record(
-    conversations: Iterable[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int
-) -> dict:
-    """Join (ids, mask) pairs into one record, padded on the right.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; ValueError when one is in it. The lock ends with the process."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another run is writing in {folder}; wait for it, or end it") from error
+        yield
 
-    Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever the mask is 0;
-    labels[i] belongs to input_ids[i] (the model shifts). ValueError when nothing is trained.
+
+def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) -> dict:
+    """Join pieces of tokens (uint32, see encoding) into one record, padded on the right.
+
+    Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever a token is not
+    trained, and at the first, which has no position to predict it from; labels[i] belongs to input_ids[i]
+    (the model shifts). ValueError when nothing is trained.
     """
-    input_ids = np.full(length, pad_token_id, np.int32)
-    labels = np.full(length, IGNORED_LABEL, np.int32)
+    tokens = np.full(length, pad_token_id, np.uint32)
     end = 0
-    for ids, mask in conversations:
-        start, end = end, end + len(ids)
+    for piece in pieces:
+        start, end = end, end + len(piece)
         assert end <= length, "packing overfilled a record"
-        input_ids[start:end] = ids
-        labels[start:end] = np.where(mask, ids, IGNORED_LABEL)
-    # The first label has no position to predict it from.
-    if not (labels[1:] != IGNORED_LABEL).any():
+        tokens[start:end] = piece
+    input_ids = (tokens & ~TRAINED).view(np.int32)
+    labels = np.where(tokens >= TRAINED, input_ids, np.int32(IGNORED_LABEL))
+    labels[0] = IGNORED_LABEL
+    if not (labels != IGNORED_LABEL).any():
         raise ValueError("a record has no trained token; its conversations hold no answer")
     return {"input_ids": input_ids, "labels": labels}
 
 
-def write(path: Path, records: Iterable[dict], manifest: dict) -> None:
-    """Write records to ``path``, then the manifest; a failure or an interrupt leaves no file behind."""
+def write_records(path: Path, records: Iterable[dict], advance=lambda _: None) -> None:
+    """Write records to ``path`` and its index, and have them on the disk."""
     from mindspore.mindrecord import FileWriter
 
-    check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    partial.mkdir()
-    manifest_path = telechat_prompt_format.manifest_path(path)
-    try:
-        written = partial / path.name
-        writer = FileWriter(str(written), shard_num=1)
-        column = {"type": "int32", "shape": [-1]}
-        writer.add_schema({"input_ids": column, "labels": column}, "TeleChat2 conversations")
-        records = iter(records)
-        while batch := list(islice(records, _BATCH)):
-            writer.write_raw_data(batch)
-        writer.commit()
-        for file in (written, _index(written)):
-            fsync(file)
-        os.rename(_index(written), _index(path))
-        os.rename(written, path)
-        telechat_prompt_format.write_json(manifest_path, manifest)
-    except BaseException:
-        for file in (manifest_path, path, _index(path)):
-            file.unlink(missing_ok=True)  # all were absent before
-        raise
-    finally:
-        shutil.rmtree(partial)
+    writer = FileWriter(str(path), shard_num=1)
+    column = {"type": "int32", "shape": [-1]}
+    writer.add_schema({"input_ids": column, "labels": column}, "TeleChat2 conversations")
+    records = iter(records)
+    while batch := list(islice(records, _BATCH)):
+        writer.write_raw_data(batch)
+        advance(len(batch))
+    writer.commit()
+    for file in (path, index_of(path)):
+        fsync(file)
 
 
-def _index(path: Path) -> Path:
+def discard(path: Path) -> None:
+    """Delete a MindRecord file that was not finished, and its index."""
+    for file in (path, index_of(path)):
+        file.unlink(missing_ok=True)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Move what ``folder`` lists in its ``moves.json`` to its place, the manifest last; delete the folder.
+
+    Whatever was moved before an interruption is left where it is.
+    """
+    for name in json.loads((folder / "moves.json").read_text(encoding="utf-8")):
+        if (folder / name).exists():
+            os.rename(folder / name, target.parent / name)
+    fsync(target.parent)
+    shutil.rmtree(folder)
+
+
+def index_of(path: Path) -> Path:
+    """Return the index that MindSpore keeps beside a file."""
     return path.with_name(f"{path.name}.db")
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")

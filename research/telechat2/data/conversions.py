@@ -1,0 +1,168 @@
+"""From each format's JSON object to messages, as ``telechat_chat.render`` takes them."""
+
+import json
+import re
+
+from research.telechat2 import telechat_chat
+
+_TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
+_CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
+_SHAREGPT_ROLES = {
+    **{name: "system" for name in ("system",)},
+    **{name: "user" for name in ("human", "user")},
+    **{name: "assistant" for name in ("gpt", "assistant", "bot", "function_call")},
+    **{name: "tool" for name in ("observation", "tool", "function_response")},
+}
+
+
+def from_messages(data: dict) -> tuple[list[dict], list[dict] | None]:
+    """OpenAI's: (messages, tools). A content given as text parts is their text, joined."""
+    tools = data.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
+    return [_with_joined_parts(message) for message in _list(data, "messages")], tools
+
+
+def from_dialog(data: dict) -> tuple[list[dict], None]:
+    """TeleChat2's own: (messages, None)."""
+    messages = _list(data, "dialog")
+    if data.get("system") is not None:
+        # The template ends the system text with a newline of its own.
+        system = {"role": "system", "content": _string(data, "system").removesuffix("\n")}
+        messages = [system, *messages]
+    return messages, None
+
+
+def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
+    """ShareGPT's: (messages, tools); tools and function calls may be JSON in a string."""
+    messages = []
+    if data.get("system"):
+        messages.append({"role": "system", "content": _string(data, "system")})
+    for number, turn in enumerate(_list(data, "conversations"), len(messages) + 1):
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"turn {number} of conversations lacks from or value; expected both")
+        speaker = turn["from"]
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise ValueError(
+                f"turn {number} of conversations is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}"
+            )
+        message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        message |= {"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        if speaker == "function_call":
+            message |= {"content": None, "tool_calls": _calls(turn["value"], number)}
+        messages.append(message)
+    tools = data.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "tools are") if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
+    return messages, tools
+
+
+def from_alpaca(data: dict) -> tuple[list[dict], None]:
+    """Alpaca's: (messages, None). The input follows the instruction on a line of its own."""
+    messages = []
+    if data.get("system"):
+        messages.append({"role": "system", "content": _string(data, "system")})
+    history = data.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"history is a {type(history).__name__}; expected a list of [question, answer]")
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"pair {number} of history is not a list of two; expected [question, answer]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = _string(data, "instruction")
+    if data.get("input"):
+        question = f"{question}\n{_string(data, 'input')}" if question else _string(data, "input")
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": _string(data, "output")})
+    return messages, None
+
+
+def from_input(data: dict) -> list[dict]:
+    """The README's input and output, as messages."""
+    question, answer = _string(data, "input"), _string(data, "output")
+    if telechat_chat.SYSTEM in question:
+        raise ValueError(
+            f"input contains {telechat_chat.SYSTEM}, but this format has no system prompt; "
+            f"write the conversation as messages, or as system and dialog"
+        )
+    messages = _turns(question)
+    messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def non_empty(data: dict, key: str) -> str:
+    """Return a string of pretraining data; ValueError when it is none, or empty."""
+    text = _string(data, key)
+    if not text:
+        raise ValueError(f"{key} is empty; there is nothing to learn from it: remove the line")
+    return text
+
+
+def _turns(text: str) -> list[dict]:
+    """Split ``input`` at its markers into user and assistant turns, the last one the user's.
+
+    A leading `<_start>`, a missing first `<_user>`, `<_end>` at the end of an earlier answer and a closing
+    `<_bot>` are all ways people write the same; any other special text is text.
+    """
+    text = text.removeprefix(telechat_chat.START)
+    first, *rest = _TURN.split(text)
+    turns = list(zip(rest[::2], rest[1::2], strict=True))
+    if first or not turns:
+        turns.insert(0, (telechat_chat.USER, first))
+    if turns[-1] == (telechat_chat.BOT, ""):
+        turns.pop()
+    messages = []
+    for number, (marker, content) in enumerate(turns):
+        expected = telechat_chat.BOT if number % 2 else telechat_chat.USER
+        if marker != expected:
+            raise ValueError(
+                f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
+            )
+        if marker == telechat_chat.BOT:
+            content = _CLOSING.sub("", content)
+        messages.append({"role": "user" if marker == telechat_chat.USER else "assistant", "content": content})
+    if len(turns) % 2 == 0:
+        raise ValueError("input ends with an answer; it must end with the question that output answers")
+    return messages
+
+
+def _with_joined_parts(message: object) -> object:
+    """A message whose content is OpenAI's list of text parts, with their text; any other as it is."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not content:
+        return message
+    parts = [
+        part["text"]
+        for part in content
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]
+    return {**message, "content": "".join(parts)} if len(parts) == len(content) else message
+
+
+def _calls(value: object, number: int) -> list:
+    calls = _json(value, f"turn {number} of conversations is a function call, but") if isinstance(
+        value, str
+    ) else value  # fmt: skip
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _json(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} not JSON ({error}); correct it") from error
+
+
+def _string(data: dict, key: str) -> str:
+    if not isinstance(data.get(key), str):
+        found = f"is a {type(data[key]).__name__}" if key in data else "is missing"
+        raise ValueError(f"{key} {found}; expected a string")
+    return data[key]
+
+
+def _list(data: dict, key: str) -> list:
+    if not isinstance(data[key], list):
+        raise ValueError(f"{key} is a {type(data[key]).__name__}; expected a list of messages")
+    return data[key]

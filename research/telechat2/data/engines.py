@@ -1,0 +1,127 @@
+"""Who does the work: this process, others on this machine, or a Ray cluster. All give the same, in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+
+from research.telechat2.data import encoding
+from research.telechat2.data.encoding import Encoded, Settings
+from research.telechat2.data.sources import Batch
+from research.telechat2.data.vocabulary import Vocabulary
+
+ENGINES = ("processes", "ray")
+_AHEAD = 2  # batches per worker that are under way; more would only take memory
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def encode_all(
+    batches: Iterable[Batch], vocabulary: Vocabulary, settings: Settings, workers: int, engine: str
+) -> Iterator[Encoded]:
+    """Encode batches with ``workers`` workers; yield the results in the order of the batches.
+
+    ``batches`` is read a few ahead of what is yielded, so memory stays small. OSError when a worker dies.
+    """
+    if engine == "ray":
+        yield from _with_ray(batches, vocabulary, settings, workers)
+    elif workers == 1:
+        for batch in batches:
+            yield encoding.encode_batch(batch, vocabulary, settings)
+    else:
+        yield from _with_processes(batches, vocabulary, settings, workers)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(proto: bytes) -> Vocabulary:
+    return Vocabulary(proto)
+
+
+# ---------------------------------------------------------------------- processes
+_state: tuple[Vocabulary, Settings] | None = None  # of a worker process
+
+
+def _start(proto: bytes, settings: Settings) -> None:
+    global _state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _state = Vocabulary(proto), settings
+
+
+def _end_with_parent() -> None:
+    """A pool's processes would outlive a parent that is killed, and wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(batch: Batch) -> Encoded:
+    return encoding.encode_batch(batch, *_state)
+
+
+def _with_processes(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
+    # forked workers would inherit the threads' locks of a process that has loaded MindSpore
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (vocabulary.proto, settings))
+    try:
+        yield from _in_order(
+            batches, _AHEAD * workers, lambda batch: pool.submit(_work, batch), lambda future: future.result()
+        )
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a worker process died, perhaps for want of memory; continue with --resume, "
+            "and with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(batches: Iterable, ahead: int, submit: Callable, result: Callable) -> Iterator[Encoded]:
+    under_way: deque = deque()
+    for batch in batches:
+        under_way.append(submit(batch))
+        if len(under_way) > ahead:
+            yield result(under_way.popleft())
+    while under_way:
+        yield result(under_way.popleft())
+
+
+# ---------------------------------------------------------------------- ray
+def _with_ray(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
+    ray = _ray()
+    proto = ray.put(vocabulary.proto)
+    work = ray.remote(num_cpus=1)(_work_in_ray)
+
+    def submit(batch: Batch):
+        return work.remote(batch, proto, settings)
+
+    yield from _in_order(batches, _AHEAD * workers, submit, ray.get)
+
+
+def _work_in_ray(batch: Batch, proto: bytes, settings: Settings) -> Encoded:
+    return encoding.encode_batch(batch, _vocabulary(proto), settings)
+
+
+def ray_cores() -> int:
+    """How many cores the Ray cluster has; joins the one that RAY_ADDRESS names, or starts a local one."""
+    return int(_ray().cluster_resources().get("CPU", 1))
+
+
+def _ray():
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "--engine ray needs Ray, which is not installed; install it with: "
+            "pip install 'telechat2-mindformers[ray]'"
+        ) from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, configure_logging=False)
+    return ray

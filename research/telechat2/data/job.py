@@ -1,0 +1,52 @@
+"""What a run of the preprocessor is asked to do."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from research.telechat2 import telechat_chat
+from research.telechat2.data.sources import Source
+from research.telechat2.data.vocabulary import Vocabulary
+
+TOO_LONG = ("skip", "truncate", "error")
+BAD_LINES = ("error", "skip")
+
+
+class Options(NamedTuple):
+    """What decides the result, beside the data and the vocabulary; it is recorded in the manifest."""
+
+    max_length: int = 8192
+    seed: int = 2024
+    train_on: str = "answers"
+    too_long: str = "skip"
+    bad_lines: str = "error"
+    records_per_file: int | None = None  # None: one file, but numbered ones above FILE_BYTES
+
+    def check(self) -> None:
+        """ValueError for a value that is none of those allowed."""
+        for name, least in (("max_length", 1), ("seed", 0), ("records_per_file", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        choices = {"train_on": telechat_chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    options: Options
+    found: list[Source]
+    vocab_file: Path
+    words: Vocabulary
+    target: Path
+    folder: Path
+
+
+class Part(NamedTuple):
+    """A finished MindRecord file."""
+
+    name: str
+    records: int
+    tokens: int  # without padding; those repeated at the splits of texts count twice

@@ -1,0 +1,142 @@
+"""The manifest of a data set: what went in and what came of it; and when that is not to be written."""
+
+import hashlib
+from pathlib import Path
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.data import writing
+from research.telechat2.data.encoding import TOO_LONG, Problem
+from research.telechat2.data.job import Job, Part
+from research.telechat2.data.sources import FileState, Source
+from research.telechat2.data.spool import Totals
+
+_NAMED_LINES = 10  # so many bad lines are listed in an error
+
+
+def describe_job(job: Job) -> dict:
+    """What must be the same for an interrupted run to be continued."""
+    return {
+        "options": job.options._asdict(),
+        "tokenizer": _sha256(job.vocab_file),
+        "inputs": [
+            [str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, source.weight]
+            for source in job.found
+            for stat in [source.path.stat()]
+        ],
+    }
+
+
+def with_parts(name: str, manifest: dict) -> dict[str, dict]:
+    """Return the manifest of each file by the file's name: numbered files have short ones of their own."""
+    short = {key: manifest[key] for key in ("prompt_format", "max_length", "tokenizer")}
+    parts = {part["name"]: {**short, **part, "part_of": name} for part in manifest["files"]}
+    return {**parts, name: manifest}
+
+
+def moves(target: Path, manifest: dict) -> list[str]:
+    """The files of a data set in the order in which they get their place; its manifest is the last."""
+    parts = [part["name"] for part in manifest["files"]]
+    report = writing.report_file(target).name
+    return [
+        *(file for part in parts for file in (f"{part}.db", part)),
+        report,
+        *(telechat_prompt_format.manifest_path(name).name for name in with_parts(target.name, manifest)),
+    ]
+
+
+def output_of(manifest: dict, target: Path) -> Path:
+    """Return what a training run is given: the file, or the folder of the numbered ones."""
+    return target if manifest["files"][0]["name"] == target.name else target.parent
+
+
+def check_totals(totals: Totals, found: list[Source], complete: bool) -> None:
+    """ValueError when lines are refused: at the end, or as soon as there are more than are named at once.
+
+    And when all has been read and there is nothing to write.
+    """
+    fatal = [problem for problem in totals.problems if problem.fatal]
+    skipped = totals.counts["skipped"]
+    count = sum(skipped[reason] for reason in {problem.reason for problem in fatal})
+    if fatal and (complete or count > _NAMED_LINES):
+        raise ValueError(_describe(fatal, count, totals.counts["totals"]["lines"], complete))
+    if complete and not totals.counts["totals"]["tokens"]:
+        names = ", ".join(str(source.path) for source in found)
+        reasons = "; ".join(f"{number} {reason}" for reason, number in skipped.items()) or "no lines"
+        raise ValueError(f"{names} holds no conversation to write ({reasons}); nothing was written")
+
+
+def _describe(fatal: list[Problem], count: int, lines: int, complete: bool) -> str:
+    first, *rest = _in_order(fatal)
+    sentence = f"{first.path}, line {first.line}: {first.sentence}"
+    if count == 1:
+        return f"{sentence}. Nothing was written"
+    others = ", ".join(map(_where, rest[:_NAMED_LINES]))
+    named = min(len(rest), _NAMED_LINES) + 1
+    more = f" and {count - named} more" if count > named else ""
+    of = f"{count} of {'' if complete else 'the first '}{lines} lines cannot be used"
+    return f"{sentence}. {of}; others: {others}{more}. Nothing was written"
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """By line; files stay in the order in which they were read."""
+    files = list(dict.fromkeys(problem.path for problem in problems))
+    return sorted(problems, key=lambda problem: (files.index(problem.path), problem.line))
+
+
+def _where(problem: Problem) -> str:
+    return f"{Path(problem.path).name}:{problem.line}"
+
+
+def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]) -> dict:
+    """Return the manifest of a finished data set."""
+    counts, numbers = totals.counts, totals.counts["totals"]
+    capacity = job.options.max_length + 1
+    records = sum(part.records for part in parts)
+    formats = counts["prompt_formats"]
+    stored = sum(part.tokens for part in parts)
+    return {
+        # texts begin with <_start>, as the plain format does
+        "prompt_format": max(sorted(formats), key=formats.get) if formats else "plain",
+        "max_length": job.options.max_length,
+        "seed": job.options.seed,
+        "options": job.options._asdict(),
+        "document_start_ids": job.words.start_ids,
+        "inputs": [dict(state._asdict()) for state in files],
+        "tokenizer": {
+            "path": str(job.vocab_file),
+            "sha256": _sha256(job.vocab_file),
+            "vocab_size": job.words.size,
+        },
+        "files": [{"name": part.name, "records": part.records} for part in parts],
+        "counts": {
+            "lines": numbers["lines"],
+            "conversations": numbers["conversations"],
+            "texts": numbers["texts"],
+            "skipped": dict(sorted(counts["skipped"].items())),
+            "skipped_lines": _examples(totals),
+            "by_format": dict(sorted(counts["formats"].items())),
+            "by_prompt_format": dict(sorted(formats.items())),
+            "copies_by_weight": numbers["copies"],
+            "truncated": numbers["truncated"],
+            "with_special_text": numbers["with_special_text"],
+            "records": records,
+            "tokens": numbers["tokens"],
+            "trained_tokens": numbers["trained_tokens"],
+            "repeated_tokens": stored - numbers["tokens"],
+            "padding_tokens": records * capacity - stored,
+        },
+        "lengths": {key: counts["lengths"][key] for key in sorted(counts["lengths"], key=int)},
+    }
+
+
+def _examples(totals: Totals) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for problem in _in_order(totals.problems):
+        said = f": {problem.sentence}" if problem.sentence and not problem.reason.startswith(TOO_LONG) else ""
+        found.setdefault(problem.reason, []).append(_where(problem) + said)
+    return found
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,135 @@
+"""Encoded data on the disk, between reading and packing, so that memory does not grow with the corpus.
+
+Items go into buckets at random while they are read; later each bucket, small enough for memory, is shuffled
+and packed. That is a uniform shuffle of the whole corpus. A segment holds some 32 MB of text, sorted by
+bucket; its ``.json``, written last, makes it valid, and is where an interrupted run goes on.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from research.telechat2.data.encoding import COUNTERS, EXAMPLES, Encoded, Problem
+from research.telechat2.telechat_files import atomic_write
+from research.telechat2.telechat_prompt_format import write_json
+
+SEGMENT_BATCHES = 32
+BUCKET_TOKENS = 16 << 20
+_TOKENS_PER_BYTE = 0.25  # about, and at most, for mixed Chinese and English
+_BUCKET_STREAM = 2  # of random numbers
+
+
+class Totals(NamedTuple):
+    """What became of all lines so far."""
+
+    counts: dict[str, Counter]
+    problems: list[Problem]
+
+    def add(self, counts: dict, problems: list) -> None:
+        """Add those of a batch or segment; of each reason the first EXAMPLES problems are kept."""
+        for name, counter in counts.items():
+            self.counts[name].update(counter)
+        kept = Counter(problem.reason for problem in self.problems)
+        for problem in map(Problem._make, problems):
+            if kept[problem.reason] < EXAMPLES:
+                self.problems.append(problem)
+                kept[problem.reason] += 1
+
+
+def new_totals() -> Totals:
+    """Totals of nothing."""
+    return Totals({name: Counter() for name in COUNTERS}, [])
+
+
+class Spool:
+    """Segments in ``folder``, for texts of about ``text_bytes`` in all."""
+
+    def __init__(self, folder: Path, text_bytes: int, seed: int):
+        self.folder = folder
+        self.seed = seed
+        self.buckets = max(1, round(text_bytes * _TOKENS_PER_BYTE / BUCKET_TOKENS))
+        self._shares: list[tuple[np.ndarray, np.ndarray]] = []  # of each segment: items and tokens per bucket
+
+    @property
+    def segments(self) -> int:
+        """How many segments there are."""
+        return len(self._shares)
+
+    def reopen(self) -> Totals:
+        """Find the segments of an interrupted run; return what they hold."""
+        totals = new_totals()
+        while (path := self._path(self.segments, "json")).is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            totals.add(content["counts"], content["problems"])
+            self._shares.append((np.array(content["items"]), np.array(content["tokens"])))
+        return totals
+
+    def write(self, batches: list[Encoded]) -> Totals:
+        """Write the next segment; return what it holds."""
+        totals = new_totals()
+        for batch in batches:
+            totals.add(batch.counts, batch.problems)
+        tokens = np.concatenate([batch.tokens for batch in batches])
+        lengths = np.concatenate([batch.lengths for batch in batches])
+        bucket = np.random.default_rng([self.seed, _BUCKET_STREAM, self.segments]).integers(
+            self.buckets, size=len(lengths)
+        )
+        items = np.bincount(bucket, minlength=self.buckets)
+        sizes = np.bincount(bucket, weights=abs(lengths), minlength=self.buckets).astype(np.int64)
+        if self.buckets > 1:
+            order = np.argsort(bucket, kind="stable")
+            tokens = _reordered(tokens, lengths, order)
+            lengths = lengths[order]
+        for name, array in (("tokens", tokens), ("lengths", lengths)):
+            with atomic_write(self._path(self.segments, name)) as temporary:
+                array.tofile(temporary)
+        write_json(
+            self._path(self.segments, "json"),
+            {**totals._asdict(), "items": items.tolist(), "tokens": sizes.tolist()},
+        )
+        self._shares.append((items, sizes))
+        return totals
+
+    def windows(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (tokens, lengths) of a bucket, some BUCKET_TOKENS at a time."""
+        kept: list[tuple[np.ndarray, np.ndarray]] = []
+        size = 0
+        for segment, (items, sizes) in enumerate(self._shares):
+            tokens = self._read(segment, "tokens", np.uint32, sizes, bucket)
+            kept.append((tokens, self._read(segment, "lengths", np.int32, items, bucket)))
+            size += len(tokens)
+            if size >= BUCKET_TOKENS:
+                yield _merged(kept)
+                kept, size = [], 0
+        if size:
+            yield _merged(kept)
+
+    def _read(self, segment: int, name: str, dtype, shares: np.ndarray, bucket: int) -> np.ndarray:
+        offset = int(shares[:bucket].sum()) * 4
+        return np.fromfile(
+            self._path(segment, name), dtype, count=int(shares[bucket]), offset=offset
+        )  # fmt: skip
+
+    def _path(self, segment: int, suffix: str) -> Path:
+        return self.folder / f"segment-{segment:06}.{suffix}"
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each item begins, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(abs(lengths), dtype=np.int64)])
+
+
+def _merged(kept: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens, lengths = zip(*kept, strict=True)
+    return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def _reordered(tokens: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    starts = starts_of(lengths).tolist()
+    if not len(order):
+        return tokens
+    return np.concatenate([tokens[starts[i] : starts[i + 1]] for i in order.tolist()])
