@@ -233,7 +233,7 @@ def test_within_the_trained_length_the_tables_are_those_without_extension():
         ({"extend_method": "YARN", "scaling_factor": {"factor": 2, "mscale": 1.0}}, "give both or none"),
         ({"extend_method": "YARN", "scaling_factor": {"factor": 2, "beta_fast": 0.5}}, "beta_fast not fewer"),
         ({"extend_method": "DYNAMIC_NTK", "scaling_factor": 2.0}, "'DYNAMIC_NTK' and would ignore it"),
-        ({"extend_method": "DYNAMIC_NTK", "base_seqlen": -1}, "base_seqlen is -1"),
+        ({"extend_method": "DYNAMIC_NTK", "base_seqlen": 0}, "base_seqlen is 0"),
         ({"extend_method": "DYNAMIC_NTK", "use_past": True, "is_dynamic": False}, "set is_dynamic: True"),
         ({"extend_method": "DYNAMIC_NTK", "hidden_size": 64}, "head_dim is 2; DYNAMIC_NTK needs at least 4"),
         ({"base_seqlen": 4096}, "base_seqlen is 4096, but extend_method is 'None'"),

@@ -20,7 +20,8 @@ def complete_extension(values: dict) -> None:
         values["scaling_factor"] = dict(values["scaling_factor"])
     if values["extend_method"] == "DYNAMIC_NTK":
         for name in _LENGTHS:
-            values[name] = values[name] or values["max_position_embedding"]
+            if values[name] is None:
+                values[name] = values["max_position_embedding"]
 
 
 def check_extension(config) -> None:
