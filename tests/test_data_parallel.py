@@ -59,26 +59,37 @@ def reports(log: str) -> list[str]:
     return re.findall(r"{ step \d+, experts: .* }", log)
 
 
-@pytest.mark.slow  # three processes that build and compile a model
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_two_processes_train_as_one(kind, dataset, tmp_path):
-    one = subprocess.run(
-        words(dataset, *CONFIGS[kind], "--batch_size", "2"),
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def trained_by_one(dataset, kind, folder) -> str:
+    """The log of a process that has both records in a batch."""
+    command = words(dataset, *CONFIGS[kind], "--batch_size", "2")
+    one = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return one.stdout + one.stderr
+
+
+def launcher(dataset, kind, *arguments) -> list[str]:
+    """The launcher's command for processes with a record each."""
     plan = [
         "--batch_size", "1", "--use_parallel", "True", "--parallel.parallel_mode", "0", "--output_dir", "two",
         "--parallel.full_batch", "False", "--parallel_config.data_parallel", "2",
     ]  # fmt: skip
     command = " ".join(words(dataset, *CONFIGS[kind], *plan))
-    launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
-    subprocess.run([*launcher, "2", str(port), "logs", "True", "120"], cwd=tmp_path, check=True, timeout=600)
-    expected = numbers(one.stdout + one.stderr)
+    return ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command, *arguments]
+
+
+@pytest.mark.slow  # three processes that build and compile a model
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_two_processes_train_as_one(kind, dataset, tmp_path):
+    one = trained_by_one(dataset, kind, tmp_path)
+    command = launcher(dataset, kind, "2", free_port(), "logs", "True", "120")
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
+    expected, loads = numbers(one), reports(one)
     assert len(expected) == 4 and expected[0] != expected[3]
-    loads = reports(one.stdout + one.stderr)
     assert len(loads) == (4 if kind == "moe" else 0) and all(
         "dropped choices 0.00%" in load for load in loads
     )
@@ -86,3 +97,27 @@ def test_two_processes_train_as_one(kind, dataset, tmp_path):
         log = (tmp_path / "logs" / f"worker_{rank}.log").read_text(errors="replace")
         assert numbers(log) == [pytest.approx(pair, rel=1e-6) for pair in expected]
         assert reports(log) == loads
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(dataset, tmp_path):
+    """The README's form for several nodes: a launcher on each, alike but for the rank."""
+    one = trained_by_one(dataset, "dense", tmp_path)
+    port, nodes = free_port(), []
+    for node in ("1", "0"):  # the one that the others wait for comes last
+        folder = tmp_path / f"node_{node}"
+        folder.mkdir()
+        command = launcher(dataset, "dense", "2", "1", "127.0.0.1", port, node, "logs", "True", "120")
+        nodes.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL))
+    try:
+        assert [node.wait(600) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.terminate()
+    expected = numbers(one)
+    assert len(expected) == 4
+    for rank in (0, 1):
+        logs = tmp_path / f"node_{rank}" / "logs"
+        assert [path.name for path in logs.glob("worker_*.log")] == [f"worker_{rank}.log"]
+        log = (logs / f"worker_{rank}.log").read_text(errors="replace")
+        assert numbers(log) == [pytest.approx(pair, rel=1e-6) for pair in expected]
