@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
+from research.telechat2.checkpoint.convert import TORCH_FORMATS  # noqa: E402
 from research.telechat2.checkpoint.options import add_options, options_of  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
 
@@ -26,9 +27,24 @@ def main() -> None:
         help="the new weights: a folder for safetensors, or a file ending in .safetensors or .bin "
         "(.bin needs torch and the whole model in memory)",
     )
+    parser.add_argument(
+        "--format",
+        choices=TORCH_FORMATS,
+        help="TeleChat's names, or a LlamaForCausalLM folder for other tools (default: as it was before)",
+    )
+    parser.add_argument(
+        "--config",
+        help="with --format llama: the model's config.json, or the YAML it was trained with "
+        "(default: config.json beside the weights)",
+    )
+    parser.add_argument(
+        "--vocab_file_path",
+        help="with --format llama: the model's tokenizer.model (default: the tokenizer beside its config)",
+    )
     add_options(parser)
     args = parser.parse_args()
-    print(convert_to_torch(args.mindspore_path, args.torch_path, **options_of(args)))
+    files = {"config": args.config, "vocab_file": args.vocab_file_path}
+    print(convert_to_torch(args.mindspore_path, args.torch_path, args.format, **files, **options_of(args)))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_fewer_layers_than_the_config_says(hf):
     [
         ("{", "is not JSON"),
         ("[]", "holds a JSON list"),
-        ('{"model_type": "llama"}', "has no n_layer or num_layers"),
+        ('{"model_type": "bloom"}', "has no n_layer or num_layers"),
     ],
 )
 def test_config_is_not_a_telechat_config(hf, content, message):

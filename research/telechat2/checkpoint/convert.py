@@ -12,12 +12,15 @@ from research.telechat2.checkpoint.dtypes import WIDTH, widen
 from research.telechat2.checkpoint.job import Job, Options, Written, run_job
 from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
-from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.sources import read_mindspore_source, read_torch_source
+from research.telechat2.checkpoint.rank_layout import read_whole
+from research.telechat2.checkpoint.relatives.llama import export_llama, holds_llama, import_llama
+from research.telechat2.checkpoint.relatives.telechat import telechat_files
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, sizes_beside
+from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.table import Side, canonical_name
 
-CONFIG = "config.json"
 CKPT_FORMATS = ("safetensors", "ckpt")
+TORCH_FORMATS = ("telechat", "llama")
 
 
 @dataclass(frozen=True)
@@ -31,38 +34,63 @@ class Summary(Written):
 
 def convert_to_mindspore(
     torch_path: str | Path, mindspore_path: str | Path, ckpt_format: str | None = None, **options
-) -> Summary:
-    """Convert an HF folder of a TeleChat model to a MindSpore checkpoint.
+) -> Written:
+    """Convert an HF folder of a TeleChat model, or of a Llama, to a MindSpore checkpoint.
 
     ``mindspore_path`` is a file when it ends in ``.safetensors`` or ``.ckpt``, else a folder that receives
     ``model.safetensors`` or shards with an index (``model.ckpt`` with ``ckpt_format="ckpt"``). ``options``
     are the fields of ``Options``. Sizes are those of ``config.json``, where there is one; it is copied into a
-    folder, so that the way back checks them too.
+    folder, so that the way back checks them too. It also says whether this is a Llama, which has none but
+    such a config: see ``import_llama``.
 
     Raises:
         ValueError: a source that is broken or not such a model, a target that exists, or as ``run_job``.
     """
-    source, target = _path(torch_path, "torch_path"), _path(mindspore_path, "mindspore_path")
-    _check_choice("ckpt_format", ckpt_format, CKPT_FORMATS)
+    source, target = given_path(torch_path, "torch_path"), given_path(mindspore_path, "mindspore_path")
+    check_choice("ckpt_format", ckpt_format, CKPT_FORMATS)
     if target.suffix in (".safetensors", ".ckpt") and ckpt_format not in (None, target.suffix[1:]):
         raise ValueError(
             f"{target} ends in {target.suffix}, but format {ckpt_format} is asked for; drop one of the two"
         )
-    return _convert(source, target, "torch", _options(options), (".safetensors", ".ckpt"), ckpt_format)
+    if holds_llama(source):
+        return import_llama(source, target, checked_options(options), ckpt_format == "ckpt")
+    return _convert(source, target, "torch", checked_options(options), (".safetensors", ".ckpt"), ckpt_format)
 
 
-def convert_to_torch(mindspore_path: str | Path, torch_path: str | Path, **options) -> Summary:
+def convert_to_torch(
+    mindspore_path: str | Path,
+    torch_path: str | Path,
+    torch_format: str | None = None,
+    config: str | Path | None = None,
+    vocab_file: str | Path | None = None,
+    **options,
+) -> Written:
     """Convert a MindSpore checkpoint of a TeleChat model to Hugging Face's names.
 
     ``mindspore_path`` is a ``.safetensors`` or ``.ckpt`` file or a folder, such as what MindFormers' training
-    leaves. ``torch_path`` is a file when it ends in ``.bin`` or ``.safetensors``, else a folder. The rest is
-    as in ``convert_to_mindspore``.
+    leaves, of any layout: joined rows are parted, ranks of tensor parallelism glued. ``torch_path`` is a file
+    when it ends in ``.bin`` or ``.safetensors``, else a folder. The rest is as in ``convert_to_mindspore``.
+
+    ``torch_format`` is telechat or llama, by default what the weights were converted from; ``config`` and
+    ``vocab_file`` as in ``export_llama``, and only there.
 
     Raises:
         ValueError: as ``convert_to_mindspore``.
     """
-    source, target = _path(mindspore_path, "mindspore_path"), _path(torch_path, "torch_path")
-    return _convert(source, target, "mindspore", _options(options), (".safetensors", ".bin"))
+    source, target = given_path(mindspore_path, "mindspore_path"), given_path(torch_path, "torch_path")
+    check_choice("format", torch_format, TORCH_FORMATS)
+    was_llama = holds_llama(source)
+    if torch_format == "llama" or (torch_format is None and was_llama):
+        config, vocab_file = (path and given_path(path, "the path given") for path in (config, vocab_file))
+        return export_llama(source, target, checked_options(options), config, vocab_file)
+    if was_llama:
+        raise ValueError(
+            f"the config.json of {source} is that of a Llama model, which the torch code of TeleChat does "
+            "not read; use format llama"
+        )
+    if config or vocab_file:
+        raise ValueError("a config or a vocabulary is only taken for format llama; drop them, or use it")
+    return _convert(source, target, "mindspore", checked_options(options), (".safetensors", ".bin"))
 
 
 def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -74,8 +102,8 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
     Raises:
         ValueError: the checkpoint is broken or incomplete, or not a TeleChat model.
     """
-    source = _path(path, "path")
-    plan = make_plan(read_mindspore_source(source), "mindspore", None, str(source))
+    source = given_path(path, "path")
+    plan = make_plan(read_whole(source, sizes_beside(source)), "mindspore", None, str(source))
     for tensor in plan.sources:
         data = tensor.read(tensor.dtype)
         array = widen(data, "bfloat16") if tensor.dtype == "bfloat16" else np.frombuffer(data, tensor.dtype)
@@ -91,24 +119,28 @@ def _convert(
     ckpt_format: str | None = None,
 ) -> Summary:
     """From the names of ``side`` to those of the other one."""
-    read, other = (read_torch_source, "mindspore") if side == "torch" else (read_mindspore_source, "torch")
-    plan = make_plan(read(source), side, _configured_sizes(source), str(source))
+    sizes, other = sizes_beside(source), "mindspore" if side == "torch" else "torch"
+    tensors = read_torch_source(source) if side == "torch" else read_whole(source, sizes)
+    plan = make_plan(tensors, side, sizes, str(source))
     folder, files = deal(target, plan.weights, options, source, file_suffixes, ckpt_format == "ckpt")
     prompt_format = telechat_prompt_format.find(source)
+    along, along_notes = (
+        telechat_files(_config_file(source), plan.sizes, side) if folder == target else ({}, ())
+    )
     job = Job(
         source=source,
         sources={canonical_name(tensor.name, side): tensor for tensor in plan.sources},
         files=files,
         back=lambda tensors: make_plan(tensors, other, plan.sizes, f"what was written to {folder}").weights,
         framework="ms" if side == "torch" else "pt",
-        beside=_small_files(source, folder, prompt_format, with_config=folder == target),
-        notes=_notes(plan, prompt_format, source, with_config=folder == target),
+        beside=small_files(source, folder, prompt_format, with_config=folder == target) | along,
+        notes=(*notes_of(plan, prompt_format, source, with_config=folder == target), *along_notes),
     )
     done = run_job(job, folder, options)
     return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
 
 
-def _small_files(
+def small_files(
     source: Path, folder: Path, prompt_format: str | None, with_config: bool
 ) -> dict[str, bytes]:
     """What goes along with the weights: the config, and which prompts they were tuned with."""
@@ -124,7 +156,8 @@ def _small_files(
     return beside
 
 
-def _notes(plan: Plan, prompt_format: str | None, source: Path, with_config: bool) -> tuple[str, ...]:
+def notes_of(plan: Plan, prompt_format: str | None, source: Path, with_config: bool) -> tuple[str, ...]:
+    """Lines of a summary: the model, what is left out, and what goes along."""
     tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
     lines = [
         f"model: {plan.sizes.describe()}{tied}",
@@ -137,9 +170,10 @@ def _notes(plan: Plan, prompt_format: str | None, source: Path, with_config: boo
     return tuple(lines)
 
 
-def _options(given: dict) -> Options:
+def checked_options(given: dict) -> Options:
+    """The options of these fields; ValueError for a value that is none."""
     options = Options(**given)
-    _check_choice("dtype", options.dtype, WIDTH)
+    check_choice("dtype", options.dtype, WIDTH)
     if options.max_shard_size is not None and options.max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {options.max_shard_size}; expected a positive number of bytes")
     return options
@@ -149,28 +183,14 @@ def _config_file(source: Path) -> Path:
     return (source if source.is_dir() else source.parent) / CONFIG
 
 
-def _check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
+def check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
+    """ValueError if ``value`` is given, but none of ``choices``."""
     if value is not None and value not in choices:
         raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(choices)}")
 
 
-def _path(path: str | Path, what: str) -> Path:
+def given_path(path: str | Path, what: str) -> Path:
+    """A path; ValueError if it is empty, as an unset variable of a shell makes it."""
     if not str(path).strip():
         raise ValueError(f"{what} is empty; expected the path of a file or a folder")
     return Path(path)
-
-
-def _configured_sizes(source: Path) -> TelechatSizes | None:
-    file = _config_file(source)
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a JSON {type(config).__name__}, expected an object")
-    try:
-        return TelechatSizes.from_hf_config(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None

@@ -6,11 +6,11 @@ from pathlib import Path
 
 CONFIG = "config.json"
 
-# One line per size: the spelling of TeleChat's config.json first, then MindFormers' own.
+# One line per size: the spelling of TeleChat's config.json first, then MindFormers' own, then Llama's.
 SPELLINGS = {
-    "num_layers": ("n_layer", "num_layers"),
+    "num_layers": ("n_layer", "num_layers", "num_hidden_layers"),
     "hidden_size": ("hidden_size",),
-    "num_heads": ("n_head", "num_heads"),
+    "num_heads": ("n_head", "num_heads", "num_attention_heads"),
     "n_kv_heads": ("num_key_value_heads", "n_kv_heads"),
     "intermediate_size": ("ffn_hidden_size", "intermediate_size"),
     "vocab_size": ("vocab_size",),

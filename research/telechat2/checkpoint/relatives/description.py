@@ -54,7 +54,7 @@ def token_ids(config: dict, generation: dict | None) -> dict:
 
 
 def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSizes) -> Description:
-    """Read a TeleChat config.json; ``sizes`` are those settled with the weights.
+    """Read a TeleChat config.json, or one in MindFormers' spelling; ``sizes`` are settled with the weights.
 
     Raises:
         ValueError: a number is none, or the config asks for what no TeleChat model here has.
@@ -65,15 +65,15 @@ def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSize
     trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
     silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
     base = whole_number(config, "base_seqlen", silent)
-    description = Description(
-        origin="telechat" if "base_seqlen" in config else "telechat v1",
+    head_dim = sizes.hidden_size // sizes.num_heads
+    return Description(
+        origin="telechat v1" if "n_layer" in config and "base_seqlen" not in config else "telechat",
         sizes=sizes,
-        rms_norm_eps=number(config, "layer_norm_epsilon", 1e-5),
-        theta=FAMILY_THETA,
+        rms_norm_eps=number(config, "layer_norm_epsilon", number(config, "rms_norm_eps", 1e-5)),
+        theta=number(config, "theta", stretched_base(FAMILY_THETA, base, trained, head_dim)),
         seq_length=trained,
         ids=token_ids(config, generation),
     )
-    return replace(description, theta=stretched_base(FAMILY_THETA, base, trained, description.head_dim))
 
 
 def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool | None) -> Description:

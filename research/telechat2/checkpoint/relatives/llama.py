@@ -9,6 +9,7 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.job import Job, Options, Written, run_job
 from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.rank_layout import read_whole
 from research.telechat2.checkpoint.relatives.description import (
     Description,
     describe_fields,
@@ -36,11 +37,9 @@ from research.telechat2.checkpoint.relatives.tokenizer_files import (
     generation_config,
 )
 from research.telechat2.checkpoint.relatives.yamls import yaml_files
-from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.sources import read_mindspore_source, read_torch_source
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes
+from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.stored import StoredTensor
-
-CONFIG = "config.json"
 
 
 def folder_of(path: Path) -> Path:
@@ -154,11 +153,11 @@ def _described(source: Path, file: Path) -> tuple[Plan, Description]:
     if file.suffix in (".yaml", ".yml"):
         fields = _fields_of_yaml(file)
         described = describe_fields(fields, None, fields.tie_word_embeddings)
-        plan = make_plan(read_mindspore_source(source), "mindspore", described.sizes, str(source))
+        plan = make_plan(read_whole(source, described.sizes), "mindspore", described.sizes, str(source))
     else:
         content = read_json(file)
         sizes = _naming(file, lambda: TelechatSizes.from_hf_config(content))
-        plan = make_plan(read_mindspore_source(source), "mindspore", sizes, str(source))
+        plan = make_plan(read_whole(source, sizes), "mindspore", sizes, str(source))
         if is_llama(content):
             described = _naming(file, lambda: describe_llama(content, generation))
         else:
