@@ -79,7 +79,7 @@ def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
     Raises:
         ValueError: nothing there to read, ranks that do not go together, or joined rows and no ``sizes``.
     """
-    ranks = _rank_folders(path)
+    ranks = rank_folders(path)
     if len(ranks) > 1:
         shards = saved_shards(path, len(ranks))
         tensors, group = glue_ranks(shards), len(ranks)
@@ -111,7 +111,7 @@ def is_torch_source(path: Path) -> bool:
     """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; only headers are read."""
     if path.is_file():
         files = [path]
-    elif _rank_folders(path) or (path / TRACKER).is_file():
+    elif rank_folders(path) or (path / TRACKER).is_file():
         return False
     else:
         files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
@@ -148,7 +148,8 @@ def _require_sizes(path: str | Path, found: TelechatSizes, sizes: TelechatSizes)
         )
 
 
-def _rank_folders(path: Path) -> list[Path]:
+def rank_folders(path: Path) -> list[Path]:
+    """The folders ``rank_0`` and so on in ``path``."""
     return [folder for folder in sorted(path.glob("rank_*/")) if re.fullmatch(r"rank_[0-9]+", folder.name)]
 
 

@@ -1,0 +1,199 @@
+"""A checkpoint in another layout for inference: rows joined, or cut for tensor-parallel ranks, or both."""
+
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.checkpoint.convert import (
+    Summary,
+    checked_options,
+    given_path,
+    notes_of,
+    small_files,
+)
+from research.telechat2.checkpoint.job import Job, Options, run_job
+from research.telechat2.checkpoint.layouts import glue_ranks, join_rows, part_of_rank, part_rows
+from research.telechat2.checkpoint.output import Weights, deal
+from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.rank_layout import (
+    QKV_CONCAT,
+    TENSOR_PARALLEL,
+    is_torch_source,
+    rank_folders,
+    read_whole,
+)
+from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
+from research.telechat2.checkpoint.sources import read_torch_source
+from research.telechat2.checkpoint.staging import part_folder
+from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.table import canonical_name
+
+SUFFIXES = (".safetensors", ".ckpt")
+# Layers, hidden size and experts of the releases: only to refuse a name that contradicts the weights.
+RELEASES = {
+    "telechat_3B": (24, 3072, 0),
+    "telechat_7B": (30, 4096, 0),
+    "telechat_35B": (64, 6144, 0),
+    "telechat_115B": (96, 8192, 0),
+    "telechat_39B_A12B": (30, 4096, 16),
+}
+
+
+def convert_layout(
+    path: str | Path,
+    target: str | Path,
+    *,
+    qkv_concat: bool,
+    tensor_parallel: int | None = None,
+    model_name: str | None = None,
+    **options,
+) -> Summary:
+    """Write a checkpoint of any layout, torch or MindSpore, for the parallel inference model.
+
+    Args:
+        path: an HF folder, a MindSpore file or folder, or a folder of ``rank_*`` folders.
+        target: a file for all weights (``.safetensors``, or ``.ckpt`` for one rank), or a folder: for
+            ``rank_0/checkpoint_0.safetensors`` and so on if ``tensor_parallel`` is given or ``path`` is such
+            a folder, else for ``model.safetensors`` or shards.
+        qkv_concat: join the rows of wq and wk_v, and those of w1 and w3.
+        tensor_parallel: number of ranks; None: those of ``path``, or one.
+        model_name: a name such as telechat_7B, which must be that of a release of these sizes.
+        options: the fields of ``Options``.
+
+    Raises:
+        ValueError: a source that is broken, sizes that do not divide, unknown heads, a name of another size,
+            a layout that the target cannot have, a target that exists, or as ``run_job``.
+    """
+    source, target = given_path(path, "the path of the checkpoint"), given_path(target, "the new path")
+    options = checked_options(options)
+    is_torch = is_torch_source(source)
+    sizes = sizes_beside(source)
+    if is_torch:
+        plan = make_plan(read_torch_source(source), "torch", sizes, str(source))
+        whole = {name: tensor for tensor, name in plan.weights}
+    else:
+        plan = make_plan(read_whole(source, sizes), "mindspore", sizes, str(source))
+        whole = {tensor.name: tensor for tensor in plan.sources}
+    if model_name is not None:
+        check_model_name(model_name, plan.sizes)
+    into_ranks = target.suffix not in SUFFIXES
+    if into_ranks and tensor_parallel is None:
+        tensor_parallel = len(rank_folders(source)) or None
+    into_ranks = into_ranks and tensor_parallel is not None
+    _require_sense(target, qkv_concat, tensor_parallel, into_ranks)
+    count = tensor_parallel or 1
+    if into_ranks:
+        folder, files = target, _rank_files(whole, plan.sizes, count, qkv_concat)
+        _refuse_ranks(target, options)
+    else:
+        weights = join_rows(whole, plan.sizes, count) if qkv_concat else whole
+        folder, files = deal(target, _named(weights), options, source, SUFFIXES)
+    prompt_format = telechat_prompt_format.find(source)
+    with_config = folder == target
+    job = Job(
+        source=source,
+        sources=_sources(plan, whole, is_torch),
+        files=files,
+        back=partial(_back, plan, is_torch, count),
+        framework="ms",
+        beside=small_files(source, folder, prompt_format, with_config),
+        layout=_layout(qkv_concat, count, into_ranks),
+        notes=(
+            *notes_of(plan, prompt_format, source, with_config),
+            _described(qkv_concat, count, into_ranks),
+        ),
+    )
+    done = run_job(job, folder, options)
+    return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
+
+
+def check_model_name(name: str, sizes: TelechatSizes) -> None:
+    """ValueError if ``name`` is none of the releases', or that of a release of other sizes."""
+    if name not in RELEASES:
+        raise ValueError(f"--model_name {name} is unknown; expected one of {', '.join(RELEASES)}, or none")
+    found = (sizes.num_layers, sizes.hidden_size, sizes.num_experts or 0)
+    if found != RELEASES[name]:
+        layers, hidden, experts = RELEASES[name]
+        raise ValueError(
+            f"--model_name {name} is a model of {layers} layers, hidden size {hidden}"
+            f"{f', {experts} experts' if experts else ''}, but the checkpoint is of {sizes.describe()}; "
+            "leave --model_name out, the sizes are those of config.json"
+        )
+
+
+def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int | None, into_ranks: bool) -> None:
+    """Refuse what a single file cannot be."""
+    if into_ranks or tensor_parallel is None:
+        return
+    if not qkv_concat:
+        raise ValueError(
+            f"{target} is one file of all weights, which without --qkv_concat True is the same for any "
+            "number of ranks; name a folder, which receives a file for each rank, or leave out "
+            "--tensor_parallel"
+        )
+    if target.suffix == ".ckpt" and tensor_parallel > 1:
+        raise ValueError(
+            f"{target}: a .ckpt file cannot say that its rows are joined for {tensor_parallel} ranks, and "
+            "would be loaded wrongly by others; name a .safetensors file, or a folder"
+        )
+
+
+def _rank_files(
+    whole: dict[str, StoredTensor], sizes: TelechatSizes, tensor_parallel: int, qkv_concat: bool
+) -> dict[str, Weights]:
+    return {
+        f"rank_{rank}/checkpoint_{rank}.safetensors": _named(
+            part_of_rank(whole, sizes, tensor_parallel, rank, qkv_concat)
+        )
+        for rank in range(tensor_parallel)
+    }
+
+
+def _refuse_ranks(folder: Path, options: Options) -> None:
+    if options.max_shard_size is not None:
+        raise ValueError("--max_shard_size does not go with ranks, each of which has one file; leave it out")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
+    if options.resume and part_folder(folder, "").exists():
+        return
+    if there := rank_folders(folder):
+        raise ValueError(
+            f"{folder} already holds {there[0].name}; nothing is overwritten: give another folder, or delete "
+            "the old checkpoint"
+        )
+
+
+def _sources(plan: Plan, whole: dict[str, StoredTensor], is_torch: bool) -> dict[str, StoredTensor]:
+    if not is_torch:
+        return whole
+    return {canonical_name(tensor.name, "torch"): tensor for tensor in plan.sources}
+
+
+def _back(plan: Plan, is_torch: bool, tensor_parallel: int, tensors: list[StoredTensor]) -> Weights:
+    """The tensors of the source, from those of the new files."""
+    by_folder: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for tensor in tensors:
+        by_folder[tensor.file.parent.name][tensor.name] = tensor
+    ranks = [f"rank_{rank}" for rank in range(tensor_parallel)]
+    if by_folder.keys() == set(ranks):
+        tensors = glue_ranks([by_folder[rank] for rank in ranks])
+    found = make_plan(
+        part_rows(tensors, plan.sizes, tensor_parallel), "mindspore", plan.sizes, "what was written"
+    )
+    return found.weights if is_torch else [(tensor, tensor.name) for tensor in found.sources]
+
+
+def _layout(qkv_concat: bool, tensor_parallel: int, into_ranks: bool) -> dict[str, str]:
+    count = str(tensor_parallel)
+    return ({QKV_CONCAT: count} if qkv_concat else {}) | ({TENSOR_PARALLEL: count} if into_ranks else {})
+
+
+def _described(qkv_concat: bool, tensor_parallel: int, into_ranks: bool) -> str:
+    ranks = "1 rank" if tensor_parallel == 1 else f"{tensor_parallel} ranks"
+    rows = f"rows joined for {ranks}" if qkv_concat else "rows not joined"
+    return f"layout: {rows}, {f'a folder for each of {ranks}' if into_ranks else 'whole'}"
+
+
+def _named(weights: dict[str, StoredTensor]) -> Weights:
+    return [(tensor, name) for name, tensor in weights.items()]
