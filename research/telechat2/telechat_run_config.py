@@ -97,7 +97,8 @@ def read_config(path: Path) -> dict:
     """Read a YAML and the chain of files it names in ``base_config``; the file's own keys win.
 
     Dictionaries merge at every depth along the chain, lists are replaced whole; of several bases in one list
-    a later one replaces the top-level sections of an earlier one. This is MindFormers' own rule.
+    a later one replaces the top-level sections of an earlier one. This is MindFormers' own rule. A base is
+    relative to its file or, which MindFormers does not know, to research/telechat2.
 
     Raises:
         ValueError: not YAML, or no mapping.
@@ -114,9 +115,10 @@ def read_config(path: Path) -> dict:
     bases = own.pop("base_config", [])
     merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        base_path = path.parent / base
-        if not base_path.is_file():
-            raise ValueError(f"{path} stands on base_config {base}, but there is no file {base_path}.")
+        places = (path.parent / base, CHECKOUT / SHIPPED / base)
+        base_path = next((place for place in places if place.is_file()), None)
+        if base_path is None:
+            raise ValueError(f"{path} stands on base_config {base}, but there is no file {places[0]}.")
         merged.update(read_config(base_path))
     return _merge(merged, own)
 
