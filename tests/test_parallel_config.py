@@ -10,6 +10,7 @@ SIZES = {
 }  # fmt: skip
 PIPELINE = {"pipeline_stage": 2, "micro_batch_num": 2}
 CONTEXT = {"context_parallel": 4, "model_parallel": 2}
+INFER = {"model_parallel": 2, "vocab_emb_dp": False}
 EXPERTS = {"expert_num": 6, "num_experts_chosen": 2, "capacity_factor": 1.5}
 
 
@@ -58,7 +59,25 @@ EXPERTS = {"expert_num": 6, "num_experts_chosen": 2, "capacity_factor": 1.5}
         ({"expert_parallel": 2}, {}, "expert_parallel is 2, but the model has no experts"),
         ({"optimizer_shard": True}, {}, "optimizer_shard has no effect.*enable_parallel_optimizer"),
         ({"swap": {"swap": True}}, {}, "swap_config.swap is True"),
-        ({"model_parallel": 2}, {"use_past": True}, "use_past is True.*model_parallel 2"),
+        (
+            {"model_parallel": 2},
+            {"use_past": True},
+            "use_past is True.*vocab_emb_dp True.*set vocab_emb_dp: False",
+        ),
+        (INFER | {"use_seq_parallel": True}, {"use_past": True}, "use_past is True.*use_seq_parallel: False"),
+        (INFER | {"model_parallel": 5}, {"use_past": True}, "num_heads 12 is not divisible by .*5"),
+        (INFER, {"use_past": True, "n_kv_heads": 3}, "n_kv_heads 3 is not divisible by .*2"),
+        (INFER, {"use_past": True, "vocab_size": 101}, "vocab_size 101 is not divisible by .*2"),
+        (
+            INFER,
+            {"use_past": True, "moe_config": EXPERTS, "intermediate_size": 121},
+            "intermediate_size 121 is not divisible by .*2",
+        ),
+        (
+            {"data_parallel": 2, "expert_parallel": 2},
+            {"use_past": True, "moe_config": EXPERTS},
+            "use_past is True and .*expert_parallel 2.*Set expert_parallel to 1",
+        ),
         (PIPELINE, {"use_past": True}, "use_past is True.*pipeline_stage 2"),
         (PIPELINE, {"tie_word_embeddings": True}, "tie_word_embeddings is True.*cannot be one tensor"),
         ({"pipeline_stage": 2}, {}, "micro_batch_num is 1, less than pipeline_stage 2"),
@@ -112,6 +131,7 @@ def test_plans_that_cannot_be_are_refused(plan, fields, message):
         ({"model_parallel": 4}, {"seq_length": 62}),
         ({"model_parallel": 4, "use_seq_parallel": True}, {"seq_length": 62, "batch_size": 2}),
         ({"data_parallel": 3}, {"use_past": True}),
+        (INFER, {"use_past": True, "moe_config": EXPERTS}),  # none of training's rules for experts
         (CONTEXT | {"use_seq_parallel": True}, {}),
         ({"context_parallel": 4, "context_parallel_algo": "ulysses_cp"}, {}),
         (PIPELINE, {"num_layers": 5, "offset": [0, 1]}),

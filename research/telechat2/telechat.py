@@ -20,7 +20,8 @@ from research.telechat2.telechat_interleave import JoinTokens, SplitTokens, deco
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
 from research.telechat2.telechat_mask import DocumentMask
 from research.telechat2.telechat_parallel import GlobalMean, apply_plan
-from research.telechat2.telechat_parallel_config import copies_of
+from research.telechat2.telechat_parallel_config import check_whole, copies_of
+from research.telechat2.telechat_ranks import ALONE
 from research.telechat2.telechat_rope import RotaryTables
 from research.telechat2.telechat_rope_requests import RequestLengths
 
@@ -28,16 +29,22 @@ LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the ot
 
 
 class TelechatModel(nn.Cell):
-    """The decoder stack: token ids to normalised hidden states ``[T, H]`` in ``compute_dtype``."""
+    """The decoder stack: token ids to normalised hidden states ``[T, H]`` in ``compute_dtype``.
 
-    def __init__(self, config: TelechatConfig):
+    Args:
+        config: TelechatConfig.
+        tok_embeddings, layers: the embedding and the decoder layers, None for those that ``config`` asks for.
+        ranks: the Ranks that share the weights.
+    """
+
+    def __init__(self, config: TelechatConfig, tok_embeddings=None, layers=None, ranks=ALONE):
         super().__init__()
-        self.tok_embeddings = TelechatEmbedding(config)
-        self.layers = nn.CellList(decoder_layers(config))
+        self.tok_embeddings = TelechatEmbedding(config) if tok_embeddings is None else tok_embeddings
+        self.layers = nn.CellList(decoder_layers(config) if layers is None else layers)
         self.norm_out = TelechatRMSNorm(config)
         self.rotary_tables = RotaryTables(config)
         if config.use_past:
-            self.paged_inputs = telechat_ops.paged_inputs(config)
+            self.paged_inputs = telechat_ops.paged_inputs(config, ranks)
         else:
             self.sequence_inputs = telechat_ops.sequence_inputs(config)
         self.packed = bool(config.document_start_ids)
@@ -113,8 +120,7 @@ class TelechatForCausalLM(PreTrainedModel):
 
     def __init__(self, config: TelechatConfig):
         super().__init__(config, auto_prefix=True)
-        self.model = TelechatModel(config)
-        self.lm_head = TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
+        self.model, self.lm_head = self.parts(config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.tok_embeddings.embedding_weight
         self.loss = telechat_ops.cross_entropy()
@@ -137,6 +143,12 @@ class TelechatForCausalLM(PreTrainedModel):
         self.cast = P.Cast()
         self.load_checkpoint(config)
         apply_plan(self, config)
+
+    def parts(self, config):
+        """The decoder stack and the output projection of a model that one process holds."""
+        check_whole(config)
+        model = TelechatModel(config)
+        return model, TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
 
     def construct(
         self,

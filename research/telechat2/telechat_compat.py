@@ -80,6 +80,7 @@ __all__ = [
     "naming_target",
     "output_directory",
     "parallel_config_from",
+    "process_group",
     "set_output_path",
 ]
 
@@ -93,6 +94,14 @@ if not logger.handlers:
 def is_cpu() -> bool:
     """Whether graphs are built for the CPU target."""
     return ms.get_context("device_target") == "CPU"
+
+
+def process_group() -> tuple[int, int, str]:
+    """How many processes run, which of them this is, and their group's name; without any group 1, 0, ""."""
+    group = ms.communication.GlobalComm
+    if not group.INITED:
+        return 1, 0, ""
+    return ms.communication.get_group_size(), ms.communication.get_rank(), group.WORLD_COMM_GROUP
 
 
 def is_predict_run() -> bool:

@@ -64,6 +64,8 @@ class TelechatConfig(PretrainedConfig):
         document_start_ids: ids that begin a document in packed training records, which then sees nothing of
             the others: every record gives the losses of its documents alone. Empty: one causal sequence.
         use_past: predict with a paged key/value cache.
+        qkv_concat: ParallelTelechatForCausalLM has one product for queries, keys and values, and in dense
+            models one for gate and up.
         is_dynamic: with ``use_past``: one graph for all shapes (True), or one graph for each length
             rounded up to a power of two (False: faster steps, a compilation for each new length).
         block_size, num_blocks: tokens in a block of the paged cache, and number of blocks.
@@ -130,6 +132,7 @@ class TelechatConfig(PretrainedConfig):
         ignore_token_id: int = -100,
         document_start_ids: tuple[int, ...] | list[int] = (),
         use_past: bool = False,
+        qkv_concat: bool = False,
         is_dynamic: bool = True,
         block_size: int = 16,
         num_blocks: int = 512,

@@ -9,6 +9,7 @@ from mindspore.ops import auto_generate
 from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2.telechat_moe_dispatch import GatedBias
+from research.telechat2.telechat_ranks import ALONE
 from research.telechat2.telechat_twins import cache_parameter
 
 
@@ -34,6 +35,17 @@ class SwiGLUFused(nn.Cell):
 
     def construct(self, gate, up):
         return self.reshape(self.swiglu(self.stack((gate, up)), 1), gate.shape)
+
+
+class SwiGLUJoinedFused(nn.Cell):
+    """Ascend's Swiglu on a tensor that holds both, as it takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.swiglu = auto_generate.Swiglu()
+
+    def construct(self, gate_up):
+        return self.swiglu(gate_up, -1)
 
 
 class RotaryFused(nn.Cell):
@@ -215,8 +227,11 @@ class DroplessExpertsFused(nn.Cell):
     by a product of its own.
     """
 
-    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
+    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False, ranks=ALONE):
         super().__init__()
+        self.adds_up = ranks.size > 1
+        if self.adds_up:
+            self.add_summands = ranks.sum()
         self.row_counts = RowCounts(settings.num_experts)
         self.permute = auto_generate.MoeTokenPermute()
         self.unpermute = auto_generate.MoeTokenUnpermute()
@@ -229,6 +244,8 @@ class DroplessExpertsFused(nn.Cell):
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
         y = self.answer(x, experts, gates, self.row_counts(experts), w1, w3, w2)
+        if self.adds_up:
+            y = self.add_summands(y)
         return self.add_bias(y, experts, gates, bias)
 
     def answer(self, x, experts, gates, counts, w1, w3, w2):

@@ -5,6 +5,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2 import telechat_ops
+from research.telechat2.telechat_ranks import ALONE
 
 
 class TelechatEmbedding(nn.Cell):
@@ -38,9 +39,13 @@ class TelechatLinear(nn.Cell):
         has_bias: whether there is a bias ``[out]``.
         sigma: standard deviation of the initial weights, None for the config's.
         dropout: probability of dropping an output, in training.
+        ranks: the Ranks that share the input's channels, so that their products are summands of the whole;
+            ``in_channels`` are those of one.
     """
 
-    def __init__(self, in_channels, out_channels, config, has_bias=False, sigma=None, dropout=0.0):
+    def __init__(
+        self, in_channels, out_channels, config, has_bias=False, sigma=None, dropout=0.0, ranks=ALONE
+    ):
         super().__init__()
         sigma = config.sigma if sigma is None else sigma
         self.weight = Parameter(
@@ -51,6 +56,9 @@ class TelechatLinear(nn.Cell):
         if has_bias:
             self.bias = Parameter(initializer("zeros", (out_channels,), config.param_init_type), name="bias")
             self.bias_add = P.Add()
+        self.adds_up = ranks.size > 1
+        if self.adds_up:
+            self.add_summands = ranks.sum()
         self.dtype = config.compute_dtype
         self.matmul = P.MatMul(transpose_b=True)
         self.cast = P.Cast()
@@ -58,6 +66,8 @@ class TelechatLinear(nn.Cell):
 
     def construct(self, x):
         out = self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
+        if self.adds_up:
+            out = self.add_summands(out)  # before the bias, of which every rank has the whole
         if self.has_bias:
             out = self.bias_add(out, self.cast(self.bias, self.dtype))
         return self.dropout(out)
@@ -84,15 +94,28 @@ class TelechatRMSNorm(nn.Cell):
 
 
 class TelechatFeedForward(nn.Cell):
-    """``w2(silu(w1 x) * w3 x)``: SwiGLU on ``[T, H]``, with a bias on ``w2`` only."""
+    """``w2(silu(w1 x) * w3 x)``: SwiGLU on ``[T, H]``, with a bias on ``w2`` only.
 
-    def __init__(self, config):
+    ``ranks``: the Ranks that share the width.
+    """
+
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
-        hidden, width = config.hidden_size, config.intermediate_size
+        hidden, width = config.hidden_size, config.intermediate_size // ranks.size
+        self.add_gates(hidden, width, config)
+        self.w2 = TelechatLinear(
+            width, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob, ranks=ranks
+        )
+
+    def add_gates(self, hidden, width, config):
+        """Make the cells that ``gated`` uses."""
         self.w1 = TelechatLinear(hidden, width, config)
         self.w3 = TelechatLinear(hidden, width, config)
-        self.w2 = TelechatLinear(width, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob)
         self.swiglu = telechat_ops.swiglu()
 
+    def gated(self, x):
+        """``silu(w1 x) * w3 x``: ``[T, H]`` to ``[T, F]``."""
+        return self.swiglu(self.w1(x), self.w3(x))
+
     def construct(self, x):
-        return self.w2(self.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(self.gated(x))

@@ -12,6 +12,7 @@ from mindspore.ops import operations as P  # noqa: N812
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_moe_router import Router
 from research.telechat2.telechat_parallel import ProcessMean
+from research.telechat2.telechat_ranks import ALONE
 
 ROUTER_SIGMA = 0.01  # spec 1.2: the router starts wider than the other linears
 
@@ -39,12 +40,14 @@ class RouterWeights(nn.Cell):
 class ExpertWeights(nn.Cell):
     """The parameters of all experts of a layer.
 
-    Prediction wants the weights turned, ``[E, in, out]``: ``turn`` does that after loading.
+    Prediction wants the weights turned, ``[E, in, out]``: ``turn`` does that after loading. ``ranks``: the
+    Ranks that share the width F; each has all biases.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
-        experts, hidden, width = config.moe.num_experts, config.hidden_size, config.intermediate_size
+        experts, hidden = config.moe.num_experts, config.hidden_size
+        width = config.intermediate_size // ranks.size
         self.w1 = _Weights((experts, width, hidden), config.sigma, config)
         self.w3 = _Weights((experts, width, hidden), config.sigma, config)
         self.w2 = _Weights((experts, hidden, width), config.sigma, config, bias_shape=(1, experts, 1, hidden))
@@ -106,16 +109,18 @@ class TelechatMoE(nn.Cell):
 
     After a training step ``expert_load`` [2, E] holds, of all choices, the share that was sent to each expert
     and the share that it took; it is no weight.
+
+    ``ranks``: the Ranks that share the experts' width, in prediction.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
         moe = config.moe
-        self.router, self.ffn = RouterWeights(config), ExpertWeights(config)
+        self.router, self.ffn = RouterWeights(config), ExpertWeights(config, ranks)
         self.with_capacity = moe.capacity_factor > 0
         if self.with_capacity:
             self.capacity_block = ExpertBlock(config, telechat_ops.capacity_experts(config), True)
-        self.dropless_block = ExpertBlock(config, telechat_ops.dropless_experts(config), False)
+        self.dropless_block = ExpertBlock(config, telechat_ops.dropless_experts(config, ranks), False)
         self.balance_scale = moe.balance_factor * moe.num_experts
         self.mean_over_processes = ProcessMean()
         # MindFormers leaves this name out of checkpoint/rank_*; the section `checkpoint:` saves it.

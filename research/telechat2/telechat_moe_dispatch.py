@@ -14,6 +14,8 @@ from mindspore import Tensor, nn
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P  # noqa: N812
 
+from research.telechat2.telechat_ranks import ALONE
+
 
 class ExpertRows(nn.Cell):
     """Finds a row of the block for each choice of each token: an expert's i-th choice gets its i-th row.
@@ -165,11 +167,17 @@ class FromExperts(nn.Cell):
 
 
 class OwnExperts(nn.Cell):
-    """One device has all experts: their rows stay where they are. ExpertExchange is the same for many."""
+    """One device has all experts: their rows stay where they are. ExpertExchange is the same for many.
 
-    def __init__(self, num_experts: int):
+    ``ranks``: the Ranks that share every expert's width, each with the rows of all tokens.
+    """
+
+    def __init__(self, num_experts: int, ranks=ALONE):
         super().__init__()
         self.num_experts = num_experts
+        self.adds_up = ranks.size > 1
+        if self.adds_up:
+            self.add_summands = ranks.sum()
         self.reshape = P.Reshape()
 
     def forth(self, block):
@@ -181,8 +189,8 @@ class OwnExperts(nn.Cell):
         return self.reshape(rows, (-1, rows.shape[2]))
 
     def add_up(self, y):
-        """Parts ``[T, H]`` of the experts' answers to the whole of them."""
-        return y
+        """Summands ``[T, H]`` of the experts' answers to their sum."""
+        return self.add_summands(y) if self.adds_up else y
 
 
 class BatchedExperts(nn.Cell):
@@ -191,6 +199,8 @@ class BatchedExperts(nn.Cell):
     Args:
         settings: MoESettings.
         swiglu: kernel ``(gate [n, F], up [n, F]) -> [n, F]``.
+        turned: whether the weights are.
+        ranks: the Ranks that share the width; F is what one has, the biases are whole on each.
 
     Inputs: x ``[T, H]``, experts ``[T, k]`` int32, gates ``[T, k]``, w1, w3 ``[E, F, H]``, w2
     ``[E, H, F]`` (where ``turned``: ``[E, H, F]`` and ``[E, F, H]``), bias ``[1, E, 1, H]``, all of x's dtype
@@ -200,12 +210,12 @@ class BatchedExperts(nn.Cell):
     ``experts[t, j]``, ``[T, H]``; and kept ``[T, k]`` int32, 0 where a choice was dropped.
     """
 
-    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False):
+    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False, ranks=ALONE):
         super().__init__()
         self.expert_rows = ExpertRows(settings.num_experts, settings.token_major)
         self.to_experts = ToExperts()
         self.from_experts = FromExperts()
-        self.exchange = OwnExperts(settings.num_experts)
+        self.exchange = OwnExperts(settings.num_experts, ranks)
         self.gated_bias = GatedBias(settings.num_experts)
         self.swiglu = swiglu
         self.batched_matmul = P.BatchMatMul(transpose_b=not turned)

@@ -17,6 +17,7 @@ from research.telechat2.telechat_fused import (
     RotaryTokensFused,
     SequenceInputsFused,
     SwiGLUFused,
+    SwiGLUJoinedFused,
 )
 from research.telechat2.telechat_kernel_rules import (
     check_cpu_dtypes,
@@ -24,6 +25,7 @@ from research.telechat2.telechat_kernel_rules import (
     check_paged_kernels,
 )
 from research.telechat2.telechat_moe_dispatch import CapacityExperts, DroplessExpertsTwin
+from research.telechat2.telechat_ranks import ALONE
 from research.telechat2.telechat_twins import (
     CrossEntropyTwin,
     GroupedAttention,
@@ -33,6 +35,7 @@ from research.telechat2.telechat_twins import (
     RotaryTokensTwin,
     RotaryTwin,
     SequenceInputsTwin,
+    SwiGLUJoinedTwin,
     SwiGLUTwin,
 )
 
@@ -45,6 +48,11 @@ def rms_norm(eps: float) -> nn.Cell:
 def swiglu() -> nn.Cell:
     """SwiGLU kernel: ``(gate [T, F], up [T, F]) -> [T, F]``."""
     return SwiGLUTwin() if is_cpu() else SwiGLUFused()
+
+
+def swiglu_joined() -> nn.Cell:
+    """SwiGLU of the gate's and up's channels in one tensor: ``gate_up [T, 2F] -> [T, F]``."""
+    return SwiGLUJoinedTwin() if is_cpu() else SwiGLUJoinedFused()
 
 
 def rotary() -> nn.Cell:
@@ -74,23 +82,28 @@ def causal_attention(config) -> nn.Cell:
     return GroupedAttention(config.head_dim, config.softmax_compute_type)
 
 
-def paged_inputs(config) -> nn.Cell:
-    """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin."""
+def paged_inputs(config, ranks=ALONE) -> nn.Cell:
+    """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin.
+
+    ``ranks``: the Ranks that share the heads.
+    """
     if is_cpu():
         check_cpu_dtypes(config)
-        return PagedInputsTwin(
-            config.num_blocks, config.block_size, config.n_kv_heads, config.softmax_compute_type
-        )
+        heads = config.n_kv_heads // ranks.size
+        return PagedInputsTwin(config.num_blocks, config.block_size, heads, config.softmax_compute_type)
     check_paged_kernels(config)
     return PagedInputsFused(config.compute_dtype)
 
 
-def paged_attention(config) -> nn.Cell:
-    """Prediction attention with its cache; see PagedAttentionTwin."""
+def paged_attention(config, ranks=ALONE) -> nn.Cell:
+    """Prediction attention with its cache; see PagedAttentionTwin.
+
+    ``ranks``: the Ranks that share the heads.
+    """
     kind = PagedAttentionTwin if is_cpu() else PagedAttentionFused
     return kind(
-        config.num_heads, config.n_kv_heads, config.head_dim, config.num_blocks, config.block_size,
-        config.compute_dtype, config.softmax_compute_type,
+        config.num_heads // ranks.size, config.n_kv_heads // ranks.size, config.head_dim, config.num_blocks,
+        config.block_size, config.compute_dtype, config.softmax_compute_type,
     )  # fmt: skip
 
 
@@ -104,10 +117,13 @@ def capacity_experts(config) -> nn.Cell:
     return CapacityExperts(config.moe, swiglu())
 
 
-def dropless_experts(config) -> nn.Cell:
-    """The experts without a capacity; see DroplessExpertsTwin."""
+def dropless_experts(config, ranks=ALONE) -> nn.Cell:
+    """The experts without a capacity; see DroplessExpertsTwin.
+
+    ``ranks``: the Ranks that share their width.
+    """
     kind = DroplessExpertsTwin if is_cpu() else DroplessExpertsFused
-    return kind(config.moe, swiglu(), turned=config.use_past)
+    return kind(config.moe, swiglu(), turned=config.use_past, ranks=ranks)
 
 
 def cross_entropy(tokens: int = 1, vocabulary: int = 1) -> nn.Cell:

@@ -24,7 +24,10 @@ def check_plan(config) -> None:
     _check_unsupported(config, section)
     _check_model_parallel(config, section)
     _check_context_parallel(config, section)
-    _check_experts(config, section)
+    if config.use_past:
+        _check_prediction(config, section)
+    else:
+        _check_experts(config, section)
     _check_interleave(config, section)
     _check_pipeline(config, section)
     _check_recompute(config, section.recompute)
@@ -156,18 +159,18 @@ def _check_unsupported(config, section) -> None:
             "parallel_config.optimizer_shard has no effect in MindFormers any more; "
             "remove it, and set parallel.enable_parallel_optimizer."
         )
-    if config.use_past and section.model_parallel * section.pipeline_stage * section.context_parallel > 1:
+    if config.use_past and section.pipeline_stage * section.context_parallel > 1:
         raise ValueError(
-            f"use_past is True, and parallel_config asks for model_parallel {section.model_parallel}, "
-            f"context_parallel {section.context_parallel} and pipeline_stage {section.pipeline_stage}; this "
-            "model predicts with a cache on one device. Set them to 1."
+            f"use_past is True, and parallel_config asks for context_parallel {section.context_parallel} and "
+            f"pipeline_stage {section.pipeline_stage}; prediction with a cache shares a model out by "
+            "model_parallel only. Set them to 1."
         )
 
 
 def _check_model_parallel(config, section) -> None:
     mp = section.model_parallel
     sizes = ["num_heads", "n_kv_heads"]
-    if not (config.moe and config.moe.ep_extend_tp):
+    if config.use_past or not (config.moe and config.moe.ep_extend_tp):
         sizes.append("intermediate_size")
     if not section.vocab_emb_dp:
         sizes.append("vocab_size")
@@ -186,6 +189,43 @@ def _check_model_parallel(config, section) -> None:
             f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
             f"parallel_config.model_parallel {by}, as use_seq_parallel needs; change one of them, or set "
             "use_seq_parallel: False."
+        )
+
+
+def check_whole(config) -> None:
+    """Refuse to build a model on one device that its config shares out for prediction, or joins rows of.
+
+    Raises:
+        ValueError: ``model_parallel`` or ``qkv_concat`` ask for ParallelTelechatForCausalLM.
+    """
+    mp = config.parallel_config.model_parallel
+    if config.qkv_concat or (config.use_past and mp > 1):
+        raise ValueError(
+            f"qkv_concat is {config.qkv_concat}, use_past {config.use_past} and "
+            f"parallel_config.model_parallel {mp}, but TelechatForCausalLM keeps its rows apart and predicts "
+            "with a cache on one device; set model.arch.type: ParallelTelechatForCausalLM, or qkv_concat: "
+            "False and model_parallel: 1."
+        )
+
+
+def _check_prediction(config, section) -> None:
+    """Refuse what prediction with a cache would have to ignore: tensor parallelism is all there is."""
+    if section.expert_parallel > 1:
+        raise ValueError(
+            f"use_past is True and parallel_config.expert_parallel {section.expert_parallel}; in prediction "
+            "the devices share every expert's width, by model_parallel. Set expert_parallel to 1."
+        )
+    if section.model_parallel == 1:
+        return
+    if section.use_seq_parallel:
+        raise ValueError(
+            "use_past is True and parallel_config.use_seq_parallel too, but a step of prediction is not "
+            "split by tokens; set use_seq_parallel: False."
+        )
+    if section.vocab_emb_dp:
+        raise ValueError(
+            f"use_past is True, parallel_config.model_parallel {section.model_parallel} and vocab_emb_dp "
+            "True (as if not set), but prediction shares the vocabulary out; set vocab_emb_dp: False."
         )
 
 

@@ -1,5 +1,6 @@
 """What YAMLs name in ``auto_register``: MindFormers runs a copy of this file, so it only re-exports."""
 
+from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_callback import TelechatMonitor
 from research.telechat2.telechat_compat import MFTrainOneStepCell
@@ -9,6 +10,7 @@ from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
 __all__ = [
     "MFTrainOneStepCell",
+    "ParallelTelechatForCausalLM",
     "TelechatConfig",
     "TelechatForCausalLM",
     "TelechatMonitor",

@@ -6,27 +6,30 @@ from mindspore.ops import operations as P  # noqa: N812
 from research.telechat2 import telechat_ops
 from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear, TelechatRMSNorm
 from research.telechat2.telechat_moe import TelechatMoE
+from research.telechat2.telechat_ranks import ALONE
 
 
 class TelechatAttention(nn.Cell):
     """Grouped-query attention with rotary positions.
 
     The rows of ``wk_v`` are packed per key/value head: head g has its D key rows, then its D value rows.
+    ``ranks``: the Ranks that share the heads, N of queries and K of keys and values each.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
-        self.num_heads, self.n_kv_heads = config.num_heads, config.n_kv_heads
+        self.num_heads, self.n_kv_heads = config.num_heads // ranks.size, config.n_kv_heads // ranks.size
         self.head_dim = config.head_dim
-        hidden = config.hidden_size
-        self.wq = TelechatLinear(hidden, hidden, config)
-        self.wk_v = TelechatLinear(hidden, 2 * config.n_kv_heads * config.head_dim, config)
-        self.wo = TelechatLinear(hidden, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob)
+        self.add_projections(config)
+        self.wo = TelechatLinear(
+            self.num_heads * self.head_dim, config.hidden_size, config, has_bias=True,
+            dropout=config.hidden_dropout_prob, ranks=ranks,
+        )  # fmt: skip
         self.rotary_dtype, self.compute_dtype = config.rotary_dtype, config.compute_dtype
         self.use_past = config.use_past
         if config.use_past:
             self.rotary = telechat_ops.rotary_tokens(config.head_dim)
-            self.paged_attention = telechat_ops.paged_attention(config)
+            self.paged_attention = telechat_ops.paged_attention(config, ranks)
         else:
             self.rotary = telechat_ops.rotary()
             self.causal_attention = telechat_ops.causal_attention(config)
@@ -36,6 +39,19 @@ class TelechatAttention(nn.Cell):
         self.transpose_out = P.Transpose()
         self.split_kv = P.Split(-1, 2)
         self.cast = P.Cast()
+
+    def add_projections(self, config):
+        """Make the cells that ``project`` uses."""
+        self.wq = TelechatLinear(config.hidden_size, self.num_heads * self.head_dim, config)
+        self.wk_v = TelechatLinear(config.hidden_size, 2 * self.n_kv_heads * self.head_dim, config)
+
+    def project(self, x):
+        """Queries ``[T, N*D]``, keys and values ``[T, K*D]`` of tokens ``[T, H]``."""
+        query = self.wq(x)
+        key_value = self.reshape(self.wk_v(x), (-1, self.n_kv_heads, 2 * self.head_dim))
+        key, value = self.split_kv(key_value)
+        flat = (-1, self.n_kv_heads * self.head_dim)
+        return query, self.reshape(key, flat), self.reshape(value, flat)
 
     def _rotate(self, query, key, tables):
         query, key = self.cast(query, self.rotary_dtype), self.cast(key, self.rotary_dtype)
@@ -61,11 +77,7 @@ class TelechatAttention(nn.Cell):
 
     def paged(self, x, prefill, tables, inputs, lengths):
         """Tokens ``x`` ``[T, H]`` with the cache, ``tables`` cos and sin ``[T, D]``; returns ``[T, H]``."""
-        query = self.wq(x)
-        key_value = self.reshape(self.wk_v(x), (-1, self.n_kv_heads, 2 * self.head_dim))
-        key, value = self.split_kv(key_value)
-        flat = (-1, self.n_kv_heads * self.head_dim)
-        key, value = self.reshape(key, flat), self.reshape(value, flat)
+        query, key, value = self.project(x)
         query, key = self._rotate(query, key, (*tables, lengths))
         attend = self.paged_attention.prefill if prefill else self.paged_attention.decode
         return self.wo(attend(query, key, value, inputs, lengths))
@@ -75,16 +87,19 @@ class TelechatDecoderLayer(nn.Cell):
     """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``, the sums in ``res_dtype``.
 
     The feed-forward block is dense or a mixture of experts. Returns y, and with experts their auxiliary loss.
+    ``ranks``: the Ranks that share the weights.
     """
 
-    def __init__(self, config):
+    attention_cell, feed_forward_cell = TelechatAttention, TelechatFeedForward
+
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
         self.attention_norm = TelechatRMSNorm(config)
-        self.attention = TelechatAttention(config)
+        self.attention = self.attention_cell(config, ranks)
         self.has_experts = config.moe is not None
         # The router chooses by what the norm says before it is rounded.
         self.ffn_norm = TelechatRMSNorm(config, config.layernorm_compute_type if self.has_experts else None)
-        self.feed_forward = TelechatMoE(config) if self.has_experts else TelechatFeedForward(config)
+        self.feed_forward = (TelechatMoE if self.has_experts else self.feed_forward_cell)(config, ranks)
         self.res_dtype = config.res_dtype
         self.add_attention = P.Add()
         self.add_feed_forward = P.Add()

@@ -73,6 +73,19 @@ class SwiGLUTwin(nn.Cell):
         return self.mul(self.mul(dout, up), slope), self.mul(dout, silu)
 
 
+class SwiGLUJoinedTwin(nn.Cell):
+    """SwiGLUTwin of one tensor ``[T, 2F]``: the gate's channels, then up's."""
+
+    def __init__(self):
+        super().__init__()
+        self.split = P.Split(-1, 2)
+        self.swiglu = SwiGLUTwin()
+
+    def construct(self, gate_up):
+        gate, up = self.split(gate_up)
+        return self.swiglu(gate, up)
+
+
 class RotaryTwin(nn.Cell):
     """Half-split rotation of queries ``[B, S, N, D]`` and keys ``[B, S, K, D]``, each by its own cos and sin.
 
