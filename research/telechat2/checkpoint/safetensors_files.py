@@ -141,6 +141,7 @@ def _read_blocks(
     """Bytes ``start`` to ``stop`` of the tensor that lies at ``begin`` to ``end`` of the file."""
     length = (end if stop is None else min(end, begin + stop)) - begin - start
     with open(file, "rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         stream.seek(begin + start)
         buffer = memoryview(bytearray(min(length, BLOCK_BYTES)))
         while length:

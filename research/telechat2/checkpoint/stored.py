@@ -8,7 +8,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.dtypes import WIDTH, cast
 
-BLOCK_BYTES = 4 << 20  # a multiple of every element's width: casts work block by block
+BLOCK_BYTES = 1 << 20  # a multiple of every element's width, and little enough for a core's cache
 
 Extent = tuple[Path, int, int]  # a file, and the first byte and the one after the last of a range of it
 
