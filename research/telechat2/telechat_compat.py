@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import mindspore as ms
 import numpy as np
-from mindformers import MindFormerConfig, Trainer
+from mindformers import MindFormerConfig, Trainer, model_runner
 from mindformers.core import parallel_config as _parallel_config
 from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
@@ -181,6 +181,23 @@ def moe_config_from(value) -> _MoEConfig:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"moe_config is {value!r}; expected a section of settings.")
     return MoEConfig(**dict(value or {}))
+
+
+_load_by_library = model_runner.transform_and_load_checkpoint
+
+
+def _load_by_model(config, model, network, *args, **kwargs):
+    """Load for ModelRunner (MindIE): through ``network.load_weights(path)`` if the model has it.
+
+    MindFormers' own loader leaves parameters random whose names it does not find, and cuts weights only by
+    strategies of another model.
+    """
+    if hasattr(network, "load_weights"):
+        return network.load_weights(config.checkpoint.load_path)
+    return _load_by_library(config, model, network, *args, **kwargs)
+
+
+model_runner.transform_and_load_checkpoint = _load_by_model
 
 
 class _AnyNotFinite(nn.Cell):
