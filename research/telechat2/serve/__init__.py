@@ -1,0 +1,1 @@
+"""Serving: the folder that MindIE starts from."""

@@ -1,0 +1,62 @@
+"""The small models of the folders under test: their YAMLs, and a process that drives folders like MindIE."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SELF_TEST = CHECKOUT / "research" / "telechat2" / "serve" / "self_test.py"
+PROCESS = Path(__file__).with_name("mindie_process.py")
+SIZES = {
+    "hidden_size": 64, "n_layer": 2, "n_head": 4, "num_key_value_heads": 2, "ffn_hidden_size": 96,
+    "vocab_size": 600,
+}  # fmt: skip
+EXPERTS = {"expert_num": 4, "num_experts_chosen": 2}
+QUESTIONS = ["生抽与老抽的区别？", "x", "What is the weather in Beijing today?", "你好"]
+NEW_TOKENS = 12
+
+
+def write_yaml(path: Path, model_config: dict | None = None, **sections) -> Path:
+    """A predict YAML of SIZES over the shipped base, on a CPU."""
+    sizes = {
+        "seq_length": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "n_kv_heads": 2,
+        "intermediate_size": 96, "vocab_size": 600, "num_blocks": 64, "compute_dtype": "float32",
+        "param_init_type": "float32", "res_dtype": "float32", "max_decode_length": 256,
+    }  # fmt: skip
+    content = {
+        "base_config": str(CHECKOUT / "research" / "telechat2" / "telechat2-base" / "predict.yaml"),
+        "model": {"model_config": sizes | (model_config or {})},
+        "context": {"device_target": "CPU", "jit_config": {"jit_level": "O0"}},
+    }
+    path.write_text(yaml.safe_dump(content | sections), encoding="utf-8")
+    return path
+
+
+def drive(elsewhere: Path, folders: list[Path], broken: list[Path], **variables: str) -> dict:
+    """Ask the folders in one process that sees no checkout; what each said, and how the broken ones failed.
+
+    The process runs in ``elsewhere``, and everything it writes stays there.
+    """
+    job = elsewhere / "job.json"
+    job.write_text(
+        json.dumps(
+            {
+                "self_test": str(SELF_TEST),
+                "folders": list(map(str, folders)),
+                "broken": list(map(str, broken)),
+                "questions": QUESTIONS,
+                "new_tokens": NEW_TOKENS,
+            }  # fmt: skip
+        )
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.run(
+        [sys.executable, "-P", PROCESS, job], cwd=elsewhere, env=environment | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-4000:]
+    return json.loads(job.with_suffix(".said.json").read_text(encoding="utf-8"))

@@ -1,0 +1,124 @@
+"""What MindIE calls, without a folder: layouts of tokens, the tokenizer, the values to set."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from research.telechat2.serve.mindie import MindIETelechatTokenizer, newest_rows, prompt_rows
+from research.telechat2.serve.settings import instructions, service_config
+
+PROMPTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5)
+
+
+@given(PROMPTS)
+def test_prompts_one_after_the_other_are_the_same_rows(prompts):
+    lengths = np.array([len(prompt) for prompt in prompts])
+    rows = prompt_rows(np.concatenate(prompts).reshape(1, -1), lengths)
+    assert [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)] == prompts
+    assert prompt_rows(rows, lengths) is rows  # what generate gives
+
+
+@given(PROMPTS)
+def test_one_token_of_each_row_is_found_where_the_row_ends(rows):
+    lengths = np.array([len(row) for row in rows])
+    newest = np.array([row[-1] for row in rows])
+    for given_as in (newest.reshape(-1, 1), newest.reshape(1, -1)):
+        found = newest_rows(given_as, lengths)
+        assert np.take_along_axis(found, lengths[:, None] - 1, 1)[:, 0].tolist() == newest.tolist()
+
+
+def test_a_prefill_that_leaves_tokens_out_is_an_error():
+    with pytest.raises(ValueError, match="brings 3 tokens of prompts that have 7.*plugin_params"):
+        prompt_rows(np.ones((1, 3), int), np.array([5, 2]))
+
+
+# ---------------------------------------------------------------------- tokenizer
+@pytest.fixture(scope="module")
+def tokenizer(small_vocab):
+    return MindIETelechatTokenizer(str(small_vocab), use_fast=True, trust_remote_code=False)
+
+
+def test_the_tokenizer_takes_raw_text_as_mindie_asks_it(tokenizer):
+    """`/generate`: markers of the text are special."""
+    ids = tokenizer(["<_start><_user>你好<_bot>"], return_tensors="np")["input_ids"][0].tolist()
+    assert ids == [1, 4, *tokenizer.encode_text("你好"), 5]
+
+
+def test_a_conversation_is_rendered_by_the_one_renderer(tokenizer, small_tokenizer, caplog):
+    from mindformers.model_runner import InputBuilder
+
+    message = [{"role": "user", "content": "is <_end> special?"}]
+    asked = {"tools": None, "enable_thinking": False}
+    ids = InputBuilder(tokenizer).make_context(0, message, chat_template_kwargs=asked)
+    assert ids == small_tokenizer.apply_chat_template(message, add_generation_prompt=True)
+    assert ids[0] == 6 and ids[-1] == 5 and 2 not in ids
+    assert [record.getMessage() for record in caplog.records] == [
+        "a client's chat setting enable_thinking has no meaning for TeleChat2 and is ignored"
+    ]
+    InputBuilder(tokenizer).make_context(0, message, chat_template_kwargs=asked)
+    assert len(caplog.records) == 1
+
+
+def test_the_plain_format_is_rendered_where_a_model_was_tuned_in_it(small_vocab):
+    plain = MindIETelechatTokenizer(str(small_vocab), prompt_format="plain")
+    ids = plain.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert ids == [1, 4, *plain.encode_text("hi"), 5]
+    with pytest.raises(ValueError, match="prompt format 'chta' is unknown"):
+        MindIETelechatTokenizer(str(small_vocab), prompt_format="chta")
+
+
+def test_answers_are_decoded_from_arrays(tokenizer):
+    ids = np.array([*tokenizer.encode_text("生抽 and 老抽"), 2])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "生抽 and 老抽"
+
+
+# ---------------------------------------------------------------------- values and commands
+class Settings:
+    seq_length, block_size = 8192, 16
+
+
+def test_the_values_for_mindies_own_config_are_the_readmes(tmp_path):
+    service = service_config(Settings, tmp_path / "telechat2_7b", world_size=2, npu_mem_size=8)
+    flat = dict(leaves(service))
+    assert flat.items() >= {
+        "modelWeightPath": str(tmp_path / "telechat2_7b"), "worldSize": 2, "backendType": "ms",
+        "maxSeqLen": 8192, "maxInputTokenLen": 6144, "npuMemSize": 8, "httpsEnabled": False,
+    }.items()  # fmt: skip
+    assert service["BackendConfig"]["npuDeviceIds"] == [[0, 1]]
+    assert flat["cacheBlockSize"] == 16
+
+
+def leaves(content):
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(value, (dict, list)):
+                yield key, value
+            yield from leaves(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from leaves(value)
+
+
+@pytest.mark.parametrize(
+    "prompt_format, beginning", [("chat", "<_system>你是"), ("plain", "<_start><_user>生抽")]
+)
+def test_the_commands_to_type_send_json_in_the_models_format(tmp_path, prompt_format, beginning):
+    import shlex
+
+    service = service_config(Settings, tmp_path / "m", world_size=1, npu_mem_size=8)
+    text = instructions(service, prompt_format)
+    bodies = {}
+    for line in text.splitlines():
+        if line.startswith("curl"):
+            words = shlex.split(line)
+            bodies[words[-1].rsplit(":1025", 1)[1]] = json.loads(words[words.index("-d") + 1])
+    assert bodies.keys() == {"/generate", "/v1/chat/completions"}
+    assert bodies["/generate"]["inputs"].startswith(beginning)
+    assert bodies["/generate"]["inputs"].endswith("<_user>生抽与老抽的区别？<_bot>")
+    assert bodies["/v1/chat/completions"]["messages"] == [{"role": "user", "content": "生抽与老抽的区别？"}]
+    assert bodies["/v1/chat/completions"]["model"] == "m"
+    assert json.dumps(service, indent=4, ensure_ascii=False) in text
+    assert "./bin/mindieservice_daemon" in text

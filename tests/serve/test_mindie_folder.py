@@ -1,0 +1,245 @@
+"""The folder that MindIE starts from: its files, that it answers through ModelRunner, and what is refused."""
+
+import json
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mindie_model import CHECKOUT, EXPERTS, NEW_TOKENS, SIZES, drive, write_yaml
+from model_fixtures import RandomModel, oracle_generate
+from oracle import write_hf_folder
+
+from research.telechat2 import telechat_prompt_format
+from research.telechat2.serve import folder as folder_module
+from research.telechat2.serve.folder import build, read_sources
+from research.telechat2.telechat_config import TelechatConfig
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> RandomModel:
+    return RandomModel(tmp_path_factory.mktemp("dense"), seed=5, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> RandomModel:
+    return RandomModel(
+        tmp_path_factory.mktemp("experts"), seed=6, num_experts=4, num_experts_per_tok=2, **SIZES
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(dense, experts, small_vocab, tmp_path_factory) -> dict[str, Path]:
+    """One from a Hugging Face folder with joined rows, one of experts from a MindSpore file, plain format."""
+    place = tmp_path_factory.mktemp("serving")
+    yamls = tmp_path_factory.mktemp("yamls")
+    joined = write_yaml(yamls / "predict_joined.yaml", {"qkv_concat": True})
+    moe = write_yaml(yamls / "predict_moe.yaml", moe_config=EXPERTS)
+    made = {"dense": place / "telechat2_dense", "experts": place / "deeper" / "telechat2-moe"}
+    sources = read_sources(joined, dense.hf, small_vocab.parent, None, None)
+    build(sources, made["dense"], npu_mem_size=8, self_test=False)
+    sources = read_sources(moe, experts.weights, small_vocab, "plain", None)
+    build(sources, made["experts"], npu_mem_size=4, self_test=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def said(folders, dense, tmp_path_factory) -> dict:
+    """What a process elsewhere heard from the folders, moved to another place, and from two broken ones."""
+    place = tmp_path_factory.mktemp("moved")
+    moved = [shutil.copytree(path, place / path.name) for path in folders.values()]
+    nameless, misfit = (shutil.copytree(moved[0], place / name) for name in ("nameless", "misfit"))
+    write_hf_folder(place / "other", SIZES | {"ffn_hidden_size": 128}, seed=0)
+    for copy, weights in ((nameless, ""), (misfit, str(place / "other"))):
+        (file,) = copy.glob("*.yaml")
+        served = yaml.safe_load(file.read_text(encoding="utf-8"))
+        file.write_text(yaml.safe_dump(served | {"load_checkpoint": weights}), encoding="utf-8")
+    return drive(tmp_path_factory.mktemp("elsewhere"), moved, [nameless, misfit])
+
+
+def test_model_runner_answers_as_the_oracle_and_our_own_generate(said, dense, experts):
+    for random, told in zip((dense, experts), said["folders"], strict=True):
+        expected = [oracle_generate(random, prompt, NEW_TOKENS)[len(prompt) :] for prompt in told["prompts"]]
+        assert told["answers"] == expected
+        assert told["generated"] == expected
+        assert told["warm_up"] == [2, 0]
+        assert told["caches"][0] == told["caches"][1]
+
+
+def test_only_the_folders_own_code_runs(said):
+    assert said["from_the_package"] == []
+    assert said["folders"][0]["model"] == "openmind_modules.telechat2_dense.serve_mindie"
+
+
+def test_prompts_are_in_the_format_the_model_was_tuned_with(said):
+    assert all(prompt[0] == 6 for prompt in said["folders"][0]["prompts"])
+    assert all(prompt[:2] == [1, 4] for prompt in said["folders"][1]["prompts"])
+
+
+def test_weights_that_are_not_the_models_are_an_error_never_random(said):
+    nameless, misfit = said["broken"]
+    assert "names no load_checkpoint" in nameless
+    assert "128" in misfit and "96" in misfit
+
+
+# ---------------------------------------------------------------------- files
+def test_one_yaml_modes_and_nothing_left_beside(folders):
+    for path in folders.values():
+        assert len(list(path.glob("*.yaml"))) == 1
+        assert stat.S_IMODE(path.stat().st_mode) == 0o750
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+        assert all(file.is_file() for file in path.iterdir())
+    place = folders["dense"].parent
+    assert sorted(path.name for path in place.iterdir()) == ["deeper", "telechat2_dense"]
+
+
+def test_the_yaml_stands_alone_with_paths(folders, dense, small_vocab):
+    path = folders["dense"]
+    served = yaml.safe_load((path / "predict_joined.yaml").read_text(encoding="utf-8"))
+    assert "base_config" not in served and "auto_register" not in json.dumps(served)
+    assert served["load_checkpoint"] == str(dense.hf)
+    assert served["processor"]["tokenizer"]["vocab_file"] == str(path / "tokenizer.model")
+    assert (path / "tokenizer.model").read_bytes() == small_vocab.read_bytes()
+    assert served["model"]["model_config"]["rms_norm_eps"] == 1e-5  # from the base
+    assert served["use_parallel"] is False
+
+
+def test_config_json_holds_the_whole_model_the_experts_too(folders):
+    """MindIE reads model_type, torch_dtype and vocab_size; the rest makes the same TelechatConfig again."""
+    written = {name: json.loads((path / "config.json").read_text()) for name, path in folders.items()}
+    assert written["experts"]["moe_config"] == EXPERTS and "moe_config" not in written["dense"]
+    for content in written.values():
+        assert (content["model_type"], content["torch_dtype"]) == ("telechat", "float32")
+        assert (content["vocab_size"], content["seq_length"], content["qkv_concat"]) == (
+            600, 256, content is written["dense"],
+        )  # fmt: skip
+        ours = {key: value for key, value in content.items() if key not in ("torch_dtype", "auto_map")}
+        config = TelechatConfig(**ours)
+        assert (config.moe is None) == ("moe_config" not in content)
+        assert config.intermediate_size == 96 and config.n_kv_heads == 2
+
+
+def test_tokenizer_and_generation_files(folders):
+    path = folders["experts"]
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["prompt_format"] == "plain" and "<_start>" in tokenizer["chat_template"]
+    generation = json.loads((path / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["top_k"]) == (2, 3)
+    told = (path / "mindie.txt").read_text(encoding="utf-8")
+    assert f'"modelWeightPath": "{path}"' in told and '"npuMemSize": 4' in told
+
+
+def test_several_npus_are_one_more_number(dense, small_vocab, tmp_path):
+    """A parallel plan of the YAML, or asked for: the YAML of the folder and MindIE's values agree on it."""
+    asked = write_yaml(
+        tmp_path / "p.yaml", use_parallel=True, parallel_config={"data_parallel": 1, "model_parallel": 2}
+    )
+    for world_size in (None, 2):
+        sources = read_sources(asked, dense.hf, small_vocab, None, world_size)
+        target = tmp_path / f"m{world_size}"
+        told = build(sources, target, npu_mem_size=8, self_test=False)
+        served = yaml.safe_load((target / "p.yaml").read_text(encoding="utf-8"))
+        assert served["use_parallel"] is True and served["parallel"]["parallel_mode"] == "STAND_ALONE"
+        assert served["parallel_config"]["model_parallel"] == 2 and '"worldSize": 2' in told
+    with pytest.raises(ValueError, match="heads.* 4|4.*heads"):
+        read_sources(asked, dense.hf, small_vocab, None, 4)  # two key/value heads
+    with pytest.raises(ValueError, match="the self-test loads one process, but the folder is for 2 NPUs"):
+        build(sources, tmp_path / "n", npu_mem_size=8, self_test=True)
+
+
+def test_the_recorded_prompt_format_is_taken(dense, small_vocab, tmp_path):
+    weights = shutil.copytree(dense.hf, tmp_path / "hf")
+    telechat_prompt_format.write(weights, "plain")
+    assert (
+        read_sources(write_yaml(tmp_path / "p.yaml"), weights, small_vocab, None, None).prompt_format
+        == "plain"
+    )
+
+
+# ---------------------------------------------------------------------- refusals
+def test_what_does_not_fit_is_named_before_anything_is_written(dense, experts, small_vocab, tmp_path):
+    good = write_yaml(tmp_path / "good.yaml")
+    foreign = tmp_path / "other.yaml"
+    foreign.write_text("model: {model_config: {type: LlamaConfig}}\n")
+    uncached = write_yaml(tmp_path / "a.yaml", {"use_past": False})
+    mistyped = write_yaml(tmp_path / "b.yaml", {"num_layer": 2})
+    small = write_yaml(tmp_path / "c.yaml", {"vocab_size": 512})
+    deep = write_yaml(tmp_path / "d.yaml", {"num_layers": 3})
+    cases = [
+        ((foreign, dense.hf, small_vocab), "other.yaml: model.model_config.type is LlamaConfig"),
+        ((uncached, dense.hf, small_vocab), "a.yaml: .*use_past is False"),
+        ((mistyped, dense.hf, small_vocab), "b.yaml: .*'num_layer'"),
+        ((small, dense.hf, small_vocab), "tokenizer.model has"),
+        ((deep, dense.hf, small_vocab), f"{dense.hf}.*layer"),
+        ((good, experts.hf, small_vocab), "expert"),
+        ((good, tmp_path / "absent", small_vocab), "--checkpoint_path .*absent does not exist"),
+        ((good, None, small_vocab), "good.yaml names no load_checkpoint; give --checkpoint_path"),
+        ((good, dense.hf, None), "good.yaml names no vocab_file; give --vocab_file_path"),
+        ((good, dense.hf, tmp_path), "tokenizer.model does not exist"),
+    ]
+    for (yaml_file, weights, vocab), said in cases:
+        with pytest.raises(ValueError, match=said):
+            read_sources(yaml_file, weights, vocab, None, None)
+
+
+@pytest.fixture
+def sources(dense, small_vocab, tmp_path):
+    return read_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
+
+
+def test_an_existing_folder_stays_as_it_is(sources, tmp_path):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(ValueError, match="made exists; give another --output_path"):
+        build(sources, tmp_path / "made", npu_mem_size=8)
+    assert not any((tmp_path / "made").iterdir())
+
+
+def test_a_name_that_python_could_not_import_is_refused(sources, tmp_path):
+    with pytest.raises(ValueError, match="name is 'v1.0', but MindFormers makes a Python package of it"):
+        build(sources, tmp_path / "v1.0", npu_mem_size=8)
+
+
+def test_a_failing_self_test_leaves_nothing(sources, tmp_path, monkeypatch):
+    """On a CPU the test is made unless it is asked not to be."""
+    script = tmp_path / "fails.py"
+    script.write_text("import sys\nprint('ValueError: no such luck')\nsys.exit(1)\n")
+    monkeypatch.setattr(folder_module, "SELF_TEST", script)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="nothing was written: .*no such luck"):
+        build(sources, tmp_path / "made", npu_mem_size=8)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def command(*words, cwd: Path) -> subprocess.CompletedProcess:
+    file = CHECKOUT / "research" / "telechat2" / "build_mindie_folder.py"
+    return subprocess.run(
+        [sys.executable, str(file), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_mistakes_end_in_one_sentence(tmp_path):
+    for words, said in (
+        (["--yaml_file", "predict_telechat_tyni.yaml"], "predict_telechat_tiny.yaml"),
+        (["--yaml_file", "predict_telechat_tiny.yaml"], "names no load_checkpoint; give --checkpoint_path"),
+        (["--yaml_file", "p", "--world_size", "0"], "--world_size is 0"),
+    ):
+        told = command(*words, "--output_path", "made", cwd=tmp_path)
+        assert (told.returncode, told.stdout) == (1, "")
+        *_, error = told.stderr.splitlines()
+        assert error.startswith("error: ") and re.search(said, error)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # the self-test compiles the model once more, in a process of its own
+def test_the_command_builds_asks_and_says_what_to_type(dense, small_vocab, tmp_path):
+    words = ["--yaml_file", write_yaml(tmp_path / "p.yaml"), "--checkpoint_path", dense.hf]
+    words += ["--vocab_file_path", small_vocab, "--output_path", "made"]
+    told = command(*words, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("self-test: ModelRunner loaded the folder in ")
+    assert "./bin/mindieservice_daemon" in told.stdout and "curl" in told.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"p.yaml", "made"}
