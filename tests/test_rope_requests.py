@@ -39,19 +39,18 @@ def test_a_prefill_in_the_first_block_of_another_request_ends_that():
 
 
 def test_what_is_read_from_a_later_position_on_keeps_the_factor_of_its_beginning():
-    """The second chunk of a prompt, and a request that shares another's first blocks."""
+    """The second piece of a prompt, and a request that shares another's first blocks."""
     requests = RequestLengths(config_of())
     requests.of_rows(True, [8], tables([3, 4]), longest=[48])
-    assert requests.of_rows(True, [16], tables([3, 4, 5, 6]), starts=[8]).tolist() == [48]
-    assert requests.of_rows(True, [12, 4], tables([3, 4, 9], [8]), starts=[8, 0]).tolist() == [48, 4]
+    assert requests.of_rows(False, [16], tables([3, 4, 5, 6])).tolist() == [48]
+    assert requests.of_rows(True, [4], tables([8])).tolist() == [4]
+    assert requests.of_rows(False, [12, 5], tables([3, 4, 9], [8, 2])).tolist() == [48, 4]
 
 
 def test_a_request_whose_beginning_was_not_seen_is_refused():
     requests = RequestLengths(config_of())
     with pytest.raises(ValueError, match="first block is 5.*no prefill began.*read its prompt again"):
         requests.of_rows(False, [4], tables([5]))
-    with pytest.raises(ValueError, match="first block is 5"):
-        requests.of_rows(True, [8], tables([5, 6]), starts=[4])
     assert requests.of_rows(False, [1], tables([])).tolist() == [0]  # padding of a batch has no block
 
 

@@ -100,12 +100,12 @@ class TelechatForCausalLM(PreTrainedModel):
 
     Inputs of ``construct`` (int32):
         - **input_ids**: training and evaluation ``[B, seq_length + 1]``; prediction without a cache
-          ``[B, S]``; with one ``[1, T]`` (prefill: all prompts one after the other) or ``[B, 1]`` (decode).
+          ``[B, S]``; with one ``[1, T]`` (prefill: all prompts one after the other) or ``[T, 1]`` (decode).
         - **labels**: as ``input_ids``, the id that each position holds if it is trained, else
           ``ignore_token_id``. Without labels every token but padding is trained.
         - **position_ids** ``[T]``, **batch_valid_length** ``[B]``, **block_tables** ``[B, M]``,
           **slot_mapping** ``[T]``, **last_token** ``[B]``: prediction with a cache; ``last_token`` is the
-          index of each sequence's last token in the flattened prompts. With DYNAMIC_NTK also
+          index of each sequence's last token among the T. With DYNAMIC_NTK also
           **rotary_lengths** ``[T]``, the length whose rotary factor the token's request has.
 
     Returns:
@@ -168,9 +168,7 @@ class TelechatForCausalLM(PreTrainedModel):
                 tokens, self.is_first_iteration, position_ids, lengths, block_tables, slot_mapping,
                 rotary_lengths,
             )  # fmt: skip
-            if self.is_first_iteration:
-                hidden = self.gather(hidden, last_token, 0)
-            return self._logits(hidden)
+            return self._logits(self.gather(hidden, last_token, 0))
         if self.training:
             return self._loss(input_ids, labels)
         logits = self._logits(self.model(input_ids)[0])

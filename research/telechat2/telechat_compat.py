@@ -44,6 +44,7 @@ from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCel
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
+from research.telechat2.telechat_chunks import read_in_chunks
 from research.telechat2.telechat_rope_requests import longest_of_rows
 
 __all__ = [
@@ -278,6 +279,19 @@ class PreTrainedModel(_PreTrainedModel):
                 self.config, lengths, settings.max_new_tokens, settings.max_length
             )
         return super().generate(input_ids, generation_config, *args, **kwargs)
+
+    def forward(self, input_ids, valid_length_each_example, *, prefill=None, **kwargs):
+        """MindFormers' ``forward``, which reads prompts in pieces where ``prefill_chunk`` says so."""
+        lengths = valid_length_each_example
+        if not (prefill and self.config.use_past and 0 < self.config.prefill_chunk < np.sum(lengths)):
+            return super().forward(input_ids, lengths, prefill=prefill, **kwargs)
+
+        def run(input_ids, *, prefill, **step):
+            inputs = self.prepare_inputs_for_generation(input_ids, prefill=prefill, **step)
+            return self._incremental_infer(inputs, prefill, None)
+
+        logits = read_in_chunks(run, self.config, input_ids, lengths, **kwargs)
+        return logits, np.arange(len(lengths))
 
     @staticmethod
     def get_logits_warper(generation_config):

@@ -69,6 +69,8 @@ class TelechatConfig(PretrainedConfig):
         is_dynamic: with ``use_past``: one graph for all shapes (True), or one graph for each length
             rounded up to a power of two (False: faster steps, a compilation for each new length).
         block_size, num_blocks: tokens in a block of the paged cache, and number of blocks.
+        prefill_chunk: with ``use_past``: most tokens of prompts read in one step; longer prompts are read in
+            pieces, see telechat_chunks.py. 0: every prompt at once.
         use_flash_attention: on Ascend the fused attention kernels (True) or plain operators (False).
         top_k, top_p, do_sample, repetition_penalty: defaults of ``generate``.
         max_decode_length: most tokens of prompt and answer together, where a command sets no other limit;
@@ -136,6 +138,7 @@ class TelechatConfig(PretrainedConfig):
         is_dynamic: bool = True,
         block_size: int = 16,
         num_blocks: int = 512,
+        prefill_chunk: int = 0,
         use_flash_attention: bool = True,
         top_k: int = 5,
         top_p: float = 1.0,

@@ -149,7 +149,20 @@ def _check_sizes(config) -> None:
         )
 
 
+def _check_prefill_chunk(config) -> None:
+    chunk = config.prefill_chunk
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0:
+        raise ValueError(f"prefill_chunk is {chunk!r}; it must be a number of tokens, or 0 for no chunks.")
+    if chunk and not (config.use_past and config.is_dynamic):
+        raise ValueError(
+            f"prefill_chunk is {chunk}, but use_past is {config.use_past} and is_dynamic is "
+            f"{config.is_dynamic}; prompts are read in pieces with both alone. Set both to True, or "
+            "prefill_chunk to 0."
+        )
+
+
 def _check_choices(config) -> None:
+    _check_prefill_chunk(config)
     check_extension(config)
     if config.attention_dropout_prob != 0.0:
         raise ValueError(

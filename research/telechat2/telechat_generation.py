@@ -30,19 +30,24 @@ def paged_step(
     valid_length_each_example,
     block_tables,
     slot_mapping,
+    starts=None,
     requests=None,
     longest=None,
     **kwargs,
 ):
     """Inputs of ``TelechatForCausalLM.construct`` for one prefill or decode step.
 
+    In a decode step the graph has a row for each token, with the blocks of its sequence and the tokens up to
+    it: one for each sequence, or more where pieces of prompts are read (telechat_chunks.py).
+
     Args:
         config: TelechatConfig.
         input_ids: ``[B, seq_length]``, every row's tokens from its first to its newest, then padding.
-        prefill: whether the prompts are read, or one token of each row is.
+        prefill: whether prompts are read from their beginning, or tokens whose sequence is in the cache.
         valid_length_each_example: ``[B]``, tokens of each row.
         block_tables: ``[B, seq_length / block_size]``, -1 where a row has no block yet.
         slot_mapping: slots of the tokens read, -1 for padding.
+        starts: ``[B]``, position of the first token of each row that a decode step reads; None: the last.
         requests: RequestLengths of the model's engine, with DYNAMIC_NTK alone.
         longest: ``[B]``, tokens that each row may reach, if the caller knows; see RequestLengths.
         kwargs: what MindFormers passes besides; not needed.
@@ -50,34 +55,32 @@ def paged_step(
     Returns:
         dict of int32 tensors; ``block_tables`` and ``batch_valid_length`` included.
     """
-    lengths = np.asarray(valid_length_each_example, np.int32)
+    lengths, tables = np.asarray(valid_length_each_example, np.int32), np.asarray(block_tables)
     slots = np.asarray(slot_mapping, np.int32).reshape(-1)
+    if starts is None:
+        starts = np.zeros_like(lengths) if prefill else lengths - 1
+    counts = lengths - starts
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    last = np.cumsum(counts) - 1
+    positions = np.arange(len(rows)) - (last - lengths + 1)[rows]
+    tokens, padding = np.asarray(input_ids)[rows, positions], 0
+    step = {}
     if requests is not None:
-        rotary_lengths = requests.of_rows(prefill, lengths, block_tables, longest=longest)
+        step["rotary_lengths"] = requests.of_rows(prefill, lengths, tables, longest=longest)[rows]
     if prefill:
-        tokens = np.concatenate([row[:n] for row, n in zip(input_ids, lengths, strict=True)])
-        positions = np.concatenate([np.arange(n) for n in lengths])
         slots = slots[slots >= 0]
         padding = _rounded(len(tokens), config) - len(tokens)
-        tokens, positions = np.pad(tokens, (0, padding)), np.pad(positions, (0, padding))
-        slots = np.pad(slots, (0, padding), constant_values=-1)
-        tokens, last = tokens.reshape(1, -1), np.cumsum(lengths) - 1
     else:
-        tokens = np.take_along_axis(np.asarray(input_ids), lengths[:, None] - 1, axis=1)
-        positions, last = lengths - 1, np.arange(len(lengths))
-    step = {
-        "input_ids": tokens,
-        "position_ids": positions,
-        "block_tables": _needed_blocks(np.asarray(block_tables), lengths, config),
-        "slot_mapping": slots,
-        "last_token": last,
-    }
-    if requests is not None:
-        rotary_lengths = np.repeat(rotary_lengths, lengths if prefill else 1)
-        step["rotary_lengths"] = np.pad(rotary_lengths, (0, len(positions) - len(rotary_lengths)))
+        tables, lengths = tables[rows], positions + 1
+    step |= {"input_ids": tokens, "position_ids": positions}
+    step = {name: np.pad(value, (0, padding)) for name, value in step.items()}
+    step["input_ids"] = step["input_ids"].reshape((1, -1) if prefill else (-1, 1))
+    step["slot_mapping"] = np.pad(slots, (0, padding), constant_values=-1)
+    step["block_tables"] = _needed_blocks(tables, lengths, config)
+    step["last_token"] = last
     tensors = {name: Tensor.from_numpy(np.ascontiguousarray(value, np.int32)) for name, value in step.items()}
     # The library wraps this one itself, just before the call.
-    return {**tensors, "batch_valid_length": lengths.reshape(1, -1)}
+    return {**tensors, "batch_valid_length": lengths.astype(np.int32).reshape(1, -1)}
 
 
 def _rounded(size: int, config) -> int:

@@ -27,8 +27,8 @@ def longest_of_rows(config, prompt_lengths, max_new_tokens: int | None, max_leng
 class RequestLengths:
     """The lengths whose factors the live requests have, each kept by the first block of its cache.
 
-    A request ends when its first block begins another. One that is read from a later position on, its first
-    blocks being in the cache already (chunked prefill, shared prefixes), has the factor those were read with.
+    A request ends when its first block begins another. What is read later on, be it further pieces of the
+    prompt or a request that shares the first blocks, has the factor those were read with.
     """
 
     def __init__(self, config):
@@ -36,14 +36,13 @@ class RequestLengths:
         self.by_prompt = config.extend_by_prompt
         self.by_first_block: dict[int, int] = {}
 
-    def of_rows(self, prefill: bool, lengths, block_tables, *, starts=None, longest=None) -> np.ndarray:
+    def of_rows(self, prefill: bool, lengths, block_tables, *, longest=None) -> np.ndarray:
         """The length ``[B]`` int32 whose factor each row of a step has.
 
         Args:
-            prefill: whether prompts are read, or one token of each row.
+            prefill: whether prompts are read from their beginning.
             lengths: ``[B]``, tokens of each row.
             block_tables: ``[B, M]``, -1 where a row has no block; a row without any is padding of the batch.
-            starts: ``[B]``, position of the first token that a prefill reads; None means 0.
             longest: ``[B]``, tokens that each row may reach, where the caller knows: needed at a request's
                 prefill only. Without it those that the blocks reserved for it hold, or ``extend_by_prompt``.
 
@@ -52,12 +51,10 @@ class RequestLengths:
         """
         lengths, tables = np.asarray(lengths), np.asarray(block_tables)
         firsts = tables[:, 0]
-        starts = 0 if starts is None else np.asarray(starts)
-        begins = (firsts >= 0) & (starts == 0) & bool(prefill)
         if longest is None:
             longest = lengths if self.by_prompt else (tables >= 0).sum(1) * self.block_size
         longest = np.clip(longest, lengths, self.seq_length)
-        for row in np.flatnonzero(begins):
+        for row in np.flatnonzero(firsts >= 0) if prefill else ():
             self.by_first_block[int(firsts[row])] = int(longest[row])
         return np.array([self._kept(int(block)) for block in firsts], np.int32)
 
