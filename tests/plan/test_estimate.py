@@ -103,6 +103,20 @@ def test_a_layer_sends_the_least_that_sequence_parallelism_needs(published):
     assert sum(item.bytes for item in layer_communication(run, False, True)) == 10 * each
 
 
+def test_split_sequences_send_heads_and_keys(published):
+    """7B on four parts of a sequence, two of which exchange heads, and then gather keys with the others.
+
+    A device has 2048 tokens. Four times (queries, keys, values, answers) half of 2048 x 4096 in bfloat16
+    leaves it for other heads, 8 MiB; twice (keys, values) what it then has of them, 4096 x 2048, 16 MiB.
+    """
+    run = replace(published["7b"], dp=2, gather=2, exchange=2, whole=[[0]])
+    found = layer_communication(run, False, False)
+    for phase in ("forward", "backward"):
+        assert sum(item.bytes for item in found if item.phase == phase) == (4 * 8 + 2 * 16) * 2**20
+    assert {item.kind: item.stride for item in found} == {"AlltoAll": 1, "AllGather": 2, "ReduceScatter": 2}
+    assert (run.devices, run.tokens, run.step_tokens) == (8, 2048, 2 * 8192 * run.micro_batches)
+
+
 def test_gradients_and_weights_travel_once_a_step(published):
     run = published["7b"]
     vectors = 4096 * (30 * 4 + 1)

@@ -52,6 +52,19 @@ SLOW = {
             "optimizer_level": "level3", "parallel_optimizer_threshold": 64,
         },
     },
+    "gathered keys": {
+        PLAN + "context_parallel": 2, PLAN + "data_parallel": 1, AGAIN + "recompute": [1],
+    },
+    "exchanged heads": {
+        PLAN + "context_parallel": 2, PLAN + "data_parallel": 2, PLAN + "model_parallel": 2,
+        PLAN + "context_parallel_algo": "ulysses_cp", "parallel.enable_alltoall": True,
+        AGAIN + "recompute": [1],
+    },
+    "exchanged heads and gathered keys": {
+        PLAN + "context_parallel": 4, PLAN + "data_parallel": 1, PLAN + "model_parallel": 2,
+        PLAN + "context_parallel_algo": "hybrid_cp", PLAN + "ulysses_degree_in_cp": 2,
+        PLAN + "use_seq_parallel": False, "parallel.enable_alltoall": True,
+    },
     "accumulation": {"runner_config.gradient_accumulation_steps": 2},
     "16-bit weights": {MODEL + "param_init_type": "bfloat16"},
     "split experts": EXPERTS | {"moe_config": MIXTURE | {"ep_extend_tp": False}, AGAIN + "recompute": True},
@@ -75,7 +88,7 @@ def settings_of(changes: dict) -> dict:
 def compare(settings: dict, stage: int):
     """Assert that estimate and compiled graph of the stage's first rank agree."""
     run = workload(settings)
-    rank = stage * run.dp * run.mp
+    rank = stage * run.stage_devices
     target = "research.telechat2.plan.training_step:build"
     report = simulate(target, {"settings": settings}, device_num=run.devices, rank=rank)
     stored = {parameter.name: parameter.bytes for parameter in report.parameters}

@@ -50,6 +50,15 @@ def test_the_published_plan_of_7b_is_about_as_good_as_the_best():
     assert (best.estimate.workload.dp, best.estimate.workload.mp) == (8, 1)
 
 
+def test_sequences_are_tried_whole_and_split_as_the_config_says():
+    changes = {"parallel_config.context_parallel": 2, "parallel_config.data_parallel": 4}
+    found = search(shipped("finetune_telechat_7b_32k", changes), device_num=8, memory_gb=60, count=1000)
+    splits = [plan.estimate.workload for plan in found.plans]
+    assert {run.gather for run in splits} == {1, 2} and {run.devices for run in splits} == {8}
+    split = next(plan for plan in found.plans if plan.estimate.workload.gather == 2)
+    assert estimate(shipped("finetune_telechat_7b_32k", changes | split.changes)) == split.estimate
+
+
 def test_a_model_that_fits_nowhere_is_said_to(found):
     none = search(shipped("finetune_telechat_115b"), device_num=8, memory_gb=60)
     assert not none.plans

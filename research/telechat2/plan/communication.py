@@ -21,7 +21,7 @@ class Communication:
 
     Attributes:
         kind: as in the graph.
-        group: ``tensor``, ``data`` (the replicas of parameters), ``experts`` or ``pipeline``.
+        group: ``tensor``, ``context``, ``data`` (the replicas of parameters), ``experts`` or ``pipeline``.
         phase: ``forward``, ``backward`` or ``recompute``.
         what: what it carries.
         ranks: devices of the group. stride: the distance of their numbers.
@@ -60,6 +60,7 @@ def layer_communication(
     found = []
     if run.mp > 1:
         found += _blocks(run, again, gathers_again)
+    found += _context(run, again and run.gathers_in_whole)
     # Without sequence parallelism the input is kept in parts; MindSpore keeps an embedding's as it is.
     if again and run.mp > 1 and run.slice_kept and not run.sequence_parallel and (run.moe or not first):
         kept = run.tokens * run.hidden_size * run.residual_bytes
@@ -88,6 +89,23 @@ def _blocks(run: Workload, again: bool, gathers_again: bool) -> list[Communicati
         found.append(_tensor(run, ALL_REDUCE, phase, "hidden states", hidden, blocks))
     if repeats:
         found.append(_tensor(run, ALL_REDUCE, RECOMPUTE, "hidden states", hidden))
+    return found
+
+
+def _context(run: Workload, repeats: bool) -> list[Communication]:
+    """Of attention where sequences are split: exchanges of heads for tokens and back, and gathered keys."""
+    query, key = (run.tokens * size * run.compute_bytes // run.mp for size in (run.hidden_size, run.kv_size))
+    phases = (FORWARD, BACKWARD, RECOMPUTE) if repeats else (FORWARD, BACKWARD)
+    found = []
+    for phase in phases:
+        if run.exchange > 1:  # queries and answers, keys and values
+            for what, size in (("heads of queries", query), ("heads of keys", key)):
+                group = ("context", phase, what, run.exchange, run.mp)
+                found.append(Communication(ALL_TO_ALL, *group, size, 2))
+        if run.gather > 1:
+            kind = REDUCE_SCATTER if phase == BACKWARD else ALL_GATHER
+            group = ("context", phase, "keys and values", run.gather, run.mp * run.exchange)
+            found.append(Communication(kind, *group, key * run.gather, 2))
     return found
 
 
@@ -147,7 +165,7 @@ def pipeline_communication(run: Workload, chunk: int, stage: int) -> list[Commun
     size = run.tokens // run.token_parts * run.hidden_size * run.residual_bytes
     first = chunk == stage == 0
     last = chunk == run.chunks - 1 and stage == run.pp - 1
-    stride = run.dp * run.mp
+    stride = run.stage_devices
     if run.pp == 1:
         return []
     sends = ((FORWARD, "hidden states", not last), (BACKWARD, "gradients", not first))
@@ -174,7 +192,7 @@ def optimizer_communication(run: Workload, stage: int) -> list[Communication]:
     """What a stage communicates once a step: weights are gathered, gradients added up and shared out."""
     found = []
     for parameter in stage_parameters(run, stage):
-        stride = run.dp * run.mp // parameter.replicas
+        stride = run.stage_devices // parameter.replicas
         rest = parameter.replicas // parameter.shards
 
         def of_data(kind, phase, what, ranks, size, stride=stride):

@@ -52,7 +52,8 @@ def layer_operations(run: Workload) -> Operations:
     """Of a layer; rows that pad an expert's capacity are computed as well."""
     hidden, rows, parts = run.hidden_size, run.tokens, run.mp
     projections = 2 * rows * hidden * (2 * hidden + 2 * run.kv_size) / run.mp
-    square = 1.0 if run.packed else 0.5
+    # Of devices that gather keys, those with a sequence's last tokens have the most to see; others wait.
+    square = 1.0 if run.packed else 1 - 0.5 / run.gather
     attention = 4 * run.tokens * run.seq_length * hidden * square / run.mp
     if run.moe:
         rows, parts = _received_rows(run), run.width_parts

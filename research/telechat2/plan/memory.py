@@ -101,7 +101,7 @@ def layer_activations(run: Workload, selected: bool = False, gathers: bool = Fal
     streams = 2 * tokens * hidden * run.residual_bytes // run.token_parts  # into both norms
     inputs = tokens * hidden * number // (run.token_parts if gathers else 1)  # of a block's projections
     # Rotated queries and keys, values, and attention's result, which is the input of wo as well.
-    attention = tokens * (2 * hidden + 2 * run.kv_size) * number // run.mp
+    attention = tokens * (2 * hidden + 2 * run.gather * run.kv_size) * number // run.mp
     attention += tokens * run.num_heads * STATISTICS // run.mp
     feed_forward = _expert_activations(run, selected) if run.moe else inputs + _width(run, tokens, selected)
     return streams + inputs + attention + feed_forward

@@ -107,7 +107,7 @@ def _experts(run: Workload, prefix: str) -> list[StoredParameter]:
     load = (2, experts)  # what the experts took, kept for reports
     return [
         StoredParameter(
-            f"{prefix}.expert_load", load, load, load, 4, 4, 4, run.dp * run.mp, 1, trained=False
+            f"{prefix}.expert_load", load, load, load, 4, 4, 4, run.stage_devices, 1, trained=False
         ),
         # The router is computed in float32.
         _stored(run, f"{prefix}.router.dense.weight", (experts, hidden), (1, 1), compute_bytes=4),
@@ -145,7 +145,7 @@ def _stored(
     """
     number_bytes = number_bytes or run.parameter_bytes
     slice_shape = tuple(size // parts for size, parts in zip(shape, split, strict=True))
-    replicas = run.dp * run.mp // prod(split)
+    replicas = run.stage_devices // prod(split)
     shards = replicas if run.weight_shards < 1 else min(run.weight_shards, replicas)
     shared = (
         run.shares_optimizer

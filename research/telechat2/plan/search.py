@@ -1,7 +1,8 @@
 """Search the plans of a model on a number of NPUs: those that are legal and fit, the fastest first.
 
 Every plan keeps the global batch, so that it trains the same model. Stages get layers as equally as they
-divide, and of each stage just so many layers are computed again that it fits.
+divide, and of each stage just so many layers are computed again that it fits. Sequences stay whole, or are
+split as the config's own ``context_parallel`` says.
 """
 
 import shlex
@@ -18,7 +19,7 @@ from research.telechat2.plan.schedule import Schedule, schedule
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
 from research.telechat2.plan.tables import table
 from research.telechat2.plan.workload import Workload, of_config, workload
-from research.telechat2.telechat_parallel_config import check_cluster, check_plan
+from research.telechat2.telechat_parallel_config import check_cluster, check_exchange, check_plan, devices_of
 from research.telechat2.telechat_recompute import first_layers
 
 MOST_CHUNKS = 4
@@ -55,6 +56,7 @@ class SearchResult:
             "dp",
             "mp",
             "pp",
+            "cp",
             "chunks",
             "ep",
             "micro-batches",
@@ -121,25 +123,34 @@ def _differences(changes: dict[str, object], settings: dict) -> dict[str, object
 def _candidates(config, settings: dict, device_num: int, batch: int) -> Iterator[dict[str, object]]:
     """Every way to split the devices; whether it is legal is for others to say."""
     rows = config.batch_size
-    for mp in _divisors(min(device_num, NODE), of=device_num):
-        for pp in _divisors(config.num_layers, of=device_num // mp):
-            dp = device_num // mp // pp
-            if batch % (rows * dp):
-                continue
-            steps = batch // (rows * dp)
-            experts = _divisors(config.moe.num_experts, of=dp) if config.moe else [1]
-            for chunks in range(1, MOST_CHUNKS + 1 if pp > 1 else 2):
-                for ep in experts:
-                    for selected in (False, True):
-                        yield _changes(config.num_layers, dp, mp, pp, ep, steps, chunks, selected)
+    for dp, mp, pp, cp in _splits(config, device_num):
+        if batch % (rows * dp):
+            continue
+        steps = batch // (rows * dp)
+        experts = _divisors(config.moe.num_experts, of=dp) if config.moe else [1]
+        for chunks in range(1, MOST_CHUNKS + 1 if pp > 1 else 2):
+            for ep in experts:
+                for selected in (False, True):
+                    yield _changes(config.num_layers, dp, mp, pp, cp, ep, steps, chunks, selected)
 
 
-def _changes(layers, dp, mp, pp, ep, steps, chunks, selected) -> dict[str, object]:
+def _splits(config, device_num: int) -> Iterator[tuple[int, int, int, int]]:
+    """Data, tensor, pipeline and context parallelism whose product is ``device_num``."""
+    for cp in sorted({1, config.parallel_config.context_parallel}):
+        if device_num % cp:
+            continue
+        for mp in _divisors(min(device_num, NODE), of=device_num // cp):
+            for pp in _divisors(config.num_layers, of=device_num // cp // mp):
+                yield device_num // cp // mp // pp, mp, pp, cp
+
+
+def _changes(layers, dp, mp, pp, cp, ep, steps, chunks, selected) -> dict[str, object]:
     """A plan as settings."""
     found = {
         "parallel_config.data_parallel": dp,
         "parallel_config.model_parallel": mp,
         "parallel_config.pipeline_stage": pp,
+        "parallel_config.context_parallel": cp,
         "parallel_config.expert_parallel": ep,
         "parallel_config.micro_batch_num": steps if pp > 1 else 1,
         "runner_config.gradient_accumulation_steps": 1 if pp > 1 else steps,
@@ -219,9 +230,9 @@ def _workload(config, settings: dict, changes: dict) -> Workload:
         **vars(config.parallel_config) | changed("parallel_config.") | {"recompute": recompute}
     )
     check_plan(config)
-    plan = config.parallel_config
-    devices = plan.data_parallel * plan.model_parallel * plan.pipeline_stage
-    check_cluster(config, devices, section_of(settings, "parallel").get("gradients_mean", False))
+    parallel = section_of(settings, "parallel")
+    check_cluster(config, devices_of(config.parallel_config), parallel.get("gradients_mean", False))
+    check_exchange(config, parallel.get("enable_alltoall", False))
     runner = DEFAULTS["runner_config"] | (settings.get("runner_config") or {}) | changed("runner_config.")
     return of_config(config, settings | {"runner_config": runner})
 
@@ -246,7 +257,7 @@ def _row(plan: FoundPlan) -> list[str]:
     again = sum(map(sum, run.whole))
     recomputed = [f"{again} of {run.num_layers} layers"] if again else []
     recomputed += ["select"] if any(map(any, run.selected)) else []
-    split = (run.dp, run.mp, run.pp, run.chunks, run.ep, run.micro_batches)
+    split = (run.dp, run.mp, run.pp, run.gather * run.exchange, run.chunks, run.ep, run.micro_batches)
     return [
         f"{speed.tokens_per_second:,.0f}",
         f"{plan.estimate.peak_bytes / GB:.1f}",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from research.telechat2.plan.check import check
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
-from research.telechat2.telechat_parallel_config import copies_of
+from research.telechat2.telechat_parallel_config import copies_of, exchange_of
 from research.telechat2.telechat_pipeline import partition_of
 from research.telechat2.telechat_recompute import COMMUNICATION, SELECTED, read_recompute
 
@@ -24,6 +24,8 @@ class Workload:
         packed: documents have a mask of their own, so that attention computes its whole square.
         moe: MoESettings, None in a dense model.
         dp, mp, pp, ep: data, tensor, pipeline and expert parallel.
+        gather, exchange: factors of context parallel: devices that gather the keys and values of a sequence,
+            and devices that exchange heads for tokens.
         rows: sequences that a device computes at once.
         micro_batches: steps whose gradients are added up before the optimizer's.
         chunks: runs of layers of each stage.
@@ -57,6 +59,8 @@ class Workload:
     mp: int
     pp: int
     ep: int
+    gather: int
+    exchange: int
     rows: int
     micro_batches: int
     chunks: int
@@ -75,9 +79,14 @@ class Workload:
     slice_kept: bool
 
     @property
+    def stage_devices(self) -> int:
+        """NPUs of a stage of the pipeline."""
+        return self.dp * self.gather * self.exchange * self.mp
+
+    @property
     def devices(self) -> int:
         """NPUs of the cluster."""
-        return self.dp * self.mp * self.pp
+        return self.stage_devices * self.pp
 
     @property
     def kv_size(self) -> int:
@@ -87,7 +96,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens that the devices of a tensor-parallel group compute at once."""
-        return self.rows * self.seq_length
+        return self.rows * self.seq_length // (self.gather * self.exchange)
 
     @property
     def token_parts(self) -> int:
@@ -97,7 +106,7 @@ class Workload:
     @property
     def step_tokens(self) -> int:
         """Tokens of one step of the optimizer, on all devices."""
-        return self.tokens * self.dp * self.micro_batches
+        return self.rows * self.seq_length * self.dp * self.micro_batches
 
     @property
     def extends(self) -> bool:
@@ -150,6 +159,7 @@ def of_config(config, settings: dict) -> Workload:
     """From a config that obeys the rules, and what the settings say besides it."""
     plan, recompute = config.parallel_config, read_recompute(config)
     pipeline, mp = plan.pipeline_stage > 1, plan.model_parallel
+    exchange = exchange_of(plan)
     accumulation = with_defaults(settings, "runner_config")["gradient_accumulation_steps"] or 1
     names = ("num_layers", "hidden_size", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size",
              "seq_length", "tie_word_embeddings", "moe")  # fmt: skip
@@ -165,6 +175,8 @@ def of_config(config, settings: dict) -> Workload:
         mp=mp,
         pp=plan.pipeline_stage,
         ep=plan.expert_parallel,
+        gather=plan.context_parallel // exchange,
+        exchange=exchange,
         rows=config.batch_size,
         micro_batches=plan.micro_batch_num if pipeline else accumulation,
         chunks=config.pp_interleave_num,
