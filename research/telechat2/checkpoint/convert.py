@@ -140,19 +140,18 @@ def _convert(
     return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
 
 
-def small_files(
-    source: Path, folder: Path, prompt_format: str | None, with_config: bool
-) -> dict[str, bytes]:
+def small_files(source: Path, folder: Path, prompt_format: str | None, with_config: bool) -> dict[str, bytes]:
     """What goes along with the weights: the config, and which prompts they were tuned with."""
     beside = {}
     if with_config and _config_file(source).is_file():
         beside[CONFIG] = _config_file(source).read_bytes()
     if prompt_format is not None:
-        if (folder / telechat_prompt_format.FILE_NAME).exists():
+        record = folder / telechat_prompt_format.FILE_NAME
+        content = (json.dumps({"prompt_format": prompt_format}, indent=2) + "\n").encode()
+        if record.exists():
             telechat_prompt_format.write(folder, prompt_format)  # refuses another
-        else:
-            text = json.dumps({"prompt_format": prompt_format}, indent=2) + "\n"
-            beside[telechat_prompt_format.FILE_NAME] = text.encode()
+            content = record.read_bytes()
+        beside[record.name] = content
     return beside
 
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class Staging:
 
     def record(self, file: str, tensor: str, content: dict) -> None:
         """Note that a tensor is in its place."""
-        self._append({"file": file, "tensor": tensor} | content)
+        self.done[file, tensor] = {"file": file, "tensor": tensor} | content
+        self._append(self.done[file, tensor])
 
     def _append(self, entry: dict) -> None:
         with self.lock:
@@ -73,7 +75,7 @@ def part_folder(folder: Path, name: str) -> Path:
 def staging(folder: Path, name: str, identity: dict, resume: bool) -> Iterator[Staging]:
     """Make or, with ``resume``, take over the hidden folder of an output; remove it at the end.
 
-    What a failure leaves: nothing, unless ``resume`` is asked for, which keeps what is done. ``identity`` is
+    A failure leaves nothing, unless ``resume`` is asked for, which keeps what is done. ``identity`` is
     what must agree for a conversion to be the one that was begun: names of its aspects -> JSON values.
 
     Raises:
@@ -92,11 +94,16 @@ def staging(folder: Path, name: str, identity: dict, resume: bool) -> Iterator[S
         with open(path / JOURNAL, "a+b") as journal:
             _lock(journal, path)
             stage = Staging(folder, path, journal)
-            _take_over(stage, identity)
             try:
+                _take_over(stage, identity)
                 yield stage
             except BaseException:
-                if not resume:
+                if resume and stage.done:
+                    print(
+                        f"{len(stage.done):,} tensors are kept in {path}: the same command goes on there",
+                        file=sys.stderr,
+                    )
+                else:
                     _remove(stage, stage.named)
                 raise
             _remove(stage, [])
@@ -114,31 +121,41 @@ def _lock(journal: BinaryIO, path: Path) -> None:
 
 
 def _take_over(stage: Staging, identity: dict) -> None:
-    """Read what the journal holds up to the first line that is not whole, or begin it."""
+    """Read what the journal holds up to the first line that is not whole; begin it where nothing is done."""
     identity = json.loads(json.dumps(identity))
-    stage.journal.seek(0)
-    whole, entries = 0, []
-    for line in stage.journal:
-        try:
-            entries.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            break
-        whole += len(line)
-    stage.journal.truncate(whole)
-    if not entries:
-        _add_line(stage.journal, identity)
-        os.fsync(stage.journal.fileno())
-        return
-    if different := [key for key in identity if entries[0].get(key) != identity[key]]:
-        raise ValueError(
-            f"{stage.path} was left by a conversion that differs from this one in: {', '.join(different)}. "
-            "Give the same again to continue it, or delete that folder"
-        )
+    entries, whole = _whole_lines(stage.journal)
     for entry in entries[1:]:
         if "naming" in entry:
             stage.naming = True
         else:
             stage.done[entry["file"], entry["tensor"]] = entry
+    if not stage.done:
+        stage.journal.truncate(0)
+        _add_line(stage.journal, identity)
+        os.fsync(stage.journal.fileno())
+        return
+    stage.journal.truncate(whole)
+    if different := [key for key in identity if entries[0].get(key) != identity[key]]:
+        raise ValueError(
+            f"{stage.path} was left by a conversion that differs from this one in: {', '.join(different)}. "
+            "Give the same again to continue it, or delete that folder"
+        )
+
+
+def _whole_lines(journal: BinaryIO) -> tuple[list[dict], int]:
+    """The entries, and how many bytes they are."""
+    journal.seek(0)
+    entries, whole = [], 0
+    for line in journal:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not line.endswith(b"\n"):
+            break
+        entries.append(entry)
+        whole += len(line)
+    return entries, whole
 
 
 def _add_line(journal: BinaryIO, entry: dict) -> None:
@@ -149,4 +166,7 @@ def _add_line(journal: BinaryIO, entry: dict) -> None:
 def _remove(stage: Staging, named: list[Path]) -> None:
     for file in named:
         file.unlink(missing_ok=True)
+        if file.parent != stage.folder:
+            with suppress(OSError):  # another of its files is in it
+                file.parent.rmdir()
     shutil.rmtree(stage.path, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The two older formats, torch ``.bin`` and MindSpore ``.ckpt``, through their frameworks.
 
-Both are read by their framework and written from memory: converting to or from them needs as much memory as
-the model has bytes (a ``.bin`` saved by a current torch is mapped instead of read). The frameworks are
-imported only here and only when such a file is met.
+Both are read by their framework and written from memory: converting to or from them needs up to twice as
+much memory as the model has bytes, besides what the framework itself needs (a ``.bin`` saved by a current
+torch is mapped instead of read). The frameworks are imported only here and only when such a file is met.
 """
 
 import zipfile
