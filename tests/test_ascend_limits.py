@@ -47,6 +47,10 @@ def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
     [
         ({"compute_dtype": "float32"}, "compute_dtype is float32.*float16 or bfloat16"),
         ({"hidden_size": 160}, "head_dim is 40.*multiple of 16"),
+        (
+            {"document_start_ids": [1], "batch_size": 9},
+            "batch_size 9 times max_documents 128 is 1152.*takes 1024",
+        ),
     ],
 )
 def test_training_refuses_what_flash_attention_does_not_take(change, message):
@@ -54,4 +58,4 @@ def test_training_refuses_what_flash_attention_does_not_take(change, message):
     with pytest.raises(ValueError, match=message):
         telechat_ops.causal_attention(TelechatConfig(**config))
     plain = telechat_ops.causal_attention(TelechatConfig(**config, use_flash_attention=False))
-    assert isinstance(plain, telechat_twins.GroupedAttention)
+    assert isinstance(plain.kernel, telechat_twins.GroupedAttention)

@@ -158,7 +158,7 @@ class SequenceAttention(nn.Cell):
             hidden_size=heads * head_dim, num_heads=heads, n_kv_heads=kv_heads, compute_dtype="float32"
         )
         self.inputs = telechat_ops.sequence_inputs(config)
-        self.attention = telechat_ops.causal_attention(config)
+        self.attention = telechat_ops.causal_attention(config).kernel
         self.batch, self.masked = batch, masked
 
     def construct(self, query, key, value):

@@ -76,7 +76,7 @@ def test_both_together_with_packed_documents():
     }
     queries, keys = (1, HEADS // 4, SEQ // 2, DIM), (1, KEY_HEADS // 4, SEQ, DIM)
     assert flash_inputs(report) == [queries, keys, keys, (1, 1, SEQ // 2, SEQ)]
-    assert not [c for c in report.collectives if "document_mask" in c.scope]
+    assert not [c for c in report.collectives if "documents" in c.scope]
 
 
 def test_around_attention_devices_have_their_tokens_only_and_add_up_gradients():

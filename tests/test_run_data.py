@@ -67,6 +67,23 @@ def test_the_manifest_says_what_the_first_record_may_not_show(records, tmp_path,
             check_dataset(settings(file), "train")
 
 
+def test_more_documents_in_a_record_than_the_model_keeps_apart_are_refused(records, tmp_path):
+    packed = settings(records)
+    middle = [int(i) for i in np.linspace(4, 599, LENGTH + 1).astype(np.int32)[[0, 5, 9]]]
+    packed["model"]["model_config"] |= {"document_start_ids": middle, "max_documents": 3}
+    check_dataset(packed, "train")
+    packed["model"]["model_config"]["max_documents"] = 2
+    with pytest.raises(ValueError, match="records of 3 documents, but the model keeps 2 apart"):
+        check_dataset(packed, "train")
+    said = {"max_length": LENGTH, "tokenizer": {"vocab_size": 600}, "documents_per_record": 129}
+    file = copied(records, tmp_path / "data", said)
+    packed = settings(file)
+    check_dataset(packed, "train")  # one text, however many conversations are in it
+    packed["model"]["model_config"]["document_start_ids"] = [4]
+    with pytest.raises(ValueError, match="records of 129 documents, but the model keeps 128 apart"):
+        check_dataset(packed, "train")
+
+
 def test_data_that_cannot_be_read_is_refused(records, tmp_path):
     no_index = copied(records, tmp_path / "no_index")
     (no_index.parent / "dataset.mindrecord.db").unlink()

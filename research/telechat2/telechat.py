@@ -18,7 +18,6 @@ from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_generation import dynamic_inputs, paged_step
 from research.telechat2.telechat_interleave import JoinTokens, SplitTokens, decoder_layers
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
-from research.telechat2.telechat_mask import DocumentMask
 from research.telechat2.telechat_parallel import GlobalMean, apply_plan
 from research.telechat2.telechat_parallel_config import check_whole, copies_of
 from research.telechat2.telechat_ranks import ALONE
@@ -49,7 +48,7 @@ class TelechatModel(nn.Cell):
             self.sequence_inputs = telechat_ops.sequence_inputs(config)
         self.packed = bool(config.document_start_ids)
         if self.packed:
-            self.document_mask = DocumentMask(config.document_start_ids)
+            self.documents = telechat_ops.documents(config)
         self.has_experts = config.moe is not None
         self.interleaved = copies_of(config) > 1
         if self.interleaved:
@@ -61,7 +60,7 @@ class TelechatModel(nn.Cell):
     def construct(self, tokens):
         """Whole sequences ``[B, S]``; returns ``[B*S, H]`` and the layers' auxiliary losses' sum ``[1]``."""
         batch_size, seq_length = tokens.shape
-        masked = self.document_mask(tokens) if self.packed else None
+        masked = self.documents(tokens) if self.packed else None
         inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size, masked)
         x = self._embed(self.reshape(tokens, (-1,)))
         balance_loss = ops.zeros((1,), ms.float32)

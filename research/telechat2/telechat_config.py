@@ -18,6 +18,7 @@ from research.telechat2.telechat_config_rules import (
     dtype_name,
     library_keys,
 )
+from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
 from research.telechat2.telechat_moe_config import MoESettings
 from research.telechat2.telechat_parallel_config import check_plan
 
@@ -63,6 +64,7 @@ class TelechatConfig(PretrainedConfig):
         ignore_token_id: label that is not trained.
         document_start_ids: ids that begin a document in packed training records, which then sees nothing of
             the others: every record gives the losses of its documents alone. Empty: one causal sequence.
+        max_documents: documents in a packed record at most; Ascend's attention reads as many ends of each.
         use_past: predict with a paged key/value cache.
         qkv_concat: ParallelTelechatForCausalLM has one product for queries, keys and values, and in dense
             models one for gate and up.
@@ -133,6 +135,7 @@ class TelechatConfig(PretrainedConfig):
         pad_token_id: int = 3,
         ignore_token_id: int = -100,
         document_start_ids: tuple[int, ...] | list[int] = (),
+        max_documents: int = MAX_DOCUMENTS,
         use_past: bool = False,
         qkv_concat: bool = False,
         is_dynamic: bool = True,

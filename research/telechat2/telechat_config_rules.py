@@ -122,7 +122,7 @@ def _check_sizes(config) -> None:
     for name in (
         "batch_size", "seq_length", "hidden_size", "num_layers", "num_heads", "n_kv_heads",
         "intermediate_size", "vocab_size", "block_size", "num_blocks", "max_position_embedding",
-        "pp_interleave_num", "fine_grain_interleave",
+        "pp_interleave_num", "fine_grain_interleave", "max_documents",
     ):  # fmt: skip
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

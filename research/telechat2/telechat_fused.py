@@ -1,6 +1,7 @@
 """One cell per fused Ascend kernel. Shapes are named as in telechat_twins.py, which says what each means."""
 
 import math
+from functools import cache
 
 import mindspore as ms
 import numpy as np
@@ -80,39 +81,72 @@ class RotaryTokensFused(nn.Cell):
         return self.rotary(query, key, cos, sin, lengths)
 
 
+@cache
+def causal_triangle() -> Tensor:
+    """What FlashAttentionScore expands to any length (sparse mode 2), uint8 ``[2048, 2048]``."""
+    return Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+
+
 class SequenceInputsFused(nn.Cell):
     """The fused kernels broadcast: cos and sin ``[1, S, 1, D]``, and a mask in uint8.
 
-    That is ``[B, 1, S, S]`` for packed documents, else a triangle ``[2048, 2048]`` that FlashAttentionScore
-    expands to any length (sparse mode 2).
+    That is ``[B, 1, S, S]`` for packed documents, or where they end ``[n]``, else causal_triangle.
     """
 
     def __init__(self):
         super().__init__()
-        self.mask = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+        self.mask = causal_triangle()
         self.cast = P.Cast()
 
     def construct(self, cos, sin, batch_size, masked):
         length, head_dim = cos.shape
         tables = (cos.reshape(1, length, 1, head_dim), sin.reshape(1, length, 1, head_dim))
-        return tables, tables, self.mask if masked is None else self.cast(masked, ms.uint8)
+        if masked is None:
+            return tables, tables, self.mask
+        return tables, tables, masked if len(masked.shape) == 1 else self.cast(masked, ms.uint8)
 
 
 class CausalAttentionFused(nn.Cell):
     """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``.
 
+    With ``masked`` the mask says all, else it is the triangle.
+
     Its softmax is kept in float32 whatever ``softmax_compute_type`` says.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, packed: bool):
+    def __init__(self, num_heads: int, head_dim: int, masked: bool):
         super().__init__()
         self.flash = P.nn_ops.FlashAttentionScore(
             head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD",
-            sparse_mode=0 if packed else 2,
+            sparse_mode=0 if masked else 2,
         )  # fmt: skip
 
     def construct(self, query, key, value, mask):
         return self.flash(query, key, value, None, None, None, mask)[3]
+
+
+class DocumentAttentionFused(nn.Cell):
+    """FlashAttentionScore in its variable-length form: packed documents, each of which sees itself only.
+
+    ``[B, S, N, D]`` on ``[B, S, K, D]`` to ``[B*S, N, D]``; ``ends`` are those of DocumentEnds. Ends that are
+    left over make documents of no length: CANN's description forbids those among keys, MindFormers' own
+    records of the kind (``actual_seq_len``) have them.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.flash = P.nn_ops.FlashAttentionScore(
+            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="TND", sparse_mode=2,
+            next_tokens=0,
+        )  # fmt: skip
+        self.triangle = causal_triangle()
+        self.reshape = P.Reshape()
+
+    def construct(self, query, key, value, ends):
+        b, s, n, d = query.shape
+        tokens, keys = (b * s, n, d), (b * s, key.shape[2], d)
+        query, key, value = self.reshape(query, tokens), self.reshape(key, keys), self.reshape(value, keys)
+        return self.flash(query, key, value, None, None, None, self.triangle, None, ends, ends)[3]
 
 
 class PagedInputsFused(nn.Cell):

@@ -3,10 +3,19 @@
 telechat_ops.py obeys them when it chooses kernels, and telechat_plan.py's check before that.
 """
 
+MAX_DOCUMENTS = 128  # of a packed record, where the YAML does not say
+_KERNEL_DOCUMENTS = 1024  # CANN's description of the variable-length form
+
 
 def check_fused_attention(config) -> None:
     """Raise ValueError for a config that Ascend's FlashAttentionScore cannot train with."""
     _check_attention_dtype(config)
+    documents = config.batch_size * config.max_documents if config.document_start_ids else 0
+    if documents > _KERNEL_DOCUMENTS:
+        raise ValueError(
+            f"batch_size {config.batch_size} times max_documents {config.max_documents} is {documents}, but "
+            f"Ascend's FlashAttentionScore takes {_KERNEL_DOCUMENTS} documents; lower one of the two."
+        )
     head_dim = config.hidden_size // config.num_heads
     if head_dim % 16:
         raise ValueError(

@@ -9,6 +9,7 @@ from mindspore import nn
 from research.telechat2.telechat_compat import CrossEntropyLoss, OpParallelConfig, is_cpu
 from research.telechat2.telechat_fused import (
     CausalAttentionFused,
+    DocumentAttentionFused,
     DroplessExpertsFused,
     PagedAttentionFused,
     PagedInputsFused,
@@ -24,11 +25,13 @@ from research.telechat2.telechat_kernel_rules import (
     check_fused_attention,
     check_paged_kernels,
 )
+from research.telechat2.telechat_mask import DocumentEnds, DocumentMask
 from research.telechat2.telechat_moe_dispatch import CapacityExperts, DroplessExpertsTwin
 from research.telechat2.telechat_ranks import ALONE
 from research.telechat2.telechat_twins import (
     CrossEntropyTwin,
     GroupedAttention,
+    HeadsFirst,
     PagedAttentionTwin,
     PagedInputsTwin,
     RMSNormTwin,
@@ -75,11 +78,27 @@ def sequence_inputs(config) -> nn.Cell:
 
 
 def causal_attention(config) -> nn.Cell:
-    """Training attention: ``(q [B, N, S, D], k, v [B, K, S, D], mask) -> [B, N, S, D]``."""
-    if config.use_flash_attention and not is_cpu():
-        check_fused_attention(config)
-        return CausalAttentionFused(config.num_heads, config.head_dim, bool(config.document_start_ids))
-    return GroupedAttention(config.head_dim, config.softmax_compute_type)
+    """Training attention: ``(q [B, S, N, D], k, v [B, S, K, D], mask)`` to q's shape or ``[B*S, N, D]``."""
+    if not config.use_flash_attention or is_cpu():
+        return HeadsFirst(GroupedAttention(config.head_dim, config.softmax_compute_type))
+    check_fused_attention(config)
+    if attends_by_ends(config):
+        return DocumentAttentionFused(config.num_heads, config.head_dim)
+    masked = bool(config.document_start_ids)
+    return HeadsFirst(CausalAttentionFused(config.num_heads, config.head_dim, masked))
+
+
+def documents(config) -> nn.Cell:
+    """How attention learns of packed documents, from tokens ``[B, S]``: DocumentMask or DocumentEnds."""
+    if attends_by_ends(config):
+        return DocumentEnds(config.document_start_ids, config.max_documents)
+    return DocumentMask(config.document_start_ids)
+
+
+def attends_by_ends(config) -> bool:
+    """Whether packed documents are kept apart by their ends: the fused kernel, on whole sequences."""
+    fused = config.use_flash_attention and not is_cpu()
+    return fused and bool(config.document_start_ids) and config.parallel_config.context_parallel == 1
 
 
 def paged_inputs(config, ranks=ALONE) -> nn.Cell:

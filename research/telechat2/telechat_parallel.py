@@ -41,7 +41,8 @@ class Plan:
         tokens: the tokens outside of attention and feed-forward blocks; ``rows * mp`` with sequence
             parallelism.
         vocabulary: rows of the embedding and the output projection.
-        packed: records have documents that do not see each other, by a mask for each.
+        packed: records have documents that do not see each other,
+        ends: because attention knows where they end, not by a mask for each record.
         experts: where they lie; None for a dense model.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     tokens: int
     vocabulary: int
     packed: bool
+    ends: bool
     experts: ExpertPlan | None
 
     @classmethod
@@ -66,7 +68,8 @@ class Plan:
         tokens = rows * mp if section.use_seq_parallel else rows
         vocabulary = 1 if section.vocab_emb_dp else mp
         packed = bool(config.document_start_ids)
-        return cls(dp, mp, gather, exchange, rows, tokens, vocabulary, packed, _expert_plan(config))
+        ends = telechat_ops.attends_by_ends(config)
+        return cls(dp, mp, gather, exchange, rows, tokens, vocabulary, packed, ends, _expert_plan(config))
 
 
 def _expert_plan(config) -> ExpertPlan | None:
@@ -104,7 +107,7 @@ def apply_plan(model, config) -> None:
     plan = Plan.read(config)
     shard_inputs(model, plan)
     if model.model.packed:
-        shard_document_mask(model.model.document_mask, plan)
+        shard_documents(model.model.documents, plan)
     shard_embedding(model.model.tok_embeddings, plan)
     shard_copies(model.model, plan)
     for layer in model.model.layers:
@@ -149,12 +152,21 @@ def shard_inputs(model, plan: Plan) -> None:
     model.not_equal.shard((rows, ()))
 
 
-def shard_document_mask(cell, plan: Plan) -> None:
-    """What tokens must not see, ``[B, 1, S, S]``, each row on its device, and of it what its tokens ask."""
+def shard_documents(cell, plan: Plan) -> None:
+    """Where documents end, or what tokens must not see ``[B, 1, S, S]``: each row on its device."""
     dp = plan.dp
-    cell.equal.shard(((dp, 1, 1), (1, 1, 1)))
-    cell.sum.shard(((dp, 1, 1),))
-    cell.cumsum.shard(((dp, 1),))
+    numbers = cell.documents
+    numbers.equal.shard(((dp, 1, 1), (1, 1, 1)))
+    numbers.sum.shard(((dp, 1, 1),))
+    for operator in (numbers.cumsum, numbers.slice):
+        operator.shard(((dp, 1),))
+    numbers.sub.shard(((dp, 1), (dp, 1)))
+    if plan.ends:
+        cell.parts = dp
+        cell.beyond.shard(((dp, 1, 1), (1, 1, 1)))
+        cell.sum.shard(((dp, 1),))
+        cell.sub.shard(((dp,), (dp,)))
+        return
     cell.different.shard(((dp, 1, plan.gather, 1), (dp, 1, 1, 1)))
     cell.later.shard(((1, 1, 1, 1), (1, 1, plan.gather, 1)))
     cell.either.shard(((dp, 1, plan.gather, 1), (1, 1, plan.gather, 1)))
@@ -216,11 +228,7 @@ def shard_norm(cell, plan: Plan) -> None:
 
 
 def shard_attention(cell, plan: Plan) -> None:
-    """Heads are split: the projections before by columns, the one after by rows.
-
-    From ``[B, S, N, D]`` to the kernel's ``[B, N, S, D]`` the layouts are named, since by numbers alone
-    MindSpore would take devices for numbered in the order of the axes.
-    """
+    """Heads are split: the projections before by columns, the one after by rows."""
     split_columns(cell.wq, plan)
     split_columns(cell.wk_v, plan)
     positions = plan.gather * plan.exchange
@@ -228,15 +236,28 @@ def shard_attention(cell, plan: Plan) -> None:
     cell.split_kv.shard((tokens,))
     table = (1, positions, 1, 1)
     cell.rotary.rotary.shard((tokens, table, table))
+    if plan.ends:
+        heads, ends = (plan.dp, plan.mp, 1), (plan.dp,)
+        cell.causal_attention.flash.shard((heads, heads, heads, (1, 1), ends, ends))
+    else:
+        shard_heads(cell.causal_attention, plan)
+    split_rows(cell.wo, plan)
+
+
+def shard_heads(cell, plan: Plan) -> None:
+    """The kernel on ``[B, N, S, D]``, with what turns its operands and its result.
+
+    The layouts are named, since by numbers alone MindSpore would take devices for numbered in the order of
+    the axes.
+    """
     for transpose in (cell.transpose_q, cell.transpose_kv):
-        transpose.shard((tokens,))
+        transpose.shard(((plan.dp, plan.gather * plan.exchange, plan.mp, 1),))
     layout = Layout((plan.dp, plan.gather, plan.exchange, plan.mp), ("dp", "gather", "exchange", "mp"))
     query = layout("dp", ("mp", "exchange"), "gather", "None")
     key = layout("dp", ("mp", "exchange"), "None", "None")
     mask = layout("dp", "None", "gather", "None") if plan.packed else layout("None", "None")
-    cell.causal_attention.flash.shard((query, key, key, mask))
+    cell.kernel.flash.shard((query, key, key, mask))
     cell.transpose_out.shard((layout("dp", "mp", ("gather", "exchange"), "None"),))
-    split_rows(cell.wo, plan)
 
 
 def shard_feed_forward(cell, plan: Plan) -> None:

@@ -9,6 +9,9 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
+
+from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
 from research.telechat2.telechat_prompt_format import manifest_path
 
 COLUMNS = ("input_ids", "labels")
@@ -35,6 +38,7 @@ def check_dataset(config: dict, which: str) -> None:
     files = _record_files(loader, which)
     model = (config.get("model") or {}).get("model_config") or {}
     limits = {key: model.get(key) for key in ("seq_length", "vocab_size")}
+    start_ids = model.get("document_start_ids") or []
     unchecked = [key for key, limit in limits.items() if limit is None]
     if unchecked:
         print(f"{which} data: not compared with the model, whose YAML states no {', '.join(unchecked)}")
@@ -46,10 +50,15 @@ def check_dataset(config: dict, which: str) -> None:
                 f"or prepare the data again with telechat_preprocess.py."
             )
         found = _from_manifest(file)
+        if not start_ids:
+            del found["documents"]
         if None in found.values():
             without_manifest += 1
-            found |= {key: value for key, value in _from_first_record(file).items() if found[key] is None}
+            first = _from_first_record(file, start_ids)
+            found |= {key: first[key] for key, value in found.items() if value is None}
         _compare(file, found, limits)
+        if start_ids:
+            _compare_documents(file, found["documents"], model.get("max_documents", MAX_DOCUMENTS))
     how = f", {without_manifest} of them without manifest: first records checked" if without_manifest else ""
     print(f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how})", flush=True)
 
@@ -82,7 +91,7 @@ def _record_files(loader: dict, which: str) -> list[Path]:
 
 
 def _from_manifest(file: Path) -> dict:
-    """``seq_length`` and ``vocab_size`` that the data was prepared for; None where the manifest is silent."""
+    """What the data was prepared for, and the documents of a record at most; None where it does not say."""
     path = manifest_path(file)
     manifest = {}
     if path.is_file():
@@ -93,11 +102,15 @@ def _from_manifest(file: Path) -> dict:
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
     vocab_size = (manifest.get("tokenizer") or {}).get("vocab_size")
-    return {"seq_length": manifest.get("max_length"), "vocab_size": vocab_size}
+    return {
+        "seq_length": manifest.get("max_length"),
+        "vocab_size": vocab_size,
+        "documents": manifest.get("documents_per_record"),
+    }
 
 
-def _from_first_record(file: Path) -> dict:
-    """The least ``seq_length`` and ``vocab_size`` that a file's first record needs."""
+def _from_first_record(file: Path, start_ids: list[int]) -> dict:
+    """The least ``seq_length`` and ``vocab_size`` that a file's first record needs, and its documents."""
     from mindspore.mindrecord import FileReader
 
     try:
@@ -116,7 +129,8 @@ def _from_first_record(file: Path) -> dict:
             f"the data with telechat_preprocess.py."
         )
     ids = record["input_ids"]
-    return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1}
+    documents = int(np.isin(ids[1:], start_ids).sum()) + 1
+    return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1, "documents": documents}
 
 
 def _compare(file: Path, found: dict, limits: dict) -> None:
@@ -132,6 +146,14 @@ def _compare(file: Path, found: dict, limits: dict) -> None:
             f"{file} needs a vocabulary of {found['vocab_size']} tokens, but the model's vocab_size is "
             f"{limits['vocab_size']}: prepare the data with this model's tokenizer.model, or use the YAML of "
             f"the model whose tokenizer it was."
+        )
+
+
+def _compare_documents(file: Path, documents: int, limit: int) -> None:
+    if documents > limit:
+        raise ValueError(
+            f"{file} holds records of {documents} documents, but the model keeps {limit} apart: set "
+            f"--model.model_config.max_documents {documents}, or leave document_start_ids out."
         )
 
 

@@ -34,9 +34,6 @@ class TelechatAttention(nn.Cell):
             self.rotary = telechat_ops.rotary()
             self.causal_attention = telechat_ops.causal_attention(config)
         self.reshape = P.Reshape()
-        self.transpose_q = P.Transpose()
-        self.transpose_kv = P.Transpose()
-        self.transpose_out = P.Transpose()
         self.split_kv = P.Split(-1, 2)
         self.cast = P.Cast()
 
@@ -70,10 +67,7 @@ class TelechatAttention(nn.Cell):
         key_value = self.reshape(key_value, (batch_size, -1, self.n_kv_heads, 2 * self.head_dim))
         key, value = self.split_kv(key_value)
         query, key = self._rotate(query, key, (query_tables, key_tables))
-        query = self.transpose_q(query, (0, 2, 1, 3))
-        key, value = self.transpose_kv(key, (0, 2, 1, 3)), self.transpose_kv(value, (0, 2, 1, 3))
-        out = self.transpose_out(self.causal_attention(query, key, value, mask), (0, 2, 1, 3))
-        return self.reshape(out, flat)
+        return self.reshape(self.causal_attention(query, key, value, mask), flat)
 
     def paged(self, x, prefill, tables, inputs, lengths):
         """Tokens ``x`` ``[T, H]`` with the cache, ``tables`` cos and sin ``[T, D]``; returns ``[T, H]``."""

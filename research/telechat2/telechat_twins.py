@@ -190,6 +190,23 @@ class GroupedAttention(nn.Cell):
         return self.reshape(self.weighted_values(scores, value), (b, n, s, d))
 
 
+class HeadsFirst(nn.Cell):
+    """A kernel on ``[B, N, S, D]`` for operands ``[B, S, N, D]``, and its result turned back."""
+
+    def __init__(self, kernel: nn.Cell):
+        super().__init__()
+        self.kernel = kernel
+        self.transpose_q = P.Transpose()
+        self.transpose_kv = P.Transpose()
+        self.transpose_out = P.Transpose()
+
+    def construct(self, query, key, value, mask):
+        turn = (0, 2, 1, 3)
+        query = self.transpose_q(query, turn)
+        key, value = self.transpose_kv(key, turn), self.transpose_kv(value, turn)
+        return self.transpose_out(self.kernel(query, key, value, mask), turn)
+
+
 class SequenceInputsTwin(nn.Cell):
     """What the kernels on whole sequences need besides their operands, made once for all layers.
 

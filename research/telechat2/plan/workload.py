@@ -170,7 +170,7 @@ def of_config(config, settings: dict) -> Workload:
         norm_bytes=_BYTES[config.layernorm_compute_type],
         compute_bytes=_BYTES[config.compute_dtype],
         residual_bytes=_BYTES[config.res_dtype],
-        packed=bool(config.document_start_ids),
+        packed=bool(config.document_start_ids) and plan.context_parallel > 1,
         dp=plan.data_parallel,
         mp=mp,
         pp=plan.pipeline_stage,
