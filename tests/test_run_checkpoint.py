@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from small_model import SIZES, write_weights
 
+from research.telechat2.checkpoint.relayout import convert_layout
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 
 
@@ -59,8 +60,8 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(weights, tmp_path):
         prepare(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         prepare(tmp_path)
-    with pytest.raises(ValueError, match="holds torch weights; convert them first with .*convert_weight.py"):
-        prepare(weights.parent / "torch")
+    with pytest.raises(ValueError, match="cannot resume from .*torch: it holds weights, but no optimizer"):
+        prepare(weights.parent / "torch", training=True, resume_training=True)
     with pytest.raises(ValueError, match="missing: .*model.layers.2"):
         prepare(weights, **model_config(num_layers=3))
     with pytest.raises(ValueError, match="misshapen: .*feed_forward"):
@@ -77,6 +78,28 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(weights, tmp_path):
         (tmp_path / "cut" / f"rank_{rank}").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"slices of 2 ranks \(rank_0, rank_1\)"):
         prepare(tmp_path / "cut")
+
+
+def test_other_layouts_are_left_to_our_own_reader(weights, tmp_path):
+    """Hugging Face folders and files, and weights for parallel inference; compared with the model first."""
+    torch = weights.parent / "torch"
+    convert_layout(torch, tmp_path / "ranks", qkv_concat=True, tensor_parallel=2)
+    (tmp_path / "one").mkdir()
+    convert_layout(torch, tmp_path / "one" / "joined.safetensors", qkv_concat=True, tensor_parallel=2)
+    given = [torch, torch / "model.safetensors", tmp_path / "ranks", tmp_path / "one" / "joined.safetensors"]
+    for path in given:
+        config = model_config() | {"load_checkpoint": str(path), "checkpoint": {"prefix": "x"}}
+        assert prepare_checkpoint(config, training=True) == path
+        folder = str(path if path.is_dir() else path.parent)
+        assert config["load_checkpoint"] == config["checkpoint"]["load_path"] == folder
+        assert config["checkpoint"]["no_load_optim"] is True and config["load_ckpt_format"] == "safetensors"
+        with pytest.raises(ValueError, match="misshapen: .*feed_forward|w_gate_hidden.weight .* should be"):
+            prepare_checkpoint(config | model_config(intermediate_size=96), training=False)
+    assert prepare_checkpoint(model_config() | {"load_checkpoint": str(weights)}, training=False) is None
+    with pytest.raises(ValueError, match="says 4 heads and 2 key/value heads, but the model .* has 8 and 4"):
+        prepare_checkpoint(
+            model_config(num_heads=8, n_kv_heads=4) | {"load_checkpoint": str(torch)}, training=False
+        )
 
 
 def test_a_truncated_checkpoint_is_refused(weights, tmp_path):

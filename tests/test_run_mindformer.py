@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracle import load_llama
 from small_model import SIZES, write_weights
 
+from research.telechat2.checkpoint.relayout import convert_layout
 from research.telechat2.telechat_run import run
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -164,10 +166,71 @@ def test_prediction_prints_its_answers_last(trained, small_vocab, tmp_path):
     assert "iteration_00000006" in result.stdout
 
 
+def test_a_hugging_face_folder_is_finetuned_as_it_is(weights, tmp_path):
+    """No conversion before, none written: the loss of the first step is the oracle's on the same rows."""
+    import torch
+    from mindspore.mindrecord import FileWriter
+
+    rows = np.random.default_rng(3).integers(4, SIZES["vocab_size"], (2, SEQ_LENGTH + 1)).astype(np.int32)
+    writer = FileWriter(str(tmp_path / "two.mindrecord"), 1)
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}, "records")
+    writer.write_raw_data([{"input_ids": row, "labels": row} for row in rows])
+    writer.commit()
+    words = finetune_words(tmp_path / "two.mindrecord")
+    words += [
+        "--load_checkpoint",
+        str(weights.parent / "torch"),
+        "--model.model_config.compute_dtype",
+        "float32",
+    ]
+    words += ["--checkpoint.save_interleaved_steps", "1"]
+    before = sorted((weights.parent / "torch").iterdir())
+    found = losses(start(tmp_path, *words))
+    ids = torch.tensor(rows, dtype=torch.long)
+    with torch.no_grad():
+        logits = load_llama(weights.parent / "torch")(ids[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert found.keys() == {1} and float(found[1]) == pytest.approx(float(expected), abs=1e-5)
+    assert sorted((weights.parent / "torch").iterdir()) == before
+    assert not (tmp_path / "output" / "load_checkpoint").exists()
+
+
+def test_a_hugging_face_folder_predicts_as_it_is(weights, small_vocab, small_tokenizer, tmp_path):
+    """Answers of the oracle, greedy; the prompt is echoed, as MindFormers does."""
+    import torch
+
+    prompt = "<_start><_user>What is it?<_bot>"
+    ids = small_tokenizer(prompt)["input_ids"]
+    words = [
+        "--load_checkpoint",
+        str(weights.parent / "torch"),
+        "--predict_data",
+        prompt,
+        "--do_sample",
+        "False",
+    ]
+    words += ["--output_dir", "out", "--model.model_config.max_decode_length", str(len(ids) + 6)]
+    result = start(tmp_path, *predict_words(small_vocab, *words))
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    answer = load_llama(weights.parent / "torch").generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False,
+        eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    text = small_tokenizer.decode(answer[0].tolist(), skip_special_tokens=True)
+    assert result.stdout.rstrip("\n").endswith(text)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["file", "folder", "ckpt", "rank"])
+@pytest.mark.parametrize(
+    "kind", ["file", "folder", "ckpt", "rank", "hugging_face", "joined", "tensor_parallel"]
+)
 def test_every_kind_of_checkpoint_finetunes_and_predicts(kind, weights, dataset, small_vocab, tmp_path):
-    given = {"file": weights / "model.safetensors", "folder": weights}.get(kind)
+    given = {
+        "file": weights / "model.safetensors", "folder": weights, "hugging_face": weights.parent / "torch",
+        "joined": tmp_path / "joined.safetensors", "tensor_parallel": tmp_path / "ranks",
+    }.get(kind)  # fmt: skip
+    if kind in ("joined", "tensor_parallel"):
+        convert_layout(weights, given, qkv_concat=True, tensor_parallel=2)
     if kind == "ckpt":
         given = tmp_path / "telechat.ckpt"
         code = (

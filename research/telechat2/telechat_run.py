@@ -11,6 +11,8 @@ import shutil
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
@@ -77,10 +79,10 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     if mode == "eval" or (training and config.get("do_eval")):
         check_dataset(config, "eval")
     fit_dataset_workers(config)
-    prepare_checkpoint(config, training=training)
+    source = prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)
-    return _carry_out(config, path)
+    return _carry_out(config, path, source)
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
@@ -166,8 +168,8 @@ def prepare_environment(output_dir: str, register: Path) -> None:
             sys.path.append(folder)
 
 
-def _carry_out(raw: dict, path: Path) -> list | None:
-    """Build MindFormers' config and context, and run its Trainer."""
+def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
+    """Build MindFormers' config and context, and run its Trainer; ``source``: what our own reader loads."""
     if raw["run_mode"].startswith("predict"):
         raw["save_file"] = str(answers_file(raw))
     config = _build_config(raw, path)
@@ -191,10 +193,20 @@ def _carry_out(raw: dict, path: Path) -> list | None:
     try:
         with naming_target(config.context.device_target):
             build_context(config)
-        with naming_data():
+        with naming_data(), _own_loader(source):
             return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}\n(traceback: {_save_traceback(config.output_dir)})") from error
+
+
+def _own_loader(source: Path | None):
+    """Have the Trainer load ``source`` by our own reader; None: by its own loaders."""
+    if source is None:
+        return nullcontext()
+    from research.telechat2.telechat_compat_loading import loading_with
+    from research.telechat2.telechat_run_loading import load_network
+
+    return loading_with(partial(load_network, source))
 
 
 def _build_config(raw: dict, path: Path):

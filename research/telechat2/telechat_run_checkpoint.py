@@ -1,5 +1,7 @@
 """Which files ``--load_checkpoint`` means, and the shape in which MindFormers 1.9 can load them.
 
+Hugging Face folders, and weights arranged for parallel inference, are read by our own reader instead.
+
 MindFormers has two loaders. The one behind the YAML section ``checkpoint:`` resumes on one device, and loads
 directories of safetensors only; the older one loads files too, but takes any file in a folder ``rank_*`` for
 one slice of many. Where a loader is too narrow for what the user gave, the files meant are linked into
@@ -13,13 +15,12 @@ import re
 from pathlib import Path
 
 from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.rank_layout import is_for_inference, is_torch_source, whole_weights
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes, feed_forward_width
 from research.telechat2.checkpoint.sources import (
     TRACKER,
-    convert_first,
     latest_iteration,
     read_mindspore_source,
-    refuse_torch,
 )
 from research.telechat2.telechat_files import atomic_write
 from research.telechat2.telechat_run_keys import moe_section
@@ -27,7 +28,7 @@ from research.telechat2.telechat_run_keys import moe_section
 MERGING = "(README, 分布式训练/微调权重合并)"
 
 
-def prepare_checkpoint(config: dict, *, training: bool) -> None:
+def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     """Point ``config`` at what is to be loaded, in place, and print what that is.
 
     Sets ``load_checkpoint``, ``load_ckpt_format``, ``resume_training`` and, where the config has the section,
@@ -38,6 +39,9 @@ def prepare_checkpoint(config: dict, *, training: bool) -> None:
         config: the settings, template not needed.
         training: a train or finetune run, the only ones that read the ``checkpoint:`` section.
 
+    Returns:
+        What ``telechat_run_loading`` is to load; None where MindFormers' loaders do.
+
     Raises:
         ValueError: the path does not exist, holds no checkpoint, or cannot be loaded in this way.
     """
@@ -46,14 +50,17 @@ def prepare_checkpoint(config: dict, *, training: bool) -> None:
     resume = config.get("resume_training") or False
     if not given:
         _no_checkpoint(config, resume)
-        return
+        return None
+    path = Path(given).expanduser().absolute()
+    if is_torch_source(path) or is_for_inference(path):
+        _prepare_own(config, path, resume)
+        return path
     if _is_parallel(config) and (config.get("context") or {}).get("device_target") == "CPU":
         raise ValueError(
             "a parallel run on CPUs cannot load a checkpoint: MindFormers 1.9 synchronises ranks with the "
             "operator Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
-            "--load_checkpoint."
+            "--load_checkpoint; or give the Hugging Face folder, which needs none of that."
         )
-    path = Path(given).expanduser().absolute()
     sectioned = training and section is not None
     source, kind = _source(path, _is_parallel(config))
     resume = resume or (sectioned and kind == "iteration" and section.get("no_load_optim") is False)
@@ -68,6 +75,27 @@ def prepare_checkpoint(config: dict, *, training: bool) -> None:
         section["no_load_optim"] = not resume
     what = "weights, optimizer and step" if resume else "weights"
     print(f"load_checkpoint: {source} ({what}; format {config['load_ckpt_format']})", flush=True)
+    return None
+
+
+def _prepare_own(config: dict, path: Path, resume: bool | str) -> None:
+    """Settings for weights that our own reader loads: MindFormers is only told that there are some."""
+    if resume:
+        raise ValueError(
+            f"cannot resume from {path}: it holds weights, but no optimizer state and step. Leave out "
+            "--resume_training to start from these weights."
+        )
+    if reason := _no_sizes(config):
+        print(f"load_checkpoint: not compared with the model yet: {reason}", flush=True)
+    else:
+        sizes = _sizes_in(config)
+        make_plan(list(whole_weights(path, sizes)[1].values()), "mindspore", sizes, str(path))
+    folder = str(path if path.is_dir() else path.parent)
+    config["load_checkpoint"], config["load_ckpt_format"] = folder, "safetensors"
+    config["resume_training"] = False
+    if config.get("checkpoint"):
+        config["checkpoint"] |= {"load_path": folder, "no_load_optim": True}
+    print(f"load_checkpoint: {path} (weights, read where they are, without a conversion)", flush=True)
 
 
 def _source(path: Path, parallel: bool) -> tuple[Path, str]:
@@ -97,6 +125,13 @@ def check_weights(config: dict, source: Path, kind: str) -> None:
     if reason := _not_comparable(config, kind):
         print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
         return
+    files = _model_files(source) if kind == "iteration" else [source]
+    tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
+    make_plan(tensors, "mindspore", _sizes_in(config), str(source))
+
+
+def _sizes_in(config: dict) -> TelechatSizes:
+    """The sizes of the model that the settings describe."""
     model_config = {"tie_word_embeddings": False} | config["model"]["model_config"]
     model_config["expert_num"] = moe_section(config).get("expert_num", 1)  # 1 is a dense model
     if not model_config.get("intermediate_size"):
@@ -105,24 +140,28 @@ def check_weights(config: dict, source: Path, kind: str) -> None:
             model_config.get("ffn_dim_multiplier"),
             model_config.get("multiple_of", 256),  # TelechatConfig's default
         )
-    files = _model_files(source) if kind == "iteration" else [source]
-    tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
-    refuse_torch(tensors, source)
-    make_plan(tensors, "mindspore", TelechatSizes.from_hf_config(model_config), str(source))
+    return TelechatSizes.from_hf_config(model_config)
 
 
 def _not_comparable(config: dict, kind: str) -> str | None:
     """Why a checkpoint of this kind cannot be held against the model; None if it can."""
+    if reason := _no_sizes(config):
+        return reason
+    if kind == "ranks" or (kind == "iteration" and _is_parallel(config)):
+        return "it may hold slices of several ranks"
+    if kind.startswith("ckpt") and _is_parallel(config):
+        return "every rank would have to read the .ckpt file whole"
+    return None
+
+
+def _no_sizes(config: dict) -> str | None:
+    """Why the settings do not tell the model's sizes; None if they do."""
     model_config = (config.get("model") or {}).get("model_config") or {}
     if model_config.get("type") != "TelechatConfig":
         return f"model_config is of type {model_config.get('type')}"
     needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
     if missing := [name for name in needed if not any(model_config.get(key) for key in SPELLINGS[name])]:
         return f"the YAML states no {', '.join(missing)}"
-    if kind == "ranks" or (kind == "iteration" and _is_parallel(config)):
-        return "it may hold slices of several ranks"
-    if kind.startswith("ckpt") and _is_parallel(config):
-        return "every rank would have to read the .ckpt file whole"
     return None
 
 
@@ -152,8 +191,7 @@ def checkpoint_kind(path: Path) -> str:
         raise ValueError(
             f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
         )
-    hint = f" Its .bin files are torch weights; {convert_first(path)}." if any(path.glob("*.bin")) else ""
-    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
+    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.")
 
 
 def _no_checkpoint(config: dict, resume: bool | str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from research.telechat2.checkpoint.dtypes import WIDTH
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.slices import GroupPlace, own_slices
 from research.telechat2.checkpoint.stored import StoredTensor
 
 NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
@@ -38,11 +39,39 @@ def load_tensors(model, tensors: Mapping[str, StoredTensor], origin: str) -> Non
         ValueError: names or shapes are not the model's (nothing is loaded then), or a value is beyond the
             range of the parameter's dtype.
     """
-    parameters = {name: p for name, p in model.parameters_and_names() if not name.endswith(NO_WEIGHTS)}
+    parameters = _weights_of(model)
     _compare(parameters, tensors, origin)
     for name, tensor in tensors.items():
         parameters[name].set_data(_as_tensor(tensor, parameters[name].dtype))
     model.init_parameters_data()
+
+
+def load_slices(
+    network,
+    whole: Mapping[str, StoredTensor],
+    layouts: Mapping[str, tuple],
+    rank: int,
+    place_in_group: GroupPlace,
+    origin: str,
+) -> None:
+    """Fill what this rank stores of a compiled network; for the arguments see ``own_slices``.
+
+    Parameters of other stages of the pipeline, and those that are no weights, stay as they are.
+
+    Raises:
+        ValueError: as ``load_tensors``; every name is compared, also those of other stages.
+    """
+    parameters = _weights_of(network)
+    _compare_names(parameters, whole, origin)
+    slices = own_slices(whole, layouts, rank, place_in_group)
+    _compare({name: parameters[name] for name in slices}, slices, origin)
+    for name, tensor in slices.items():
+        parameters[name].set_data(_as_tensor(tensor, parameters[name].dtype), slice_shape=True)
+
+
+def _weights_of(network) -> dict:
+    parameters = network.get_parameters()
+    return {parameter.name: parameter for parameter in parameters if not parameter.name.endswith(NO_WEIGHTS)}
 
 
 def _as_tensor(tensor: StoredTensor, dtype):
@@ -56,17 +85,25 @@ def _as_tensor(tensor: StoredTensor, dtype):
 
 
 def _compare(parameters: Mapping, tensors: Mapping[str, StoredTensor], origin: str) -> None:
-    problems = [f"{name} is not in the model" for name in tensors if name not in parameters]
-    problems += [
+    _compare_names(parameters, tensors, origin)
+    different = [
         f"{name} is {list(tensor.shape)}, expected {list(parameters[name].shape)}"
         for name, tensor in tensors.items()
-        if name in parameters and tuple(parameters[name].shape) != tensor.shape
+        if tuple(parameters[name].shape) != tensor.shape
     ]
-    problems += [f"{name} is missing" for name in parameters if name not in tensors]
-    if problems:
-        listed = "; ".join(problems[:10])
+    _refuse(different, origin)
+
+
+def _compare_names(parameters: Mapping, tensors: Mapping[str, StoredTensor], origin: str) -> None:
+    different = [f"{name} is not in the model" for name in tensors if name not in parameters]
+    different += [f"{name} is missing" for name in parameters if name not in tensors]
+    _refuse(different, origin)
+
+
+def _refuse(different: list[str], origin: str) -> None:
+    if different:
         raise ValueError(
-            f"{origin} does not fit the model of the YAML, {len(problems)} tensors differ: {listed}"
-            f"{'; …' if len(problems) > 10 else ''}. Use the YAML of this checkpoint's size and kind, "
-            f"dense or mixture of experts."
+            f"{origin} does not fit the model of the YAML, {len(different)} tensors differ: "
+            f"{'; '.join(different[:10])}{'; …' if len(different) > 10 else ''}. Use the YAML of this "
+            "checkpoint's size and kind, dense or mixture of experts."
         )

@@ -7,6 +7,7 @@ give the training model's weights, from which every layout can be made (see layo
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from research.telechat2.checkpoint.layouts import (
@@ -68,7 +69,7 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
         _require_heads_of(path, configured, sizes)
     if is_torch_source(path):
         plan = make_plan(read_torch_source(path), "torch", configured, str(path))
-        return plan.sizes, {name: tensor for tensor, name in plan.weights}
+        return plan.sizes, {name: replace(tensor, name=name) for tensor, name in plan.weights}
     plan = make_plan(read_whole(path, configured or sizes), "mindspore", configured, str(path))
     return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
 
@@ -146,6 +147,14 @@ def _require_sizes(path: str | Path, found: TelechatSizes, sizes: TelechatSizes)
             f"{path} does not fit the model of the YAML: it has {', '.join(different)}. Use the YAML of this "
             "checkpoint's size and kind, dense or mixture of experts"
         )
+
+
+def is_for_inference(path: Path) -> bool:
+    """Whether a checkpoint says that its rows are joined, or that it is cut for tensor parallelism."""
+    folders = rank_folders(path)[:1] or [path]
+    files = [path] if path.is_file() else folders[0].glob("*.safetensors")
+    headers = (read_metadata(file) for file in files if file.suffix == ".safetensors")
+    return any(key in header for header in headers for key in (QKV_CONCAT, TENSOR_PARALLEL))
 
 
 def rank_folders(path: Path) -> list[Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.safetensors_files import read_safetensors
 from research.telechat2.checkpoint.stored import StoredTensor
-from research.telechat2.checkpoint.table import canonical_name
 from research.telechat2.checkpoint.whole_files import read_bin, read_ckpt
 
 READERS = {".safetensors": read_safetensors, ".bin": read_bin, ".ckpt": read_ckpt}
@@ -81,21 +80,6 @@ def latest_iteration(path: Path) -> Path:
             "give the folder of an iteration"
         )
     return folder
-
-
-def refuse_torch(tensors: list[StoredTensor], path: Path) -> None:
-    """ValueError, with the command that converts ``path``, if these are the tensors of a torch checkpoint."""
-    if any(canonical_name(tensor.name, "torch").startswith("transformer.") for tensor in tensors):
-        raise ValueError(f"{path} holds torch weights; {convert_first(path)}")
-
-
-def convert_first(path: Path) -> str:
-    """What to do with the torch weights in ``path``, for messages."""
-    folder = path if path.is_dir() else path.parent
-    return (
-        f"convert them first with research/telechat2/convert_weight.py --torch_path {folder} "
-        "--mindspore_path NEW_DIR, and give NEW_DIR"
-    )
 
 
 def _training_folder(path: Path) -> Path:
