@@ -196,7 +196,7 @@ def _notes(description: Description, plan: Plan, ignored: Counter) -> list[str]:
     kind = {"llama": "Llama", "telechat": "TeleChat", "telechat v1": "TeleChat v1"}[description.origin]
     return [
         f"model: {kind}, {plan.sizes.describe()}{tied}",
-        f"rotary base {description.theta:.10g}, up to {description.seq_length:,} tokens"
+        f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens"
         + ("" if description.extension[0] == "None" else f", {description.extension[0]}"),
         f"left out: {left_out or 'nothing'}",
     ]

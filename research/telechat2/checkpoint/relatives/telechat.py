@@ -30,7 +30,7 @@ def telechat_files(
         description = describe_telechat(content, read_json(config.parent / GENERATION), sizes)
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from None
-    notes += (f"rotary base {description.theta:.10g}, up to {description.seq_length:,} tokens",)
+    notes += (f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens",)
     if description.origin == "telechat v1" and side == "torch":
         yamls = yaml_files(description)
         return files | yamls, (*notes, f"{' and '.join(yamls)} run this model, TeleChat v1")

@@ -1,0 +1,141 @@
+"""The tokenizer of an exported folder gives AutoTokenizer the ids of ours, and the text of our renderer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import write_hf_folder
+
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.telechat_chat import TOOL_TAGS, conversation_text, encode, render
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MARKERS = ("<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", *TOOL_TAGS)
+
+
+def export(folder: Path, vocab_file: Path, prompt_format: str | None = None):
+    """AutoTokenizer on the export of a model with this vocabulary."""
+    from transformers import AutoTokenizer
+
+    sizes = {"vocab_size": 131072 if vocab_file.stat().st_size > 1e6 else 600, "hidden_size": 8, "n_head": 2}
+    write_hf_folder(folder / "hf", sizes | {"n_layer": 1, "ffn_hidden_size": 8}, seed=0)
+    if prompt_format:
+        (folder / "hf" / "prompt_format.json").write_text(json.dumps({"prompt_format": prompt_format}))
+    convert_to_mindspore(folder / "hf", folder / "ms")
+    convert_to_torch(folder / "ms", folder / "llama", "llama", vocab_file=vocab_file)
+    return AutoTokenizer.from_pretrained(folder / "llama")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, small_vocab):
+    return export(tmp_path_factory.mktemp("exported"), small_vocab)
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+TEXT = st.lists(
+    st.sampled_from([*"aehot dT.,0123\n\t_<>/🐼é龘生抽老的吗？▁", "__", "<reserve1>", "<_sep>", "  "])
+    | st.characters(exclude_categories=["Cs"]),
+    max_size=60,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+def test_any_text_has_the_ids_of_sentencepiece_and_comes_back(exported, small_tokenizer, text):
+    if any(marker in text for marker in MARKERS):
+        return
+    expected = small_tokenizer.encode_text(text)
+    assert ids(exported, text) == expected
+    assert exported.decode(expected) == small_tokenizer.decode(expected)
+
+
+def test_examples_as_conversations(exported, small_tokenizer):
+    """The template's text, and its ids where no message holds a marker."""
+    compared = 0
+    for line in (CHECKOUT / "examples" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "messages" not in record:
+            continue
+        segments = render(record["messages"], record.get("tools"))
+        templated = exported.apply_chat_template(
+            record["messages"], tools=record.get("tools") or None, return_dict=True
+        )
+        assert exported.apply_chat_template(
+            record["messages"], tools=record.get("tools") or None, tokenize=False
+        ) == conversation_text(segments)
+        if not any(m in (s.text or "") for s in segments for m in MARKERS if not s.special):
+            assert templated["input_ids"] == encode(segments, small_tokenizer)[0]
+            assert templated.keys() == {"input_ids", "attention_mask"}
+            compared += 1
+    assert compared > 50
+
+
+def test_special_tokens_are_the_vocabularys(exported):
+    named = (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id, exported.unk_token)
+    assert named == (1, 2, 3, None)
+    assert ids(exported, "<_user>a<_end><tool_call>") == [4, *ids(exported, "a"), 2, 9]
+    assert exported.decode([4, *ids(exported, "a"), 9, 2], skip_special_tokens=True).split() == [
+        "a<tool_call>"
+    ]
+    assert len(exported) == exported.vocab_size == 600
+
+
+CONVERSATION = [
+    {"role": "user", "content": "生抽与老抽的区别？"},
+    {"role": "assistant", "content": "颜色"},
+    {"role": "user", "content": "dog"},
+]
+
+
+def test_the_plain_format_is_exported_for_models_tuned_in_it(tmp_path, small_vocab):
+    tokenizer = export(tmp_path, small_vocab, "plain")
+    text = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, tokenize=False)
+    expected = conversation_text(render(CONVERSATION, prompt_format="plain", add_generation_prompt=True))
+    assert text == expected == "<_start><_user>生抽与老抽的区别？<_bot>颜色<_end><_user>dog<_bot>"
+    with pytest.raises(Exception, match="no place for role system"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+    recorded = json.loads((tmp_path / "llama" / "prompt_format.json").read_text())
+    assert recorded == {"prompt_format": "plain"}
+
+
+def test_a_template_refuses_a_late_system_message(exported):
+    with pytest.raises(Exception, match="role system, which cannot stand there"):
+        exported.apply_chat_template([*CONVERSATION, {"role": "system", "content": "x"}], tokenize=False)
+
+
+def test_published_conversations(exported, shared_data):
+    golden = json.loads((shared_data / "chat_template_golden.json").read_text(encoding="utf-8"))
+    for case in golden:
+        text = exported.apply_chat_template(
+            case["messages"],
+            tools=case["tools"],
+            add_generation_prompt=case["add_generation_prompt"],
+            tokenize=False,
+        )
+        assert text == case["text"], case["name"]
+
+
+@pytest.mark.slow  # 131,072 pieces, and all real dialogues
+@pytest.mark.parametrize("model", ["tokenizer.model", "tokenizer_115b.model"])
+def test_released_vocabularies_on_real_dialogues(tmp_path, shared_data, model):
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = export(tmp_path, shared_data / model)
+    ours = TelechatTokenizer(shared_data / model)
+    texts = []
+    for file in sorted(shared_data.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            texts += [turn["content"] for turn in record.get("dialog", [])]
+            texts += [record[key] for key in ("system", "text", "input", "output") if record.get(key)]
+    plain = [text for text in texts if not any(marker in text for marker in MARKERS)]
+    assert len(plain) > 5000
+    for text in plain:
+        expected = ours.encode_text(text)
+        assert ids(tokenizer, text) == expected
+        assert tokenizer.decode(expected) == ours.decode(expected)
