@@ -255,13 +255,25 @@ def check_plan(clone: Clone, said: str) -> None:
     assert "data_parallel 64 x model_parallel 4 x pipeline_stage 2" in said
 
 
+def check_mindie(clone: Clone, said: str) -> None:
+    """What the folder's model says as MindIE asks it, and that the folder holds what the text lists."""
+    folder = clone.path / "output" / "mindie" / "telechat2_tiny"
+    answer = re.search(r"^self-test: .* it begins to answer: '(.*)'$", said, re.MULTILINE)
+    assert answer and readme_answer().startswith(answer[1].rstrip("\ufffd"))
+    assert (folder / "mindie.txt").read_text(encoding="utf-8") in said
+    named = ("config.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+    assert all((folder / name).is_file() for name in named)
+    assert len(list(folder.glob("*.yaml"))) == 1
+
+
 def check_benchmark(clone: Clone, said: str) -> None:
     assert "step" in said and "decode" in said
 
 
 CHECKS = [
     check_quickstart, None, check_data, check_show, check_weights, check_finetune, check_resume, check_eval,
-    check_predict, check_ask, check_quickstart_experts, check_plan, check_two_processes, check_benchmark,
+    check_predict, check_ask, check_quickstart_experts, check_plan, check_mindie, check_two_processes,
+    check_benchmark,
 ]  # fmt: skip
 
 
