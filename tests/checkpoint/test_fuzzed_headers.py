@@ -1,18 +1,23 @@
 """Broken files of every kind: an error sentence each time, never a crash, and no output."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore
 
-CASES = 300
+CHECKOUT = Path(__file__).resolve().parents[2]
+CASES = int(os.environ.get("FUZZ_CASES", "150"))
 
 
 @cache
@@ -150,3 +155,13 @@ def test_one_entry_of_the_index_replaced(data, value):
     weight_map: dict = dict.fromkeys(names, "model.safetensors")
     weight_map[data.draw(st.sampled_from(names) | st.text(max_size=10))] = value
     assert convert(packed(*sound()), json.dumps({"weight_map": weight_map}).encode()) is not None
+
+
+@pytest.mark.slow
+def test_thousands_of_cases():
+    """The same properties, with some thousand cases of each."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-c", str(CHECKOUT / "pyproject.toml"), __file__],
+        env=os.environ | {"FUZZ_CASES": "3000"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 0 and "deselected" in told.stdout, told.stdout

@@ -151,11 +151,18 @@ def _whole_lines(journal: BinaryIO) -> tuple[list[dict], int]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or not line.endswith(b"\n"):
+        if not line.endswith(b"\n") or not _is_sound(entry, first=not entries):
             break
         entries.append(entry)
         whole += len(line)
     return entries, whole
+
+
+def _is_sound(entry: object, first: bool) -> bool:
+    if first or not isinstance(entry, dict) or "naming" in entry:
+        return isinstance(entry, dict)
+    kinds = {"file": str, "tensor": str, "checksum": str, "nan": int, "inf": int}
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def _add_line(journal: BinaryIO, entry: dict) -> None:
