@@ -125,19 +125,22 @@ def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> li
     lacks a ValueError.
     """
     found: list[tuple[int | str, bool]] = []
+    before = None  # the text that what follows may belong to
     for text, special, trained in segments:
         index = special_id(text) if special else None
         if index is not None:
             found.append((index, trained))
+            before = None
             continue
         if special and text not in TOOL_TAGS:
             raise ValueError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
-        if found and isinstance(found[-1][0], str):
-            before, trained_before = found[-1]
-            assert trained_before == trained, "a special token parts what is trained and what is not"
-            found[-1] = (before + text, trained)
-        else:
+        if before is None:
+            before = text
             found.append((text, trained))
+        else:
+            assert found[-1][1] == trained, "a special token parts what is trained and what is not"
+            before += text
+            found[-1] = (before, trained)
     return found
 
 
@@ -187,7 +190,7 @@ def _trained_answers(messages: list[dict], train_on: str) -> set[int]:
 
 
 def _marked(segments: list[Segment], trained: bool) -> list[Segment]:
-    return [segment._replace(trained=True) for segment in segments] if trained else segments
+    return [Segment(text, special, True) for text, special, _ in segments] if trained else segments
 
 
 def _tagged(tag: str, text: str) -> list[Segment]:
@@ -199,6 +202,8 @@ def _literal(text: str) -> list[Segment]:
 
 
 def _text_with_tags(text: str) -> list[Segment]:
+    if "tool_" not in text:
+        return _literal(text)
     return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
 
 
@@ -250,8 +255,9 @@ def _check_message(message: dict, where: str, allow_empty_answers: bool) -> None
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
-    unknown = [key for key in message if key not in _KNOWN_KEYS and message[key] is not None]
-    if unknown:
+    if not message.keys() <= _KNOWN_KEYS and (
+        unknown := [key for key in message if key not in _KNOWN_KEYS and message[key] is not None]
+    ):
         raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
     is_answer = role in ("assistant", "bot")
     if calls and not is_answer:

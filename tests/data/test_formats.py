@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from research.telechat2.data.formats import parse_line, read_lines
-from research.telechat2.data.sources import input_files
+from research.telechat2.data.formats import parse, parse_line, read_lines
 from research.telechat2.telechat_chat import conversation_text
 
 
@@ -88,13 +87,77 @@ def test_the_released_dialogues_render_to_what_the_golden_template_would_say(sha
             assert conversation_text(parse_line(line).render()) == f"<_system>{data['system']}{body}"
 
 
+def test_openais_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b", "refusal": None}]
+    assert text_of(messages=messages).endswith("<_user>a fox<_bot>b<_end>\n")
+
+
+def test_sharegpt_is_the_same_conversation_as_messages():
+    tools = [{"name": "f", "description": "d"}]
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [
+        ("human", "q"),
+        ("function_call", json.dumps(call)),
+        ("observation", "r"),
+        ("gpt", "a"),
+    ]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": call}]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
+    conversations = [{"from": speaker, "value": value} for speaker, value in turns]
+    expected = text_of(messages=messages, tools=tools)
+    assert text_of(conversations=conversations, system="s", tools=json.dumps(tools)) == expected
+    with_system = [{"from": "system", "value": "s"}, *conversations]
+    assert text_of(conversations=with_system, tools=tools) == expected
+    assert trained_text(conversations=conversations).endswith("</tool_call><_end>a<_end>")
+    assert text_of(conversations=conversations, system="", tools="") == text_of(messages=messages[1:])
+
+
+def test_alpaca_puts_the_input_below_the_instruction():
+    rendered = text_of(instruction="Sum up.", input="A text.", output="T.", system="s", history=[["q", "a"]])
+    assert rendered == "<_system>s\n<_user>q<_bot>a<_end>\n<_user>Sum up.\nA text.<_bot>T.<_end>\n"
+    assert text_of(instruction="i", input="", output="o").endswith("<_user>i<_bot>o<_end>\n")
+
+
+def test_text_and_data_are_pretraining_texts():
+    for key in ("text", "data"):
+        kind, parsed = parse(json.dumps({key: "a <_end> b", "url": "x"}))
+        assert kind == key
+        assert conversation_text(parsed.render()) == "<_start>a <_end> b<_end>"
+        assert [s.trained for s in parsed.render()] == [False, True, True]
+    for line, message in (('{"text": ""}', "text is empty"), ('{"data": [1]}', "data is a list; expected")):
+        with pytest.raises(ValueError, match=message):
+            parse(line)
+
+
 ERRORS = [
     ("{", "not JSON"),
     ('{"input": "q", "output"', "not JSON"),
     ("[1]", "holds a JSON list; expected an object"),
     ("{}", r"has the keys \(none\); expected input and output"),
     ('{"question": "q", "answer": "a"}', "has the keys question, answer; expected input and output"),
-    ('{"text": "t"}', "has the keys text; expected"),
+    ('{"text": "t"}', "has the keys text; expected a conversation"),
+    ('{"conversations": [{"from": "gpt"}]}', "turn 1 of conversations lacks from or value"),
+    ('{"conversations": [{"from": "me", "value": "q"}]}', "turn 1 of conversations is from 'me'; expected"),
+    ('{"conversations": [{"from": "gpt", "value": "a", "text": "b"}]}', "message 1 has 'text', which cannot"),
+    ('{"conversations": [{"from": "function_call", "value": "{"}]}', "a function call, but not JSON"),
+    ('{"conversations": [], "tools": "{"}', "tools are not JSON"),
+    ('{"conversations": [], "tools": 3}', "tools are a int; expected a list"),
+    ('{"instruction": "i"}', "output is missing; expected a string"),
+    ('{"instruction": "", "output": "a"}', "message 1 is an empty question"),
+    ('{"instruction": "i", "output": "a", "history": [["q"]]}', "pair 1 of history is not a list of two"),
+    ('{"instruction": "i", "output": "a", "history": "q"}', "history is a str; expected a list"),
+    ('{"instruction": "i", "output": "a", "response": "b"}', "has response beside instruction"),
+    (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+        "message 1 has content .*expected a",
+    ),
+    ('{"messages": [], "functions": [1]}', "has functions beside messages"),
     ('{"input": "q"}', "output is missing; expected a string"),
     ('{"output": "a"}', "input is missing; expected a string"),
     ('{"input": null, "output": "a"}', "input is a NoneType; expected a string"),
@@ -137,17 +200,6 @@ def test_lines_are_those_of_the_file_and_utf_8(tmp_path):
     file.write_bytes('{"a": 1}\n{"a": "你"}'.encode("gbk"))
     with pytest.raises(ValueError, match="data.jsonl, line 2: not UTF-8 at byte 7"):
         list(read_lines(file))
-
-
-def test_an_input_is_a_file_or_a_directory_of_jsonl(tmp_path):
-    with pytest.raises(ValueError, match="holds no .jsonl file"):
-        input_files(tmp_path)
-    for name in ("b.jsonl", "a.jsonl", "c.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in input_files(tmp_path)] == ["a.jsonl", "b.jsonl"]
-    assert input_files(tmp_path / "c.txt") == [tmp_path / "c.txt"]
-    with pytest.raises(ValueError, match="absent.jsonl does not exist"):
-        input_files(tmp_path / "absent.jsonl")
 
 
 def test_a_question_without_an_answer_is_a_conversation():

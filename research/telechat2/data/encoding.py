@@ -3,8 +3,11 @@
 A token is one uint32: its id, and TRAINED set where the loss counts it.
 """
 
+import gc
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +25,7 @@ SURROGATE = "not valid Unicode: half of a surrogate pair"
 _WEIGHT_STREAM = 1  # of random numbers, apart from those of the shuffle
 COUNTERS = ("totals", "formats", "prompt_formats", "skipped", "lengths")
 TOO_LONG = "longer than a record of"
-_MARKERS = [marker.encode() for marker in (*MARKERS, *telechat_chat.TOOL_TAGS)]
+_MARKER = re.compile("|".join((*MARKERS, *telechat_chat.TOOL_TAGS)).encode())
 
 
 class Settings(NamedTuple):
@@ -57,11 +60,49 @@ class Encoded(NamedTuple):
 class _Item(NamedTuple):
     kind: str
     parsed: Conversation | Text
-    runs: list[tuple[int | bytes, bool]]
+    runs: list[int]  # indices into the batch's table of special ids and texts
+    trained: list[bool]  # of each run
     line: int
     copies: int
 
 
+class _Table:
+    """The special tokens and texts of a batch, each there once: system prompts recur, and line breaks do."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.index: dict[int | bytes, int] = {}
+        self.arrays: list[np.ndarray] = []  # ids of those that are encoded already
+        self.with_marker: set[int] = set()  # texts in which special tokens are spelt out
+
+    def encode(self) -> None:
+        """Encode what has been added."""
+        new = list(self.index)[len(self.arrays) :]
+        self.with_marker.update(
+            self.index[key] for key in new if isinstance(key, bytes) and b"<" in key and _MARKER.search(key)
+        )
+        encoded = iter(self.vocabulary.encode([key for key in new if isinstance(key, bytes)]))
+        self.arrays += [next(encoded) if isinstance(key, bytes) else np.array([key], np.int32) for key in new]
+
+    def length(self, runs: list[int]) -> int:
+        """Tokens of an item."""
+        arrays = self.arrays
+        return sum([len(arrays[run]) for run in runs])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A batch makes many objects and no cycles among them; to look for some takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> Encoded:
     """Encode the lines of a batch; each ends in the counts, as an item or by the reason it is none."""
     counts = {name: Counter() for name in COUNTERS}
@@ -75,31 +116,31 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
             fatal = _is_fatal(error.reason, settings)
             found.append(Problem(error.reason, str(batch.path), line, str(error), fatal))
 
+    table = _Table(vocabulary)
     items = []
-    for line, (content, copies) in enumerate(
-        zip(batch.lines, _copies(batch, settings.seed), strict=True), batch.first_line
-    ):
+    copies = _copies(batch, settings.seed)
+    for line, (content, taken) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
         try:
-            items.append(_parsed(content, line, int(copies), vocabulary, settings))
+            items.append(_parsed(content, line, taken, table, settings))
         except UnusableLine as error:
             note(error, line)
-    texts = {run for item in items for run, _ in item.runs if isinstance(run, bytes)}
-    arrays = vocabulary.encode(texts)
-    pieces: list[np.ndarray] = []
+    table.encode()
+    runs: list[int] = []
     trained: list[bool] = []
     lengths: list[int] = []
     for item in items:
         try:
-            runs, length = _fitting(item, arrays, vocabulary, settings)
+            fitting, length = _fitting(item, table, settings)
         except UnusableLine as error:
             note(error, item.line)
             continue
-        counts["totals"]["truncated"] += runs is not item.runs
-        _count(item, length, counts)
-        pieces += [arrays[run] for run, _ in runs] * item.copies
-        trained += [is_trained for _, is_trained in runs] * item.copies
+        counts["totals"]["truncated"] += fitting is not item
+        _count(fitting, length, counts)
+        counts["totals"]["with_special_text"] += not table.with_marker.isdisjoint(fitting.runs)
+        runs += fitting.runs * item.copies
+        trained += fitting.trained * item.copies
         lengths += [-length if isinstance(item.parsed, Text) else length] * item.copies
-    tokens = _joined(pieces, trained)
+    tokens = _joined([table.arrays[run] for run in runs], trained)
     counts["totals"]["tokens"] = len(tokens)
     counts["totals"]["trained_tokens"] = int((tokens >= TRAINED).sum())
     return Encoded(tokens, np.array(lengths, np.int32), counts, sum(problems.values(), []))
@@ -110,16 +151,16 @@ def _joined(pieces: list[np.ndarray], trained: list[bool]) -> np.ndarray:
         return np.zeros(0, np.uint32)
     tokens = np.concatenate(pieces).view(np.uint32)
     flags = np.array(trained, np.uint32) * TRAINED
-    return tokens | np.repeat(flags, [len(piece) for piece in pieces])
+    return tokens | np.repeat(flags, list(map(len, pieces)))
 
 
-def _copies(batch: Batch, seed: int) -> np.ndarray:
+def _copies(batch: Batch, seed: int) -> list[int]:
     """How often each line is taken: the weight, its fraction by chance."""
     whole, part = divmod(batch.weight, 1)
     if not part:
-        return np.full(len(batch.lines), int(whole))
+        return [int(whole)] * len(batch.lines)
     chance = np.random.default_rng([seed, _WEIGHT_STREAM, batch.number]).random(len(batch.lines))
-    return int(whole) + (chance < part)
+    return (int(whole) + (chance < part)).tolist()
 
 
 def _is_fatal(reason: str, settings: Settings) -> bool:
@@ -128,72 +169,66 @@ def _is_fatal(reason: str, settings: Settings) -> bool:
     return settings.bad_lines == "error" and reason not in (BLANK, UNWEIGHTED, SURROGATE)
 
 
-def _parsed(content: bytes, line: int, copies: int, vocabulary: Vocabulary, settings: Settings) -> _Item:
+def _parsed(content: bytes, line: int, copies: int, table: _Table, settings: Settings) -> _Item:
     text = formats.decode_line(content, is_first=line == 1)
     if not text.strip():
         raise UnusableLine(BLANK, "")
     if not copies:
         raise UnusableLine(UNWEIGHTED, "")
     kind, parsed = formats.parse(text)
-    return _Item(kind, parsed, _runs(parsed, vocabulary, settings.train_on), line, copies)
+    return _Item(kind, parsed, *_runs(parsed, table, settings.train_on), line, copies)
 
 
-def _runs(
-    parsed: Conversation | Text, vocabulary: Vocabulary, train_on: str
-) -> list[tuple[int | bytes, bool]]:
-    """Ids of special tokens and texts in UTF-8, each with whether it is trained."""
+def _runs(parsed: Conversation | Text, table: _Table, train_on: str) -> tuple[list[int], list[bool]]:
+    """Render; return the runs of what is encoded, by their places in the table, and which are trained."""
+    index = table.index
+    runs, trained = [], []
     try:
         segments = parsed.render(train_on=train_on)
     except ValueError as error:
         raise UnusableLine("not what its format asks for", error) from error
-    runs = []
-    for run, trained in telechat_chat.runs(segments, vocabulary.special_id):
-        try:
-            runs.append((run.encode() if isinstance(run, str) else run, trained))
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            raise UnusableLine(SURROGATE, f"holds U+{code:04X}, half of a surrogate pair") from error
-    if not any(trained for _, trained in runs[1:]):
+    try:
+        for run, is_trained in telechat_chat.runs(segments, table.vocabulary.special_id):
+            runs.append(index.setdefault(run.encode() if isinstance(run, str) else run, len(index)))
+            trained.append(is_trained)
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise UnusableLine(SURROGATE, f"holds U+{code:04X}, half of a surrogate pair") from error
+    if True not in trained[1:]:
         raise UnusableLine(
             "without an answer to train on",
             "the conversation has no answer to train on; add one or remove the line",
         )
-    return runs
+    return runs, trained
 
 
-def _fitting(item: _Item, arrays: dict, vocabulary: Vocabulary, settings: Settings) -> tuple[list, int]:
-    """The runs of an item and their length, those of its first turns where it is too long."""
-    _add_special(item.runs, arrays)
-    length = sum(len(arrays[run]) for run, _ in item.runs)
+def _fitting(item: _Item, table: _Table, settings: Settings) -> tuple[_Item, int]:
+    """The item and its length, or its first turns and theirs where it is too long."""
+    length = table.length(item.runs)
     if length <= settings.capacity or isinstance(item.parsed, Text):
-        return item.runs, length
+        return item, length
     reason = f"{TOO_LONG} {settings.capacity} tokens"
     if settings.too_long != "truncate":
         raise UnusableLine(reason, f"has {length} tokens, a record holds {settings.capacity}")
-    messages = _first_turns(item, arrays, vocabulary, settings.capacity)
+    messages = _first_turns(item, table, settings.capacity)
     if not messages:
         raise UnusableLine(
             f"{reason} within its first turn", f"has {length} tokens and no turn border early enough"
         )
-    runs = _runs(item.parsed._replace(messages=messages), vocabulary, settings.train_on)
-    arrays.update(vocabulary.encode({run for run, _ in runs if isinstance(run, bytes)} - arrays.keys()))
-    return runs, sum(len(arrays[run]) for run, _ in runs)
+    parsed = item.parsed._replace(messages=messages)
+    runs, trained = _runs(parsed, table, settings.train_on)
+    table.encode()
+    return item._replace(parsed=parsed, runs=runs, trained=trained), table.length(runs)
 
 
-def _add_special(runs: Iterable[tuple[int | bytes, bool]], arrays: dict) -> None:
-    for run, _ in runs:
-        if run not in arrays:
-            arrays[run] = np.array([run], np.int32)
-
-
-def _first_turns(item: _Item, arrays: dict, vocabulary: Vocabulary, capacity: int) -> list[dict]:
+def _first_turns(item: _Item, table: _Table, capacity: int) -> list[dict]:
     """As many whole turns of a conversation as fit; a turn begins with a question of the user."""
-    user = vocabulary.special_id(telechat_chat.USER)
+    user = table.index[table.vocabulary.special_id(telechat_chat.USER)]
     starts, at = [], 0  # of every <_user>, which the results of tools begin with as well
-    for run, _ in item.runs:
+    for run in item.runs:
         if run == user:
             starts.append(at)
-        at += len(arrays[run])
+        at += len(table.arrays[run])
     messages = item.parsed.messages
     openings = [
         i
@@ -212,11 +247,6 @@ def _count(item: _Item, length: int, counts: dict[str, Counter]) -> None:
     totals = counts["totals"]
     totals["texts" if is_text else "conversations"] += 1
     totals["copies"] += item.copies - 1
-    totals["with_special_text"] += any(
-        b"<" in run and any(marker in run for marker in _MARKERS)
-        for run, _ in item.runs
-        if isinstance(run, bytes)
-    )
     counts["formats"][item.kind] += 1
     if not is_text:
         counts["prompt_formats"][item.parsed.prompt_format] += 1

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from pathlib import Path
 
 from research.telechat2.data import encoding
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.sources import Batch
 from research.telechat2.data.vocabulary import Vocabulary
+from research.telechat2.telechat_cli import quiet_libraries
 
 ENGINES = ("processes", "ray")
 _AHEAD = 2  # batches per worker that are under way; more would only take memory
@@ -38,11 +40,6 @@ def encode_all(
             yield encoding.encode_batch(batch, vocabulary, settings)
     else:
         yield from _with_processes(batches, vocabulary, settings, workers)
-
-
-@lru_cache(maxsize=1)
-def _vocabulary(proto: bytes) -> Vocabulary:
-    return Vocabulary(proto)
 
 
 # ---------------------------------------------------------------------- processes
@@ -98,15 +95,23 @@ def _with_ray(batches, vocabulary: Vocabulary, settings: Settings, workers: int)
     ray = _ray()
     proto = ray.put(vocabulary.proto)
     work = ray.remote(num_cpus=1)(_work_in_ray)
-
-    def submit(batch: Batch):
-        return work.remote(batch, proto, settings)
-
-    yield from _in_order(batches, _AHEAD * workers, submit, ray.get)
+    try:
+        yield from _in_order(
+            batches, _AHEAD * workers, lambda batch: work.remote(batch, proto, settings), ray.get
+        )
+    except ray.exceptions.RayError as error:
+        raise OSError(
+            f"the Ray cluster could not do its work: {error}; mend that, and continue with --resume"
+        ) from error
 
 
 def _work_in_ray(batch: Batch, proto: bytes, settings: Settings) -> Encoded:
     return encoding.encode_batch(batch, _vocabulary(proto), settings)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(proto: bytes) -> Vocabulary:
+    return Vocabulary(proto)
 
 
 def ray_cores() -> int:
@@ -115,13 +120,20 @@ def ray_cores() -> int:
 
 
 def _ray():
+    quiet_libraries()
+    import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
+
     try:
         import ray
     except ImportError as error:
         raise ValueError(
-            "--engine ray needs Ray, which is not installed; install it with: "
-            "pip install 'telechat2-mindformers[ray]'"
+            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
         ) from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
+        package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines
+        ray.init(
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"py_modules": [str(package)], "excludes": ["__pycache__"]},
+        )
     return ray

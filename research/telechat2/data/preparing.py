@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
-from research.telechat2.data import engines, manifests, packing, sources, vocabulary, writing
+from research.telechat2.data import engines, manifests, packing, sources, spool, vocabulary, writing
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.job import Job, Options, Part
-from research.telechat2.data.spool import SEGMENT_BATCHES, Spool, Totals
+from research.telechat2.data.spool import Spool, Totals
 from research.telechat2.telechat_cli import quiet_libraries
 from research.telechat2.telechat_prompt_format import write_json
 
@@ -96,7 +96,8 @@ def _enter(job: Job, resume: bool) -> list[Path]:
             f"{job.folder} is of a run with another {' and '.join(different)}: it cannot be continued; "
             f"repeat the command of that run, or delete the folder"
         )
-    write_json(job_file, described)
+    if not job_file.is_file():
+        write_json(job_file, described)
     return []
 
 
@@ -110,17 +111,17 @@ def _leave(job: Job, created: list[Path]) -> None:
 def _make(job: Job, workers: int | None, engine: str, html_report: bool) -> None:
     """Fill the run's folder with all that is to be moved out."""
     text_bytes = sum(source.text_bytes() * source.weight for source in job.found)
-    spool = Spool(job.folder, text_bytes, job.options.seed)
-    totals, files = _encode(job, spool, workers, engine)
+    store = Spool(job.folder, text_bytes, job.options.seed)
+    totals, files = _encode(job, store, workers, engine)
     manifests.check_totals(totals, job.found, complete=True)
-    parts = _write_parts(job, spool, totals)
+    parts = _write_parts(job, store, totals)
     manifest = manifests.manifest(job, totals, files, parts)
     for name, content in manifests.with_parts(job.target.name, manifest).items():
         write_json(telechat_prompt_format.manifest_path(job.folder / name), content)
     if html_report:
         from research.telechat2.data import html_report as page
 
-        page.write(writing.report_file(job.folder / job.target.name), manifest, spool, job.words)
+        page.write(writing.report_file(job.folder / job.target.name), manifest, store, job.words)
     write_json(job.folder / "moves.json", manifests.moves(job.target, manifest))
 
 
@@ -132,16 +133,16 @@ def _current(job: Job) -> Path:
 
 # ---------------------------------------------------------------------- first pass
 def _encode(
-    job: Job, spool: Spool, workers: int | None, engine: str
+    job: Job, store: Spool, workers: int | None, engine: str
 ) -> tuple[Totals, list[sources.FileState]]:
     """Encode all lines into the spool, from its last segment on; return the counts and the files read."""
-    totals = spool.reopen()
+    totals = store.reopen()
     done = job.folder / "files.json"
     if done.is_file():
         return totals, [sources.FileState(*state) for state in json.loads(done.read_text(encoding="utf-8"))]
     files: list[sources.FileState] = []
     with _progress("encode", sum(source.path.stat().st_size for source in job.found), "B") as bar:
-        read = sources.read_batches(job.found, spool.segments * SEGMENT_BATCHES, bar.update)
+        read = sources.read_batches(job.found, store.segments * spool.SEGMENT_BATCHES, bar.update)
         batches = _without_states(read, files)
         settings = Settings(
             job.options.max_length + 1,
@@ -152,8 +153,8 @@ def _encode(
         )
         workers = _workers(workers, engine, job.found)
         with closing(engines.encode_all(batches, job.words, settings, workers, engine)) as encoded:
-            while group := list(islice(_counted(encoded, bar), SEGMENT_BATCHES)):
-                segment = spool.write(group)
+            while group := list(islice(_counted(encoded, bar), spool.SEGMENT_BATCHES)):
+                segment = store.write(group)
                 totals.add(segment.counts, segment.problems)
                 manifests.check_totals(totals, job.found, complete=False)
     write_json(done, files)
@@ -187,7 +188,7 @@ def _workers(workers: int | None, engine: str, found: list[sources.Source]) -> i
 
 
 # ---------------------------------------------------------------------- second pass
-def _write_parts(job: Job, spool: Spool, totals: Totals) -> list[Part]:
+def _write_parts(job: Job, store: Spool, totals: Totals) -> list[Part]:
     """Pack and write all records; parts that an interrupted run finished are kept."""
     quiet_libraries()
     capacity = job.options.max_length + 1
@@ -195,7 +196,7 @@ def _write_parts(job: Job, spool: Spool, totals: Totals) -> list[Part]:
     expected = totals.counts["totals"]["tokens"] // capacity + 1
     if per_file is None and expected * capacity * 8 > writing.FILE_BYTES:
         per_file = max(1, writing.FILE_BYTES // (capacity * 8))
-    records = _shuffled(spool, capacity, job.options.seed)
+    records = _shuffled(store, capacity, job.options.seed)
     parts: list[Part] = []
     with _progress("write", expected, " records") as bar:
         while (first := next(records, None)) is not None:
@@ -231,9 +232,9 @@ def _chain(first: list, rest: Iterator[list]) -> Iterator[list]:
     yield from rest
 
 
-def _shuffled(spool: Spool, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
-    for bucket in range(spool.buckets):
-        for number, (tokens, lengths) in enumerate(spool.windows(bucket)):
+def _shuffled(store: Spool, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
+    for bucket in range(store.buckets):
+        for number, (tokens, lengths) in enumerate(store.windows(bucket)):
             rng = np.random.default_rng([seed, _SHUFFLE_STREAM, bucket, number])
             yield from packing.records(tokens, lengths, capacity, rng)
 

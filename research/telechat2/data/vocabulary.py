@@ -3,7 +3,7 @@
 Gives the ids of ``TelechatTokenizer`` (a test compares them) without MindFormers, many texts at a time.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -76,10 +76,9 @@ class Vocabulary:
                 f"(U+{ord(error.object[error.start]):04X}) at character {error.start}; repair the text"
             ) from error
 
-    def encode(self, texts: Collection[bytes]) -> dict[bytes, np.ndarray]:
+    def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         """Return the ids, int32, of texts in UTF-8, each encoded literally: ``<_end>`` in it is text."""
-        texts = list(texts)
-        return dict(zip(texts, self.model.encode_as_numpy(texts, num_threads=1), strict=True))
+        return self.model.encode_as_numpy(texts, num_threads=1)
 
     def spans(self, ids: Sequence[int], mask: Sequence[int]) -> list[Span]:
         """Return ids as text: each special token, and each run of others that are trained or not alike."""

@@ -1,0 +1,151 @@
+"""Sources: which files are read, packed ones too, mixtures, and batches that cover every line."""
+
+import gzip
+import hashlib
+import json
+
+import pytest
+from data_lines import encoded, plain_lines
+from hypothesis import given
+from hypothesis import strategies as st
+
+from research.telechat2.data import sources, vocabulary
+from research.telechat2.data.sources import Batch, Source, find, input_files, read_batches
+
+
+def lines_of(*files: sources.Source, **more) -> list[bytes]:
+    batches = [item for item in read_batches(list(files), **more) if isinstance(item, Batch)]
+    assert [batch.number for batch in batches] == list(
+        range(more.get("skip", 0), len(batches) + more.get("skip", 0))
+    )
+    return [line for batch in batches for line in batch.lines]
+
+
+def test_an_input_is_a_file_a_directory_of_jsonl_or_a_pattern(tmp_path):
+    with pytest.raises(ValueError, match="holds no .jsonl file"):
+        input_files(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "d.jsonl.gz", "e.jsonl.zst", "f.json"):
+        (tmp_path / name).touch()
+    names = ["a.jsonl", "b.jsonl", "d.jsonl.gz", "e.jsonl.zst"]
+    assert [path.name for path in input_files(tmp_path)] == names
+    assert input_files(tmp_path / "c.txt") == [tmp_path / "c.txt"]
+    assert [path.name for path in input_files(tmp_path / "[ab].jsonl")] == names[:2]
+    with pytest.raises(ValueError, match="absent.jsonl does not exist"):
+        input_files(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="no file fits the pattern .*x"):
+        input_files(tmp_path / "x*")
+
+
+def test_a_file_given_twice_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    assert find([tmp_path]) == [Source(tmp_path / "a.jsonl")]
+    with pytest.raises(ValueError, match="a.jsonl is given twice; to take its lines more than once"):
+        find([tmp_path, tmp_path / "a.jsonl"])
+
+
+def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.jsonl", "deep/b.jsonl", "deep/c.jsonl"):
+        (tmp_path / name).touch()
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text('{"a.jsonl": 0.5, "deep": 2}')
+    found = [(source.path.name, source.weight) for source in find([mixture])]
+    assert found == [("a.jsonl", 0.5), ("b.jsonl", 2.0), ("c.jsonl", 2.0)]
+    for content, message in (
+        ("{", "mixture.json is no mixture: not JSON"),
+        ("[1]", "mixture.json is no mixture; expected"),
+        ('{"a.jsonl": 0}', r"gives a.jsonl the weight 0; expected a number in \(0, 1000\]"),
+        ('{"a.jsonl": "2"}', "gives a.jsonl the weight '2'"),
+        ('{"no.jsonl": 1}', "no.jsonl does not exist.*paths in a mixture start from its own folder"),
+    ):
+        mixture.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            find([mixture])
+
+
+def test_weights_take_lines_by_chance_or_several_times(small_vocab):
+    words = vocabulary.load(small_vocab)
+    lines = plain_lines(400)
+    thrice = encoded(words, *lines, weight=3.0)
+    assert len(thrice.lengths) == 1200 and thrice.counts["totals"]["copies"] == 800
+    half = encoded(words, *lines, weight=0.5)
+    left_out = half.counts["skipped"]["left out by the weight of its file"]
+    assert len(half.lengths) == 400 - left_out and 150 < left_out < 250
+    more = encoded(words, *lines, weight=2.25)
+    assert 850 < len(more.lengths) < 950
+    again = encoded(words, *lines, weight=0.5)
+    other = encoded(words, *lines, weight=0.5, seed=1)
+    assert again.tokens.tolist() == half.tokens.tolist() != other.tokens.tolist()
+
+
+@given(
+    files=st.lists(
+        st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=30), max_size=4
+    ),
+    size=st.integers(1, 200),
+    ended=st.booleans(),
+)
+def test_batches_hold_every_line_once_whatever_their_size(tmp_path_factory, files, size, ended):
+    folder = tmp_path_factory.mktemp("files")
+    found = []
+    for number, lines in enumerate(files):
+        content = b"".join(line + b"\n" for line in lines)
+        content = content if ended else content[:-1]
+        path = folder / f"{number}.jsonl"
+        path.write_bytes(content)
+        found.append(Source(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BATCH_BYTES", size)
+        items = list(read_batches(found))
+        batches = [item for item in items if isinstance(item, Batch)]
+        lines = [line for batch in batches for line in batch.lines]
+        assert b"".join(lines) == b"".join(source.path.read_bytes() for source in found)
+        assert all(0 <= line.find(b"\n") == len(line) - 1 or b"\n" not in line for line in lines)
+        skipped = [item for item in read_batches(found, skip=2) if isinstance(item, Batch)]
+        assert skipped == batches[2:]
+    states = [item for item in items if not isinstance(item, Batch)]
+    assert [state.sha256 for state in states] == [
+        hashlib.sha256(source.path.read_bytes()).hexdigest() for source in found
+    ]
+
+
+def packed(path, content: bytes):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content[:50]) + gzip.compress(content[50:]))  # two members, as by cat
+    else:
+        zstandard = pytest.importorskip("zstandard", reason="needs zstandard, see pyproject.toml")
+        compress = zstandard.ZstdCompressor(write_checksum=True).compress
+        path.write_bytes(compress(content[:50]) + compress(content[50:]))
+    return Source(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_packed_files_give_the_lines_of_the_plain_one(tmp_path, suffix):
+    content = b"".join(b'{"text": "%d"}\n' % i for i in range(2000))
+    source = packed(tmp_path / f"a{suffix}", content)
+    advanced = []
+    assert lines_of(source, advance=advanced.append) == content.splitlines(keepends=True)
+    assert sum(advanced) == source.path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_broken_packed_file_is_named(tmp_path, suffix, damage):
+    content = b"".join(
+        json.dumps({"text": hashlib.md5(b"%d" % i).hexdigest()}).encode() + b"\n" for i in range(999)
+    )
+    source = packed(tmp_path / f"a{suffix}", content)
+    whole = source.path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 40]) + whole[middle + 40 :]
+    source.path.write_bytes({"cut": whole[:-9], "flipped": flipped, "foreign": content}[damage])
+    with pytest.raises(ValueError, match=f"a{suffix} is broken after line .*: fetch or pack it again"):
+        lines_of(source)
+
+
+def test_a_file_without_line_breaks_is_no_jsonl(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"[]\n" + b"x" * (2 << 20))
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is longer than 1 MB; jsonl has one conversation"):
+        lines_of(Source(path))
