@@ -235,15 +235,21 @@ def test_resume_of_nothing_is_a_conversion(hf, tmp_path):
         convert_to_mindspore(hf, tmp_path / "ms", resume=True)
 
 
-def test_an_interrupted_ckpt_is_written_anew(hf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["prove", "fsync"])
+def test_an_interrupted_ckpt(hf, tmp_path, monkeypatch, where):
+    """Before it is proven it is written anew; while files get their names, those that have one keep it."""
+
     def fail(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "fsync", fail)
+        patch.setattr(job if where == "prove" else staging, where, fail)
         with pytest.raises(KeyboardInterrupt):
             convert_to_mindspore(hf, tmp_path / "a.ckpt", resume=True)
+    assert (tmp_path / "a.ckpt").exists() == (where == "fsync")
     convert_to_mindspore(hf, tmp_path / "a.ckpt", resume=True)
+    assert [path.name for path in tmp_path.glob("*.part")] == []
+    assert (tmp_path / "a.ckpt.manifest.json").exists()
     convert_to_torch(tmp_path / "a.ckpt", tmp_path / "back")
     assert stored_tensors(tmp_path / "back") == stored_tensors(hf)
 

@@ -149,6 +149,8 @@ def run_job(job: Job, folder: Path, options: Options) -> Written:
             text = manifest.manifest_bytes(job.source, read, files, contents, job.sources, said)
             for name, content in (beside | indexes | {manifest_file: text}).items():
                 _write_small(stage.path / name, content)
+            for key in contents.keys() - stage.done.keys():  # of .bin and .ckpt files, which are whole now
+                stage.record(*key, vars(contents[key]))
         stage.name_all(names)
     return _summary(job, folder, options, read, contents, began, None)
 

@@ -129,7 +129,7 @@ def _take_over(stage: Staging, identity: dict) -> None:
             stage.naming = True
         else:
             stage.done[entry["file"], entry["tensor"]] = entry
-    if not stage.done:
+    if not stage.done and not stage.naming:
         stage.journal.truncate(0)
         _add_line(stage.journal, identity)
         os.fsync(stage.journal.fileno())
