@@ -1,10 +1,16 @@
 """Packing: each conversation in exactly one record, none overfull, best fit, brim-full records possible."""
 
+import numpy as np
 import pytest
+from data_lines import read
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.telechat2.data.packing import pack
+from research.telechat2.data.encoding import TRAINED
+from research.telechat2.data.job import Options
+from research.telechat2.data.packing import pack, records
+from research.telechat2.data.preparing import prepare
+from research.telechat2.data.writing import IGNORED_LABEL, fill_record
 
 lengths = st.lists(st.integers(1, 50), max_size=60)
 
@@ -48,3 +54,47 @@ def test_an_item_that_fits_no_record_is_an_error():
     for length in (17, 0):
         with pytest.raises(ValueError, match=f"item 1 has {length} tokens; a record holds 1 to 16"):
             pack([3, length], 16)
+
+
+def made_items(lengths) -> np.ndarray:
+    """Tokens of items, all different; the first of each is not trained, the others are."""
+    tokens = np.arange(sum(map(abs, lengths)), dtype=np.uint32)
+    trained = np.full(len(tokens), TRAINED)
+    trained[np.cumsum([0, *map(abs, lengths[:-1])])] = 0
+    return tokens | trained
+
+
+@given(
+    lengths=st.lists(st.integers(2, 20) | st.integers(-70, -2), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+)
+def test_conversations_stay_whole_and_texts_are_trained_once_each_token(lengths, seed):
+    tokens = made_items(lengths)
+    found = list(records(tokens, np.array(lengths, np.int32), 20, np.random.default_rng(seed)))
+    assert all(sum(map(len, pieces)) <= 20 for pieces in found)
+    starts = np.cumsum([0, *map(abs, lengths)])
+    whole = {tuple(tokens[a:b]) for a, b, n in zip(starts, starts[1:], lengths, strict=False) if n > 0}
+    split = [piece for pieces in found for piece in pieces if tuple(piece) not in whole]
+    assert sum(len(pieces) for pieces in found) - len(split) == len(whole)
+    filled = [fill_record(pieces, 20, 10**6) for pieces in found]
+    labels = np.concatenate([record["labels"][record["labels"] != IGNORED_LABEL] for record in filled])
+    assert sorted(labels) == sorted((tokens & ~TRAINED)[tokens >= TRAINED].tolist())
+    # texts fill their records, each of which repeats one token of the one before
+    text_tokens = sum(-n for n in lengths if n < 0)
+    if text_tokens:
+        assert len(split) == -(-(text_tokens - 1) // 19)
+        assert sum(map(len, split)) == text_tokens + len(split) - 1
+
+
+@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=30))
+def test_the_longest_first_leaves_less_or_as_much_over(lengths):
+    found = list(records(made_items(lengths), np.array(lengths), 20, np.random.default_rng(0)))
+    assert len(found) <= -(-11 * sum(lengths) // (9 * 20)) + 2  # the bound of best fit decreasing, loosely
+
+
+def test_the_released_multi_turn_dialogues_fill_their_records(shared_data, tmp_path):
+    result = prepare(shared_data / "demo_multi.jsonl", shared_data / "tokenizer.model", tmp_path, Options())
+    counts = result["counts"]
+    assert counts["lines"] == counts["conversations"] == 1000
+    assert counts["records"] <= -(-counts["tokens"] // 8193) + 1
+    assert counts["records"] == len(read(tmp_path / "dataset.mindrecord"))
