@@ -118,9 +118,7 @@ def timed_conversion(source: Path, target: Path, *flags: str) -> tuple[float, in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", type=Path, help="on the disk to be measured; a folder in it is made and removed"
-    )
+    parser.add_argument("folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--vocab_size", type=int, default=131072)
     parser.add_argument("--shards", type=int, default=8)
@@ -136,16 +134,13 @@ def main() -> None:
             copied, synced = timed_copy(work / "hf", work / "copy")
             shutil.rmtree(work / "copy")
             forget(work)
-            seconds, peak = timed_conversion(
-                work / "hf", work / "ms", "--max_shard_size", args.max_shard_size
-            )
+            flags = ("--max_shard_size", args.max_shard_size)
+            seconds, peak = timed_conversion(work / "hf", work / "ms", *flags)
             shutil.rmtree(work / "ms")
-            print(
-                f"cp {nbytes / copied / 1e9:.2f} GB/s, with sync {nbytes / synced / 1e9:.2f} GB/s; conversion "
-                f"{nbytes / seconds / 1e9:.2f} GB/s: {copied / seconds:.0%} of cp, {synced / seconds:.0%} of cp "
-                f"with sync; peak resident {peak / 1e6:.0f} MB",
-                flush=True,
-            )
+            speeds = [nbytes / taken / 1e9 for taken in (copied, synced, seconds)]
+            print("cp {:.2f} GB/s, with sync {:.2f}; conversion {:.2f}:".format(*speeds), end=" ")
+            print(f"{copied / seconds:.0%} of cp, {synced / seconds:.0%} of cp with sync;", end=" ")
+            print(f"peak resident {peak / 1e6:.0f} MB", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
