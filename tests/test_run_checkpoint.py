@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_model import SIZES, write_weights
 
@@ -100,6 +101,14 @@ def test_other_layouts_are_left_to_our_own_reader(weights, tmp_path):
         prepare_checkpoint(
             model_config(num_heads=8, n_kv_heads=4) | {"load_checkpoint": str(torch)}, training=False
         )
+
+
+def test_a_llama_folder_is_sent_to_the_converter(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"model.layers.0.self_attn.q_proj.weight": np.zeros((2, 2))}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a Llama model .* convert it first with .* writes the YAMLs"):
+        prepare_checkpoint(model_config() | {"load_checkpoint": str(tmp_path)}, training=False)
 
 
 def test_a_truncated_checkpoint_is_refused(weights, tmp_path):

@@ -42,6 +42,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 @pytest.mark.parametrize(("n", "qkv_concat"), [(1, True), (2, False), (2, True), (4, False), (4, True)])
 def test_ranks_are_written_and_merged_again(tmp_path, kind, dtype, n, qkv_concat):
     model = write(tmp_path, kind, dtype, tied=kind == "gqa")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"vocabulary")
     done = convert_layout(tmp_path / "hf", tmp_path / "ranks", qkv_concat=qkv_concat, tensor_parallel=n)
     recorded = {"format": "ms", "tensor_parallel": str(n)} | ({"qkv_concat": str(n)} if qkv_concat else {})
     files = [tmp_path / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.safetensors" for rank in range(n)]
@@ -50,6 +51,7 @@ def test_ranks_are_written_and_merged_again(tmp_path, kind, dtype, n, qkv_concat
         assert_same(bits_of(file), rank_of(model, n, rank, KV_HEADS, qkv_concat))
         assert read_metadata(file) == recorded
     assert done.verified and done.ignored == {}
+    assert (tmp_path / "ranks" / "tokenizer.model").read_bytes() == b"vocabulary"
 
     convert_to_torch(tmp_path / "ranks", tmp_path / "back")
     assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")

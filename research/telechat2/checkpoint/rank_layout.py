@@ -109,7 +109,11 @@ def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
 
 
 def is_torch_source(path: Path) -> bool:
-    """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; only headers are read."""
+    """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; only headers are read.
+
+    Raises:
+        ValueError: a file is broken, or it is the folder of a Llama, which needs YAMLs of its own.
+    """
     if path.is_file():
         files = [path]
     elif rank_folders(path) or (path / TRACKER).is_file():
@@ -119,7 +123,14 @@ def is_torch_source(path: Path) -> bool:
         files = files or sorted(path.glob("pytorch_model*.bin"))
     if any(file.suffix == ".bin" for file in files):
         return True
-    names = (t.name for file in files if file.suffix == ".safetensors" for t in read_safetensors(file))
+    files = (file for file in files if file.suffix == ".safetensors")
+    names = [tensor.name for file in files for tensor in read_safetensors(file)]
+    if any(name.endswith(".self_attn.q_proj.weight") for name in names):
+        raise ValueError(
+            f"{path} holds a Llama model of Hugging Face; convert it first with "
+            f"research/telechat2/convert_weight.py --torch_path {path} --mindspore_path NEW_DIR, which also "
+            "writes the YAMLs that run it"
+        )
     return any(canonical_name(name, "torch").startswith("transformer.") for name in names)
 
 

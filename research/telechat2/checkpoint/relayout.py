@@ -23,6 +23,7 @@ from research.telechat2.checkpoint.rank_layout import (
     rank_folders,
     read_whole,
 )
+from research.telechat2.checkpoint.relatives.tokenizer_files import companions
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.staging import part_folder
@@ -91,13 +92,14 @@ def convert_layout(
         folder, files = deal(target, _named(weights), options, source, SUFFIXES)
     prompt_format = telechat_prompt_format.find(source)
     with_config = folder == target
+    along = companions(source if source.is_dir() else source.parent) if with_config else {}
     job = Job(
         source=source,
         sources=_sources(plan, whole, is_torch),
         files=files,
         back=partial(_back, plan, is_torch, count),
         framework="ms",
-        beside=small_files(source, folder, prompt_format, with_config),
+        beside=small_files(source, folder, prompt_format, with_config) | along,
         layout=_layout(qkv_concat, count, into_ranks),
         notes=(
             *notes_of(plan, prompt_format, source, with_config),
