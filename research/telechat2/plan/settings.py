@@ -6,6 +6,7 @@ tables here are theirs, of the release that pyproject.toml names; a test compare
 
 import ast
 import inspect
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,15 +158,26 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
 def _model_defaults() -> dict:
     """TelechatConfig's arguments and defaults, from its source: to import it takes ten seconds."""
     source = Path(inspect.getfile(rules)).with_name("telechat_config.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
     init = next(
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"
     )
     names = [argument.arg for argument in init.args.args[1:]]
     sections = ("parallel_config", "moe_config")
     return {
-        name: ast.literal_eval(default)
+        name: _default(default, tree)
         for name, default in zip(names, init.args.defaults, strict=True)
         if name not in sections
     }
+
+
+def _default(node: ast.expr, tree: ast.Module):
+    """A default's value: written there, or a constant that the source imports from a module of rules."""
+    if not isinstance(node, ast.Name):
+        return ast.literal_eval(node)
+    module = next(
+        statement.module
+        for statement in tree.body
+        if isinstance(statement, ast.ImportFrom) and node.id in [name.name for name in statement.names]
+    )
+    return getattr(import_module(module), node.id)
