@@ -32,6 +32,7 @@ from research.telechat2.checkpoint.relatives.llama_weights import (
 from research.telechat2.checkpoint.relatives.reading import json_bytes, read_json
 from research.telechat2.checkpoint.relatives.tokenizer_files import (
     GENERATION,
+    MODEL,
     companions,
     exported_tokenizer,
     generation_config,
@@ -40,6 +41,7 @@ from research.telechat2.checkpoint.relatives.yamls import yaml_files
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes
 from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.telechat_run_config import resolve_config
 
 
 def folder_of(path: Path) -> Path:
@@ -81,8 +83,9 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
     if unread := unread_keys(config):
         notes.append(f"keys of {CONFIG} without a counterpart: {', '.join(unread)}")
     if folder == target:
-        yamls = yaml_files(description)
-        beside = {CONFIG: (origin / CONFIG).read_bytes()} | companions(origin) | yamls
+        along = companions(origin)
+        yamls = yaml_files(description, along.get(MODEL))
+        beside = {CONFIG: (origin / CONFIG).read_bytes()} | along | yamls
         beside |= _prompt_format_file(telechat_prompt_format.find(source))
         notes.append(
             f"{' and '.join(yamls)} run this model; {CONFIG} and tokenizer go along with the weights"
@@ -110,7 +113,7 @@ def export_llama(
         raise ValueError(
             f"{target} names one file, but a Llama model is a folder with its config; give a folder"
         )
-    file = config or folder_of(source) / CONFIG
+    file = _config_of(source, config)
     plan, description = _described(source, file)
     description = with_needed_biases(plan.weights, description)
     weights = to_llama(plan.weights, description)
@@ -121,11 +124,12 @@ def export_llama(
         return make_plan(imported.tensors, "torch", plan.sizes, f"what was written to {folder}").weights
 
     prompt_format = telechat_prompt_format.find(source)
-    tokenizer, tokenizer_notes = exported_tokenizer(file.parent, vocab_file, description, prompt_format)
+    home = file.parent if file.suffix == ".json" else folder_of(source)
+    tokenizer, tokenizer_notes = exported_tokenizer(home, vocab_file, description, prompt_format)
     dtype = options.dtype or Counter(tensor.dtype for tensor, _ in weights).most_common(1)[0][0]
     beside = {
         CONFIG: _exported_config(file, description, dtype),
-        **generation_config(file.parent, description),
+        **generation_config(home, description),
         **tokenizer,
         **_prompt_format_file(prompt_format),
     }
@@ -142,13 +146,21 @@ def _prompt_format_file(prompt_format: str | None) -> dict[str, bytes]:
     return {telechat_prompt_format.FILE_NAME: json_bytes({"prompt_format": prompt_format})}
 
 
-def _described(source: Path, file: Path) -> tuple[Plan, Description]:
-    """A MindSpore checkpoint and the description of its model in ``file``."""
+def _config_of(source: Path, config: Path | None) -> Path:
+    """The file that describes the model: a config.json, or a YAML, which may be a shipped one's name."""
+    if config is not None and config.suffix in (".yaml", ".yml"):
+        return resolve_config(str(config), Path.cwd())
+    file = config or folder_of(source) / CONFIG
     if not file.is_file():
         raise ValueError(
             f"{file} does not exist, and the weights alone do not tell how many heads the model has; name "
             "its config.json, or the YAML it was trained with, with --config"
         )
+    return file
+
+
+def _described(source: Path, file: Path) -> tuple[Plan, Description]:
+    """A MindSpore checkpoint and the description of its model in ``file``."""
     generation = read_json(file.parent / GENERATION)
     if file.suffix in (".yaml", ".yml"):
         fields = _fields_of_yaml(file)

@@ -4,16 +4,47 @@ import yaml
 
 from research.telechat2.checkpoint.relatives.description import Description, model_section
 
-KINDS = ("predict", "finetune")
 
+def yaml_files(description: Description, vocabulary: bytes | None = None) -> dict[str, bytes]:
+    """predict.yaml and finetune.yaml of a model: name -> content.
 
-def yaml_files(description: Description) -> dict[str, bytes]:
-    """predict.yaml and finetune.yaml of a model: name -> content."""
-    section = yaml.safe_dump({"model": {"model_config": model_section(description)}}, sort_keys=False)
-    sizes = description.sizes
-    model = "a Llama model" if description.origin == "llama" else "a TeleChat model"
-    head = f"# Written with the weights from config.json: {model} of {sizes.num_layers} layers.\n"
+    ``vocabulary``: the tokenizer.model of a Llama, which MindFormers' own LlamaTokenizer reads in prediction.
+    """
+    finetune, predict = model_section(description), model_section(description)
+    if description.origin == "llama" and "pad_token_id" not in finetune:
+        finetune["pad_token_id"] = -1  # no token is padding, and all that no label excludes are trained
+        predict["pad_token_id"] = predict.get("eos_token_id", 0)  # fills up a batch
+    sections = {"finetune": {"model": {"model_config": finetune}}}
+    sections["predict"] = {"model": {"model_config": predict}}
+    if description.origin == "llama" and vocabulary is not None:
+        sections["predict"]["processor"] = {"tokenizer": _llama_tokenizer(vocabulary)}
+    kind = "a Llama model" if description.origin == "llama" else "a TeleChat model"
+    head = f"# Written with the weights from config.json: {kind} of {description.sizes.num_layers} layers.\n"
     return {
-        f"{kind}.yaml": f"{head}base_config: telechat2-base/{kind}.yaml\n\n{section}".encode()
-        for kind in KINDS
+        f"{name}.yaml": (
+            f"{head}base_config: telechat2-base/{name}.yaml\n\n"
+            f"{yaml.safe_dump(section, sort_keys=False, allow_unicode=True)}"
+        ).encode()
+        for name, section in sections.items()
+    }
+
+
+def _llama_tokenizer(vocabulary: bytes) -> dict:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
+        ) from None
+    start, end, unknown = (
+        model.id_to_piece(index) for index in (model.bos_id(), model.eos_id(), model.unk_id())
+    )
+    return {
+        "type": "LlamaTokenizer",
+        "bos_token": start,
+        "eos_token": end,
+        "unk_token": unknown,
+        "pad_token": end,
     }
