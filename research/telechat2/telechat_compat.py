@@ -45,7 +45,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
 from research.telechat2.telechat_chunks import read_in_chunks
-from research.telechat2.telechat_rope_requests import longest_of_rows
+from research.telechat2.telechat_pool import check_pool
+from research.telechat2.telechat_rope_requests import limits_of_rows, longest_of_rows
 
 __all__ = [
     "AddedToken",
@@ -260,25 +261,34 @@ def greedy_token(logits, axis=-1) -> Tensor:
 
 
 class PreTrainedModel(_PreTrainedModel):
-    """MindFormers' model, which samples on a CPU too, and knows how long a row may become (DYNAMIC_NTK)."""
+    """MindFormers' model, which samples on a CPU too, and knows beforehand how long a row may become."""
 
     def generate(self, input_ids, generation_config=None, *args, **kwargs):
         """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
 
         ``longest`` ``[B]``: tokens that prompt and answer of each row may have, if it is not just what
         ``max_new_tokens`` or ``max_length`` says; see RequestLengths.
+
+        Raises:
+            ValueError: the blocks of the cache may run out.
         """
+        if not self.config.use_past:
+            return super().generate(input_ids, generation_config, *args, **kwargs)
+        settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
+        settings.update(**kwargs)
+        rows = np.array(input_ids)
+        lengths, _ = get_valid_length_each_example(
+            rows.reshape(-1, rows.shape[-1]), settings.pad_token_id or 0
+        )
+        limits = settings.max_new_tokens, settings.max_length
+        check_pool(self.config, limits_of_rows(self.config, lengths, *limits))
         if self.config.extend_method == "DYNAMIC_NTK" and kwargs.get("longest") is None:
-            settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
-            settings.update(**kwargs)
-            rows = np.array(input_ids)
-            lengths, _ = get_valid_length_each_example(
-                rows.reshape(-1, rows.shape[-1]), settings.pad_token_id or 0
-            )
-            kwargs["longest"] = longest_of_rows(
-                self.config, lengths, settings.max_new_tokens, settings.max_length
-            )
-        return super().generate(input_ids, generation_config, *args, **kwargs)
+            kwargs["longest"] = longest_of_rows(self.config, lengths, *limits)
+        try:
+            return super().generate(input_ids, generation_config, *args, **kwargs)
+        except BaseException:
+            self.block_mgr = None  # or the blocks of an interrupted answer would never be free again
+            raise
 
     def forward(self, input_ids, valid_length_each_example, *, prefill=None, **kwargs):
         """MindFormers' ``forward``, which reads prompts in pieces where ``prefill_chunk`` says so."""

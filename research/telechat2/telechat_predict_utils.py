@@ -10,6 +10,7 @@ import numpy as np
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
+from research.telechat2.telechat_pool import blocks_of
 from research.telechat2.telechat_run_config import read_config
 from research.telechat2.telechat_run_keys import moe_section
 
@@ -72,7 +73,7 @@ class Predictor:
         for ids in prompts:
             check_length(len(ids), self.max_length, self.limited_by)
         config = self.model.config
-        needed = sum(-(-(len(ids) + self._room(ids)) // config.block_size) for ids in prompts)
+        needed = sum(blocks_of(len(ids) + self._room(ids), config.block_size) for ids in prompts)
         if config.use_past and needed > config.num_blocks:
             raise ValueError(
                 f"{len(prompts)} prompts at once, with their answers, may need {needed} blocks of the cache, "

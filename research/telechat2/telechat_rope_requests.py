@@ -8,20 +8,25 @@ of a request share one factor, and an answer is that of a full forward pass with
 import numpy as np
 
 
+def limits_of_rows(config, prompt_lengths, max_new_tokens: int | None, max_length: int) -> np.ndarray:
+    """Tokens ``[B]`` at which MindFormers' ``generate`` ends each row, see longest_of_rows."""
+    prompt_lengths = np.asarray(prompt_lengths)
+    if max_new_tokens is None:
+        longest = np.maximum(prompt_lengths, max_length)
+    else:
+        longest = prompt_lengths + max_new_tokens
+    return np.minimum(longest, config.seq_length)
+
+
 def longest_of_rows(config, prompt_lengths, max_new_tokens: int | None, max_length: int) -> np.ndarray:
     """Tokens ``[B]`` that prompt and answer of each row may have, at most ``seq_length``.
 
     ``max_length`` counts both, and where ``max_new_tokens`` is given does not matter. With
     ``extend_by_prompt`` the prompts alone.
     """
-    prompt_lengths = np.asarray(prompt_lengths)
     if config.extend_by_prompt:
-        longest = prompt_lengths
-    elif max_new_tokens is None:
-        longest = np.maximum(prompt_lengths, max_length)
-    else:
-        longest = prompt_lengths + max_new_tokens
-    return np.minimum(longest, config.seq_length)
+        return np.minimum(prompt_lengths, config.seq_length)
+    return limits_of_rows(config, prompt_lengths, max_new_tokens, max_length)
 
 
 class RequestLengths:

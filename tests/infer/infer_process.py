@@ -1,7 +1,7 @@
 """One of several CPU processes that share a model: ``cases.json`` in a folder becomes ``rank_N.npz``.
 
-Of each case the weights are ``<name>.npz`` as the training model has them, and every process cuts its own
-part of them, written from the published layout without the project's table.
+A process loads its part of a Hugging Face folder, and compares it with what it cuts itself of the same
+model's ``<name>.npz``, as the training model has it: written from the published layout without our table.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 PAD = 3
+NO_WEIGHTS = ("_cache", "expert_load")
 
 
 def part(name: str, whole: np.ndarray, sizes: dict, size: int, rank: int) -> np.ndarray:
@@ -48,26 +49,24 @@ def joined(weights: dict, sizes: dict) -> dict:
 
 
 def build(case: dict, weights: dict, size: int, rank: int, **more):
-    """The rank's model of a case; all parameters but the caches are filled."""
-    import mindspore as ms
-    from mindspore import Parameter, Tensor
+    """The rank's model of a case, loaded from its folder; every parameter is what ``weights`` say."""
+    from mindspore.nn.utils import no_init_parameters
 
     from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
     from research.telechat2.telechat_config import TelechatConfig
 
     sizes = case["config"]
     plan = {"model_parallel": size, "vocab_emb_dp": False}
-    model = ParallelTelechatForCausalLM(TelechatConfig(**(sizes | more), parallel_config=plan))
+    with no_init_parameters():
+        model = ParallelTelechatForCausalLM(TelechatConfig(**(sizes | more), parallel_config=plan))
+    model.load_weights(case["folder"])
     own = {name: part(name, whole, sizes, size, rank) for name, whole in weights.items()}
     if sizes.get("qkv_concat"):
         own = joined(own, sizes)
-    missing, foreign = ms.load_param_into_net(
-        model, {name: Parameter(Tensor(np.ascontiguousarray(array))) for name, array in own.items()}
-    )
-    assert not foreign and all(name.endswith(("_cache", "expert_load")) for name in missing), (
-        foreign,
-        missing,
-    )
+    found = {p.name: p.asnumpy() for p in model.get_parameters() if not p.name.endswith(NO_WEIGHTS)}
+    assert found.keys() == own.keys()
+    for name, array in own.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
     return model.set_train(False)
 
 
@@ -82,6 +81,18 @@ def answer(model, rows: list[list[int]], new_tokens: int) -> tuple[list[np.ndarr
     return found["sequences"], np.stack([np.asarray(logits) for logits in found["logits"]])
 
 
+def answers(cases: list[dict], weights: dict[str, dict], size: int, rank: int) -> dict:
+    """What a rank finds in all cases: the rows' tokens and the steps' logits, by case and batch."""
+    found = {}
+    for case in cases:
+        model = build(case, weights[case["weights"]], size, rank)
+        for i, rows in enumerate(case["batches"]):
+            tokens, logits = answer(model, rows, case["new_tokens"])
+            found[f"{case['name']}/{i}/logits"] = logits
+            found |= {f"{case['name']}/{i}/{j}": row for j, row in enumerate(tokens)}
+    return found
+
+
 def main() -> None:
     import mindspore as ms
 
@@ -89,16 +100,9 @@ def main() -> None:
     ms.communication.init()
     size, rank = ms.communication.get_group_size(), ms.communication.get_rank()
     folder = Path(sys.argv[1])
-    found = {}
-    for case in json.loads((folder / "cases.json").read_text()):
-        weights = np.load(folder / f"{case['weights']}.npz")
-        model = build(case, dict(weights), size, rank)
-        for i, rows in enumerate(case["batches"]):
-            tokens, logits = answer(model, rows, case["new_tokens"])
-            found[f"{case['name']}/{i}/logits"] = logits
-            for j, row in enumerate(tokens):
-                found[f"{case['name']}/{i}/{j}"] = row
-    np.savez(folder / f"rank_{rank}.npz", **found)
+    cases = json.loads((folder / "cases.json").read_text())
+    weights = {case["weights"]: dict(np.load(folder / f"{case['weights']}.npz")) for case in cases}
+    np.savez(folder / f"rank_{rank}.npz", **answers(cases, weights, size, rank))
 
 
 if __name__ == "__main__":
