@@ -36,27 +36,39 @@ def write_yaml(path: Path, model_config: dict | None = None, **sections) -> Path
     return path
 
 
-def drive(elsewhere: Path, folders: list[Path], broken: list[Path], **variables: str) -> dict:
+def drive(elsewhere: Path, folders: list[Path], broken: list[Path] = (), **variables: str) -> dict:
     """Ask the folders in one process that sees no checkout; what each said, and how the broken ones failed.
 
     The process runs in ``elsewhere``, and everything it writes stays there.
     """
-    job = elsewhere / "job.json"
-    job.write_text(
-        json.dumps(
-            {
-                "self_test": str(SELF_TEST),
-                "folders": list(map(str, folders)),
-                "broken": list(map(str, broken)),
-                "questions": QUESTIONS,
-                "new_tokens": NEW_TOKENS,
-            }  # fmt: skip
-        )
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    told = subprocess.run(
-        [sys.executable, "-P", PROCESS, job], cwd=elsewhere, env=environment | variables,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
-    assert told.returncode == 0, told.stdout[-4000:]
-    return json.loads(job.with_suffix(".said.json").read_text(encoding="utf-8"))
+    (said,) = drive_several(elsewhere, folders, broken, world_size=1, **variables)
+    return said
+
+
+def drive_several(elsewhere: Path, folders, broken=(), *, world_size: int, **variables: str) -> list[dict]:
+    """The same by several processes, each with a part of the model; what each of them heard."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    jobs, processes = [], []
+    for rank in range(world_size):
+        jobs.append(elsewhere / f"job_{rank}.json")
+        job = {"self_test": SELF_TEST, "folders": folders, "broken": broken, "questions": QUESTIONS}
+        job |= {"new_tokens": NEW_TOKENS, "rank": rank if world_size > 1 else None, "world_size": world_size}
+        jobs[-1].write_text(json.dumps(job, default=str))
+        with open(elsewhere / f"log_{rank}", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", PROCESS, jobs[-1]],
+                    cwd=elsewhere,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )  # fmt: skip
+            )
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(elsewhere / f"log_{rank}").read_text(errors="replace") for rank in range(world_size)]
+    assert codes == [0] * world_size, "\n".join(log[-4000:] for log in logs)
+    return [json.loads(job.with_suffix(".said.json").read_text(encoding="utf-8")) for job in jobs]

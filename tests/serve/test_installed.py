@@ -134,6 +134,6 @@ def test_the_recipes_folder_answers_through_model_runner(installed, small_vocab,
     (folder / "predict.yaml").write_text(yaml.safe_dump(served), encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (told,) = drive(elsewhere, [folder], [], PYTHONPATH=str(installed))["folders"]
+    (told,) = drive(elsewhere, [folder], PYTHONPATH=str(installed))["folders"]
     expected = [oracle_generate(random, prompt, NEW_TOKENS)[len(prompt) :] for prompt in told["prompts"]]
     assert told["answers"] == told["generated"] == expected

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mindie_model import CHECKOUT, EXPERTS, NEW_TOKENS, SIZES, drive, write_yaml
+from mindie_model import CHECKOUT, EXPERTS, NEW_TOKENS, SIZES, drive, drive_several, write_yaml
 from model_fixtures import RandomModel, oracle_generate
 from oracle import write_hf_folder
 
@@ -84,6 +85,24 @@ def test_weights_that_are_not_the_models_are_an_error_never_random(said):
     nameless, misfit = said["broken"]
     assert "names no load_checkpoint" in nameless
     assert "128" in misfit and "96" in misfit
+
+
+@pytest.mark.slow  # two processes, each with an import and a compilation of its own
+def test_two_processes_share_a_model_as_mindie_starts_them(dense, small_vocab, tmp_path):
+    """From a Hugging Face folder, with joined rows: each process reads its rows, and both hear the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sources = read_sources(
+        write_yaml(tmp_path / "p.yaml", {"qkv_concat": True}), dense.hf, small_vocab, None, 2
+    )
+    build(sources, tmp_path / "served", npu_mem_size=8)
+    cluster = {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)}
+    both = drive_several(tmp_path, [tmp_path / "served"], world_size=2, **cluster)
+    for said in both:
+        (told,) = said["folders"]
+        expected = [oracle_generate(dense, prompt, NEW_TOKENS)[len(prompt) :] for prompt in told["prompts"]]
+        assert told["answers"] == told["generated"] == expected
 
 
 # ---------------------------------------------------------------------- files

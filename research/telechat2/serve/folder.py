@@ -137,7 +137,7 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
         sources: see read_sources.
         folder: a path that does not exist.
         npu_mem_size: GB of every NPU for the cache.
-        self_test: ask the folder's model before the folder gets its name; None: if its target is the CPU.
+        self_test: ask the folder's model before the folder gets its name; None: if its target is one CPU.
 
     Raises:
         ValueError: the folder exists, its name is no Python name's, or its model does not answer.
@@ -145,7 +145,8 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
     folder = folder.expanduser().absolute()
     check_name(folder)
     if self_test is None:
-        self_test = settings.section(sources.config, "context").get("device_target") == "CPU"
+        on_cpu = settings.section(sources.config, "context").get("device_target") == "CPU"
+        self_test = on_cpu and sources.world_size == 1
     if self_test and sources.world_size > 1:
         raise ValueError(
             f"the self-test loads one process, but the folder is for {sources.world_size} NPUs; give "
