@@ -93,7 +93,7 @@ def test_commands_name_files_and_flags_that_exist(words):
 
 def test_flags_of_tables_and_text_exist():
     table = re.findall(r"^\| `(--\w+)` \|", ENGLISH, re.MULTILINE)
-    assert len(table) == 5 and set(table) <= known_flags("research/telechat2/telechat_preprocess.py")
+    assert len(table) == 11 and set(table) <= known_flags("research/telechat2/telechat_preprocess.py")
     everywhere = frozenset().union(*(known_flags(*program(w)) for w in COMMANDS if w[0] == "python"))
     mentioned = {flag for code in inline_code(ENGLISH) for flag in re.findall(r"--[a-z_]+(?![\w.])", code)}
     assert mentioned - everywhere == set()
@@ -204,6 +204,13 @@ def check_data(clone: Clone, said: str) -> None:
     assert "read 100 lines = 100 conversations written + 0 skipped" in said
 
 
+def check_parts(clone: Clone, said: str) -> None:
+    assert "read 100 lines = 100 conversations written + 0 skipped" in said and ", 3 files" in said
+    names = {path.name for path in (clone.path / "output/parts").iterdir()}
+    parts = {f"dataset-0000{n}.mindrecord{suffix}" for n in range(3) for suffix in ("", ".db", ".json")}
+    assert names == parts | {"dataset.mindrecord.json", "dataset.mindrecord.html"}
+
+
 def check_show(clone: Clone, said: str) -> None:
     assert "--- line 64:" in said and said.count("⟦") == said.count("⟧") >= 1
 
@@ -271,8 +278,8 @@ def check_benchmark(clone: Clone, said: str) -> None:
 
 
 CHECKS = [
-    check_quickstart, None, check_data, check_show, check_weights, check_ask, check_finetune, check_resume,
-    check_eval, check_predict, check_ask, check_quickstart_experts, check_plan, check_mindie,
+    check_quickstart, None, check_data, check_parts, check_show, check_weights, check_ask, check_finetune,
+    check_resume, check_eval, check_predict, check_ask, check_quickstart_experts, check_plan, check_mindie,
     check_two_processes, check_benchmark,
 ]  # fmt: skip
 

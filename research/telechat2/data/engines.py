@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -64,8 +65,9 @@ def _work(batch: Batch) -> Encoded:
 
 
 def _with_processes(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
-    # forked workers would inherit the threads' locks of a process that has loaded MindSpore
-    context = multiprocessing.get_context("spawn")
+    # Forked workers start at once, but of a process that has loaded MindSpore they would inherit its threads'
+    # locks.
+    context = multiprocessing.get_context("spawn" if "mindspore" in sys.modules else "fork")
     pool = ProcessPoolExecutor(workers, context, _start, (vocabulary.proto, settings))
     try:
         yield from _in_order(
