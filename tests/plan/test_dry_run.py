@@ -23,6 +23,8 @@ DELIBERATE = {
     "one chunk cannot be interleaved": "pp_interleave_num is 1, but parallel.pipeline_config",
     "gradients of copies would be added up": "micro_batch_interleave_num is 2",
     "sequences have no pipeline": "pipeline_scheduler is seq",
+    "experts that are not there would not be shared out": "but the model has no experts; set it to 1",
+    "chunks without a pipeline would be one": "virtual chunks need a pipeline",
 }
 
 
