@@ -256,6 +256,25 @@ def check_two_processes(clone: Clone, said: str) -> None:
     assert len(re.findall(r"loss:\[[\d.]+", log)) == 8
 
 
+def check_relatives(clone: Clone, said: str) -> None:
+    """transformers answers the README's question from the exported folder; the way back gives our weights."""
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    output = clone.path / "output"
+    tokenizer = AutoTokenizer.from_pretrained(output / "llama")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "生抽与老抽的区别？"}],
+        add_generation_prompt=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    model = LlamaForCausalLM.from_pretrained(output / "llama", dtype=torch.float32).eval()
+    answer = model.generate(**inputs, max_new_tokens=256, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == readme_answer()
+    back, ours = (load_file(output / name / "model.safetensors") for name in ("from_llama", "mindspore"))
+    assert back.keys() == ours.keys() and all((back[name] == ours[name]).all() for name in ours)
+
+
 def check_plan(clone: Clone, said: str) -> None:
     plans = [line.split() for line in said.splitlines() if line.startswith("devices")]
     assert [plan[1] for plan in plans] == ["512", "512"]
@@ -278,9 +297,9 @@ def check_benchmark(clone: Clone, said: str) -> None:
 
 
 CHECKS = [
-    check_quickstart, None, check_data, check_parts, check_show, check_weights, check_ask, check_finetune,
-    check_resume, check_eval, check_predict, check_ask, check_quickstart_experts, check_plan, check_mindie,
-    check_two_processes, check_benchmark,
+    check_quickstart, None, check_data, check_parts, check_show, check_weights, check_ask,
+    check_finetune, check_resume, check_eval, check_predict, check_ask, check_quickstart_experts,
+    check_relatives, check_plan, check_mindie, check_two_processes, check_benchmark,
 ]  # fmt: skip
 
 
