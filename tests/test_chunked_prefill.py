@@ -20,7 +20,7 @@ SIZES = {
     "ffn_hidden_size": 192,
     "vocab_size": VOCAB,
 }
-KINDS = {"dense": {"n_layer": 2}, "moe": {"n_layer": 1, "num_experts": 4, "num_experts_per_tok": 2}}
+DENSE, MOE = {"n_layer": 2}, {"n_layer": 1, "num_experts": 4, "num_experts_per_tok": 2}
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6), chunk=st.integers(1, 60))
@@ -36,13 +36,10 @@ def test_pieces_hold_every_token_once_and_in_order(lengths, chunk):
     assert read == lengths
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
-def random(request, tmp_path_factory):
-    return RandomModel(tmp_path_factory.mktemp("chunks"), seed=9, **SIZES, **request.param)
-
-
-def test_answers_do_not_depend_on_the_pieces(random):
+@pytest.mark.parametrize("kind", [DENSE, pytest.param(MOE, marks=pytest.mark.slow)], ids=["dense", "moe"])
+def test_answers_do_not_depend_on_the_pieces(tmp_path, kind):
     """Prompts below, at and above the size of a piece, one of many pieces, and blocks used again."""
+    random = RandomModel(tmp_path, seed=9, **SIZES, **kind)
     model = random.build(**CACHE, prefill_chunk=8)
     for seed, lengths in enumerate([(50, 8, 3, 17), (9,), (61, 30)]):
         rows = prompts(seed, VOCAB, *lengths)
@@ -50,18 +47,18 @@ def test_answers_do_not_depend_on_the_pieces(random):
         assert found == [oracle_generate(random, row, 6) for row in rows]
 
 
-def test_all_pieces_of_a_request_have_one_rotary_factor(tmp_path):
+@pytest.mark.parametrize("by_prompt", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_all_pieces_of_a_request_have_one_rotary_factor(tmp_path, by_prompt):
     """Beyond the trained length, with the limit that generate knows, and by the prompt alone."""
-    random = RandomModel(tmp_path, seed=10, **SIZES, **KINDS["dense"])
+    random = RandomModel(tmp_path, seed=10, **SIZES, **DENSE)
     ntk = {"extend_method": "DYNAMIC_NTK", "max_position_embedding": 24}
     rows = prompts(4, VOCAB, 60, 22, 5)
-    for by_prompt in (False, True):
-        model = random.build(**CACHE, **ntk, prefill_chunk=16, extend_by_prompt=by_prompt)
-        for row, found in zip(rows, generate(model, rows, max_new_tokens=8), strict=True):
-            oracle = with_dynamic_ntk(random.oracle, len(row) + (0 if by_prompt else 8), 24)
-            with torch.no_grad():
-                logits = oracle(torch.tensor([found])).logits[0].numpy()
-            np.testing.assert_array_equal(found[len(row) :], logits[len(row) - 1 : -1].argmax(-1))
+    model = random.build(**CACHE, **ntk, prefill_chunk=16, extend_by_prompt=by_prompt)
+    for row, found in zip(rows, generate(model, rows, max_new_tokens=8), strict=True):
+        oracle = with_dynamic_ntk(random.oracle, len(row) + (0 if by_prompt else 8), 24)
+        with torch.no_grad():
+            logits = oracle(torch.tensor([found])).logits[0].numpy()
+        np.testing.assert_array_equal(found[len(row) :], logits[len(row) - 1 : -1].argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """Dynamic NTK: every request has its own rotary factor for its whole life, and answers as the oracle does."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from model_fixtures import PAD, RandomModel, generate, int32, loss_and_gradients, prompts
+from model_fixtures import PAD, RandomModel, generate, int32, prompts
 from rope_oracle import with_dynamic_ntk
+
+from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
+from research.telechat2.telechat_predict_utils import Predictor
 
 TRAINED, SEQ_LENGTH, BLOCK_SIZE, VOCAB = 32, 128, 4, 256
 NTK = {"extend_method": "DYNAMIC_NTK", "max_position_embedding": TRAINED, "seq_length": SEQ_LENGTH}
@@ -55,6 +60,23 @@ def test_max_length_limits_prompt_and_answer_together(random, model):
     for limit in (32, 33):
         found = model.generate([row], max_length=limit, do_sample=False, eos_token_id=[-1], pad_token_id=PAD)
         assert found[0].tolist() == oracles_answer(random, row, limit - 30, limit)
+
+
+def test_the_commands_limit_each_row_by_itself(random, model):
+    """They give a batch the max_new_tokens of its shortest prompt, which is not the other rows' limit."""
+    tokenizer = SimpleNamespace(pad_token_id=PAD, decode=lambda ids, **_: "")
+    predictor = Predictor(model, tokenizer, "plain", max_length=64)
+    rows = prompts(9, VOCAB, 44, 58)
+    for row, answer in zip(rows, predictor.generate(rows), strict=True):
+        assert row + answer.ids == oracles_answer(random, row, len(answer.ids), 64)
+
+
+def test_the_parallel_model_has_the_same_factors(random, model):
+    rows = prompts(11, VOCAB, 50, 9)
+    parallel = ParallelTelechatForCausalLM(random.config(**NTK, **CACHE, qkv_concat=True))
+    parallel.load_weights(random.hf)
+    found = generate(parallel.set_train(False), rows, max_new_tokens=16)
+    assert found == generate(model, rows, max_new_tokens=16)
 
 
 def steps(model, rows: list[list[int]], decoded: int) -> list[np.ndarray]:
@@ -111,7 +133,7 @@ def test_within_the_trained_length_no_bit_differs_from_no_extension(random, mode
 def test_training_takes_the_factor_of_seq_length(random):
     ids = np.random.default_rng(7).integers(4, VOCAB, (2, 81))
     model = random.build(**NTK | {"seq_length": 80})
-    loss, _ = loss_and_gradients(model)(ids)
+    loss = model.set_train(True)(int32(ids)).asnumpy()
     oracle = with_dynamic_ntk(random.oracle, 80, TRAINED)
     with torch.no_grad():
         expected = oracle(torch.tensor(ids), labels=torch.tensor(ids)).loss.item()

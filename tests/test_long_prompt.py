@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from model_fixtures import RandomModel
-from rope_oracle import with_dynamic_ntk
+from rope_oracle import with_exact_dynamic_ntk
 
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
@@ -29,7 +29,7 @@ def assert_answered_as_by_the_oracle(folder, ids: list[int], vocab_size: int, tr
     )  # fmt: skip
     tokens = answer.sequences[0].tolist()
     assert tokens[: len(ids)] == ids and len(tokens) == len(ids) + NEW_TOKENS
-    oracle = with_dynamic_ntk(random.oracle, len(tokens), trained)
+    oracle = with_exact_dynamic_ntk(random.oracle, len(tokens), trained)
     with torch.no_grad():
         expected = oracle(torch.tensor([tokens[:-1]]), logits_to_keep=NEW_TOKENS).logits[0].numpy()
     found = np.concatenate([logits.reshape(1, -1) for logits in answer.logits])
