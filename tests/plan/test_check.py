@@ -163,6 +163,7 @@ def test_the_number_of_devices_must_be_the_plans():
         (plan(vocab_emb_dp=True), "vocab_emb_dp True has no effect"),
         (plan(gradient_aggregation_group=4), "gradient_aggregation_group has no effect"),
         (plan(pipeline_stage=1) | model(offset=0), "micro_batch_num 4 has no effect"),
+        (plan(context_parallel_algo="ulysses_cp"), "context_parallel_algo has no effect"),
         ({"recompute_config.recompute_slice_activation": True}, "recompute_slice_activation has no effect"),
         ({"lr_schedule": {"warmup_steps": 5, "warmup_ratio": 0.0}}, "warmup_steps 5 has no effect"),
         (

@@ -29,6 +29,10 @@ def without_effect(settings: dict, kind: str) -> Iterator[str]:
             reason = "use_parallel is False" if kind == "single" else "parallel.parallel_mode is 0"
             yield f"parallel_config ({', '.join(changed)}) has no effect: {reason}."
         return
+    if given.get("context_parallel", 1) == 1:
+        for name in ("context_parallel_algo", "ulysses_degree_in_cp"):
+            if name in given:
+                yield f"parallel_config.{name} has no effect: context_parallel is 1, so sequences are whole."
     yield from _of_stages(settings, given)
     yield from _of_recompute(settings)
     yield from _of_optimizer(settings)
