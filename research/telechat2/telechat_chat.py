@@ -105,9 +105,11 @@ def render(
             segments += _marked([Segment(USER, special=True), *pieces(message["content"])], everything)
         elif role in ("assistant", "bot"):
             trained = number in trained_answers
-            segments.append(Segment(BOT, special=True, trained=everything and trained))
+            around = everything and trained
+            segments.append(Segment(BOT, True, around))
             segments += _marked(_answer(message, number, pieces), trained)
-            segments += _marked(_literal(after_answer), everything and trained)
+            if after_answer:
+                segments.append(Segment(after_answer, False, around))
         elif role == "tool":
             opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
             segments += [*opening, *_tagged("tool_response", message["content"])]
@@ -238,7 +240,8 @@ def _check_messages(messages, allow_empty_answers: bool) -> None:
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is {_short(message)}; expected a dict with role and content")
         where = f"message {number}"
-        _check_message(message, where, allow_empty_answers)
+        if not _is_simple(message):
+            _check_message(message, where, allow_empty_answers)
         role = message["role"]
         if role == "system" and number > 1:
             raise ValueError(f"{where} has role 'system'; a system message must be the first one")
@@ -249,6 +252,16 @@ def _check_messages(messages, allow_empty_answers: bool) -> None:
         previous = role
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
+
+
+def _is_simple(message: dict) -> bool:
+    """Whether a message is of the most common kind, which nothing is wrong with."""
+    return (
+        len(message) == 2
+        and message.get("role") in ("user", "assistant", "bot")
+        and type(message.get("content")) is str
+        and message["content"] != ""
+    )
 
 
 def _check_message(message: dict, where: str, allow_empty_answers: bool) -> None:
