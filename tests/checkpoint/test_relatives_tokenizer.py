@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
+from relatives_fixtures import v1_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.telechat_chat import TOOL_TAGS, conversation_text, encode, render
@@ -139,3 +140,44 @@ def test_released_vocabularies_on_real_dialogues(tmp_path, shared_data, model):
         expected = ours.encode_text(text)
         assert ids(tokenizer, text) == expected
         assert tokenizer.decode(expected) == ours.decode(expected)
+
+
+def byte_level_tokenizer(folder: Path) -> None:
+    """A tokenizer as TeleChat v1 7B has it: byte-level BPE, markers added at the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["生抽与老抽的区别？ the dog"] * 4, trainer)
+    tokenizer.add_special_tokens(["<_user>", "<_bot>", "<_start>", "<_end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "BloomTokenizerFast", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings |= {"bos_token": "<_start>", "eos_token": "<_end>", "padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_the_byte_level_tokenizer_of_v1_goes_along_and_gets_a_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    v1_folder(tmp_path, {"hidden_size": 8, "n_head": 2, "vocab_size": 320}, seed=0, tied=True, prefix=False)
+    byte_level_tokenizer(tmp_path / "v1")
+    convert_to_mindspore(tmp_path / "v1", tmp_path / "ms")
+    convert_to_torch(tmp_path / "ms", tmp_path / "back")
+    convert_to_torch(tmp_path / "ms", tmp_path / "llama", "llama")
+    for folder in ("ms", "back", "llama"):
+        assert (tmp_path / folder / "tokenizer.json").read_bytes() == (
+            tmp_path / "v1" / "tokenizer.json"
+        ).read_bytes()
+    settings = (tmp_path / "v1" / "tokenizer_config.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer_config.json").read_bytes() == settings
+    original, exported = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("v1", "llama"))
+    text = "<_user>生抽与老抽的区别？<_bot>颜色<_end><_user>dog<_bot>"
+    found = exported.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    assert found == original(text)["input_ids"] and found[0] == original.convert_tokens_to_ids("<_user>")
+    assert exported.decode(found) == text
