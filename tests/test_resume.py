@@ -33,7 +33,7 @@ def losses(text: str) -> dict[tuple[int, int], str]:
 
 @pytest.fixture(scope="module")
 def examples_dataset(tmp_path_factory) -> Path:
-    """The examples as 15 records, by the commands of the quickstart."""
+    """The examples as 14 records, by the commands of the quickstart."""
     folder = tmp_path_factory.mktemp("examples")
     dialogues = CHECKOUT / "examples" / "dialogues.jsonl"
     vocab = folder / "tokenizer.model"
