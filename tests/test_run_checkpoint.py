@@ -103,6 +103,14 @@ def test_other_layouts_are_left_to_our_own_reader(weights, tmp_path):
         )
 
 
+def test_parallel_runs_on_cpus_load_by_our_own_reader(weights):
+    """MindFormers' loaders wait for each other by an operator that has no CPU kernel."""
+    on_cpus = {"load_checkpoint": str(weights), "use_parallel": True, "context": {"device_target": "CPU"}}
+    assert prepare_checkpoint(model_config() | on_cpus, training=True) == weights
+    with pytest.raises(ValueError, match="a parallel run on CPUs cannot be resumed"):
+        prepare_checkpoint(model_config() | on_cpus | {"resume_training": True}, training=True)
+
+
 def test_a_llama_folder_is_sent_to_the_converter(tmp_path):
     from safetensors.numpy import save_file
 

@@ -257,8 +257,9 @@ def test_every_kind_of_checkpoint_finetunes_and_predicts(kind, weights, dataset,
 
 
 @pytest.mark.slow
-def test_two_workers_train_data_parallel_on_cpus(dataset, tmp_path):
-    words = finetune_words(dataset)
+def test_two_workers_train_data_parallel_on_cpus(weights, dataset, tmp_path):
+    """From a Hugging Face folder, which each reads by itself: the losses of one with both batches."""
+    words = finetune_words(dataset) + ["--load_checkpoint", str(weights.parent / "torch")]
     words += ["--use_parallel", "True", "--batch_size", "1", "--parallel.parallel_mode", "0"]
     words += ["--parallel.full_batch", "False", "--parallel_config.data_parallel", "2"]
     command = shlex.join(["python", str(CHECKOUT / "run_mindformer.py"), *words])
@@ -268,7 +269,13 @@ def test_two_workers_train_data_parallel_on_cpus(dataset, tmp_path):
     launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
     launcher += ["2", str(port), "logs", "True", "120"]
     result = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert sorted(losses(result)) == [1, 2, 3, 4, 5, 6]
+    found = losses(result)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    words = ["--load_checkpoint", str(weights.parent / "torch"), "--output_dir", "alone"]
+    alone = losses(start(tmp_path, *finetune_words(dataset), *words))
+    assert [float(found[step]) for step in (1, 2)] == pytest.approx(
+        [float(alone[step]) for step in (1, 2)], abs=2e-5
+    )
     saved = [path.name for path in (tmp_path / "output" / "checkpoint").rglob("*.safetensors")]
     assert sorted(saved) == [
         f"telechat2_rank_{rank}-1_{step}.safetensors" for rank in (0, 1) for step in (3, 6)

@@ -1,6 +1,7 @@
 """Which files ``--load_checkpoint`` means, and the shape in which MindFormers 1.9 can load them.
 
-Hugging Face folders, and weights arranged for parallel inference, are read by our own reader instead.
+Hugging Face folders, weights arranged for parallel inference, and all weights for parallel runs on CPUs are
+read by our own reader instead.
 
 MindFormers has two loaders. The one behind the YAML section ``checkpoint:`` resumes on one device, and loads
 directories of safetensors only; the older one loads files too, but takes any file in a folder ``rank_*`` for
@@ -52,15 +53,16 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
         _no_checkpoint(config, resume)
         return None
     path = Path(given).expanduser().absolute()
-    if is_torch_source(path) or is_for_inference(path):
+    on_cpus = _is_parallel(config) and (config.get("context") or {}).get("device_target") == "CPU"
+    if on_cpus and resume:
+        raise ValueError(
+            "a parallel run on CPUs cannot be resumed: MindFormers 1.9 synchronises ranks with the operator "
+            "Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
+            "--resume_training to start from the weights."
+        )
+    if on_cpus or is_torch_source(path) or is_for_inference(path):
         _prepare_own(config, path, resume)
         return path
-    if _is_parallel(config) and (config.get("context") or {}).get("device_target") == "CPU":
-        raise ValueError(
-            "a parallel run on CPUs cannot load a checkpoint: MindFormers 1.9 synchronises ranks with the "
-            "operator Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
-            "--load_checkpoint; or give the Hugging Face folder, which needs none of that."
-        )
     sectioned = training and section is not None
     source, kind = _source(path, _is_parallel(config))
     resume = resume or (sectioned and kind == "iteration" and section.get("no_load_optim") is False)

@@ -70,7 +70,17 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
     if is_torch_source(path):
         plan = make_plan(read_torch_source(path), "torch", configured, str(path))
         return plan.sizes, {name: replace(tensor, name=name) for tensor, name in plan.weights}
-    plan = make_plan(read_whole(path, configured or sizes), "mindspore", configured, str(path))
+    tensors = read_whole(path, configured or sizes)
+    try:
+        plan = make_plan(tensors, "mindspore", configured, str(path))
+    except ValueError as error:
+        if len(rank_folders(path)) < 2:
+            raise
+        raise ValueError(
+            f"{error}\nIts ranks are taken for those of tensor parallelism. If each of them has saved the whole "
+            "model (data parallelism), give one file of rank_0; if a training cluster has saved its slices, "
+            "merge them first with research/telechat2/transform_ckpt.py"
+        ) from None
     return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
 
 
