@@ -36,6 +36,21 @@ def write_yaml(path: Path, model_config: dict | None = None, **sections) -> Path
     return path
 
 
+def assert_likeliest(random, told: dict) -> None:
+    """What a folder's model answered to MindIE, and by its own ``generate``, the oracle finds likeliest too.
+
+    One forward over each prompt and answer: each token must be the likeliest after those before it.
+    """
+    import torch
+
+    assert told["answers"] == told["generated"]
+    for prompt, answer in zip(told["prompts"], told["answers"], strict=True):
+        assert len(answer) == NEW_TOKENS
+        with torch.no_grad():
+            logits = random.oracle(torch.tensor([prompt + answer])).logits[0]
+        assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
+
+
 def drive(elsewhere: Path, folders: list[Path], broken: list[Path] = (), **variables: str) -> dict:
     """Ask the folders in one process that sees no checkout; what each said, and how the broken ones failed.
 

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.telechat2.serve.mindie import MindIETelechatTokenizer, newest_rows, prompt_rows
+from research.telechat2.serve.mindie import (
+    MindIETelechatConfig,
+    MindIETelechatForCausalLM,
+    MindIETelechatTokenizer,
+    newest_rows,
+    prompt_rows,
+)
 from research.telechat2.serve.settings import instructions, service_config
 
 PROMPTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5)
@@ -33,6 +39,42 @@ def test_one_token_of_each_row_is_found_where_the_row_ends(rows):
 def test_a_prefill_that_leaves_tokens_out_is_an_error():
     with pytest.raises(ValueError, match="brings 3 tokens of prompts that have 7.*plugin_params"):
         prompt_rows(np.ones((1, 3), int), np.array([5, 2]))
+
+
+def test_a_request_keeps_the_rotary_factor_of_the_blocks_reserved_for_it():
+    """DYNAMIC_NTK, where MindIE says no limit: the blocks count that it reserved at the prefill."""
+    config = MindIETelechatConfig(
+        num_blocks=32.5, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, vocab_size=64,
+        seq_length=256, max_position_embedding=64, extend_method="DYNAMIC_NTK", use_past=True,
+        compute_dtype="float32", checkpoint_path="weights",
+    )  # fmt: skip
+    assert config.num_blocks == 32
+    model = MindIETelechatForCausalLM(config)
+    tables = np.array([[5, 6, 7, -1, -1, -1], [0, 1, 2, 3, 8, 9]], np.int32)
+    asked = {"block_tables": tables, "valid_length_each_example": np.array([2, 3]), "mindie_warm_up": True}
+    asked |= {"position_ids": None, "spec_mask": None, "q_seq_lens": None, "adapter_ids": None}
+    step = model.prepare_inputs_for_generation(
+        np.array([[11, 12, 21, 22, 23]]), prefill=True, slot_mapping=np.array([80, 81, 0, 1, 2]), **asked
+    )
+    found = {name: np.asarray(value).reshape(-1).tolist() for name, value in step.items()}
+    assert found["input_ids"] == [11, 12, 21, 22, 23] and found["position_ids"] == [0, 1, 0, 1, 2]
+    assert found["slot_mapping"] == [80, 81, 0, 1, 2] and found["last_token"] == [1, 4]
+    assert found["rotary_lengths"] == [48, 48, 96, 96, 96]
+
+    asked |= {"block_tables": tables[:, :4], "valid_length_each_example": np.array([3, 4])}
+    step = model.prepare_inputs_for_generation(
+        np.array([[13], [24]]), prefill=False, slot_mapping=np.array([82, 3]), **asked
+    )
+    found = {name: np.asarray(value).reshape(-1).tolist() for name, value in step.items()}
+    assert found["input_ids"] == [13, 24] and found["position_ids"] == [2, 3]
+    assert found["rotary_lengths"] == [48, 96]
+    with pytest.raises(ValueError, match="speculative decoding"):
+        model.prepare_inputs_for_generation(
+            np.array([[13], [24]]),
+            prefill=False,
+            slot_mapping=None,
+            **(asked | {"spec_mask": np.ones((1, 1))}),
+        )
 
 
 # ---------------------------------------------------------------------- tokenizer

@@ -37,6 +37,8 @@ def check_predict_yaml(config: dict, yaml_file: Path) -> None:
             f"{yaml_file}: model.model_config.type is {model_config['type']}, expected TelechatConfig; use a "
             "predict YAML of a TeleChat2 model."
         )
+    if config.get("use_legacy") is False:
+        raise ValueError(f"{yaml_file}: use_legacy is False, but TeleChat2 here needs True; set it so.")
     for key in ("use_past", "is_dynamic"):
         if model_config.get(key, key == "is_dynamic") is not True:
             raise ValueError(
