@@ -111,6 +111,15 @@ def test_parallel_runs_on_cpus_load_by_our_own_reader(weights):
         prepare_checkpoint(model_config() | on_cpus | {"resume_training": True}, training=True)
 
 
+def test_the_parallel_model_reads_any_weights_itself(weights):
+    config = model_config() | {"load_checkpoint": str(weights), "use_parallel": True}
+    config["model"]["arch"] = {"type": "ParallelTelechatForCausalLM"}
+    assert prepare_checkpoint(config, training=False) == weights
+    config["model"]["model_config"]["intermediate_size"] = 96
+    with pytest.raises(ValueError, match="misshapen: .*feed_forward"):
+        prepare_checkpoint(config, training=False)
+
+
 def test_a_llama_folder_is_sent_to_the_converter(tmp_path):
     from safetensors.numpy import save_file
 

@@ -26,6 +26,7 @@ from research.telechat2.checkpoint.sources import (
 from research.telechat2.telechat_files import atomic_write
 from research.telechat2.telechat_run_keys import moe_section
 
+PARALLEL_MODEL = "ParallelTelechatForCausalLM"  # reads its rank's part of any checkpoint itself
 MERGING = "(README, 分布式训练/微调权重合并)"
 
 
@@ -60,7 +61,8 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
             "Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
             "--resume_training to start from the weights."
         )
-    if on_cpus or is_torch_source(path) or is_for_inference(path):
+    arch = ((config.get("model") or {}).get("arch") or {}).get("type")
+    if on_cpus or arch == PARALLEL_MODEL or is_torch_source(path) or is_for_inference(path):
         _prepare_own(config, path, resume)
         return path
     sectioned = training and section is not None

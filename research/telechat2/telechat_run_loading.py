@@ -7,6 +7,8 @@ from pathlib import Path
 def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
     """Fill the network of a task from ``source``; every process reads what it stores, and no more.
 
+    A network that has ``load_weights``, as the parallel inference model, does that by itself.
+
     Args:
         source: an HF folder of a TeleChat model, or what else ``whole_weights`` reads.
         network: the model, perhaps wrapped; compiled, if ``layouts`` are not empty.
@@ -15,6 +17,10 @@ def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
     Raises:
         ValueError: the checkpoint is broken, or its names or shapes are not the network's.
     """
+    if hasattr(network, "load_weights"):
+        network.load_weights(source)
+        print(f"load_checkpoint: loaded this rank's part of {source}", flush=True)
+        return
     from research.telechat2.checkpoint.loading import load_slices, load_tensors, sizes_of_model
     from research.telechat2.checkpoint.rank_layout import whole_weights
     from research.telechat2.telechat_compat_loading import place_in_group, rank_in_cluster

@@ -77,9 +77,9 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
         if len(rank_folders(path)) < 2:
             raise
         raise ValueError(
-            f"{error}\nIts ranks are taken for those of tensor parallelism. If each of them has saved the whole "
-            "model (data parallelism), give one file of rank_0; if a training cluster has saved its slices, "
-            "merge them first with research/telechat2/transform_ckpt.py"
+            f"{error}\nIts ranks are taken for those of tensor parallelism. If each of them has saved the "
+            "whole model (data parallelism), give one file of rank_0; if a training cluster has saved its "
+            "slices, merge them first with research/telechat2/transform_ckpt.py"
         ) from None
     return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
 
