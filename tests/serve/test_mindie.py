@@ -41,40 +41,59 @@ def test_a_prefill_that_leaves_tokens_out_is_an_error():
         prompt_rows(np.ones((1, 3), int), np.array([5, 2]))
 
 
-def test_a_request_keeps_the_rotary_factor_of_the_blocks_reserved_for_it():
-    """DYNAMIC_NTK, where MindIE says no limit: the blocks count that it reserved at the prefill."""
+@pytest.fixture(scope="module")
+def model():
     config = MindIETelechatConfig(
         num_blocks=32.5, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, vocab_size=64,
         seq_length=256, max_position_embedding=64, extend_method="DYNAMIC_NTK", use_past=True,
         compute_dtype="float32", checkpoint_path="weights",
     )  # fmt: skip
-    assert config.num_blocks == 32
-    model = MindIETelechatForCausalLM(config)
-    tables = np.array([[5, 6, 7, -1, -1, -1], [0, 1, 2, 3, 8, 9]], np.int32)
-    asked = {"block_tables": tables, "valid_length_each_example": np.array([2, 3]), "mindie_warm_up": True}
-    asked |= {"position_ids": None, "spec_mask": None, "q_seq_lens": None, "adapter_ids": None}
-    step = model.prepare_inputs_for_generation(
-        np.array([[11, 12, 21, 22, 23]]), prefill=True, slot_mapping=np.array([80, 81, 0, 1, 2]), **asked
-    )
-    found = {name: np.asarray(value).reshape(-1).tolist() for name, value in step.items()}
+    assert config.num_blocks == 32  # what ModelRunner counts from a part of a GB
+    return MindIETelechatForCausalLM(config)
+
+
+def step(model, tokens, lengths, slots, tables, prefill: bool, **more) -> dict[str, list[int]]:
+    """The graph's inputs for a step as ModelRunner asks for it, flat."""
+    asked = dict.fromkeys(("position_ids", "spec_mask", "q_seq_lens", "adapter_ids")) | more
+    inputs = model.prepare_inputs_for_generation(
+        np.array(tokens), prefill=prefill, valid_length_each_example=np.array(lengths),
+        block_tables=np.array(tables, np.int32), slot_mapping=np.array(slots), mindie_warm_up=True, **asked,
+    )  # fmt: skip
+    return {name: np.asarray(value).reshape(-1).tolist() for name, value in inputs.items()}
+
+
+def test_inputs_of_prefill_and_decode(model):
+    tables = [[5, -1], [0, 1]]
+    found = step(model, [[11, 12, 21, 22, 23]], [2, 3], [80, 81, 0, 1, 2], tables, prefill=True)
     assert found["input_ids"] == [11, 12, 21, 22, 23] and found["position_ids"] == [0, 1, 0, 1, 2]
     assert found["slot_mapping"] == [80, 81, 0, 1, 2] and found["last_token"] == [1, 4]
-    assert found["rotary_lengths"] == [48, 48, 96, 96, 96]
-
-    asked |= {"block_tables": tables[:, :4], "valid_length_each_example": np.array([3, 4])}
-    step = model.prepare_inputs_for_generation(
-        np.array([[13], [24]]), prefill=False, slot_mapping=np.array([82, 3]), **asked
-    )
-    found = {name: np.asarray(value).reshape(-1).tolist() for name, value in step.items()}
+    found = step(model, [[13], [24]], [3, 4], [82, 3], tables, prefill=False)
     assert found["input_ids"] == [13, 24] and found["position_ids"] == [2, 3]
-    assert found["rotary_lengths"] == [48, 96]
+
+
+def test_a_requests_rotary_factor_is_its_prompts_and_stays(model):
+    """Whatever else is in the batch, and however much of the tables MindIE shows."""
+    long = list(range(4, 60)) + list(range(4, 48))
+    assert len(long) == 100
+    blocks = [9, 10, 11, 12, 13, 14, 15]
+    alone = step(model, [[7, 8]], [2], [48, 49], [[3, 4, -1]], prefill=True)
+    assert alone["rotary_lengths"] == [16, 16]
+    both = step(
+        model,
+        [[7, 8, *long]],
+        [2, 100],
+        [48, 49, *range(144, 244)],
+        [[3, 4] + 5 * [-1], blocks],
+        prefill=True,
+    )
+    assert both["rotary_lengths"] == [16] * 2 + [112] * 100
+    later = step(model, [[7], [8]], [60, 101], [51, 244], [[3, 4, 5, 6] + 3 * [-1], blocks], prefill=False)
+    assert later["rotary_lengths"] == [16, 112]
+
+
+def test_speculative_decoding_is_refused(model):
     with pytest.raises(ValueError, match="speculative decoding"):
-        model.prepare_inputs_for_generation(
-            np.array([[13], [24]]),
-            prefill=False,
-            slot_mapping=None,
-            **(asked | {"spec_mask": np.ones((1, 1))}),
-        )
+        step(model, [[13]], [3], [82], [[5]], prefill=False, spec_mask=np.ones((1, 1)))
 
 
 # ---------------------------------------------------------------------- tokenizer

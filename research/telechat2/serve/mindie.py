@@ -64,9 +64,16 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
         load_tensors(self, weights, path)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """Inputs of one step, from MindIE's layout of the tokens."""
+        """Inputs of one step, from MindIE's layout of the tokens.
+
+        With DYNAMIC_NTK a request has the factor of its prompt, in whole blocks: MindIE does not say how long
+        the answer may become, and cuts the block tables of a prefill to the longest prompt of the batch, so
+        that the blocks it reserved would make a row's answer depend on its neighbours.
+        """
         lengths = np.asarray(kwargs["valid_length_each_example"])
         _refuse_speculation(kwargs)
+        if kwargs.get("longest") is None:  # generate knows it
+            kwargs["longest"] = -(-lengths // self.config.block_size) * self.config.block_size
         rows = prompt_rows if kwargs["prefill"] else newest_rows
         return super().prepare_inputs_for_generation(rows(np.asarray(input_ids), lengths), **kwargs)
 
