@@ -1,4 +1,4 @@
-"""TelechatTokenizer: the released SentencePiece vocabularies for MindFormers, and streaming decode.
+"""TelechatTokenizer: the released vocabularies for MindFormers, and streaming decode.
 
 Design: the SentencePiece model is the whole vocabulary. Special tokens are the control symbols it contains,
 at its own ids; nothing is ever added, so no id can fall outside the embedding. ``encode_text`` cannot
@@ -20,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from research.telechat2 import telechat_chat
+from research.telechat2.telechat_byte_level import ByteLevelModel
 from research.telechat2.telechat_compat import (
     AddedToken,
     MindFormerModuleType,
@@ -42,7 +43,8 @@ _BASE_SETTINGS = {
 class TelechatTokenizer(PreTrainedTokenizer):
     """Tokenizer on a TeleChat2 ``tokenizer.model``.
 
-    ``vocab_file``: path of the SentencePiece model. ``add_bos_token``, ``add_eos_token``: whether
+    ``vocab_file``: path of the SentencePiece model, or of the tokenizer.json of TeleChat v1 7B, which has no
+    system prompt. ``add_bos_token``, ``add_eos_token``: whether
     ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. The markers must be in the
     vocabulary (ValueError); any other special token that is not maps to the model's unknown id, with one
     warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the rest. Settings of
@@ -74,6 +76,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         markers = [bos_token, eos_token, pad_token, usr_token, bot_token, sys_token]
+        if isinstance(self.sp_model, ByteLevelModel) and self.special_id(_text(sys_token)) is None:
+            markers.remove(sys_token)
         self._require(markers)
         self._warned: set[str] = set()
         _warn_unused(kwargs)
@@ -121,9 +125,13 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return frozenset(i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i))
 
     @cached_property
-    def _byte_ids(self) -> dict[int, int]:
+    def _byte_ids(self) -> dict[int, bytes]:
+        """Ids that stand for bytes, which may be a part of a character."""
         model = self.sp_model
-        return {i: int(self._pieces[i][1:-1], 16) for i in range(self.vocab_size) if model.is_byte(i)}
+        if isinstance(model, ByteLevelModel):
+            return model.bytes_of
+        ids = (i for i in range(self.vocab_size) if model.is_byte(i))
+        return {i: bytes([int(self._pieces[i][1:-1], 16)]) for i in ids}
 
     @cached_property
     def _content_ids(self) -> frozenset[int]:
@@ -288,7 +296,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
                 f"cannot save the vocabulary: {save_directory} is not a directory; create it first"
             )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        target = Path(save_directory) / f"{prefix}{self.vocab_files_names['vocab_file']}"
+        is_json = isinstance(self.sp_model, ByteLevelModel)
+        name = "tokenizer.json" if is_json else self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / f"{prefix}{name}"
         if not target.exists():
             with atomic_write(target) as temporary:
                 shutil.copyfile(self.vocab_file, temporary)
@@ -316,7 +326,7 @@ class StreamDecoder:
         tokenizer.check_ids([index])
         if index in tokenizer._byte_ids:
             self._at_start = False
-            self._bytes.append(tokenizer._byte_ids[index])
+            self._bytes += tokenizer._byte_ids[index]
             return self._take_characters(at_end=False)
         text = self._take_characters(at_end=True)
         piece = tokenizer._pieces[index]
@@ -361,7 +371,7 @@ def _warn_unused(kwargs: dict) -> None:
         logger.warning("TelechatTokenizer has no %s: without effect", ", ".join(sorted(unused)))
 
 
-def _load(vocab_file) -> sentencepiece.SentencePieceProcessor:
+def _load(vocab_file) -> sentencepiece.SentencePieceProcessor | ByteLevelModel:
     if not vocab_file:
         raise ValueError("vocab_file is not set; give the path of the model's tokenizer.model")
     path = Path(vocab_file)
@@ -369,6 +379,11 @@ def _load(vocab_file) -> sentencepiece.SentencePieceProcessor:
         raise ValueError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
     if not path.is_file():
         raise ValueError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
+    if path.name.endswith("tokenizer.json"):
+        try:
+            return ByteLevelModel(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"vocab_file {path}: {error}; give the one released with the weights") from error
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         if model.get_piece_size() == 0:

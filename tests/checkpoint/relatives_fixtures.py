@@ -53,6 +53,26 @@ def llama_folder(folder: Path, seed: int = 0, biases: float = 0.0, **config) -> 
     model.save_pretrained(folder)
 
 
+def byte_level_tokenizer(folder: Path) -> None:
+    """A tokenizer as TeleChat v1 7B has it: byte-level BPE, markers added at the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["生抽与老抽的区别？ the dog"] * 4, trainer)
+    tokenizer.add_special_tokens(["<_user>", "<_bot>", "<_start>", "<_end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "BloomTokenizerFast", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings |= {"bos_token": "<_start>", "eos_token": "<_end>", "padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def load_exported(folder: Path):
     """A folder as transformers loads it: fp32, eager attention, evaluation mode, nothing made up."""
     import torch

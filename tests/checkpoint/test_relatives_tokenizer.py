@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
-from relatives_fixtures import v1_folder
+from relatives_fixtures import byte_level_tokenizer, v1_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.telechat_chat import TOOL_TAGS, conversation_text, encode, render
@@ -140,26 +140,6 @@ def test_released_vocabularies_on_real_dialogues(tmp_path, shared_data, model):
         expected = ours.encode_text(text)
         assert ids(tokenizer, text) == expected
         assert tokenizer.decode(expected) == ours.decode(expected)
-
-
-def byte_level_tokenizer(folder: Path) -> None:
-    """A tokenizer as TeleChat v1 7B has it: byte-level BPE, markers added at the end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["生抽与老抽的区别？ the dog"] * 4, trainer)
-    tokenizer.add_special_tokens(["<_user>", "<_bot>", "<_start>", "<_end>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "BloomTokenizerFast", "unk_token": "<unk>", "pad_token": "<pad>"}
-    settings |= {"bos_token": "<_start>", "eos_token": "<_end>", "padding_side": "left"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_the_byte_level_tokenizer_of_v1_goes_along_and_gets_a_template(tmp_path):
