@@ -30,6 +30,7 @@ import os, signal, sys, threading
 from pathlib import Path
 from research.telechat2.checkpoint import convert_to_mindspore, copying, job, staging
 number, lock = [0], threading.Lock()
+copying.BATCH_BYTES = 40_000
 def counted(owner, name):
     plain = getattr(owner, name)
     def step(*arguments):

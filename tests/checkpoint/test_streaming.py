@@ -267,3 +267,32 @@ def test_resident_memory_stays_within_the_stated_bound(tmp_path, dtype):
     grown, bound = map(int, re.findall(r"\d+", told.stdout))
     assert grown <= bound + 30e6  # what NumPy and the threads allocate once
     assert bound <= 100e6
+
+
+MEASURED_CKPT = """
+import resource, sys
+import mindspore
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "out":
+    convert_to_mindspore("hf", "ms.ckpt")
+else:
+    convert_to_torch("ms.ckpt", "back")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_ckpt_needs_twice_the_model(tmp_path):
+    """In either direction, besides what MindSpore needs itself."""
+    write_hf_folder(tmp_path / "hf", {"vocab_size": 1_000_000, "n_layer": 1, "hidden_size": 128}, seed=4,
+                    dtype="bfloat16")  # fmt: skip
+    nbytes = sum(len(data) for _, _, data in stored_tensors(tmp_path / "hf").values())
+    for direction in ("out", "in"):
+        told = subprocess.run(
+            [sys.executable, "-c", MEASURED_CKPT, direction],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        assert int(told.stdout.split()[-1]) <= 2 * nbytes + 100e6
+    assert stored_tensors(tmp_path / "back") == stored_tensors(tmp_path / "hf")

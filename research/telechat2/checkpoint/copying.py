@@ -7,7 +7,7 @@ At no time does a thread hold more than a few blocks: see ``MEMORY_BYTES``.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from research.telechat2.checkpoint.safetensors_files import header_bytes
 from research.telechat2.checkpoint.stored import BLOCK_BYTES, StoredTensor
 
 THREADS = 4  # two wait for the disk while two copy
+BATCH_BYTES = 256 << 20  # go to the disk together, while others are being copied
 # A thread holds a block, and at worst (bfloat16 to float16) its float32 form with temporaries of a cast.
 MEMORY_BYTES = THREADS * 10 * BLOCK_BYTES
 
@@ -72,6 +73,18 @@ def lay_out(name: str, weights: list, dtype: str | None, metadata: dict[str, str
         placed.append(Placed(tensor, target, dtype or tensor.dtype, begin, end))
         begin = end
     return Output(name, head, tuple(placed))
+
+
+def batches(tensors: Iterable[Placed]) -> Iterator[list[Placed]]:
+    """Tensors that follow each other, some ``BATCH_BYTES`` at a time."""
+    batch: list[Placed] = []
+    for placed in tensors:
+        batch.append(placed)
+        if placed.end - batch[0].begin >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def create(output: Output, file: Path) -> None:

@@ -19,7 +19,7 @@ import xxhash
 from tqdm import tqdm
 
 from research.telechat2.checkpoint import copying, manifest
-from research.telechat2.checkpoint.copying import Content, Output, Placed, Task, lay_out
+from research.telechat2.checkpoint.copying import Content, Placed, Task, lay_out
 from research.telechat2.checkpoint.output import (
     Weights,
     index_files,
@@ -178,7 +178,8 @@ def _fill(job: Job, stage: Staging, options: Options) -> tuple[dict[str, int], C
         for name, output in streamed.items():
             (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
             copying.create(output, stage.path / name)
-            tasks += _tasks(output, stage, options.verify, contents, passed)
+            for batch in copying.batches(output.tensors):
+                tasks += _tasks(name, batch, stage, options.verify, contents, passed)
         copying.work(tasks, halted)
         for name in job.files.keys() - streamed.keys():
             _write_whole(stage.path / name, name, job.files[name], options.dtype, contents, passed)
@@ -190,14 +191,15 @@ def _fill(job: Job, stage: Staging, options: Options) -> tuple[dict[str, int], C
     return {name: (stage.path / name).stat().st_size for name in job.files}, contents
 
 
-def _tasks(output: Output, stage: Staging, verify: bool, contents: dict, passed: Callable) -> list[Task]:
-    """Copy each tensor of a file; the last one puts the file on the disk, then all are read back."""
-    file = stage.path / output.name
-    left = Counter({"tensors": len(output.tensors)})
-    checked = set()
+def _tasks(
+    name: str, batch: list[Placed], stage: Staging, verify: bool, contents: Contents, passed: Callable
+) -> list[Task]:
+    """Copy some tensors of a file; the last one of them has them put on the disk, then all are read back."""
+    file = stage.path / name
+    left, checked = Counter({"tensors": len(batch)}), set()
 
     def copy(placed: Placed) -> Iterator[Task]:
-        key = (output.name, placed.name)
+        key = (name, placed.name)
         before = _content(stage.done[key]) if key in stage.done else None
         if before and copying.checksum_of_range(file, placed.begin, placed.end) == before.checksum:
             contents[key] = before
@@ -213,15 +215,15 @@ def _tasks(output: Output, stage: Staging, verify: bool, contents: dict, passed:
 
     def finish() -> list[Task]:
         fsync(file)
-        return [partial(check, placed) for placed in output.tensors if verify and placed.name not in checked]
+        return [partial(check, placed) for placed in batch if verify and placed.name not in checked]
 
     def check(placed: Placed) -> list[Task]:
-        content = contents[output.name, placed.name]
+        content = contents[name, placed.name]
         if copying.checksum_of_range(file, placed.begin, placed.end) != content.checksum:
-            raise failed(f"{placed.name} in {output.name} was read back with another checksum than it had")
+            raise failed(f"{placed.name} in {name} was read back with another checksum than it had")
         return []
 
-    return [partial(copy, placed) for placed in output.tensors]
+    return [partial(copy, placed) for placed in batch]
 
 
 def _write_whole(
