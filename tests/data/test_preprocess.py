@@ -1,5 +1,6 @@
 """Preprocessing: records read back with MindSpore equal what SentencePiece alone gives; none is lost."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from data_lines import read
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.data import writing
@@ -17,18 +19,11 @@ from research.telechat2.data.encoding import TRAINED
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
 from research.telechat2.data.report import summary
+from research.telechat2.telechat_run_data import check_dataset
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = CHECKOUT / "research" / "telechat2" / "telechat_preprocess.py"
 ANSWER, SYSTEM = "the fox jumps", "dog"
-
-
-def read(path):
-    """Records of a MindRecord file in their order, as MindSpore reads them."""
-    from mindspore.dataset import MindDataset
-
-    data = MindDataset(str(path), columns_list=["input_ids", "labels"], shuffle=False)
-    return [(r["input_ids"], r["labels"]) for r in data.create_dict_iterator(num_epochs=1, output_numpy=True)]
 
 
 def write_lines(path, *lines):
@@ -161,6 +156,96 @@ def test_the_manifest_records_inputs_tokenizer_and_format(small_vocab, tmp_path)
     assert [p.name for p in (tmp_path / "out").iterdir() if re.findall(r"mindrecord\d*$", p.name)] == [
         "dataset.mindrecord"
     ]
+
+
+def test_numbered_files_are_a_data_set_that_training_takes(small_vocab, small_tokenizer, tmp_path, capsys):
+    lines = [plain(f"{i} fox", f"{i} dog") for i in range(40)]
+    options = Options(max_length=40, records_per_file=3)
+    result = prepare(write_lines(tmp_path / "d.jsonl", *lines), small_vocab, tmp_path / "out", options)
+    files = sorted((tmp_path / "out").glob("*.mindrecord"))
+    assert [f["name"] for f in result["files"]] == [file.name for file in files] and len(files) > 2
+    assert [f["records"] for f in result["files"]][:-1] == [3] * (len(files) - 1)
+    records = [record for file in files for record in read(file)]
+    assert len(records) == result["counts"]["records"]
+    assert answers_in(records, small_tokenizer) == {f"{i} dog<_end>": 1 for i in range(40)}
+    loader = {"type": "MindDataset", "dataset_dir": str(tmp_path / "out")}
+    config = {"train_dataset": {"data_loader": loader}}
+    config["model"] = {"model_config": {"seq_length": 40, "vocab_size": len(small_tokenizer)}}
+    check_dataset(config, "train")
+    assert "without manifest" not in capsys.readouterr().out
+    config["model"]["model_config"]["vocab_size"] -= 1  # of which the records use few: the manifests tell
+    with pytest.raises(ValueError, match="needs a vocabulary of"):
+        check_dataset(config, "train")
+    assert telechat_prompt_format.of_dataset(tmp_path / "out") == "plain"
+
+
+def test_many_records_are_numbered_unasked(small_vocab, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "FILE_BYTES", 41 * 8 * 2)
+    data = write_lines(tmp_path / "d.jsonl", *[plain(f"{i} fox") for i in range(12)])
+    result = prepare(data, small_vocab, tmp_path / "out", Options(max_length=40))
+    assert [f["records"] for f in result["files"]][0] == 2 and len(result["files"]) > 1
+    assert result["output"] == str(tmp_path / "out")
+    with pytest.raises(ValueError, match="dataset.mindrecord.json exists and is not overwritten"):
+        prepare(data, small_vocab, tmp_path / "out", Options(max_length=40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length is 0; expected at least 1"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"records_per_file": 0}, "records_per_file is 0; expected at least 1"),
+        ({"train_on": "all"}, "train_on is 'all'; expected answers or last_answer or everything"),
+        ({"too_long": "cut"}, "too_long is 'cut'; expected skip or truncate or error"),
+        ({"bad_lines": "keep"}, "bad_lines is 'keep'; expected error or skip"),
+    ],
+)
+def test_options_are_checked(small_vocab, tmp_path, options, message):
+    data = write_lines(tmp_path / "d.jsonl", plain())
+    with pytest.raises(ValueError, match=message):
+        prepare(data, small_vocab, tmp_path / "out", Options(**options))
+    with pytest.raises(ValueError, match="workers are 0"):
+        prepare(data, small_vocab, tmp_path / "out", Options(), workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_long_is_skipped_cut_or_an_error_as_asked(small_vocab, small_tokenizer, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", plain("q<_bot>a<_user>r", "ab cd " * 100), plain())
+    results = {
+        too_long: prepare(data, small_vocab, tmp_path / too_long, Options(max_length=60, too_long=too_long))
+        for too_long in ("skip", "truncate")
+    }
+    assert results["skip"]["counts"]["skipped"] == {"longer than a record of 61 tokens": 1}
+    counts = results["truncate"]["counts"]
+    assert (counts["skipped"], counts["truncated"], counts["conversations"]) == ({}, 1, 2)
+    assert "1 cut at a turn border to fit a record" in summary(results["truncate"])
+    found = answers_in(read(results["truncate"]["output"]), small_tokenizer)
+    assert found == {"a<_end>": 1, f"{ANSWER}<_end>": 1}
+    with pytest.raises(
+        ValueError, match="d.jsonl, line 1: has .* tokens, a record holds 61. Nothing was writ"
+    ):
+        prepare(data, small_vocab, tmp_path / "error", Options(max_length=60, too_long="error"))
+
+
+def test_bad_lines_are_skipped_on_demand_and_named(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", plain(), "{", *["[]"] * 15)
+    result = prepare(data, small_vocab, tmp_path / "out", Options(max_length=60, bad_lines="skip"))
+    counts = result["counts"]
+    assert counts["skipped"] == {"not JSON": 1, "of no known format": 15}
+    assert len(counts["skipped_lines"]["of no known format"]) == 10
+    assert counts["skipped_lines"]["not JSON"][0].startswith("d.jsonl:2: not JSON (Expecting property name")
+    with pytest.raises(
+        ValueError, match=r"16 of the first 17 lines .*d.jsonl:12 and 5 more. Nothing was written"
+    ):
+        prepare(data, small_vocab, tmp_path / "no", Options(max_length=60))
+
+
+def test_a_text_in_a_broken_file_ends_the_run_and_leaves_nothing(small_vocab, tmp_path):
+    packed = gzip.compress(b'{"text": "a fox"}\n' * 900)
+    (tmp_path / "d.jsonl.gz").write_bytes(packed[:-12])
+    with pytest.raises(ValueError, match="d.jsonl.gz is broken after line"):
+        prepare(tmp_path / "d.jsonl.gz", small_vocab, tmp_path / "new" / "out", Options(bad_lines="skip"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_output_path_is_a_directory_or_a_mindrecord_file(tmp_path):
