@@ -36,9 +36,9 @@ def installed(tmp_path_factory) -> Path:
 
 
 def package_files(root: Path) -> set[Path]:
-    """All files but compiled ones and documents."""
+    """All files but compiled ones, documents and their pictures."""
     files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return {path for path in files if "__pycache__" not in path.parts and path.suffix != ".md"}
+    return {path for path in files if "__pycache__" not in path.parts and path.suffix not in (".md", ".svg")}
 
 
 def test_every_file_comes_along(installed):
