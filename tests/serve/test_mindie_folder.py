@@ -196,6 +196,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(dense, experts, s
         ((good, None, small_vocab), "good.yaml names no load_checkpoint; give --checkpoint_path"),
         ((good, dense.hf, None), "good.yaml names no vocab_file; give --vocab_file_path"),
         ((good, dense.hf, tmp_path), "tokenizer.model does not exist"),
+        ((good, dense.hf, dense.hf / "config.json"), "config.json is no SentencePiece model"),
     ]
     for (yaml_file, weights, vocab), said in cases:
         with pytest.raises(ValueError, match=said):
@@ -222,10 +223,11 @@ def test_a_name_that_python_could_not_import_is_refused(sources, tmp_path):
 def test_a_failing_self_test_leaves_nothing(sources, tmp_path, monkeypatch):
     """On a CPU the test is made unless it is asked not to be."""
     script = tmp_path / "fails.py"
-    script.write_text("import sys\nprint('ValueError: no such luck')\nsys.exit(1)\n")
+    script.write_text("import os, sys\nprint('no such luck on', os.environ['PYTHONPATH'])\nsys.exit(1)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:/cann/python:")
     monkeypatch.setattr(folder_module, "SELF_TEST", script)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="nothing was written: .*no such luck"):
+    with pytest.raises(ValueError, match="nothing was written: .*'no such luck on /cann/python'"):
         build(sources, tmp_path / "made", npu_mem_size=8)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -68,6 +68,11 @@ def read_sources(
         "--vocab_file_path", "vocab_file", yaml_file,
     )  # fmt: skip
     vocab_file = vocab_file / "tokenizer.model" if vocab_file.is_dir() else vocab_file
+    if vocab_file.suffix == ".json":
+        raise ValueError(
+            f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
+            f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
+        )
     world_size = world_size or world_size_of(config)
     prompt_format = prompt_format or telechat_prompt_format.find(checkpoint) or "chat"
     model_config = model_config_of(config, yaml_file, world_size)
@@ -219,9 +224,7 @@ def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new
     """
     with tempfile.TemporaryDirectory() as elsewhere:
         answer = Path(elsewhere) / "answer.json"
-        hidden = ("PYTHONPATH", "REGISTER_PATH", "OM_MODULES_CACHE")
-        environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        environment |= {"GLOG_v": "3", "LOG_MF_PATH": elsewhere}
+        environment = _without_this_plugin() | {"GLOG_v": "3", "LOG_MF_PATH": elsewhere}
         words = [sys.executable, "-P", SELF_TEST, folder, question, str(new_tokens), answer]
         told = subprocess.run(
             words, cwd=elsewhere, env=environment, text=True, errors="replace",
@@ -238,3 +241,12 @@ def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new
         f"self-test: ModelRunner loaded the folder in {found['seconds_to_load']:.0f} s; asked {question!r} "
         f"it begins to answer: {found['text']!r}\n\n"
     )
+
+
+def _without_this_plugin() -> dict[str, str]:
+    """The environment of a process that is to find the folder's code alone; CANN's paths stay."""
+    hidden = ("PYTHONPATH", "REGISTER_PATH", "OM_MODULES_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in paths if path and not Path(path, "research", "telechat2").is_dir()]
+    return environment | ({"PYTHONPATH": os.pathsep.join(others)} if others else {})
