@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from oracle import stored_tensors, write_hf_folder
-from relatives_fixtures import llama_folder, load_exported
+from relatives_fixtures import byte_level_tokenizer, llama_folder, load_exported, v1_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -63,11 +63,39 @@ def test_a_telechat_model_becomes_a_llama_and_comes_back(tmp_path, small_vocab):
     assert refused.stderr.startswith("error: llama/config.json: the config says hidden_act = 'relu'")
 
 
+def ask(folder: Path, vocab_file: str, prompt: str, max_length: int) -> str:
+    """What run_mindformer.py answers on a CPU by ms/predict.yaml, prompt included."""
+    fp32 = dict.fromkeys(("compute_dtype", "param_init_type", "res_dtype"), "float32")
+    settings = {
+        "base_config": "ms/predict.yaml",
+        "context": {"device_target": "CPU", "jit_config": {"jit_level": "O0"}},
+        "model": {"model_config": fp32 | {"max_decode_length": max_length, "seq_length": 128}},
+    }
+    (folder / "cpu.yaml").write_text(yaml.safe_dump(settings))
+    asked = command(
+        "run_mindformer.py", "--config", "cpu.yaml", "--load_checkpoint", "ms", "--use_parallel", "False",
+        "--processor.tokenizer.vocab_file", vocab_file, "--predict_data", prompt,
+        "--output_dir", "out", cwd=folder, seconds=300,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr[-3000:]
+    answers = ast.literal_eval((folder / "out" / "text_generation_result.txt").read_text(encoding="utf-8"))
+    return answers[0]["text_generation_text"][0]
+
+
+def transformers_answer(folder: Path, ids: list[int], max_length: int) -> list[int]:
+    import torch
+
+    prompt = torch.tensor([ids])
+    answer = load_exported(folder).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_length=max_length, do_sample=False
+    )
+    return answer[0].tolist()
+
+
 @pytest.mark.slow  # starts MindFormers
 def test_an_imported_llama_is_asked_with_its_own_tokenizer(tmp_path):
     """run_mindformer.py on predict.yaml answers as transformers does, token by token."""
     import sentencepiece
-    import torch
 
     llama_folder(tmp_path / "llama", vocab_size=330, num_key_value_heads=2, max_position_embeddings=128)
     text = "The quick brown fox jumps over the lazy dog, and then the dog jumps over the fox."
@@ -76,25 +104,29 @@ def test_an_imported_llama_is_asked_with_its_own_tokenizer(tmp_path):
         model_type="bpe", vocab_size=330, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
     )  # fmt: skip
     convert_to_mindspore(tmp_path / "llama", tmp_path / "ms")
-    settings = {
-        "base_config": "ms/predict.yaml",
-        "context": {"device_target": "CPU", "jit_config": {"jit_level": "O0"}},
-        "model": {
-            "model_config": dict.fromkeys(("compute_dtype", "param_init_type", "res_dtype"), "float32")
-            | {"max_decode_length": 24}
-        },
-    }
-    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(settings))
-    asked = command(
-        "run_mindformer.py", "--config", "cpu.yaml", "--load_checkpoint", "ms", "--use_parallel", "False",
-        "--processor.tokenizer.vocab_file", "ms/tokenizer.model", "--predict_data", "The quick brown",
-        "--output_dir", "out", cwd=tmp_path, seconds=300,
-    )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr[-3000:]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "ms" / "tokenizer.model"))
-    prompt = torch.tensor([[1, *tokenizer.encode("The quick brown")]])
-    expected = load_exported(tmp_path / "llama").generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_length=24, do_sample=False, pad_token_id=2
-    )
-    answer = (tmp_path / "out" / "text_generation_result.txt").read_text(encoding="utf-8")
-    assert ast.literal_eval(answer)[0]["text_generation_text"] == [tokenizer.decode(expected[0].tolist())]
+    expected = transformers_answer(tmp_path / "llama", [1, *tokenizer.encode("The quick brown")], 24)
+    assert ask(tmp_path, "ms/tokenizer.model", "The quick brown", 24) == tokenizer.decode(expected)
+
+
+@pytest.mark.slow  # starts MindFormers
+def test_v1_7b_is_asked_with_its_byte_level_tokenizer(tmp_path):
+    """As transformers answers from the exported folder with the tokenizer that went along."""
+    from transformers import AutoTokenizer
+
+    byte_level_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sizes = {"hidden_size": 256, "n_head": 2, "vocab_size": len(tokenizer)}
+    v1_folder(tmp_path, sizes, seed=3, tied=True, prefix=False)
+    byte_level_tokenizer(tmp_path / "v1")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    (tmp_path / "v1" / "generation_config.json").write_text(json.dumps(ids))
+    convert_to_mindspore(tmp_path / "v1", tmp_path / "ms")
+    convert_to_torch(tmp_path / "ms", tmp_path / "llama", "llama")
+    prompt = "<_user>生抽与老抽的区别？<_bot>"
+    expected = transformers_answer(tmp_path / "llama", tokenizer(prompt)["input_ids"], 32)
+    answer = ask(tmp_path, "ms/tokenizer.json", prompt, 32)
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    ours = TelechatTokenizer(tmp_path / "ms" / "tokenizer.json")
+    assert answer == ours.decode(expected, skip_special_tokens=True)
