@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_lines import chat, write_lines
 
-from research.telechat2.data import preparing, sources, spool, writing
+from research.telechat2.data import engines, preparing, sources, spool, writing
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
 
@@ -190,6 +190,34 @@ def test_a_run_that_was_stopped_is_noticed_and_not_mixed_with_another(stopped, c
     ):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True)
     assert list(folder.glob("segment-*.json")), "what was done is still there"
+
+
+def test_an_engine_that_cannot_be_used_deletes_nothing(stopped, corpus, small_vocab, expected, monkeypatch):
+    with pytest.raises(ValueError, match="engine is 'spark'; expected processes or ray"):
+        prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="spark", resume=True)
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="--engine ray needs Ray, which is not installed; install it with"):
+        prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="ray", resume=True)
+    prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, html_report=True)
+    assert contents(stopped) == expected
+
+
+def test_a_disk_that_fails_is_a_sentence_and_the_run_can_go_on(
+    small_parts, corpus, small_vocab, expected, tmp_path, monkeypatch
+):
+    from mindspore.mindrecord import FileWriter
+
+    def full(*_):
+        raise RuntimeError("no space left")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="could not write .*no space left; mend"),
+    ):
+        patch.setattr(FileWriter, "commit", full)
+        prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report=True)
+    assert contents(tmp_path / "out") == expected
 
 
 def test_ctrl_c_says_how_to_go_on(small_parts, corpus, small_vocab, expected, tmp_path, monkeypatch, capsys):

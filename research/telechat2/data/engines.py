@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from research.telechat2.data import encoding
@@ -116,6 +117,16 @@ def _vocabulary(proto: bytes) -> Vocabulary:
     return Vocabulary(proto)
 
 
+def check(engine: str) -> None:
+    """ValueError for an engine that is unknown or not installed."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
+    if engine == "ray" and find_spec("ray") is None:
+        raise ValueError(
+            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
+        )
+
+
 def ray_cores() -> int:
     """How many cores the Ray cluster has; joins the one that RAY_ADDRESS names, or starts a local one."""
     return int(_ray().cluster_resources().get("CPU", 1))
@@ -124,13 +135,8 @@ def ray_cores() -> int:
 def _ray():
     quiet_libraries()
     import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
+    import ray
 
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError(
-            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
-        ) from error
     if not ray.is_initialized():
         package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines
         ray.init(

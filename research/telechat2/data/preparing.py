@@ -49,6 +49,7 @@ def prepare(
     an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
     """
     options.check()
+    engines.check(engine)
     if workers is not None and workers < 1:
         raise ValueError(f"workers are {workers}; expected at least 1")
     target = writing.output_file(output_path)

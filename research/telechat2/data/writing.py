@@ -98,17 +98,24 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
 
 
 def write_records(path: Path, records: Iterable[dict], advance=lambda _: None) -> None:
-    """Write records to ``path`` and its index, and have them on the disk."""
+    """Write records to ``path`` and its index, and have them on the disk. OSError when that fails."""
     from mindspore.mindrecord import FileWriter
+    from mindspore.mindrecord.common.exceptions import MindRecordException
 
-    writer = FileWriter(str(path), shard_num=1)
-    column = {"type": "int32", "shape": [-1]}
-    writer.add_schema({"input_ids": column, "labels": column}, "TeleChat2 conversations")
     records = iter(records)
-    while batch := list(islice(records, _BATCH)):
-        writer.write_raw_data(batch)
-        advance(len(batch))
-    writer.commit()
+    column = {"type": "int32", "shape": [-1]}
+    try:
+        writer = FileWriter(str(path), shard_num=1)
+        writer.add_schema({"input_ids": column, "labels": column}, "TeleChat2 conversations")
+        while batch := list(islice(records, _BATCH)):
+            writer.write_raw_data(batch)
+            advance(len(batch))
+        writer.commit()
+    except (MindRecordException, RuntimeError) as error:
+        raise OSError(
+            f"MindSpore could not write {path}, perhaps because the disk is full: {error}; "
+            f"mend that, and continue with --resume"
+        ) from error
     for file in (path, index_of(path)):
         fsync(file)
 
