@@ -49,6 +49,9 @@ def test_a_telechat_model_becomes_a_llama_and_comes_back(tmp_path, small_vocab):
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"}
     assert names | {"predict.yaml", "finetune.yaml"} <= {file.name for file in (tmp_path / "back").iterdir()}
 
+    predict = yaml.safe_load((tmp_path / "back" / "predict.yaml").read_text())
+    assert "processor" not in predict  # the vocabulary is TeleChat's: TelechatTokenizer reads it
+
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     refused = command(

@@ -16,8 +16,8 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
         predict["pad_token_id"] = predict.get("eos_token_id", 0)  # fills up a batch
     sections = {"finetune": {"model": {"model_config": finetune}}}
     sections["predict"] = {"model": {"model_config": predict}}
-    if description.origin == "llama" and vocabulary is not None:
-        sections["predict"]["processor"] = {"tokenizer": _llama_tokenizer(vocabulary)}
+    if description.origin == "llama" and vocabulary is not None and (own := _llama_tokenizer(vocabulary)):
+        sections["predict"]["processor"] = {"tokenizer": own}
     kind = "a Llama model" if description.origin == "llama" else "a TeleChat model"
     head = f"# Written with the weights from config.json: {kind} of {description.sizes.num_layers} layers.\n"
     return {
@@ -29,7 +29,8 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
     }
 
 
-def _llama_tokenizer(vocabulary: bytes) -> dict:
+def _llama_tokenizer(vocabulary: bytes) -> dict | None:
+    """The settings of MindFormers' LlamaTokenizer; None for the vocabulary of an exported TeleChat model."""
     import sentencepiece
 
     try:
@@ -38,6 +39,8 @@ def _llama_tokenizer(vocabulary: bytes) -> dict:
         raise ValueError(
             f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
         ) from None
+    if all(model.is_control(model.piece_to_id(marker)) for marker in ("<_user>", "<_bot>")):
+        return None
     start, end, unknown = (
         model.id_to_piece(index) for index in (model.bos_id(), model.eos_id(), model.unk_id())
     )
