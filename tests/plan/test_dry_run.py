@@ -25,6 +25,7 @@ DELIBERATE = {
     "sequences have no pipeline": "pipeline_scheduler is seq",
     "experts that are not there would not be shared out": "but the model has no experts; set it to 1",
     "chunks without a pipeline would be one": "virtual chunks need a pipeline",
+    "experts without capacity would compute with a part of their width": "experts without capacity lie whole",
 }
 
 
