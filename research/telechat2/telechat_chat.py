@@ -36,12 +36,12 @@ DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，"
     "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
 )
-_TOOLS_HEAD = (
+TOOLS_HEAD = (
     "\n\n# 可用工具\n"
     "你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
     "<tools>\n"
 )
-_TOOLS_TAIL = (
+TOOLS_TAIL = (
     "</tools>\n\n# 调用方法\n你需要遵循工具的要求，使用json格式返回工具名称及参数，"
     "并用<tool_call></tool_call>包含。下方是一个调用模板：\n"
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n'
@@ -171,7 +171,7 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
         lines = "".join(
             json.dumps(_checked_tool(tool, i), ensure_ascii=False) + "\n" for i, tool in enumerate(tools, 1)
         )
-        segments += [*_literal(_TOOLS_HEAD + lines), *_text_with_tags(_TOOLS_TAIL)]
+        segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
     return [*segments, *_literal("\n")]
 
 

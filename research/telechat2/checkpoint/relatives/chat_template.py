@@ -7,7 +7,7 @@ is special there, and text here.
 
 import json
 
-from research.telechat2.telechat_chat import _TOOLS_HEAD, _TOOLS_TAIL, DEFAULT_SYSTEM
+from research.telechat2.telechat_chat import DEFAULT_SYSTEM, TOOLS_HEAD, TOOLS_TAIL
 
 _CHAT = """\
 {%- set system = messages[0].content if messages[0].role == 'system' else DEFAULT -%}
@@ -64,7 +64,7 @@ _PLAIN = """\
 def chat_template(prompt_format: str) -> str:
     """The Jinja text of a prompt format: chat, plain, or v1."""
     if prompt_format == "chat":
-        words = {"DEFAULT": DEFAULT_SYSTEM, "HEAD": _TOOLS_HEAD, "TAIL": _TOOLS_TAIL}
+        words = {"DEFAULT": DEFAULT_SYSTEM, "HEAD": TOOLS_HEAD, "TAIL": TOOLS_TAIL}
         text = _CHAT
     else:
         words = {"START": "<_start>" if prompt_format == "plain" else ""}
