@@ -81,19 +81,39 @@ command -v npu-smi >/dev/null && bind_core=True
 first=$((node * local_workers))
 ((local_workers == workers)) && first=0
 
-msrun --bind_core=$bind_core --worker_num="$workers" --local_worker_num="$local_workers" \
-    --master_addr="$address" --master_port="$port" --node_rank="$node" --log_dir="$log_dir" \
-    --join="$join" --tail_worker_log="$first" --cluster_time_out="$timeout" "${command[@]}"
-status=$?
+run_workers() {
+    msrun --bind_core=$bind_core --worker_num="$workers" --local_worker_num="$local_workers" \
+        --master_addr="$address" --master_port="$port" --node_rank="$node" --log_dir="$log_dir" \
+        --join="$join" --tail_worker_log="$first" --cluster_time_out="$timeout" "${command[@]}"
+}
 
 if [[ "$join" == False ]]; then
+    run_workers
+    status=$?
     ((status == 0)) || fail "msrun could not start the job (status $status)."
     echo "started $local_workers workers in the background;" \
         "follow them with: tail -f $log_dir/worker_$first.log"
     exit 0
 fi
-if ((status != 0)); then
-    echo "error: a worker failed; the last errors found in $log_dir:" >&2
-    grep -hE "^error:|Error: |CRITICAL" "$log_dir"/worker_*.log | sort -u | tail -n 5 >&2
+
+# What a worker finds wrong it leaves here, and it is said once for all of them.
+errors=$(mktemp -d) || fail "cannot create a temporary directory."
+export TELECHAT_ERRORS=$errors
+interrupted=False
+trap 'interrupted=True' INT # msrun ends the workers
+run_workers 2>"$log_dir/msrun.log"
+status=$?
+if [[ $interrupted == True ]]; then
+    echo "interrupted: the workers are ended; their logs are in $log_dir" >&2
+    status=130
+elif ((status != 0)); then
+    if compgen -G "$errors/rank_*" >/dev/null; then
+        # Sentences may have several lines; what other workers say as well is left out.
+        awk '/^error:/ { shown = !seen[$0]++ } shown' "$errors"/rank_* >&2
+    else
+        echo "error: a worker failed; the last errors found in $log_dir:" >&2
+        grep -hE "^error:|Error: |CRITICAL" "$log_dir"/worker_*.log | sort -u | tail -n 5 >&2
+    fi
 fi
+rm -rf "$errors"
 exit $status

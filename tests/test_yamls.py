@@ -1,5 +1,6 @@
 """Every shipped YAML is read, taken by MindFormers' template and TelechatConfig, and says the right sizes."""
 
+import re
 from math import prod
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 
 from research.telechat2.plan.check import check
 from research.telechat2.plan.settings import read_settings
-from research.telechat2.telechat_run_config import read_config, shipped_configs
+from research.telechat2.telechat_predict_plan import memory_of_rank, prediction_plan
+from research.telechat2.telechat_run_config import read_config, resolve_config, shipped_configs
 from research.telechat2.telechat_run_keys import moe_section
 
 # Parameters of the releases (model card); hidden, layers, heads, key/value heads, feed-forward.
@@ -54,7 +56,7 @@ def test_it_makes_a_model_config(name):
 @pytest.mark.parametrize("name", [name for name in YAMLS if "/predict" in name])
 def test_what_is_trained_is_what_is_asked(name):
     """A size's two YAMLs describe one model."""
-    finetune = YAMLS.get(name.replace("/predict", "/finetune").replace("_parallel", ""))
+    finetune = YAMLS.get(re.sub("(_16k)?(_parallel)?.yaml", ".yaml", name.replace("/predict", "/finetune")))
     if finetune is None:
         pytest.skip("this size ships no finetune YAML yet")
     trained, asked = model_settings(finetune), model_settings(YAMLS[name])
@@ -71,7 +73,8 @@ def test_mindformers_template_takes_it(name):
 
     raw = read_config(YAMLS[name])
     ConfigTemplate.apply_template(raw)
-    assert MindFormerConfig(**raw).model.arch.type == "TelechatForCausalLM"
+    kind = "ParallelTelechatForCausalLM" if name.endswith("_parallel.yaml") else "TelechatForCausalLM"
+    assert MindFormerConfig(**raw).model.arch.type == kind
 
 
 @pytest.mark.parametrize("name", [name for name in YAMLS if name.split("/")[0] in RELEASES])
@@ -90,7 +93,7 @@ def test_its_sizes_give_the_releases_parameter_count(name):
     assert layers * layer + 2 * vocab * hidden + hidden == parameters
 
 
-@pytest.mark.parametrize("name", YAMLS)
+@pytest.mark.parametrize("name", [name for name in YAMLS if "/predict" not in name])
 def test_its_plan_is_legal_and_nothing_in_it_is_without_effect(name):
     _, settings = read_settings(str(YAMLS[name]), {}, Path.cwd())
     checked = check(settings)
@@ -102,6 +105,60 @@ def test_its_plan_is_legal_and_nothing_in_it_is_without_effect(name):
     if published := CLUSTERS.get(YAMLS[name].name):
         layers = [stage.num_layers for stage in checked.stages]
         assert (checked.device_num, checked.global_batch, layers) == published
+
+
+# The published numbers of NPUs that predict; the other sizes are shared by as many as there are.
+NPUS = {"35b": 2, "115b": 8, "39b_a12b": 2}
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if "/predict" in name])
+def test_its_prediction_is_planned_for_its_npus_and_fits_their_memory(name):
+    """Sizes divide, weights and cache fit; a YAML of prediction says nothing of training."""
+    settings = read_config(YAMLS[name])
+    training = (
+        "optimizer",
+        "lr_schedule",
+        "train_dataset",
+        "runner_wrapper",
+        "callbacks",
+        "recompute_config",
+    )
+    assert not settings.keys() & {*training, "runner_config", "checkpoint", "train_dataset_task"}
+    read_settings(str(YAMLS[name]), {}, Path.cwd())  # and nothing that nobody reads
+    size = re.search("telechat_(.*?)(_16k)?(_moe)?(_parallel)?.yaml", name)[1]
+    if name.endswith("_parallel.yaml"):
+        assert settings["use_parallel"]
+        processes = (1, 2) if size == "tiny" else (1, 2, 4, 8)
+        for count in [NPUS[size]] if size in NPUS else processes:
+            plan = prediction_plan(settings, count)
+            assert plan == {} if count == 1 else plan["model_parallel"] == count
+    elif size in NPUS:
+        assert prediction_plan(settings | {"use_parallel": True}, NPUS[size])["model_parallel"] == NPUS[size]
+        with pytest.raises(ValueError, match=r"needs [\d.]+ GB for its weights .*use_parallel"):
+            prediction_plan(settings, 1)
+    else:
+        assert prediction_plan(settings, 1) is None
+
+
+@pytest.mark.parametrize("folder", RELEASES)
+def test_the_estimate_of_memory_counts_the_releases_weights(folder):
+    """By the parameters of the model card, and the caches' shapes."""
+    from research.telechat2.telechat_config import TelechatConfig
+
+    name = next(name for name in YAMLS if name.startswith(f"{folder}/predict") and "16k" not in name)
+    config = TelechatConfig(**model_settings(YAMLS[name]) | {"parallel_config": {}})
+    hidden, layers, heads, kv_heads, _, parameters = RELEASES[folder]
+    weights, cache = memory_of_rank(config, 1)
+    assert weights == 2 * parameters
+    assert cache == 2 * layers * 8192 * hidden * (kv_heads or heads) // heads * 2
+    parts, part = memory_of_rank(config, 8)
+    assert part == cache // 8 and weights / 8 < parts < weights / 8 + 0.005 * weights
+
+
+def test_both_readme_spellings_of_the_39b_resolve():
+    for spelling in ("predict_telechat_39b_a12b.yaml", "predict_telechat_39b_a12b_parallel.yaml"):
+        found = resolve_config(f"./research/telechat2/{spelling}", Path.cwd())
+        assert found == YAMLS[f"telechat2-39b-a12b/{spelling}"]
 
 
 def test_every_size_has_a_plan_for_its_cluster():

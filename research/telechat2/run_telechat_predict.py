@@ -4,10 +4,15 @@
         --vocab_file_path tokenizer.model --checkpoint_path model.safetensors "生抽与老抽的区别？"
 
 Without a question it reads them from standard input and keeps the conversation; ``/new`` starts another.
-Answers go to standard output, figures to standard error.
+Answers go to standard output, figures to standard error. Several processes share the model:
+
+    bash scripts/msrun_launcher.sh "python research/telechat2/run_telechat_predict.py --yaml_file \\
+        predict_telechat_7b.yaml --checkpoint_path TeleChat2-7B --use_parallel True 生抽与老抽的区别？" 2
 """
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -27,21 +32,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one"
     )
-    parser.add_argument("--vocab_file_path", help="tokenizer.model; by default the YAML's vocab_file")
-    parser.add_argument("--checkpoint_path", help="weights; by default the YAML's load_checkpoint")
+    parser.add_argument(
+        "--vocab_file_path",
+        help="tokenizer.model; by default the YAML's vocab_file, or that beside the weights",
+    )
+    parser.add_argument(
+        "--checkpoint_path", help="weights of any layout; by default the YAML's load_checkpoint"
+    )
+    parser.add_argument(
+        "--input_txt", help="a text file that is one question, or .jsonl: a conversation on each line"
+    )
     parser.add_argument("--question_file", help="a question on each line, or .jsonl conversations")
     parser.add_argument(
         "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
     )
     parser.add_argument("--system", help="system message of the conversation (chat format)")
     parser.add_argument(
-        "--use_parallel", type=boolean, default=False, help="several NPUs; not in this version"
+        "--use_parallel",
+        type=boolean,
+        help="share the model with the other processes of msrun_launcher.sh; by default the YAML's",
     )
     parser.add_argument(
-        "--auto_trans_ckpt", type=boolean, default=False, help="slice the weights; needs several NPUs"
+        "--auto_trans_ckpt",
+        type=boolean,
+        default=False,
+        help="taken, but not needed: every process reads its part of weights of any layout",
     )
     parser.add_argument(
-        "--src_strategy_path_or_dir", help="plan the weights were saved under; needs several NPUs"
+        "--src_strategy_path_or_dir", help="not in this version: merge slices of training first"
     )
     parser.add_argument(
         "--use_past", type=boolean, default=None, help="predict with a cache; by default the YAML's"
@@ -65,22 +83,31 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Load once, then answer what was asked."""
     args = parse_arguments()
-    for name in ("use_parallel", "auto_trans_ckpt", "src_strategy_path_or_dir"):
-        if getattr(args, name):
-            raise ValueError(
-                f"--{name} {getattr(args, name)}: this version predicts on one device, with whole weights; "
-                f"leave the flag out."
-            )
+    if args.src_strategy_path_or_dir:
+        raise ValueError(
+            f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: weights of any layout are read as "
+            "they are, but slices of training are not; merge those with research/telechat2/transform_ckpt.py."
+        )
+    if args.device_id is not None and "MS_ROLE" in os.environ:
+        raise ValueError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
     for name in ("batch_size", "max_new_tokens", "max_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     yaml_file = resolve_config(args.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
-    from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_questions
+    from research.telechat2.telechat_predict_chat import (
+        answer_all,
+        chat,
+        question,
+        read_prompts,
+        read_questions,
+    )
     from research.telechat2.telechat_predict_utils import load_predictor
 
     questions = [question(text, args.system) for text in args.question]
+    if args.input_txt:
+        questions += read_prompts(args.input_txt, args.system)
     if args.question_file:
         questions += read_questions(args.question_file, args.system)
     predictor = load_predictor(
@@ -92,15 +119,18 @@ def main() -> None:
         device_id=args.device_id,
         batch_size=args.batch_size,
         use_past=args.use_past,
+        use_parallel=args.use_parallel,
         generation={
             name: getattr(args, name)
             for name in ("max_new_tokens", "do_sample", "top_k", "top_p", "repetition_penalty")
         },
     )
+    if not predictor.group.first:
+        sys.stdout = io.StringIO()  # one process speaks for all
     if questions:
         answer_all(predictor, questions, args.batch_size)
         return
-    refused = chat(predictor, args.system, _questions_from_a_person())
+    refused = chat(predictor, args.system, predictor.group.lines(_questions_from_a_person()))
     if refused and not sys.stdin.isatty():
         raise ValueError(f"{refused} lines of standard input were not asked; see above.")
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 
 def run(main: Callable[[], None]) -> None:
@@ -21,9 +22,18 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         sys.exit(1)
     sys.exit(0)
+
+
+def _report(sentence: str) -> None:
+    """Say what is wrong: for a worker whose launcher waits in a file, so that it says once what all found."""
+    folder = os.environ.get("TELECHAT_ERRORS")
+    if folder and os.environ.get("MS_ROLE") == "MS_WORKER":
+        Path(folder, f"rank_{os.environ.get('RANK_ID', os.getpid())}").write_text(f"{sentence}\n", "utf-8")
+    else:
+        print(sentence, file=sys.stderr)
 
 
 def quiet_libraries() -> None:

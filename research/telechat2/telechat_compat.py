@@ -75,6 +75,7 @@ __all__ = [
     "is_cpu",
     "is_main_rank",
     "is_predict_run",
+    "join_processes",
     "library_logger",
     "logger",
     "moe_config_from",
@@ -104,6 +105,21 @@ def process_group() -> tuple[int, int, str]:
     if not group.INITED:
         return 1, 0, ""
     return ms.communication.get_group_size(), ms.communication.get_rank(), group.WORLD_COMM_GROUP
+
+
+def join_processes() -> None:
+    """Meet the other processes that msrun has started; its scheduler, which runs the command too, ends here.
+
+    Raises:
+        ValueError: they do not come together.
+    """
+    try:
+        ms.communication.init()
+    except RuntimeError as error:
+        raise ValueError(
+            "the processes of this run did not meet: "
+            f"{str(error).strip().splitlines()[0]} Look into the other logs beside this one."
+        ) from error
 
 
 def is_predict_run() -> bool:

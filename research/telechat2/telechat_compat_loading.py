@@ -39,7 +39,7 @@ def loading_with(load: Loader) -> Iterator[None]:
             )
         if do_eval or do_predict:
             network.set_train(False)
-        if config.use_parallel:
+        if config.use_parallel and not hasattr(network, "load_weights"):
             compile_and_remember(
                 model=model, dataset=dataset, mode=config.context.mode,
                 sink_mode=config.runner_config.sink_mode, epoch=config.runner_config.epochs,

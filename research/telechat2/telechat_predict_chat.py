@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from research.telechat2.data.formats import Conversation, naming, parse_line, read_lines
-from research.telechat2.telechat_predict_utils import Predictor
+from research.telechat2.telechat_predict_utils import Answer, Predictor
 
 
 def question(text: str, system: str | None = None) -> Conversation:
@@ -46,6 +46,20 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Conversa
     return questions
 
 
+def read_prompts(path: str | Path, system: str | None = None) -> list[Conversation]:
+    """What ``--input_txt`` names: a text file is one question, a ``.jsonl`` file one on each line.
+
+    Raises:
+        ValueError: an empty file, one that is not UTF-8, or a line that is no conversation.
+    """
+    if Path(path).suffix == ".jsonl":
+        return read_questions(path, system)
+    text = "".join(line for _, line in read_lines(path)).strip()
+    if not text:
+        raise ValueError(f"{path} holds no question.")
+    return [question(text, system)]
+
+
 def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: int) -> None:
     """Answer conversations in batches, and print each with its question.
 
@@ -69,8 +83,18 @@ def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: 
             if answer.cut or len(answers) == 1:
                 print(answer, file=sys.stderr)
         if len(answers) > 1:
-            tokens = sum(len(answer.ids) for answer in answers)
-            print(f"[{len(answers)} answers, {tokens} tokens, {answers[0].seconds:.2f} s]", file=sys.stderr)
+            print(_figures(answers), file=sys.stderr)
+
+
+def _figures(answers: list[Answer]) -> str:
+    """A line of figures of a batch for a person; its rows share their steps."""
+    tokens, first = sum(len(answer.ids) for answer in answers), answers[0].seconds_to_first_token
+    later = answers[0].seconds - first
+    speed = f", {(tokens - len(answers)) / later:.1f} tokens/s" if later > 0 and tokens > len(answers) else ""
+    return (
+        f"[{len(answers)} answers, {tokens} tokens, {answers[0].seconds:.2f} s, the first tokens after "
+        f"{first:.2f} s{speed}]"
+    )
 
 
 def chat(predictor: Predictor, system: str | None, lines: Iterable[str]) -> int:

@@ -1,5 +1,6 @@
 """What the prediction scripts share: loading a model, and asking it for the next answer."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_pool import blocks_of
+from research.telechat2.telechat_predict_group import Group
+from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_run_config import read_config
 from research.telechat2.telechat_run_keys import moe_section
 
@@ -43,6 +46,7 @@ class Predictor:
     ``max_length``: most tokens of prompt and answer together, at most the model's ``seq_length``.
     ``limited_by``: the setting that ``max_length`` comes from, for messages.
     ``generation``: arguments of ``generate``; what is not there is as the model's config says.
+    ``group``: the processes that share the model; each calls the same methods with the same arguments.
     """
 
     model: object
@@ -51,6 +55,7 @@ class Predictor:
     max_length: int
     limited_by: str = "--max_length"
     generation: dict = field(default_factory=dict)
+    group: Group = field(default_factory=Group)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids that ask for the next answer of a conversation."""
@@ -178,13 +183,14 @@ def load_predictor(
     device_id: int | None = None,
     batch_size: int = 1,
     use_past: bool | None = None,
+    use_parallel: bool | None = None,
     generation: dict | None = None,
 ) -> Predictor:
     """Build the model of a predict YAML and load its weights, all of them or none.
 
     Args:
         yaml_file: a predict YAML. The next three default to what it says.
-        vocab_file: tokenizer.model.
+        vocab_file: tokenizer.model; if the YAML names none either, that beside the weights.
         checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
         prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
             Which it is and why is printed on standard error.
@@ -193,6 +199,8 @@ def load_predictor(
         device_id: which NPU; by default the YAML's.
         batch_size: most prompts at once.
         use_past: predict with a cache.
+        use_parallel: share the model with the other processes that scripts/msrun_launcher.sh has started;
+            by default the YAML's.
         generation: arguments of ``generate``; None, or not there: as the YAML's model_config says.
 
     Raises:
@@ -203,26 +211,45 @@ def load_predictor(
     if not settings.keys() - {"batch_size"}:
         raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if use_past is not None:
-        settings["use_past"] = use_past
+        settings["use_past"] = config["model"]["model_config"]["use_past"] = use_past
+    if use_parallel is not None:
+        config["use_parallel"] = use_parallel
     settings["moe_config"] = moe_section(config)
-    vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     checkpoint = checkpoint or config.get("load_checkpoint")
+    vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
+    vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint)
+    if plan := prediction_plan(config, processes_of_run()):
+        settings["parallel_config"] = plan
     prompt_format, chosen = _prompt_format(prompt_format, checkpoint)
     from mindspore import set_seed
 
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
     tokenizer = TelechatTokenizer(str(vocab_file))
-    model = _build_model(_section(config, "context"), settings, device_id)
+    parallel = plan is not None or _section(config, "model", "arch").get("type") == PARALLEL_MODEL
+    model = _build_model(_section(config, "context"), settings, device_id, parallel)
     check_vocabulary(tokenizer, vocab_file, vars(model.config))
     given = {name: value for name, value in (generation or {}).items() if value is not None}
     limit = _length_limit(model.config, max_length, given)
     load_weights(model, checkpoint)
-    if config.get("seed") is not None:
-        set_seed(config["seed"])
+    group = Group(model.ranks if parallel else None)
+    if config.get("seed") is not None or plan:
+        set_seed(group.seed if config.get("seed") is None else config["seed"])
     print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
-    return Predictor(model, tokenizer, prompt_format, *limit, given)
+    return Predictor(model, tokenizer, prompt_format, *limit, given, group)
+
+
+def _vocab_file_beside(checkpoint) -> Path | None:
+    """The tokenizer.model of a folder of weights, as Hugging Face's have one."""
+    if not checkpoint:
+        return None
+    path = Path(checkpoint)
+    found = (path if path.is_dir() else path.parent) / "tokenizer.model"
+    if not found.is_file():
+        return None
+    print(f"vocabulary: {found}", file=sys.stderr)
+    return found
 
 
 def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int, str]:
@@ -284,15 +311,21 @@ def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
             )
 
 
-def _build_model(context: dict, settings: dict, device_id: int | None):
+def _build_model(context: dict, settings: dict, device_id: int | None, parallel: bool):
+    """The model of this process, without weights; with several processes it meets the others before."""
     _set_context(context, device_id)
     from mindspore.nn.utils import no_init_parameters
 
+    from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
     from research.telechat2.telechat import TelechatForCausalLM
+    from research.telechat2.telechat_compat import join_processes
     from research.telechat2.telechat_config import TelechatConfig
 
+    config = TelechatConfig(**settings)
+    if processes_of_run() > 1:
+        join_processes()
     with no_init_parameters():
-        model = TelechatForCausalLM(TelechatConfig(**settings))
+        model = (ParallelTelechatForCausalLM if parallel else TelechatForCausalLM)(config)
     return model.set_train(False)
 
 
@@ -303,7 +336,9 @@ def _set_context(context: dict, device_id: int | None) -> None:
     from research.telechat2.telechat_compat import naming_target
 
     target = context.get("device_target", "Ascend")
-    if device_id is None:
+    if processes_of_run() > 1:
+        device_id = int(os.environ.get("DEVICE_ID", 0))  # msrun numbers the workers of a machine
+    elif device_id is None:
         device_id = context.get("device_id", 0)
     jit = {"jit_level": context.get("jit_level", "O0"), "infer_boost": context.get("infer_boost", "on")}
     jit |= {name: value for name, value in (context.get("jit_config") or {}).items() if value}
@@ -318,11 +353,15 @@ def _set_context(context: dict, device_id: int | None) -> None:
 def load_weights(model, checkpoint: str | Path) -> None:
     """Load every weight of ``model`` from a checkpoint of any layout, one in memory at a time.
 
-    It may be an HF folder of a TeleChat model. Names and shapes are compared before the first is loaded.
+    It may be an HF folder of a TeleChat model. Names and shapes are compared before the first is loaded. A
+    process that shares the model reads its part alone.
 
     Raises:
         ValueError: the checkpoint is broken, or its names or shapes are not the model's.
     """
+    if hasattr(model, "load_weights"):
+        model.load_weights(checkpoint)
+        return
     from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
     from research.telechat2.checkpoint.rank_layout import whole_weights
 

@@ -29,7 +29,7 @@ from research.telechat2.telechat_run_config import (
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
 from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
 from research.telechat2.telechat_run_log import hush_loaders
-from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts
+from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts, share_model
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
@@ -68,7 +68,10 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
     training = mode in TRAINING
-    _check_devices(config)
+    if mode == "predict":
+        share_model(config)
+    else:
+        _check_devices(config)
     if mode.startswith("predict"):
         check_vocab_file(config)
     if training:
@@ -171,7 +174,8 @@ def prepare_environment(output_dir: str, register: Path) -> None:
 def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
     """Build MindFormers' config and context, and run its Trainer; ``source``: what our own reader loads."""
     if raw["run_mode"].startswith("predict"):
-        raw["save_file"] = str(answers_file(raw))
+        others = Path(os.environ["OM_MODULES_CACHE"]) / "answers.txt"  # of processes but the first: the same
+        raw["save_file"] = str(answers_file(raw) if os.environ.get("RANK_ID", "0") == "0" else others)
     config = _build_config(raw, path)
     if config.run_mode in TRAINING:
         _record_prompt_format(config)

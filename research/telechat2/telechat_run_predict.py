@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from research.telechat2.data.formats import read_lines
+from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
 
 TOKENIZER = "TelechatTokenizer"
@@ -22,6 +23,29 @@ def check_vocab_file(config: dict) -> None:
         )
     if not Path(vocab_file).is_file():
         raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
+
+
+def share_model(config: dict) -> None:
+    """Have the processes of a ``use_parallel`` prediction share the model, instead of slicing its graph.
+
+    Changes ``config``, the raw YAML with overrides; a single process predicts without ``use_parallel``.
+
+    Raises:
+        ValueError: as ``prediction_plan``.
+    """
+    model = config["model"]
+    if (model.get("model_config") or {}).get("type") != "TelechatConfig":
+        return
+    plan = prediction_plan(config, processes_of_run())
+    if plan is None:
+        return
+    model["arch"] = {"type": PARALLEL_MODEL, "auto_register": f"telechat_register.{PARALLEL_MODEL}"}
+    config["parallel"] = (config.get("parallel") or {}) | {
+        "parallel_mode": "STAND_ALONE",
+        "full_batch": False,
+    }
+    config["parallel_config"] = plan
+    config["use_parallel"] = bool(plan)
 
 
 def prepare_prompts(config) -> str | list[str]:
