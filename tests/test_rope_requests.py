@@ -47,6 +47,18 @@ def test_what_is_read_from_a_later_position_on_keeps_the_factor_of_its_beginning
     assert requests.of_rows(False, [12, 5], tables([3, 4, 9], [8, 2])).tolist() == [48, 4]
 
 
+def test_a_prompt_begun_beside_decoding_rows_has_its_own_factor():
+    """Its first block had another owner, the other row's first block has not."""
+    requests = RequestLengths(config_of())
+    requests.of_rows(True, [40, 8], tables(range(10), [10, 11]), longest=[60, 20])
+    step = paged_step(
+        config_of(), np.zeros((2, 64), np.int32), prefill=False, valid_length_each_example=[3, 9],
+        block_tables=tables([0, 5], [10, 11, 12]), slot_mapping=np.zeros(4), requests=requests,
+        starts=np.array([0, 8]), longest=[32, 64],
+    )  # fmt: skip
+    assert step["rotary_lengths"].asnumpy().tolist() == [32, 32, 32, 20]
+
+
 def test_a_request_whose_beginning_was_not_seen_is_refused():
     requests = RequestLengths(config_of())
     with pytest.raises(ValueError, match="first block is 5.*no prefill began.*read its prompt again"):

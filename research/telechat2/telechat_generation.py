@@ -58,7 +58,10 @@ def paged_step(
     lengths, tables = np.asarray(valid_length_each_example, np.int32), np.asarray(block_tables)
     slots = np.asarray(slot_mapping, np.int32).reshape(-1)
     if starts is None:
-        starts = np.zeros_like(lengths) if prefill else lengths - 1
+        begins, starts = prefill, np.zeros_like(lengths) if prefill else lengths - 1
+    else:
+        starts = np.asarray(starts)
+        begins = starts == 0  # a decode step may begin a prompt, beside other rows
     counts = lengths - starts
     rows = np.repeat(np.arange(len(lengths)), counts)
     last = np.cumsum(counts) - 1
@@ -66,7 +69,7 @@ def paged_step(
     tokens, padding = np.asarray(input_ids)[rows, positions], 0
     step = {}
     if requests is not None:
-        step["rotary_lengths"] = requests.of_rows(prefill, lengths, tables, longest=longest)[rows]
+        step["rotary_lengths"] = requests.of_rows(begins, lengths, tables, longest=longest)[rows]
     if prefill:
         slots = slots[slots >= 0]
         padding = _rounded(len(tokens), config) - len(tokens)

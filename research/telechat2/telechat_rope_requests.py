@@ -41,11 +41,11 @@ class RequestLengths:
         self.by_prompt = config.extend_by_prompt
         self.by_first_block: dict[int, int] = {}
 
-    def of_rows(self, prefill: bool, lengths, block_tables, *, longest=None) -> np.ndarray:
+    def of_rows(self, begins, lengths, block_tables, *, longest=None) -> np.ndarray:
         """The length ``[B]`` int32 whose factor each row of a step has.
 
         Args:
-            prefill: whether prompts are read from their beginning.
+            begins: whether the step reads a prompt from its beginning, of all rows or ``[B]`` of each.
             lengths: ``[B]``, tokens of each row.
             block_tables: ``[B, M]``, -1 where a row has no block; a row without any is padding of the batch.
             longest: ``[B]``, tokens that each row may reach, where the caller knows: needed at a request's
@@ -59,7 +59,7 @@ class RequestLengths:
         if longest is None:
             longest = lengths if self.by_prompt else (tables >= 0).sum(1) * self.block_size
         longest = np.clip(longest, lengths, self.seq_length)
-        for row in np.flatnonzero(firsts >= 0) if prefill else ():
+        for row in np.flatnonzero((firsts >= 0) & begins):
             self.by_first_block[int(firsts[row])] = int(longest[row])
         return np.array([self._kept(int(block)) for block in firsts], np.int32)
 
