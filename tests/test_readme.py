@@ -298,7 +298,7 @@ def check_benchmark(clone: Clone, said: str) -> None:
 
 CHECKS = [
     check_quickstart, None, check_data, check_parts, check_show, check_weights, check_ask,
-    check_finetune, check_resume, check_eval, check_predict, check_ask, check_quickstart_experts,
+    check_finetune, check_resume, check_eval, check_predict, check_ask, check_ask, check_quickstart_experts,
     check_relatives, check_plan, check_mindie, check_two_processes, check_benchmark,
 ]  # fmt: skip
 
