@@ -5,6 +5,7 @@ change of one file. The workarounds for the CPU target are at the end; they chan
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -116,6 +117,8 @@ def join_processes() -> None:
     try:
         ms.communication.init()
     except RuntimeError as error:
+        if os.environ.get("MS_ROLE") == "MS_SCHED":
+            raise SystemExit(1) from None  # a worker has failed, and says why
         raise ValueError(
             "the processes of this run did not meet: "
             f"{str(error).strip().splitlines()[0]} Look into the other logs beside this one."

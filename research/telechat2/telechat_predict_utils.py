@@ -228,10 +228,14 @@ def load_predictor(
 
     tokenizer = TelechatTokenizer(str(vocab_file))
     parallel = plan is not None or _section(config, "model", "arch").get("type") == PARALLEL_MODEL
-    model = _build_model(_section(config, "context"), settings, device_id, parallel)
-    check_vocabulary(tokenizer, vocab_file, vars(model.config))
+    _set_context(_section(config, "context"), device_id)
+    model_config = _model_config(settings)
+    check_vocabulary(tokenizer, vocab_file, vars(model_config))
     given = {name: value for name, value in (generation or {}).items() if value is not None}
-    limit = _length_limit(model.config, max_length, given)
+    limit = _length_limit(model_config, max_length, given)
+    if processes_of_run() > 1:
+        _meet(model_config, checkpoint)
+    model = _build_model(model_config, parallel)
     load_weights(model, checkpoint)
     group = Group(model.ranks if parallel else None)
     if config.get("seed") is not None or plan:
@@ -311,19 +315,32 @@ def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
             )
 
 
-def _build_model(context: dict, settings: dict, device_id: int | None, parallel: bool):
-    """The model of this process, without weights; with several processes it meets the others before."""
-    _set_context(context, device_id)
+def _model_config(settings: dict):
+    from research.telechat2.telechat_config import TelechatConfig
+
+    return TelechatConfig(**settings)
+
+
+def _meet(config, checkpoint: str | Path) -> None:
+    """Meet the other processes when nothing more can be found wrong: they would wait for one that ends."""
+    from research.telechat2.checkpoint.loading import sizes_of_model
+    from research.telechat2.checkpoint.rank_layout import weights_of_rank
+    from research.telechat2.telechat_compat import join_processes
+
+    weights_of_rank(
+        checkpoint, sizes_of_model(config), tensor_parallel=config.parallel_config.model_parallel, rank=0,
+        qkv_concat=config.qkv_concat,
+    )  # fmt: skip
+    join_processes()
+
+
+def _build_model(config, parallel: bool):
+    """The model, or this process's part of it, without weights."""
     from mindspore.nn.utils import no_init_parameters
 
     from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
     from research.telechat2.telechat import TelechatForCausalLM
-    from research.telechat2.telechat_compat import join_processes
-    from research.telechat2.telechat_config import TelechatConfig
 
-    config = TelechatConfig(**settings)
-    if processes_of_run() > 1:
-        join_processes()
     with no_init_parameters():
         model = (ParallelTelechatForCausalLM if parallel else TelechatForCausalLM)(config)
     return model.set_train(False)
