@@ -67,6 +67,14 @@ def test_the_manifest_says_what_the_first_record_may_not_show(records, tmp_path,
             check_dataset(settings(file), "train")
 
 
+def test_what_an_unfinished_preparation_left_is_not_read(records, tmp_path):
+    file = copied(records, tmp_path / "data")
+    shutil.copytree(records, tmp_path / "data" / ".new.mindrecord.partial")
+    with pytest.raises(ValueError, match=r"\.new\.mindrecord\.partial is of a preparation that is under way"):
+        check_dataset(settings(file.parent), "train")
+    check_dataset(settings(file), "train")
+
+
 def test_more_documents_in_a_record_than_the_model_keeps_apart_are_refused(records, tmp_path):
     packed = settings(records)
     middle = [int(i) for i in np.linspace(4, 599, LENGTH + 1).astype(np.int32)[[0, 5, 9]]]

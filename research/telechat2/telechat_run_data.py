@@ -9,8 +9,7 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-
+from research.telechat2.data.writing import count_documents
 from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
 from research.telechat2.telechat_prompt_format import manifest_path
 
@@ -85,6 +84,11 @@ def _record_files(loader: dict, which: str) -> list[Path]:
             raise ValueError(f"{path} holds no .mindrecord file; give --{which}_dataset_dir one that does.")
         files = files or [path]
     for file in files:
+        if file.parent.name.endswith(".partial"):
+            raise ValueError(
+                f"{file.parent} is of a preparation that is under way or was stopped, and would be read too: "
+                f"end it (telechat_preprocess.py, --resume), or delete the folder."
+            )
         if not file.is_file():
             raise ValueError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
     return files
@@ -129,7 +133,7 @@ def _from_first_record(file: Path, start_ids: list[int]) -> dict:
             f"the data with telechat_preprocess.py."
         )
     ids = record["input_ids"]
-    documents = int(np.isin(ids[1:], start_ids).sum()) + 1
+    documents = count_documents(ids, start_ids)
     return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1, "documents": documents}
 
 

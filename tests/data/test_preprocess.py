@@ -173,6 +173,11 @@ def test_numbered_files_are_a_data_set_that_training_takes(small_vocab, small_to
     config["model"] = {"model_config": {"seq_length": 40, "vocab_size": len(small_tokenizer)}}
     check_dataset(config, "train")
     assert "without manifest" not in capsys.readouterr().out
+    most = max(list(ids).count(1) for ids, _ in records)  # <_start>, the plain format's first
+    assert most > 1 and result["documents_per_record"] == most
+    config["model"]["model_config"] |= {"document_start_ids": [1, 6], "max_documents": most - 1}
+    with pytest.raises(ValueError, match=f"records of {most} documents"):
+        check_dataset(config, "train")
     config["model"]["model_config"]["vocab_size"] -= 1  # of which the records use few: the manifests tell
     with pytest.raises(ValueError, match="needs a vocabulary of"):
         check_dataset(config, "train")

@@ -50,3 +50,4 @@ class Part(NamedTuple):
     name: str
     records: int
     tokens: int  # without padding; those repeated at the splits of texts count twice
+    documents: int  # in a record, at most

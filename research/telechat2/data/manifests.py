@@ -28,7 +28,9 @@ def describe_job(job: Job) -> dict:
 
 def with_parts(name: str, manifest: dict) -> dict[str, dict]:
     """Return the manifest of each file by the file's name: numbered files have short ones of their own."""
-    short = {key: manifest[key] for key in ("prompt_format", "max_length", "tokenizer")}
+    short = {
+        key: manifest[key] for key in ("prompt_format", "max_length", "tokenizer", "documents_per_record")
+    }
     parts = {part["name"]: {**short, **part, "part_of": name} for part in manifest["files"]}
     return {**parts, name: manifest}
 
@@ -101,6 +103,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
         "seed": job.options.seed,
         "options": job.options._asdict(),
         "document_start_ids": job.words.start_ids,
+        "documents_per_record": max(part.documents for part in parts),  # at most
         "inputs": [dict(state._asdict()) for state in files],
         "tokenizer": {
             "path": str(job.vocab_file),

@@ -216,14 +216,17 @@ def _part(path: Path, first: list, rest: Iterator[list], job: Job, bar) -> Part:
         return part
     writing.discard(path)
     sizes: list[int] = []
+    documents: list[int] = []
 
     def filled() -> Iterator[dict]:
         for pieces in _chain(first, rest):
+            record = writing.fill_record(pieces, job.options.max_length + 1, job.words.pad_id)
             sizes.append(sum(map(len, pieces)))
-            yield writing.fill_record(pieces, job.options.max_length + 1, job.words.pad_id)
+            documents.append(writing.count_documents(record["input_ids"], job.words.start_ids))
+            yield record
 
     writing.write_records(path, filled(), bar.update)
-    part = Part(path.name, len(sizes), sum(sizes))
+    part = Part(path.name, len(sizes), sum(sizes), max(documents))
     write_json(finished, part)
     return part
 

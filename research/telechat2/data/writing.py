@@ -97,6 +97,11 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
     return {"input_ids": input_ids, "labels": labels}
 
 
+def count_documents(input_ids: np.ndarray, start_ids: list[int]) -> int:
+    """Return how many documents a record holds; what stands before the first start is one too."""
+    return 1 + int(np.isin(input_ids[1:], start_ids).sum())
+
+
 def write_records(path: Path, records: Iterable[dict], advance=lambda _: None) -> None:
     """Write records to ``path`` and its index, and have them on the disk. OSError when that fails."""
     from mindspore.mindrecord import FileWriter
