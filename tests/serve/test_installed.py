@@ -47,11 +47,9 @@ def test_every_file_comes_along(installed):
     assert found == package_files(installed.parent / "source" / "research" / "telechat2")
 
 
-def get_config(folder: Path, installed: Path | None) -> subprocess.CompletedProcess:
+def get_config(folder: Path, installed: Path) -> subprocess.CompletedProcess:
     """Run the copy of get_config.py in a folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if installed:
-        environment["PYTHONPATH"] = str(installed)
+    environment = os.environ | {"PYTHONPATH": str(installed)}
     return subprocess.run(
         [sys.executable, "get_config.py"], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -104,6 +102,9 @@ def test_mistakes_of_the_recipe_end_in_one_sentence(recipe, installed, tmp_path)
     shutil.copy(SHIPPED / "telechat2-3b" / "predict_telechat_3b.yaml", two)
     lost = copy_as_the_recipe(tmp_path / "lost", write_yaml(tmp_path / "lost.yaml"))
     (lost / "lost.yaml").write_text("base_config: ../mine/base.yaml\n")
+    elsewhere = tmp_path / "elsewhere"  # where `research` is somebody else's: this checkout may be installed
+    (elsewhere / "research").mkdir(parents=True)
+    (elsewhere / "research" / "__init__.py").touch()
     cases = [
         (done, installed, "config.json exists; remove it"),
         (
@@ -112,7 +113,7 @@ def test_mistakes_of_the_recipe_end_in_one_sentence(recipe, installed, tmp_path)
             "exactly one .yaml file.* there is predict_telechat_3b.yaml, predict_telechat_7b.yaml",
         ),
         (lost, installed, "stands on base_config ../mine/base.yaml, which is neither beside it nor in the"),
-        (two, None, "the plugin is not installed here; run `pip install .`"),
+        (two, elsewhere, "the plugin is not installed here; run `pip install .`"),
     ]
     for folder, path, said in cases:
         before = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -12,7 +12,7 @@ from research.telechat2.checkpoint.dtypes import WIDTH, widen
 from research.telechat2.checkpoint.job import Job, Options, Written, run_job
 from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
-from research.telechat2.checkpoint.rank_layout import read_whole
+from research.telechat2.checkpoint.rank_layout import plan_whole
 from research.telechat2.checkpoint.relatives.llama import export_llama, holds_llama, import_llama
 from research.telechat2.checkpoint.relatives.telechat import telechat_files
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, sizes_beside
@@ -103,7 +103,7 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
         ValueError: the checkpoint is broken or incomplete, or not a TeleChat model.
     """
     source = given_path(path, "path")
-    plan = make_plan(read_whole(source, sizes_beside(source)), "mindspore", None, str(source))
+    plan = plan_whole(source, sizes_beside(source))
     for tensor in plan.sources:
         data = tensor.read(tensor.dtype)
         array = widen(data, "bfloat16") if tensor.dtype == "bfloat16" else np.frombuffer(data, tensor.dtype)
@@ -120,8 +120,10 @@ def _convert(
 ) -> Summary:
     """From the names of ``side`` to those of the other one."""
     sizes, other = sizes_beside(source), "mindspore" if side == "torch" else "torch"
-    tensors = read_torch_source(source) if side == "torch" else read_whole(source, sizes)
-    plan = make_plan(tensors, side, sizes, str(source))
+    if side == "torch":
+        plan = make_plan(read_torch_source(source), side, sizes, str(source))
+    else:
+        plan = plan_whole(source, sizes)
     folder, files = deal(target, plan.weights, options, source, file_suffixes, ckpt_format == "ckpt")
     prompt_format = telechat_prompt_format.find(source)
     along, along_notes = (

@@ -18,7 +18,7 @@ from research.telechat2.checkpoint.layouts import (
     part_of_rank,
     part_rows,
 )
-from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.rank_files import saved_shards
 from research.telechat2.checkpoint.safetensors_files import read_metadata, read_safetensors
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
@@ -70,9 +70,21 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
     if is_torch_source(path):
         plan = make_plan(read_torch_source(path), "torch", configured, str(path))
         return plan.sizes, {name: replace(tensor, name=name) for tensor, name in plan.weights}
+    plan = plan_whole(path, configured, sizes)
+    return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
+
+
+def plan_whole(path: Path, configured: TelechatSizes | None, sizes: TelechatSizes | None = None) -> Plan:
+    """Match a MindSpore checkpoint of any layout with the table: by its config.json's sizes, if there is one.
+
+    ``sizes`` are for joined rows without a config.json, see read_whole.
+
+    Raises:
+        ValueError: a checkpoint that is broken, incomplete, or not as its config.json says.
+    """
     tensors = read_whole(path, configured or sizes)
     try:
-        plan = make_plan(tensors, "mindspore", configured, str(path))
+        return make_plan(tensors, "mindspore", configured, str(path))
     except ValueError as error:
         if len(rank_folders(path)) < 2:
             raise
@@ -81,7 +93,6 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
             "whole model (data parallelism), give one file of rank_0; if a training cluster has saved its "
             "slices, merge them first with research/telechat2/transform_ckpt.py"
         ) from None
-    return plan.sizes, {tensor.name: tensor for tensor in plan.sources}
 
 
 def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
