@@ -21,7 +21,9 @@ def records(tmp_path_factory):
     writer = FileWriter(str(file), 1)
     writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}, "x")
     row = np.linspace(4, 599, LENGTH + 1).astype(np.int32)
-    writer.write_raw_data([{"input_ids": row, "labels": row}])
+    packed = row.copy()
+    packed[1::2] = 5
+    writer.write_raw_data([{"input_ids": ids, "labels": ids} for ids in (row, packed)])
     writer.commit()
     return file.parent
 
@@ -83,10 +85,19 @@ def test_more_documents_in_a_record_than_the_model_keeps_apart_are_refused(recor
     packed["model"]["model_config"]["max_documents"] = 2
     with pytest.raises(ValueError, match="records of 3 documents, but the model keeps 2 apart"):
         check_dataset(packed, "train")
+    packed["model"]["model_config"] |= {
+        "document_start_ids": [5],
+        "max_documents": 16,
+    }  # in the second record
+    with pytest.raises(ValueError, match="records of 17 documents, but the model keeps 16 apart"):
+        check_dataset(packed, "train")
     said = {"max_length": LENGTH, "tokenizer": {"vocab_size": 600}, "documents_per_record": 129}
+    said["document_start_ids"] = [4]
     file = copied(records, tmp_path / "data", said)
     packed = settings(file)
     check_dataset(packed, "train")  # one text, however many conversations are in it
+    packed["model"]["model_config"]["document_start_ids"] = [6]  # of which the manifest counts none
+    check_dataset(packed, "train")
     packed["model"]["model_config"]["document_start_ids"] = [4]
     with pytest.raises(ValueError, match="records of 129 documents, but the model keeps 128 apart"):
         check_dataset(packed, "train")

@@ -7,6 +7,8 @@ reads ids beyond the embedding without a word.
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from research.telechat2.data.writing import count_documents
@@ -37,7 +39,7 @@ def check_dataset(config: dict, which: str) -> None:
     files = _record_files(loader, which)
     model = (config.get("model") or {}).get("model_config") or {}
     limits = {key: model.get(key) for key in ("seq_length", "vocab_size")}
-    start_ids = model.get("document_start_ids") or []
+    start_ids = sorted(model.get("document_start_ids") or [])
     unchecked = [key for key, limit in limits.items() if limit is None]
     if unchecked:
         print(f"{which} data: not compared with the model, whose YAML states no {', '.join(unchecked)}")
@@ -48,16 +50,16 @@ def check_dataset(config: dict, which: str) -> None:
                 f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
                 f"or prepare the data again with telechat_preprocess.py."
             )
-        found = _from_manifest(file)
-        if not start_ids:
-            del found["documents"]
+        manifest = _manifest(file)
+        found = _prepared_for(manifest)
         if None in found.values():
             without_manifest += 1
-            first = _from_first_record(file, start_ids)
+            first = _from_first_record(file)
             found |= {key: first[key] for key, value in found.items() if value is None}
         _compare(file, found, limits)
         if start_ids:
-            _compare_documents(file, found["documents"], model.get("max_documents", MAX_DOCUMENTS))
+            documents = _documents_per_record(file, manifest, start_ids)
+            _compare_documents(file, documents, model.get("max_documents", MAX_DOCUMENTS))
     how = f", {without_manifest} of them without manifest: first records checked" if without_manifest else ""
     print(f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how})", flush=True)
 
@@ -94,8 +96,8 @@ def _record_files(loader: dict, which: str) -> list[Path]:
     return files
 
 
-def _from_manifest(file: Path) -> dict:
-    """What the data was prepared for, and the documents of a record at most; None where it does not say."""
+def _manifest(file: Path) -> dict:
+    """The manifest of a MindRecord file, empty where there is none."""
     path = manifest_path(file)
     manifest = {}
     if path.is_file():
@@ -105,22 +107,37 @@ def _from_manifest(file: Path) -> dict:
             raise ValueError(f"{path} is not JSON ({error}); correct or delete it.") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
+    return manifest
+
+
+def _prepared_for(manifest: dict) -> dict:
+    """``seq_length`` and ``vocab_size`` that the data was prepared for; None where the manifest is silent."""
     vocab_size = (manifest.get("tokenizer") or {}).get("vocab_size")
-    return {
-        "seq_length": manifest.get("max_length"),
-        "vocab_size": vocab_size,
-        "documents": manifest.get("documents_per_record"),
-    }
+    return {"seq_length": manifest.get("max_length"), "vocab_size": vocab_size}
 
 
-def _from_first_record(file: Path, start_ids: list[int]) -> dict:
-    """The least ``seq_length`` and ``vocab_size`` that a file's first record needs, and its documents."""
+def _documents_per_record(file: Path, manifest: dict, start_ids: list[int]) -> int:
+    """Documents of a record at most: as the manifest says, if it means the same ones, else counted."""
+    if "documents_per_record" in manifest and sorted(manifest.get("document_start_ids") or []) == start_ids:
+        return manifest["documents_per_record"]
+    print(f"{file}: reading all records, to count the documents of each", flush=True)
+    return max(count_documents(record["input_ids"], start_ids) for record in _records(file))
+
+
+def _records(file: Path) -> Iterator[dict]:
+    """All records of a MindRecord file."""
     from mindspore.mindrecord import FileReader
 
+    reader = FileReader(str(file))
+    yield from reader.get_next()
+    reader.close()
+
+
+def _from_first_record(file: Path) -> dict:
+    """The least ``seq_length`` and ``vocab_size`` that a file's first record needs."""
     try:
-        reader = FileReader(str(file))
-        record = next(iter(reader.get_next()))
-        reader.close()
+        with closing(_records(file)) as records:
+            record = next(records)
     except (RuntimeError, StopIteration) as error:
         raise ValueError(
             f"{file} is not readable as MindRecord, or empty: damaged, cut short, or something else. Copy it "
@@ -133,8 +150,7 @@ def _from_first_record(file: Path, start_ids: list[int]) -> dict:
             f"the data with telechat_preprocess.py."
         )
     ids = record["input_ids"]
-    documents = count_documents(ids, start_ids)
-    return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1, "documents": documents}
+    return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1}
 
 
 def _compare(file: Path, found: dict, limits: dict) -> None:

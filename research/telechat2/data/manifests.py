@@ -28,9 +28,8 @@ def describe_job(job: Job) -> dict:
 
 def with_parts(name: str, manifest: dict) -> dict[str, dict]:
     """Return the manifest of each file by the file's name: numbered files have short ones of their own."""
-    short = {
-        key: manifest[key] for key in ("prompt_format", "max_length", "tokenizer", "documents_per_record")
-    }
+    shared = ("prompt_format", "max_length", "tokenizer", "document_start_ids", "documents_per_record")
+    short = {key: manifest[key] for key in shared}
     parts = {part["name"]: {**short, **part, "part_of": name} for part in manifest["files"]}
     return {**parts, name: manifest}
 
