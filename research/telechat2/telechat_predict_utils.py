@@ -11,9 +11,10 @@ import numpy as np
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
-from research.telechat2.telechat_pool import blocks_of
+from research.telechat2.telechat_pool import check_pool
 from research.telechat2.telechat_predict_group import Group
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
+from research.telechat2.telechat_rope_requests import limits_of_rows
 from research.telechat2.telechat_run_config import read_config
 from research.telechat2.telechat_run_keys import moe_section
 
@@ -78,18 +79,21 @@ class Predictor:
         for ids in prompts:
             check_length(len(ids), self.max_length, self.limited_by)
         config = self.model.config
-        needed = sum(blocks_of(len(ids) + self._room(ids), config.block_size) for ids in prompts)
-        if config.use_past and needed > config.num_blocks:
-            raise ValueError(
-                f"{len(prompts)} prompts at once, with their answers, may need {needed} blocks of the cache, "
-                f"which has {config.num_blocks} (the YAML's num_blocks, of {config.block_size} tokens each); "
-                f"lower --batch_size, --max_new_tokens or --max_length, or raise num_blocks."
-            )
+        if config.use_past:
+            lengths = [len(ids) for ids in prompts]
+            check_pool(config, limits_of_rows(config, lengths, self._room_of_all(prompts), self.max_length))
 
     def _room(self, ids: list[int]) -> int:
         """Most tokens that an answer to ``ids`` may have."""
         room = self.max_length - len(ids)
         return min(self.generation.get("max_new_tokens", room), room)
+
+    def _room_of_all(self, prompts: list[list[int]]) -> int:
+        """The one limit that ``generate`` has for all rows: the largest.
+
+        What a longer prompt may not use of it takes blocks all the same, and is taken off the answer.
+        """
+        return max(self._room(ids) for ids in prompts)
 
     def _cut(self, ids: list[int], answer: list[int]) -> str:
         """The setting that ended ``answer``, or "" if the model did."""
@@ -107,9 +111,7 @@ class Predictor:
         longest = max(len(ids) for ids in prompts)
         padding = self.tokenizer.pad_token_id  # the config's may be -1, "none": no length could be told by it
         padded = [ids + [padding] * (longest - len(ids)) for ids in prompts]
-        # One limit for all rows: the largest. What a longer prompt may not use of it is taken off below.
-        room = max(self._room(ids) for ids in prompts)
-        settings = self.generation | {"max_new_tokens": room, "pad_token_id": padding}
+        settings = self.generation | {"max_new_tokens": self._room_of_all(prompts), "pad_token_id": padding}
         if not self.model.config.extend_by_prompt:
             settings["longest"] = [len(ids) + self._room(ids) for ids in prompts]
         outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
@@ -221,7 +223,7 @@ def load_predictor(
     _check_files(yaml_file, vocab_file, checkpoint)
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
-    prompt_format, chosen = _prompt_format(prompt_format, checkpoint)
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint)
     from mindspore import set_seed
 
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
@@ -269,7 +271,7 @@ def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int
     return max_length, "--max_length"
 
 
-def _prompt_format(given: str | None, checkpoint) -> tuple[str, str]:
+def choose_prompt_format(given: str | None, checkpoint) -> tuple[str, str]:
     """The prompt format to use, and why."""
     if given:
         return given, "as asked for"
