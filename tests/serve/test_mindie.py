@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mindspore import Tensor
 
 from research.telechat2.serve.mindie import (
     MindIETelechatConfig,
@@ -41,25 +42,45 @@ def test_a_prefill_that_leaves_tokens_out_is_an_error():
         prompt_rows(np.ones((1, 3), int), np.array([5, 2]))
 
 
-@pytest.fixture(scope="module")
-def model():
+def model_of(**more) -> MindIETelechatForCausalLM:
     config = MindIETelechatConfig(
         num_blocks=32.5, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, vocab_size=64,
         seq_length=256, max_position_embedding=64, extend_method="DYNAMIC_NTK", use_past=True,
-        compute_dtype="float32", checkpoint_path="weights",
+        compute_dtype="float32", checkpoint_path="weights", **more,
     )  # fmt: skip
     assert config.num_blocks == 32  # what ModelRunner counts from a part of a GB
     return MindIETelechatForCausalLM(config)
 
 
-def step(model, tokens, lengths, slots, tables, prefill: bool, **more) -> dict[str, list[int]]:
-    """The graph's inputs for a step as ModelRunner asks for it, flat."""
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def steps(model, tokens, lengths, slots, tables, prefill: bool, **more) -> list[dict[str, list[int]]]:
+    """The graph's inputs, flat, for all that the model runs where ModelRunner asks for one step."""
     asked = dict.fromkeys(("position_ids", "spec_mask", "q_seq_lens", "adapter_ids")) | more
-    inputs = model.prepare_inputs_for_generation(
-        np.array(tokens), prefill=prefill, valid_length_each_example=np.array(lengths),
-        block_tables=np.array(tables, np.int32), slot_mapping=np.array(slots), mindie_warm_up=True, **asked,
-    )  # fmt: skip
-    return {name: np.asarray(value).reshape(-1).tolist() for name, value in inputs.items()}
+    asked |= dict.fromkeys(("prefill_head_indices", "key_cache", "value_cache"))
+    seen = []
+
+    def run(model_inputs, prefill, *_, **__):
+        seen.append({name: np.asarray(value).reshape(-1).tolist() for name, value in model_inputs.items()})
+        return Tensor(np.zeros((len(seen[-1]["last_token"]), 64), np.float32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_incremental_infer", run)
+        logits, rows = model.forward(
+            input_ids=np.array(tokens), prefill=prefill, valid_length_each_example=np.array(lengths),
+            block_tables=np.array(tables, np.int32), slot_mapping=np.array(slots), use_past=True,
+            mindie_warm_up=True, **asked,
+        )  # fmt: skip
+    assert logits.shape[0] == len(rows) == len(lengths)
+    return seen
+
+
+def step(*args, **kwargs) -> dict[str, list[int]]:
+    (found,) = steps(*args, **kwargs)
+    return found
 
 
 def test_inputs_of_prefill_and_decode(model):
@@ -89,6 +110,31 @@ def test_a_requests_rotary_factor_is_its_prompts_and_stays(model):
     assert both["rotary_lengths"] == [16] * 2 + [112] * 100
     later = step(model, [[7], [8]], [60, 101], [51, 244], [[3, 4, 5, 6] + 3 * [-1], blocks], prefill=False)
     assert later["rotary_lengths"] == [16, 112]
+
+
+@pytest.mark.parametrize("by_prompt, factors", [(False, [32, 112]), (True, [30, 100])])
+def test_prompts_read_in_pieces_have_the_factors_of_their_whole_lengths(by_prompt, factors):
+    """Two prompts in one prefill, ``[1, T]`` as MindIE gives them, the second in the blocks from 2 on."""
+    prompts = [list(range(30)), [at % 64 for at in range(7, 107)]]
+    asked = (
+        [prompts[0] + prompts[1]], [30, 100], [*range(30), *range(32, 132)],
+        [[0, 1] + 5 * [-1], list(range(2, 9))],
+    )  # fmt: skip
+    model = model_of(prefill_chunk=16, extend_by_prompt=by_prompt)
+    read = [{}, {}]
+    found = steps(model, *asked, prefill=True)
+    assert len(found) > 2
+    for inputs in found:
+        for slot, token, position, length in zip(
+            *(inputs[name] for name in ("slot_mapping", "input_ids", "position_ids", "rotary_lengths")),
+            strict=True,
+        ):
+            if slot >= 0:
+                read[slot >= 32][position] = token
+                assert slot == position + 32 * (slot >= 32) and length == factors[slot >= 32]
+    assert [[row[at] for at in range(len(row))] for row in read] == prompts
+    whole = step(model_of(extend_by_prompt=by_prompt), *asked, prefill=True)
+    assert whole["rotary_lengths"] == [factors[0]] * 30 + [factors[1]] * 100
 
 
 def test_speculative_decoding_is_refused(model):
@@ -138,7 +184,7 @@ def test_answers_are_decoded_from_arrays(tokenizer):
 
 # ---------------------------------------------------------------------- values and commands
 class Settings:
-    seq_length, block_size = 8192, 16
+    seq_length, block_size, extend_method = 8192, 16, "None"
 
 
 def test_the_values_for_mindies_own_config_are_the_readmes(tmp_path):
@@ -150,6 +196,19 @@ def test_the_values_for_mindies_own_config_are_the_readmes(tmp_path):
     }.items()  # fmt: skip
     assert service["BackendConfig"]["npuDeviceIds"] == [[0, 1]]
     assert flat["cacheBlockSize"] == 16
+
+
+def test_requests_with_factors_of_their_own_are_not_swapped_and_it_is_said_why(tmp_path):
+    """Swapped in, they would lie in other blocks, and their factors are known by the first."""
+
+    class Dynamic(Settings):
+        extend_method = "DYNAMIC_NTK"
+
+    for config, expected in ((Dynamic, 0), (Settings, None)):
+        service = service_config(config, tmp_path / "m", world_size=1, npu_mem_size=8)
+        assert service["BackendConfig"]["ScheduleConfig"].get("maxPreemptCount") == expected
+        said = "maxPreemptCount must be 0: a request that MindIE swaps" in instructions(service, "chat")
+        assert said == (expected == 0)
 
 
 def leaves(content):

@@ -14,6 +14,11 @@ CONFIG, MODEL, TOKENIZER = CLASSES = [
 ]
 MINDIE_FOLDER = "/usr/local/Ascend/mindie/latest/mindie-service"
 _QUESTION = "生抽与老抽的区别？"
+_SWAPPING = """\
+maxPreemptCount must be 0: a request that MindIE swaps to the host comes back in other blocks, and with
+DYNAMIC_NTK its rotary factor is known by its first block.
+
+"""
 
 
 def section(config: dict, *names: str) -> dict:
@@ -128,6 +133,8 @@ def generation_config(model_config) -> dict:
 def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size: int) -> dict:
     """The values for MindIE's own conf/config.json, where they stand in it."""
     length = model_config.seq_length
+    # A request swapped out and in again lies in other blocks, and its rotary factor is kept by the first.
+    swapping = {"maxPreemptCount": 0} if model_config.extend_method == "DYNAMIC_NTK" else {}
     return {
         "ServerConfig": {"httpsEnabled": False},
         "BackendConfig": {
@@ -151,6 +158,7 @@ def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size:
                 "cacheBlockSize": model_config.block_size,
                 "maxPrefillTokens": max(length, 8192),
                 "maxIterTimes": length,
+                **swapping,
             },
         },
     }
@@ -163,13 +171,14 @@ def instructions(service: dict, prompt_format: str) -> str:
     prompt = conversation_text(render(message, prompt_format=prompt_format, add_generation_prompt=True))
     parameters = {"do_sample": False, "max_new_tokens": 512}
     raw = {"inputs": prompt, "parameters": parameters, "stream": False}
+    swapping = "maxPreemptCount" in service["BackendConfig"]["ScheduleConfig"]
     chat = {"model": deployed["modelName"], "messages": message, "max_tokens": 512, "stream": False}
     return f"""\
 Set these in {MINDIE_FOLDER}/conf/config.json, each where it stands there:
 
 {json.dumps(service, indent=4, ensure_ascii=False)}
 
-Start the service; it runs when mindie.log says "Daemon start success!":
+{_SWAPPING if swapping else ""}Start the service; it runs when mindie.log says "Daemon start success!":
 
 cd {MINDIE_FOLDER}
 ./bin/mindieservice_daemon > mindie.log 2>&1 &
