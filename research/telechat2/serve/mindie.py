@@ -6,14 +6,11 @@ each row, ``[B, 1]``; MindFormers' own ``generate``, which the model is written 
 
 import numpy as np
 
-from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
-from research.telechat2.checkpoint.rank_layout import weights_of_rank
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_compat import MindFormerModuleType, MindFormerRegister, logger
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_prompt_format import check
-from research.telechat2.telechat_ranks import ranks_of
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
 # What a client may say of a conversation; MindIE passes everything on that a client sent.
@@ -51,31 +48,28 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
     def prepare_inputs_for_predict_layout(self, input_ids, **kwargs):
         """Nothing: MindFormers would compile a graph from it to cut the weights, which load_weights does."""
 
-    def load_weights(self, path: str) -> None:
-        """Fill this rank's part of the model from a checkpoint of any layout, torch or MindSpore.
+    def forward(self, input_ids, valid_length_each_example, *, prefill=None, **kwargs):
+        """Logits of one step from MindIE's layout of the tokens, and each row's index among them.
 
-        Raises:
-            ValueError: the checkpoint is broken, or its names or shapes are not the model's.
+        With DYNAMIC_NTK a request has the factor of its prompt, in whole blocks, or with ``extend_by_prompt``
+        as it is: MindIE does not say how long the answer may become, and cuts the block tables of a prefill
+        to the longest prompt of the batch, so that the blocks it reserved would make a row's answer depend on
+        its neighbours. It is chosen here, before ``prefill_chunk`` makes pieces of the prompts.
         """
-        ranks, sizes = ranks_of(self.config), sizes_of_model(self.config)
-        weights = weights_of_rank(
-            path, sizes, tensor_parallel=ranks.size, rank=ranks.rank, qkv_concat=self.config.qkv_concat
-        )
-        load_tensors(self, weights, path)
+        _refuse_speculation(kwargs)
+        lengths = np.asarray(valid_length_each_example)
+        if prefill:
+            input_ids = prompt_rows(np.reshape(input_ids, (-1, np.shape(input_ids)[-1])), lengths)
+            if kwargs.get("longest") is None and not self.config.extend_by_prompt:  # generate knows it
+                kwargs["longest"] = -(-lengths // self.config.block_size) * self.config.block_size
+        return super().forward(input_ids, lengths, prefill=prefill, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """Inputs of one step, from MindIE's layout of the tokens.
-
-        With DYNAMIC_NTK a request has the factor of its prompt, in whole blocks: MindIE does not say how long
-        the answer may become, and cuts the block tables of a prefill to the longest prompt of the batch, so
-        that the blocks it reserved would make a row's answer depend on its neighbours.
-        """
-        lengths = np.asarray(kwargs["valid_length_each_example"])
-        _refuse_speculation(kwargs)
-        if kwargs.get("longest") is None:  # generate knows it
-            kwargs["longest"] = -(-lengths // self.config.block_size) * self.config.block_size
-        rows = prompt_rows if kwargs["prefill"] else newest_rows
-        return super().prepare_inputs_for_generation(rows(np.asarray(input_ids), lengths), **kwargs)
+        """Inputs of one step from the rows of a prefill, or from one token of each row of a decode step."""
+        input_ids = np.asarray(input_ids)
+        if not kwargs["prefill"]:
+            input_ids = newest_rows(input_ids, np.asarray(kwargs["valid_length_each_example"]))
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def kvcache(self, layer: int):
         """The caches of a layer, keys and values, which MindIE swaps to the host and back."""
