@@ -43,6 +43,25 @@ def test_a_file_given_twice_is_an_error(tmp_path):
         find([tmp_path, tmp_path / "a.jsonl"])
 
 
+def test_directories_in_a_directory_are_not_entered(tmp_path):
+    (tmp_path / "deep.jsonl").mkdir()
+    (tmp_path / "deep.jsonl" / "b.jsonl").touch()
+    with pytest.raises(ValueError, match=r"holds no .jsonl file .* itself; .*/\*\*/\*.jsonl'"):
+        input_files(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    assert input_files(tmp_path) == [tmp_path / "a.jsonl"]
+    assert [path.name for path in input_files(tmp_path / "**" / "*.jsonl")] == ["a.jsonl", "b.jsonl"]
+
+
+def test_zstandard_is_missed_before_a_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    (tmp_path / "a.jsonl").touch()
+    assert find([tmp_path]) == [Source(tmp_path / "a.jsonl")]
+    (tmp_path / "b.jsonl.zst").touch()
+    with pytest.raises(ValueError, match="b.jsonl.zst needs zstandard, which is not installed; install it"):
+        find([tmp_path])
+
+
 def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("a.jsonl", "deep/b.jsonl", "deep/c.jsonl"):
@@ -55,6 +74,7 @@ def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
         ("{", "mixture.json is no mixture: not JSON"),
         ("[1]", "mixture.json is no mixture; expected"),
         ('{"a.jsonl": 0}', r"gives a.jsonl the weight 0; expected a number in \(0, 1000\]"),
+        ('{"a.jsonl": 1, "deep": 2, "a.jsonl": 1}', "gives a.jsonl 2 weights; expected one: write their sum"),
         ('{"a.jsonl": "2"}', "gives a.jsonl the weight '2'"),
         ('{"no.jsonl": 1}', "no.jsonl does not exist.*paths in a mixture start from its own folder"),
     ):

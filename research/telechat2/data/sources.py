@@ -11,7 +11,9 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -55,15 +57,18 @@ class FileState(NamedTuple):
 def input_files(path: str | Path) -> list[Path]:
     """Return the files of a path: itself, those of a folder, or those that a pattern fits; sorted.
 
+    Folders in a folder are not entered; a pattern with ``**`` does that.
+
     ValueError if there is none.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
+        found = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
+        files = [file for file in found if not file.is_dir()]
         if not files:
             raise ValueError(
-                f"{path} holds no .jsonl file (nor .jsonl.gz or .jsonl.zst); "
-                f"give a jsonl file or a directory of such"
+                f"{path} holds no .jsonl file (nor .jsonl.gz or .jsonl.zst) itself; give a jsonl file, a "
+                f"directory of such, or, for directories in it, a pattern in quotes: '{path}/**/*.jsonl'"
             )
         return files
     if path.is_file():
@@ -79,7 +84,8 @@ def input_files(path: str | Path) -> list[Path]:
 def find(paths: list[str | Path]) -> list[Source]:
     """Return all files of ``paths``, of which a ``.json`` is a mixture: paths and their weights.
 
-    ValueError when a path leads to nothing, a file is there twice, or a mixture is not readable.
+    ValueError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
+    is needed and not installed.
     """
     sources = []
     for path in map(Path, paths):
@@ -95,18 +101,28 @@ def find(paths: list[str | Path]) -> list[Source]:
                 f'give a mixture file: {{"{source.path}": 2}}'
             )
         seen.add(real)
+    packed = next((source.path for source in sources if source.path.suffix == ".zst"), None)
+    if packed and find_spec("zstandard") is None:
+        raise ValueError(
+            f"{packed} needs zstandard, which is not installed; install it with: pip install zstandard, "
+            f"or unpack the file with: unzstd {packed}"
+        )
     return sources
 
 
 def _mixture(path: Path) -> list[Source]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # pairs, as a dict would keep the last weight of a path and lose the others
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
     except ValueError as error:
         raise ValueError(f"{path} is no mixture: not JSON ({error}); data end in .jsonl") from error
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, tuple) or not content:
         raise ValueError(f'{path} is no mixture; expected {{"path": weight, …}}; data end in .jsonl')
+    for name, times in Counter(name for name, _ in content).items():
+        if times > 1:
+            raise ValueError(f"{path} gives {name} {times} weights; expected one: write their sum")
     sources = []
-    for name, weight in content.items():
+    for name, weight in content:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
             raise ValueError(f"{path} gives {name} the weight {weight!r}; expected a number in (0, 1000]")
         try:
