@@ -23,7 +23,7 @@ class Options(NamedTuple):
 
     def check(self) -> None:
         """ValueError for a value that is none of those allowed."""
-        for name, least in (("max_length", 1), ("seed", 0), ("records_per_file", 1)):
+        for name, least in (("max_length", 2), ("seed", 0), ("records_per_file", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -106,7 +106,8 @@ def _leave(job: Job, created: list[Path]) -> None:
     """Delete what a run made whose inputs or options must change: nothing of it can be continued."""
     shutil.rmtree(job.folder)
     for parent in created:
-        parent.rmdir()
+        with suppress(OSError):  # others may have put something there meanwhile
+            parent.rmdir()
 
 
 def _make(job: Job, workers: int | None, engine: str, html_report: bool) -> None:
