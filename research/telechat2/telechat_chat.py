@@ -80,7 +80,8 @@ def render(
     format has neither system prompt nor tools. ``add_generation_prompt`` ends with ``<_bot>``; only then may
     an answer of the history be empty. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in
     them are special (``dialog`` data). ``train_on``: the answers; the last one only; or everything, which
-    adds the questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer.
+    adds the questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the
+    results of tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
 
     Raises ValueError naming the message at fault.
     """
@@ -102,7 +103,7 @@ def render(
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "user":
-            segments += _marked([Segment(USER, special=True), *pieces(message["content"])], everything)
+            segments += _user_turn(pieces(message["content"]), everything)
         elif role in ("assistant", "bot"):
             trained = number in trained_answers
             around = everything and trained
@@ -140,9 +141,9 @@ def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> li
             before = text
             found.append((text, trained))
         else:
-            assert found[-1][1] == trained, "a special token parts what is trained and what is not"
             before += text
-            found[-1] = (before, trained)
+            # Where tool tags are text, a result shares its run with the question, and is never trained.
+            found[-1] = (before, found[-1][1] and trained)
     return found
 
 
@@ -173,6 +174,20 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
         )
         segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
     return [*segments, *_literal("\n")]
+
+
+def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
+    """A user's turn; results of tools in it, tags and the space between them included, are not trained."""
+    opening, closing = TOOL_TAGS[2:]
+    has_results = any(special and text == opening for text, special, _ in pieces)
+    marked, in_result = [], False
+    for text, special, _ in pieces:
+        in_result |= special and text == opening
+        marked.append(
+            Segment(text, special, trained and not in_result and not (has_results and text.isspace()))
+        )
+        in_result &= not (special and text == closing)
+    return [Segment(USER, True, marked[0].trained), *marked]
 
 
 def _answer(message: dict, number: int, pieces) -> list[Segment]:
@@ -220,7 +235,7 @@ def _call_json(call: dict, where: str) -> str:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
             ) from error

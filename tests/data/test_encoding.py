@@ -76,7 +76,7 @@ def test_every_line_is_counted_once_whatever_it_holds(words, batch, train_on, to
         assert length < 0 or length <= 90
         assert (tokens & ~TRAINED).max() < words.size
         assert (tokens[1:] >= TRAINED).any() and (tokens[0] & ~TRAINED) in words.start_ids
-    json.dumps([counts, result.problems], ensure_ascii=False)
+    json.dumps([counts, result.problems], ensure_ascii=False).encode()
 
 
 def test_reasons_are_told_apart(words):
@@ -98,6 +98,30 @@ def test_reasons_are_told_apart(words):
     by_line = {problem.line: problem.sentence for problem in result.problems}
     assert by_line[5].startswith("message 2 is an empty answer")
     assert by_line[8] == "holds U+D83D, half of a surrogate pair"
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"conversations": [{"from": "human", "value": "q"}], "tools": DEEP},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": DEEP}]},
+        {"messages": [user("q"), bot(None, tool_calls=[{"name": "f", "arguments": DEEP}])]},
+        *(
+            json.dumps({"messages": [user("q"), bot("a")], "tools": [{"name": "f", "deep": 0}]}).replace(
+                "0", "[" * depth + "]" * depth
+            )
+            for depth in range(600, 1000, 25)  # some of which can be read, but not written
+        ),
+    ],
+)
+def test_what_is_nested_too_deeply_is_a_bad_line(words, line):
+    result = encoded(words, line, chat("q", "a"), capacity=10**6)
+    assert 1 <= len(result.lengths) == 2 - sum(result.counts["skipped"].values())
+    if not isinstance(line, str):
+        assert dict(result.counts["skipped"]) == {"not what its format asks for": 1}
 
 
 def test_what_ends_a_run_is_what_was_asked_for(words):

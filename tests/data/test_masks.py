@@ -56,6 +56,45 @@ def test_everything_but_system_text_and_results_of_tools(words):
     assert trained(words, plain, train_on="everything") == ["<_user>q1<_bot>a1<_end><_user>q2<_bot>a2<_end>"]
 
 
+def test_results_of_tools_in_dialog_data_are_not_trained(small_vocab, shared_data):
+    result = "<tool_response>\nr1\n</tool_response>"
+
+    def line(*contents):
+        roles = ("user", "bot")
+        return {"dialog": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+    tagged = vocabulary.load(small_vocab)
+    data = line("q1", "a1", f"{result}\n{result}", "a2", f"q3{result}q4", "a4")
+    assert trained(tagged, data, train_on="everything") == [
+        "<_user>q1<_bot>a1<_end>\n",
+        "<_bot>a2<_end>\n<_user>q3",
+        "q4<_bot>a4<_end>\n",
+    ]
+    # the same as where the results are messages of their own
+    messages = [user("q1"), bot("a1"), *[{"role": "tool", "content": "r1"}] * 2, bot("a2")]
+    (written,) = items(encoded(tagged, line("q1", "a1", f"{result}\n{result}", "a2"), train_on="everything"))
+    (role_tool,) = items(encoded(tagged, {"messages": messages}, train_on="everything"))
+    assert written.tolist() == role_tool.tolist()
+    # a vocabulary without the tags encodes the whole turn as one text
+    untagged = vocabulary.load(shared_data / "tokenizer_115b.model")
+    assert trained(untagged, data, train_on="everything") == [
+        "<_user>q1<_bot>a1<_end>\n",
+        "<_bot>a2<_end>\n<_user>",
+        "<_bot>a4<_end>\n",
+    ]
+
+
+def test_no_result_of_the_released_dialogues_is_trained(shared_data):
+    words = vocabulary.load(shared_data / "tokenizer.model")
+    with open(shared_data / "demo_tool.jsonl", "rb") as file:
+        lines = [line for line in file if b"<tool_response>" in line][:100]
+    for line in lines:
+        texts = trained(words, line.strip(), train_on="everything", capacity=10**6)
+        assert not any("tool_response" in text or text == "<_user>" for text in texts)
+        answers = [turn["content"] for turn in json.loads(line)["dialog"] if turn["role"] == "bot"]
+        assert all(answer in "".join(texts) for answer in answers)
+
+
 def test_an_answer_of_weight_0_is_not_trained(words):
     line = chat("q1", "a1", "q2", "a2", "q3", "a3")
     line["messages"][2]["weight"] = 1

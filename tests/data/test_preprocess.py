@@ -14,7 +14,7 @@ import sentencepiece
 from data_lines import read
 
 from research.telechat2 import telechat_prompt_format
-from research.telechat2.data import writing
+from research.telechat2.data import preparing, writing
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
@@ -197,7 +197,7 @@ def test_many_records_are_numbered_unasked(small_vocab, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length is 0; expected at least 1"),
+        ({"max_length": 1}, "max_length is 1; expected at least 2"),
         ({"seed": -1}, "seed is -1; expected at least 0"),
         ({"records_per_file": 0}, "records_per_file is 0; expected at least 1"),
         ({"train_on": "all"}, "train_on is 'all'; expected answers or last_answer or everything"),
@@ -243,6 +243,27 @@ def test_bad_lines_are_skipped_on_demand_and_named(small_vocab, tmp_path):
         ValueError, match=r"16 of the first 17 lines .*d.jsonl:12 and 5 more. Nothing was written"
     ):
         prepare(data, small_vocab, tmp_path / "no", Options(max_length=60))
+
+
+def test_a_line_that_is_quoted_with_half_a_surrogate_pair_ends_no_run(small_vocab, tmp_path):
+    data = write_lines(tmp_path / "d.jsonl", plain(), r'{"\ud83d": 1}', r'{"messages": [{"role": "\udc00"}]}')
+    result = prepare(data, small_vocab, tmp_path / "out", Options(max_length=60, bad_lines="skip"))
+    (named,) = result["counts"]["skipped_lines"]["of no known format"]
+    assert named.startswith(r"d.jsonl:2: has the keys \ud83d; expected")
+    with pytest.raises(ValueError, match=r"line 2: has the keys \\ud83d; expected"):
+        prepare(data, small_vocab, tmp_path / "no", Options(max_length=60))
+
+
+def test_a_folder_that_others_use_meanwhile_hides_no_error(small_vocab, tmp_path, monkeypatch):
+    def fail(*_):
+        (tmp_path / "new" / "theirs").touch()
+        raise ValueError("the line is wrong")
+
+    monkeypatch.setattr(preparing, "_make", fail)
+    data = write_lines(tmp_path / "d.jsonl", plain())
+    with pytest.raises(ValueError, match="the line is wrong"):
+        prepare(data, small_vocab, tmp_path / "new" / "out", Options())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
 
 
 def test_a_text_in_a_broken_file_ends_the_run_and_leaves_nothing(small_vocab, tmp_path):

@@ -151,7 +151,7 @@ def _calls(value: object, number: int) -> list:
 def _json(text: str, what: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} not JSON ({error}); correct it") from error
 
 

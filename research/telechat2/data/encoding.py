@@ -114,7 +114,9 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
         found = problems.setdefault(error.reason, [])
         if len(found) < EXAMPLES:
             fatal = _is_fatal(error.reason, settings)
-            found.append(Problem(error.reason, str(batch.path), line, str(error), fatal))
+            # it may quote half of a surrogate pair, which no file can hold
+            sentence = str(error).encode("utf-8", "backslashreplace").decode()
+            found.append(Problem(error.reason, str(batch.path), line, sentence, fatal))
 
     table = _Table(vocabulary)
     items = []
@@ -185,8 +187,8 @@ def _runs(parsed: Conversation | Text, table: _Table, train_on: str) -> tuple[li
     runs, trained = [], []
     try:
         segments = parsed.render(train_on=train_on)
-    except ValueError as error:
-        raise UnusableLine("not what its format asks for", error) from error
+    except (ValueError, RecursionError) as error:
+        raise formats.unusable(error) from error
     try:
         for run, is_trained in telechat_chat.runs(segments, table.vocabulary.special_id):
             runs.append(index.setdefault(run.encode() if isinstance(run, str) else run, len(index)))

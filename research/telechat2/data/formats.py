@@ -130,8 +130,14 @@ def parse(line: str) -> tuple[str, Conversation | Text]:
     kind = _kind(data)
     try:
         return _NAMES.get(kind, kind), _CONVERSIONS[kind](data)
-    except ValueError as error:
-        raise UnusableLine("not what its format asks for", error) from error
+    except (ValueError, RecursionError) as error:
+        raise unusable(error) from error
+
+
+def unusable(error: ValueError | RecursionError) -> UnusableLine:
+    """Return the error of a line that is not what its format asks for; one may be nested too deeply."""
+    message = f"is nested too deeply ({error})" if isinstance(error, RecursionError) else error
+    return UnusableLine("not what its format asks for", message)
 
 
 def _kind(data: object) -> str:
