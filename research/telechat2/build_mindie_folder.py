@@ -1,7 +1,8 @@
 """Build the folder that MindIE serves a model from: code, YAML, config.json, tokenizer, what to type.
 
     python research/telechat2/build_mindie_folder.py --yaml_file predict_telechat_7b_parallel.yaml \\
-        --checkpoint_path TeleChat2-7B --vocab_file_path TeleChat2-7B --output_path serving/telechat2_7b
+        --world_size 2 --checkpoint_path TeleChat2-7B --vocab_file_path TeleChat2-7B \\
+        --output_path serving/telechat2_7b
 
 The folder needs MindFormers, not this plugin; the weights stay where they are.
 """

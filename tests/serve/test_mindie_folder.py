@@ -19,6 +19,7 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.serve import folder as folder_module
 from research.telechat2.serve.folder import build, read_sources
 from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_run_config import read_config, resolve_config
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,37 @@ def test_the_recorded_prompt_format_is_taken(dense, small_vocab, tmp_path):
     )
 
 
+def test_the_prompt_format_and_its_reason_are_said(dense, small_vocab, tmp_path, capsys):
+    read_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
+    assert f"prompt format: chat (none is recorded with {dense.hf}: give --prompt_format" in (
+        capsys.readouterr().err
+    )
+
+
 # ---------------------------------------------------------------------- refusals
+def test_a_parallel_yaml_without_a_number_of_npus_asks_for_it(dense, small_vocab, tmp_path):
+    parallel = write_yaml(tmp_path / "p.yaml", use_parallel=True)
+    said = "p.yaml: use_parallel is True, but parallel_config has no model_parallel.*--world_size"
+    with pytest.raises(ValueError, match=said):
+        read_sources(parallel, dense.hf, small_vocab, None, None)
+    assert read_sources(parallel, dense.hf, small_vocab, None, 2).world_size == 2
+
+
+@pytest.mark.parametrize("size, too_few, enough", [("35b", 1, 2), ("115b", 2, 8)])
+def test_a_model_that_so_few_npus_cannot_hold_is_refused(size, too_few, enough):
+    """Weights by the files' own headings: 71 GB and 227 GB, for NPUs of 58 GB each."""
+    alone, parallel = (
+        resolve_config(f"predict_telechat_{size}{kind}.yaml", CHECKOUT) for kind in ("", "_parallel")
+    )
+    config = read_config(alone)
+    assert folder_module.world_size_of(config, alone) == 1
+    for npus in {1, too_few}:
+        with pytest.raises(ValueError, match=f"{alone.name}: each process needs .* GB for its weights"):
+            folder_module.model_config_of(config, alone, npus)
+    folder_module.model_config_of(config, alone, enough)
+    assert folder_module.world_size_of(read_config(parallel), parallel) == enough
+
+
 def test_what_does_not_fit_is_named_before_anything_is_written(dense, experts, small_vocab, tmp_path):
     good = write_yaml(tmp_path / "good.yaml")
     foreign = tmp_path / "other.yaml"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from research.telechat2 import telechat_prompt_format
 from research.telechat2.serve import settings
 from research.telechat2.serve.flat import flat_files
 from research.telechat2.telechat_files import fsync
+from research.telechat2.telechat_predict_plan import check_memory
+from research.telechat2.telechat_predict_utils import check_vocabulary, choose_prompt_format
 from research.telechat2.telechat_run_config import read_config
 
 SERVED = Path(__file__).with_name("mindie.py")
@@ -53,7 +54,9 @@ def read_sources(
         checkpoint: weights of any layout, torch or MindSpore.
         vocab_file: tokenizer.model, or the folder that it is in.
         prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
-        world_size: NPUs; by default ``parallel_config.model_parallel`` where use_parallel is set, else 1.
+        world_size: NPUs; by default as ``world_size_of`` says.
+
+    The prompt format and why it was chosen go to standard error.
 
     Raises:
         ValueError: something is missing, or does not fit the rest; the file to mend is named.
@@ -73,11 +76,12 @@ def read_sources(
             f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
             f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
         )
-    world_size = world_size or world_size_of(config)
-    prompt_format = prompt_format or telechat_prompt_format.find(checkpoint) or "chat"
+    world_size = world_size or world_size_of(config, yaml_file)
     model_config = model_config_of(config, yaml_file, world_size)
     _check_vocabulary(model_config, vocab_file)
     _check_weights(model_config, checkpoint, world_size)
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint)
+    print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
     return Sources(yaml_file, config, model_config, checkpoint, vocab_file, prompt_format, world_size)
 
 
@@ -90,20 +94,27 @@ def _existing(path, flag: str, key: str, yaml_file: Path) -> Path:
     return path
 
 
-def world_size_of(config: dict) -> int:
-    """Number of NPUs that a YAML speaks of."""
-    return (
-        settings.section(config, "parallel_config").get("model_parallel", 1)
-        if config.get("use_parallel")
-        else 1
-    )
+def world_size_of(config: dict, yaml_file: Path) -> int:
+    """NPUs that a YAML speaks of: ``parallel_config.model_parallel`` where use_parallel is True, else 1.
+
+    Raises:
+        ValueError: use_parallel is True, but no model_parallel is there.
+    """
+    if not config.get("use_parallel"):
+        return 1
+    if (shared := settings.section(config, "parallel_config").get("model_parallel")) is None:
+        raise ValueError(
+            f"{yaml_file}: use_parallel is True, but parallel_config has no model_parallel to say how many "
+            f"NPUs share the model; set it there, or give build_mindie_folder.py --world_size."
+        )
+    return shared
 
 
 def model_config_of(config: dict, yaml_file: Path, world_size: int):
     """The YAML's TelechatConfig, with every value that its own rules give.
 
     Raises:
-        ValueError: with the file.
+        ValueError: with the file; also if so few NPUs cannot hold the model.
     """
     from research.telechat2.telechat_config import TelechatConfig
 
@@ -111,14 +122,17 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
         "moe_config": config.get("moe_config"),
         "parallel_config": settings.parallel_plan(config, world_size),
     }
+    context = settings.section(config, "context")
     try:
-        return TelechatConfig(**given)
+        model_config = TelechatConfig(**given)
+        if context.get("device_target", "Ascend") == "Ascend":
+            check_memory(model_config, world_size, context.get("max_device_memory", "58GB"))
+        return model_config
     except ValueError as error:
         raise ValueError(f"{yaml_file}: {error}") from error
 
 
 def _check_vocabulary(model_config, vocab_file: Path) -> None:
-    from research.telechat2.telechat_predict_utils import check_vocabulary
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
     check_vocabulary(TelechatTokenizer(vocab_file), vocab_file, vars(model_config))

@@ -36,7 +36,7 @@ def finish_folder(folder: Path) -> str:
             raise ValueError(f"{folder / name} exists; remove it to have it written anew.")
     config = _read_copy(yaml_file)
     settings.check_predict_yaml(config, yaml_file)
-    world_size = world_size_of(config)
+    world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(
         config, checkpoint=config.get("load_checkpoint") or "",
         vocab_file=settings.section(config, "processor", "tokenizer").get("vocab_file") or "",
