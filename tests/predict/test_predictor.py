@@ -271,10 +271,25 @@ def test_prompts_without_room_are_refused(limits):
         answer_all(predictor, [brief("hi"), brief("hello " * 40)], 1)
     limits(max_length=SEQ_LENGTH, max_new_tokens=500)
     predictor.check([[4]] * 4)  # 4 * 256 tokens are 64 blocks of 16
-    with pytest.raises(
-        ValueError, match="5 prompts at once, .* may need 80 blocks of the cache, which has 64"
-    ):
+    with pytest.raises(ValueError, match="5 prompts with .* 80 blocks of 16 tokens, but the cache has 64"):
         predictor.generate([[4]] * 5)
+
+
+def test_a_batch_is_checked_as_it_will_be_generated(limits, monkeypatch, capsys):
+    """All rows have the room of the shortest prompt, 159 tokens, up to the model's 256: 4 * 16 + 10 blocks.
+
+    Their own rooms would be 5 * 10 blocks of the 64.
+    """
+    predictor = limits(max_length=160, max_new_tokens=500)
+    monkeypatch.setattr(predictor, "prompt_ids", lambda asked: [4] * int(asked.messages[-1]["content"]))
+    asked = [question(size) for size in ["1", "1", "1", "1", "1", "150", "150", "150", "150", "1"]]
+    said = r"^a batch of 5 prompts with their answers needs up to 74 blocks of 16 tokens, .* has 64"
+    with pytest.raises(ValueError, match=said):
+        answer_all(predictor, asked, 5)
+    assert capsys.readouterr().out == ""  # not stopped midway
+    monkeypatch.setattr(predictor, "check", lambda prompts: None)
+    with pytest.raises(ValueError, match=said):
+        predictor.generate([[4] * 150] * 4 + [[4]])
 
 
 def test_what_does_not_fit_the_yaml_is_refused(random, small_vocab, config_file, tmp_path):
