@@ -29,7 +29,12 @@ from research.telechat2.telechat_run_config import (
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
 from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
 from research.telechat2.telechat_run_log import hush_loaders
-from research.telechat2.telechat_run_predict import check_vocab_file, prepare_prompts, share_model
+from research.telechat2.telechat_run_predict import (
+    check_vocab_file,
+    prepare_prompts,
+    seed_sampling,
+    share_model,
+)
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
@@ -273,6 +278,7 @@ def _print_evaluation() -> None:
 
 
 def _predict(trainer, config, weights: str | None) -> list:
+    seed_sampling(config)
     results = trainer.predict(
         predict_checkpoint=weights, input_data=config.input_data, batch_size=config.predict_batch_size
     )

@@ -25,13 +25,24 @@ def check_vocab_file(config: dict) -> None:
         raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
 
 
+def seed_sampling(config) -> None:
+    """Begin the random numbers of sampling at ``config.seed``, the same in all processes; None: anywhere.
+
+    MindFormers' Trainer takes the seed 0 for none.
+    """
+    if config.seed is not None:
+        from mindspore import set_seed
+
+        set_seed(config.seed)
+
+
 def share_model(config: dict) -> None:
     """Have the processes of a ``use_parallel`` prediction share the model, instead of slicing its graph.
 
     Changes ``config``, the raw YAML with overrides; a single process predicts without ``use_parallel``.
 
     Raises:
-        ValueError: as ``prediction_plan``.
+        ValueError: as ``prediction_plan``; or several processes have no seed, and would sample differently.
     """
     model = config["model"]
     if (model.get("model_config") or {}).get("type") != "TelechatConfig":
@@ -39,6 +50,11 @@ def share_model(config: dict) -> None:
     plan = prediction_plan(config, processes_of_run())
     if plan is None:
         return
+    if plan and config.get("seed", 0) is None:
+        raise ValueError(
+            "seed is null, but the processes that share a model must draw the same random numbers; give "
+            "--seed with a number."
+        )
     model["arch"] = {"type": PARALLEL_MODEL, "auto_register": f"telechat_register.{PARALLEL_MODEL}"}
     config["parallel"] = (config.get("parallel") or {}) | {
         "parallel_mode": "STAND_ALONE",

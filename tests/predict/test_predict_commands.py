@@ -115,11 +115,11 @@ def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_voc
 
 
 def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, predictor, tmp_path):
-    """The same seed gives the same answer, and it is not the likeliest one."""
+    """The same seed gives the same answer, 0 too, and it is not the likeliest one."""
     raw, prompt = raw_prompt(QUESTIONS[0], predictor.tokenizer)
     greedy = predictor.tokenizer.decode(oracle_answer(random, prompt, 16), skip_special_tokens=True)
     file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + 16, "top_k": 300})
-    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw, "--seed", 1]
+    words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw, "--seed", 0]
     words += ["--do_sample", "True", "--processor.tokenizer.vocab_file", small_vocab]
     found = []
     for output in ("first", "second"):

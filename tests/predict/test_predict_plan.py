@@ -12,6 +12,7 @@ from research.telechat2.telechat_predict_chat import read_prompts
 from research.telechat2.telechat_predict_group import Group
 from research.telechat2.telechat_predict_plan import check_memory, prediction_plan, processes_of_run
 from research.telechat2.telechat_run_config import read_config
+from research.telechat2.telechat_run_predict import share_model
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def test_all_that_run_take_part_unless_the_yaml_gives_a_number(settings):
 def test_what_cannot_be_shared_is_refused(settings, processes, change, sections, said):
     with pytest.raises(ValueError, match=said):
         prediction_plan(settings(change, **{"use_parallel": True} | sections), processes)
+
+
+def test_processes_without_a_common_seed_are_refused(settings, monkeypatch):
+    config = settings(use_parallel=True, seed=None)
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    with pytest.raises(ValueError, match="seed is null, but the processes .* give --seed with a number"):
+        share_model(config)
 
 
 def test_what_cannot_fit_is_refused_on_npus_alone(settings):

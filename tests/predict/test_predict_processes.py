@@ -107,6 +107,21 @@ def test_run_mindformer_shares_a_model_too(random, predictor, small_vocab, tmp_p
     assert whole in file.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_processes_of_run_mindformer_draw_the_same_tokens(random, predictor, small_vocab, tmp_path):
+    """By the seed of the shipped YAML, which is 0: were it none, each would go on with its own token."""
+    folder = download_folder(random, small_vocab, tmp_path / "hf")
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": 40, "do_sample": True, "top_k": 300})
+    words = ["--config", file, "--load_checkpoint", folder, "--run_mode", "predict", "--use_parallel", "True"]
+    words += ["--auto_trans_ckpt", "True", "--processor.tokenizer.vocab_file", folder / "tokenizer.model"]
+    words += ["--predict_data", f"<_start><_user>{QUESTIONS[0]}<_bot>", "--output_dir", "out"]
+    told = launch(command("run_mindformer.py", *words), 2, tmp_path / "run")
+    assert told.returncode == 0, told.stdout[-3000:] + told.stderr
+    logs = [(tmp_path / "run" / "logs" / f"worker_{rank}.log").read_text("utf-8") for rank in range(2)]
+    first, second = (set(re.findall(r"'text_generation_text': .*", log)) for log in logs)
+    assert first == second and len(first) == 1
+
+
 def test_a_mistake_is_one_sentence_for_all_processes(random, small_vocab, tmp_path):
     folder = download_folder(random, small_vocab, tmp_path / "hf")
     file = write_yaml(tmp_path / "p.yaml")
