@@ -109,6 +109,19 @@ def test_a_template_refuses_a_late_system_message(exported):
         exported.apply_chat_template([*CONVERSATION, {"role": "system", "content": "x"}], tokenize=False)
 
 
+def test_a_template_takes_arguments_as_an_object_only(exported):
+    """render parses a JSON string and writes its object; a template cannot, and would write other text."""
+
+    def calling(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return [*CONVERSATION, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    text = exported.apply_chat_template(calling({"city": "北京"}), tokenize=False)
+    assert text == conversation_text(render(calling('{"city":"北京"}')))
+    with pytest.raises(Exception, match="arguments of tool call weather are a string; expected the object"):
+        exported.apply_chat_template(calling('{"city":"北京"}'), tokenize=False)
+
+
 def test_published_conversations(exported, shared_data):
     golden = json.loads((shared_data / "chat_template_golden.json").read_text(encoding="utf-8"))
     for case in golden:

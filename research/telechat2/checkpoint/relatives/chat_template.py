@@ -2,7 +2,8 @@
 
 It says what ``telechat_chat.render`` does, in each prompt format; a test holds them together. TeleChat v1's
 format is the plain one without ``<_start>``. A template makes one string of all: a marker that somebody types
-is special there, and text here.
+is special there, and text here; and it cannot parse arguments of a tool call that are a JSON string, as
+``render`` does, so it refuses them.
 """
 
 import json
@@ -30,7 +31,11 @@ _CHAT = """\
             {%- set given = function.arguments -%}
             {{- '' if loop.first else '\\n' -}}
             {{- '<tool_call>\\n{"name": ' + (function.name | tojson) + ', "arguments": ' -}}
-            {{- (given if given is string else given | tojson) + '}\\n</tool_call>' -}}
+            {%- if given is string -%}
+                {{- raise_exception('the arguments of tool call ' + function.name + ' are a string; '
+                                    + 'expected the object that it holds: parse it with json.loads') -}}
+            {%- endif -%}
+            {{- (given | tojson) + '}\\n</tool_call>' -}}
         {%- endfor -%}
         {{- '<_end>\\n' -}}
     {%- elif message.role == 'tool' -%}
