@@ -43,10 +43,9 @@ def edit_config(folder, **changes):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic'; only 'linear'"),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor = 'two'; expected a positive number"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "attention_factor"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-            "from 32 tokens, but max_position_embeddings 64",
-        ),
+        ({"rope_parameters": "x"}, "rope_parameters = 'x'; expected a section such as rope_type"),
+        ({"rope_parameters": {}, "rope_scaling": [1]}, r"rope_scaling = \[1\]; expected a section"),
+        ({"pad_token_id": ["</s>"]}, r"pad_token_id = \['</s>'\]; expected the id of a token"),
         ({"quantization_config": {"bits": 4}}, "give the weights from before quantization"),
         ({"num_attention_heads": 7}, "7 heads; the heads must divide hidden_size"),
         ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads"),

@@ -148,6 +148,48 @@ def test_yamls_beside_an_imported_llama_stand_on_the_shipped_ones(tmp_path):
         assert section["type"] == "TelechatConfig"
 
 
+YARN = "factor: 4.0, original_max_position_embeddings: 16"
+
+
+@pytest.mark.parametrize("scale", ["", ", mscale: 0.7, mscale_all_dim: 0.9"], ids=["", "mscale"])
+def test_an_exported_yarn_is_read_back(tmp_path, scale):
+    """Its texts are shorter than factor x original, which transformers takes: the factor that is given."""
+    write_hf_folder(tmp_path / "hf", GQA, seed=2)
+    convert_to_mindspore(tmp_path / "hf", tmp_path / "alone" / "a.safetensors")
+    file = tmp_path / "model.yaml"
+    file.write_text(
+        "base_config: telechat2-base/predict.yaml\nmodel: {model_config: {hidden_size: 64, num_layers: 2, "
+        "num_heads: 4, n_kv_heads: 2, intermediate_size: 96, vocab_size: 128, seq_length: 32, "
+        f"extend_method: YARN, scaling_factor: {{{YARN}{scale}}}}}}}\n"
+    )
+    convert_to_torch(tmp_path / "alone" / "a.safetensors", tmp_path / "llama", "llama", config=file)
+    convert_to_mindspore(tmp_path / "llama", tmp_path / "back")
+    section = section_of(tmp_path / "back")
+    given = read_config(file)["model"]["model_config"]["scaling_factor"]
+    assert (section["extend_method"], section["seq_length"]) == ("YARN", 32)
+    assert section["scaling_factor"] == given | {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@pytest.mark.parametrize("origin", ["llama", "v1"])
+def test_several_ends_go_to_the_yaml_or_are_said_to_be_left_out(tmp_path, origin):
+    from mindformers.generation import GenerationConfig
+
+    from research.telechat2.telechat_config import TelechatConfig
+
+    if origin == "llama":
+        llama_folder(tmp_path / "llama", eos_token_id=[2, 7])
+    else:
+        v1_folder(tmp_path, {"hidden_size": 256, "n_head": 2}, seed=1, tied=True, prefix=False)
+        (tmp_path / "v1" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    said = str(convert_to_mindspore(tmp_path / origin, tmp_path / "ms"))
+    section = section_of(tmp_path / "ms")
+    if origin == "llama":
+        assert GenerationConfig.from_model_config(TelechatConfig(**section)).eos_token_id == [2, 7]
+        assert section["pad_token_id"] == 2 and "left out: 7" not in said
+    else:
+        assert section["eos_token_id"] == 2 and "eos_token_id of the YAMLs is 2; left out: 7" in said
+
+
 def test_quantities_of_a_written_config_are_what_transformers_reads(tmp_path):
     from transformers import LlamaConfig
 

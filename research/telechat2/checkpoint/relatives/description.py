@@ -110,7 +110,11 @@ def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool
 def model_section(description: Description) -> dict:
     """The fields of TelechatConfig that make it this model: a YAML's ``model.model_config``.
 
-    Nothing for what is as TelechatConfig has it in every case.
+    Nothing for what is as TelechatConfig has it in every case. Of several ids of one kind a Llama gets all,
+    since MindFormers stops at each; a TeleChat model the first, as its tokenizer has one (see lost_ids).
+
+    Raises:
+        ValueError: an id is none.
     """
     sizes, (method, factor) = description.sizes, description.extension
     section = {
@@ -128,7 +132,23 @@ def model_section(description: Description) -> dict:
     if method != "None":
         section |= {"extend_method": method, "scaling_factor": factor}
     for key, value in description.ids.items():
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int):
-            section[key] = first
+        ids = value if isinstance(value, list) else [value] if value is not None else []
+        if not all(type(each) is int for each in ids):
+            raise ValueError(
+                f"the config says {key} = {value!r}; expected the id of a token, or a list of ids"
+            )
+        if len(ids) > 1 and description.origin == "llama" and key == "eos_token_id":
+            section[key] = ids
+        elif ids:
+            section[key] = ids[0]
     return section
+
+
+def lost_ids(description: Description) -> tuple[str, ...]:
+    """Notes on the ids that ``model_section`` leaves out."""
+    section = model_section(description)
+    return tuple(
+        f"{key} of the YAMLs is {section[key]}; left out: {', '.join(map(str, ids[1:]))}"
+        for key, ids in description.ids.items()
+        if isinstance(ids, list) and len(ids) > 1 and section[key] != ids
+    )

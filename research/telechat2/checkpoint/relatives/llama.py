@@ -14,6 +14,7 @@ from research.telechat2.checkpoint.relatives.description import (
     Description,
     describe_fields,
     describe_telechat,
+    lost_ids,
 )
 from research.telechat2.checkpoint.relatives.llama_config import (
     describe_llama,
@@ -90,6 +91,7 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
         notes.append(
             f"{' and '.join(yamls)} run this model; {CONFIG} and tokenizer go along with the weights"
         )
+        notes += lost_ids(description)
     return run_job(Job(source, sources, files, back, "ms", beside, notes=tuple(notes)), folder, options)
 
 

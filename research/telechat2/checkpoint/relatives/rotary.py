@@ -26,10 +26,11 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
         ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have.
     """
     parameters = config.get("rope_parameters") or {}  # where transformers 5 writes both
-    theta = number(config, "rope_theta", number(parameters, "rope_theta", 10000.0))
     scaling = config.get("rope_scaling") or parameters
-    if not isinstance(scaling, dict):
-        raise ValueError(f"the config says rope_scaling = {scaling!r}; expected a section such as rope_type")
+    for key, section in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(section, dict):
+            raise ValueError(f"the config says {key} = {section!r}; expected a section such as rope_type")
+    theta = number(config, "rope_theta", number(parameters, "rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, NONE
@@ -53,12 +54,6 @@ def _read_yarn(scaling: dict, seq_length: int) -> dict:
         "beta_fast": number(scaling, "beta_fast", 32.0),
         "beta_slow": number(scaling, "beta_slow", 1.0),
     }
-    if original != seq_length and not math.isclose(factor * original, seq_length):
-        raise ValueError(
-            f"the config says rope_scaling yarn with factor {factor} from {original:.0f} tokens, but "
-            f"max_position_embeddings {seq_length}; transformers goes by the quotient of the lengths: make "
-            "the three agree in a copy of config.json"
-        )
     if scaling.get("truncate") is False:
         raise ValueError("the config says rope_scaling yarn with truncate false, which cannot be expressed")
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
@@ -89,5 +84,7 @@ def llama_scaling(theta: float, extension: Extension) -> tuple[float, dict | Non
         return theta, {"rope_type": "linear", "factor": factor}
     if method == "YARN":
         settings = {key: factor[key] for key in _YARN_KEYS} | {"attention_factor": yarn_scale(factor)}
+        if factor.get("mscale") and factor.get("mscale_all_dim"):
+            settings |= {key: factor[key] for key in ("mscale", "mscale_all_dim")}
         return theta, {"rope_type": "yarn"} | settings
     return theta, None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from research.telechat2.checkpoint.relatives.description import describe_telechat
+from research.telechat2.checkpoint.relatives.description import describe_telechat, lost_ids
 from research.telechat2.checkpoint.relatives.reading import read_json
 from research.telechat2.checkpoint.relatives.tokenizer_files import GENERATION, companions
 from research.telechat2.checkpoint.relatives.yamls import yaml_files
@@ -33,5 +33,6 @@ def telechat_files(
     notes += (f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens",)
     if description.origin == "telechat v1" and side == "torch":
         yamls = yaml_files(description)
-        return files | yamls, (*notes, f"{' and '.join(yamls)} run this model, TeleChat v1")
+        notes += (f"{' and '.join(yamls)} run this model, TeleChat v1", *lost_ids(description))
+        return files | yamls, notes
     return files, notes

@@ -4,6 +4,8 @@ import yaml
 
 from research.telechat2.checkpoint.relatives.description import Description, model_section
 
+YAMLS = ("predict.yaml", "finetune.yaml")
+
 
 def yaml_files(description: Description, vocabulary: bytes | None = None) -> dict[str, bytes]:
     """predict.yaml and finetune.yaml of a model: name -> content.
@@ -13,7 +15,8 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
     finetune, predict = model_section(description), model_section(description)
     if description.origin == "llama" and "pad_token_id" not in finetune:
         finetune["pad_token_id"] = -1  # no token is padding, and all that no label excludes are trained
-        predict["pad_token_id"] = predict.get("eos_token_id", 0)  # fills up a batch
+        end = predict.get("eos_token_id", 0)
+        predict["pad_token_id"] = end[0] if isinstance(end, list) else end  # fills up a batch
     sections = {"finetune": {"model": {"model_config": finetune}}}
     sections["predict"] = {"model": {"model_config": predict}}
     if description.origin == "llama" and vocabulary is not None and (own := _llama_tokenizer(vocabulary)):
