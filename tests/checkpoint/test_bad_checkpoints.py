@@ -254,6 +254,28 @@ def test_output_is_input(hf, ms):
         convert_to_torch(ms, ms)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "telechat.ckpt"])
+def test_a_folder_does_not_receive_what_would_shadow_its_input(hf, tmp_path, name):
+    """Neither of these ends in .safetensors, which readers take first."""
+    import torch
+
+    folder = tmp_path / "own"
+    folder.mkdir()
+    if name.endswith(".bin"):
+        tensors = {key: torch.tensor(array) for file in shards(hf) for key, array in load_file(file).items()}
+        torch.save(tensors, folder / name)
+        (folder / "config.json").write_bytes((hf / "config.json").read_bytes())
+        convert = convert_to_mindspore
+    else:
+        convert_to_mindspore(hf, folder / name)
+        convert = convert_to_torch
+    before = sorted(folder.iterdir())
+    for source in (folder, folder / name):
+        with pytest.raises(ValueError, match="own cannot receive the result: it is the input's folder"):
+            convert(source, folder)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
     with pytest.raises(ValueError, match="appeared during the conversion"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from oracle import stored_tensors, write_hf_folder
 from rank_arrays import bits_of, joined_for, rank_of, whole_model
+from relatives_fixtures import llama_folder
 
 from research.telechat2.checkpoint import TelechatSizes, convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.relayout import check_model_name, convert_layout
@@ -175,6 +176,9 @@ def test_names_of_the_releases():
     ("target", "arguments", "message"),
     [
         ("new", {"tensor_parallel": 3}, "3 does not divide heads 8, key/value heads 4"),
+        ("new", {"tensor_parallel": 0}, "tensor parallel is 0; expected 1 or more ranks"),
+        ("new.safetensors", {"tensor_parallel": 0}, "tensor parallel is 0; expected 1 or more ranks"),
+        ("hf", {"tensor_parallel": 2}, "hf cannot receive the result: it is the input's folder"),
         (
             "x.safetensors",
             {"tensor_parallel": 2, "qkv_concat": False},
@@ -195,6 +199,26 @@ def test_what_cannot_be_written_is_refused(tmp_path, target, arguments, message)
     with pytest.raises(ValueError, match=message):
         convert_layout(tmp_path / "hf", path, **{"qkv_concat": True} | arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rank_that_is_absent_is_named(tmp_path):
+    write(tmp_path, "gqa")
+    convert_layout(tmp_path / "hf", tmp_path / "ranks", qkv_concat=False, tensor_parallel=2)
+    (tmp_path / "ranks" / "rank_1").rename(tmp_path / "ranks" / "rank_2")
+    with pytest.raises(
+        ValueError, match="ranks lacks rank_1; expected rank_0 to rank_2, since rank_2"
+    ) as said:
+        convert_to_torch(tmp_path / "ranks", tmp_path / "back")
+    assert "strateg" not in str(said.value)
+
+
+def test_the_yamls_of_an_imported_llama_go_along(tmp_path):
+    llama_folder(tmp_path / "llama")
+    convert_to_mindspore(tmp_path / "llama", tmp_path / "ms")
+    done = convert_layout(tmp_path / "ms", tmp_path / "ranks", qkv_concat=True, tensor_parallel=2)
+    assert "predict.yaml and finetune.yaml of the input: copied unchanged" in str(done)
+    for name in ("predict.yaml", "finetune.yaml"):
+        assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "ms" / name).read_bytes()
 
 
 def test_joining_without_a_config_needs_the_heads(tmp_path):

@@ -313,8 +313,8 @@ def no_strategies(copy):
 
 
 PROBLEMS = {
-    lose_rank: r"checkpoint lacks the ranks \[5\], but the strategies are of 8 devices",
-    lose_last_rank: r"checkpoint lacks the ranks \[7\], but the strategies are of 8 devices",
+    lose_rank: r"checkpoint lacks rank_5; expected rank_0 to rank_7, since the strategies are of 8",
+    lose_last_rank: r"checkpoint lacks rank_7; expected rank_0 to rank_7, since the strategies are of 8",
     lose_file: r"rank_5 holds 0 files of epoch 1, step 10, the newest that a rank has",
     cut_off: r"rank_6-1_10.safetensors is not a complete safetensors file",
     mix_steps: r"rank_7 holds 0 files of epoch 1, step 20, the newest that a rank has",
@@ -325,11 +325,11 @@ PROBLEMS = {
     reshape: r"rank_7.* holds lm_head.weight as float32 \[12, 8\], other ranks .* float32 \[12, 16\]",
     retype: r"rank_7.* holds lm_head.weight as float16 \[12, 16\]",
     add_tensor: r"extra is in no strategy file, and .*rank_0.*rank_1.* hold different values",
-    fewer_devices: r"checkpoint holds 8 ranks, but the strategies are of 4 devices",
+    fewer_devices: r"checkpoint holds 8 ranks; expected .* since the strategies are of 4",
     other_degrees: r"not a TeleChat checkpoint",
     other_model: r"w1.weight is in no strategy file, and .* hold different values of it",
     lose_first_stage: r"stages \[1\]; those of stages before or between them are missing",
-    lose_last_stage: r"checkpoint holds 8 ranks, but the strategies are of 4 devices",
+    lose_last_stage: r"checkpoint holds 8 ranks; expected .* since the strategies are of 4",
     mix_strategies: r"describe stage 1 differently: they are of two runs",
     break_strategy: r"ckpt_strategy_rank_0.ckpt is not a MindSpore strategy file",
     no_strategies: r"strategy does not exist; expected strategy files",

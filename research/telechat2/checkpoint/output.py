@@ -64,12 +64,12 @@ def require_new(target: Path, is_folder: bool, source: Path) -> None:
     if is_folder:
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target} is a file; expected a folder, or a path that does not exist yet")
+        refuse_own_folder(target, source)
         there = [*sorted(target.glob("[!.]*.safetensors*")), *target.glob("model.ckpt")]
         if there:
             raise ValueError(
-                f"{target} already holds {there[0].name}"
-                + (" (it is the input)" if target.resolve() == source.resolve() else "")
-                + "; nothing is overwritten: give another folder, or delete the old checkpoint"
+                f"{target} already holds {there[0].name}; nothing is overwritten: give another folder, or "
+                "delete the old checkpoint"
             )
     elif target.exists():
         same = " (it is the input)" if target.resolve() == source.resolve() else ""
@@ -77,6 +77,15 @@ def require_new(target: Path, is_folder: bool, source: Path) -> None:
     elif target.suffix == ".safetensors" and target.parent.resolve() == source.resolve():
         raise ValueError(
             f"{target} would lie among the files it is converted from; give a path in another folder"
+        )
+
+
+def refuse_own_folder(target: Path, source: Path) -> None:
+    """ValueError if the folder ``target`` is the one that ``source`` is, or lies in."""
+    if target.resolve() == (source if source.is_dir() else source.parent).resolve():
+        raise ValueError(
+            f"{target} cannot receive the result: it is the input's folder, where the new files would be "
+            "read in place of the old ones; give another folder"
         )
 
 

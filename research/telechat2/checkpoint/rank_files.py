@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,8 +31,10 @@ def width_of(dtype: str) -> int:
     return ITEM_BYTES[_CODE.get(dtype, dtype)]
 
 
-def saved_shards(folder: Path, device_num: int) -> Shards:
+def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
     """What each of ``device_num`` ranks saved: in ``rank_*`` folders, or in MindFormers' format 2.
+
+    ``reason`` tells in an error's sentence why there must be so many.
 
     Raises:
         ValueError: other ranks than these, a rank without a file of the newest step, or a broken file.
@@ -45,12 +48,12 @@ def saved_shards(folder: Path, device_num: int) -> Shards:
             f"{folder} holds no rank_* folders and no *-model-0000000-*.safetensors; expected what "
             f"{device_num} devices saved, such as output/checkpoint"
         )
-    if sorted(files) != list(range(device_num)):
-        absent = [rank for rank in range(device_num) if rank not in files]
-        what = f"lacks the ranks {absent[:10]}" if absent else f"holds {len(files)} ranks"
+    absent = list(islice((f"rank_{rank}" for rank in range(device_num) if rank not in files), 10))
+    if absent or len(files) != device_num:
+        what = f"lacks {', '.join(absent)}" if absent else f"holds {len(files)} ranks"
         raise ValueError(
-            f"{folder} {what}, but the strategies are of {device_num} devices: ranks 0 to {device_num - 1}. "
-            "Copy the files of all devices there, and give the strategies of the same run, of all stages"
+            f"{folder} {what}; expected rank_0 to rank_{device_num - 1}, since {reason}. Copy the files of "
+            "all devices there"
         )
     return [_read(files[rank]) for rank in range(device_num)]
 

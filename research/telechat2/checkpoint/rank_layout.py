@@ -103,7 +103,8 @@ def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
     """
     ranks = rank_folders(path)
     if len(ranks) > 1:
-        shards = saved_shards(path, len(ranks))
+        last = max(ranks, key=_rank_of)
+        shards = saved_shards(path, _rank_of(last) + 1, f"{last.name} is there")
         tensors, group = glue_ranks(shards), len(ranks)
     else:
         tensors, group = read_mindspore_source(path), 1
@@ -192,6 +193,10 @@ def is_for_inference(path: Path) -> bool:
 def rank_folders(path: Path) -> list[Path]:
     """The folders ``rank_0`` and so on in ``path``."""
     return [folder for folder in sorted(path.glob("rank_*/")) if re.fullmatch(r"rank_[0-9]+", folder.name)]
+
+
+def _rank_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("rank_"))
 
 
 def _recorded(tensors: list[StoredTensor]) -> dict[str, int]:

@@ -141,7 +141,11 @@ def transform(
     if cluster is None:
         shards = [{tensor.name: tensor for tensor in read_mindspore_source(source)}]
     else:
-        shards = saved_shards(source, cluster.device_num)
+        reason = (
+            f"the strategies are of {cluster.device_num} devices (they must be those of the same run, of all "
+            "stages)"
+        )
+        shards = saved_shards(source, cluster.device_num, reason)
     left_out = {name for shard in shards for name in shard if name.startswith(ACCUMULATED)}
     sliced, copied = _wholes(shards, cluster, left_out)
     merged = [whole.cut(whole.box) for whole in (sliced | copied).values()]

@@ -13,8 +13,14 @@ from research.telechat2.checkpoint.convert import (
     small_files,
 )
 from research.telechat2.checkpoint.job import Job, Options, run_job
-from research.telechat2.checkpoint.layouts import glue_ranks, join_rows, part_of_rank, part_rows
-from research.telechat2.checkpoint.output import Weights, deal
+from research.telechat2.checkpoint.layouts import (
+    check_divisible,
+    glue_ranks,
+    join_rows,
+    part_of_rank,
+    part_rows,
+)
+from research.telechat2.checkpoint.output import Weights, deal, refuse_own_folder
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.rank_layout import (
     QKV_CONCAT,
@@ -24,6 +30,7 @@ from research.telechat2.checkpoint.rank_layout import (
     read_whole,
 )
 from research.telechat2.checkpoint.relatives.tokenizer_files import companions
+from research.telechat2.checkpoint.relatives.yamls import YAMLS
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.staging import part_folder
@@ -83,16 +90,19 @@ def convert_layout(
         tensor_parallel = len(rank_folders(source)) or None
     into_ranks = into_ranks and tensor_parallel is not None
     _require_sense(target, qkv_concat, tensor_parallel, into_ranks)
-    count = tensor_parallel or 1
+    count = 1 if tensor_parallel is None else tensor_parallel
+    check_divisible(plan.sizes, count)
     if into_ranks:
         folder, files = target, _rank_files(whole, plan.sizes, count, qkv_concat)
-        _refuse_ranks(target, options)
+        _refuse_ranks(target, options, source)
     else:
         weights = join_rows(whole, plan.sizes, count) if qkv_concat else whole
         folder, files = deal(target, _named(weights), options, source, SUFFIXES)
     prompt_format = telechat_prompt_format.find(source)
     with_config = folder == target
-    along = companions(source if source.is_dir() else source.parent) if with_config else {}
+    origin = source if source.is_dir() else source.parent
+    yamls = companions(origin, YAMLS) if with_config else {}
+    along = companions(origin) | yamls if with_config else {}
     job = Job(
         source=source,
         sources=_sources(plan, whole, is_torch),
@@ -104,6 +114,7 @@ def convert_layout(
         notes=(
             *notes_of(plan, prompt_format, source, with_config),
             _described(qkv_concat, count, into_ranks),
+            *([f"{' and '.join(yamls)} of the input: copied unchanged"] if yamls else []),
         ),
     )
     done = run_job(job, folder, options)
@@ -152,13 +163,14 @@ def _rank_files(
     }
 
 
-def _refuse_ranks(folder: Path, options: Options) -> None:
+def _refuse_ranks(folder: Path, options: Options, source: Path) -> None:
     if options.max_shard_size is not None:
         raise ValueError("--max_shard_size does not go with ranks, each of which has one file; leave it out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
     if options.resume and part_folder(folder, "").exists():
         return
+    refuse_own_folder(folder, source)
     if there := rank_folders(folder):
         raise ValueError(
             f"{folder} already holds {there[0].name}; nothing is overwritten: give another folder, or delete "
