@@ -21,10 +21,6 @@ def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
         network.load_weights(source)
         print(f"load_checkpoint: loaded this rank's part of {source}", flush=True)
         return
-    if hasattr(network, "load_weights"):  # processes that share a model for prediction
-        network.load_weights(source)
-        print(f"load_checkpoint: loaded this process's part of {source}", flush=True)
-        return
     from research.telechat2.checkpoint.loading import load_slices, load_tensors, sizes_of_model
     from research.telechat2.checkpoint.rank_layout import whole_weights
     from research.telechat2.telechat_compat_loading import place_in_group, rank_in_cluster
