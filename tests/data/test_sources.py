@@ -87,12 +87,16 @@ def test_weights_take_lines_by_chance_or_several_times(small_vocab):
     words = vocabulary.load(small_vocab)
     lines = plain_lines(400)
     thrice = encoded(words, *lines, weight=3.0)
-    assert len(thrice.lengths) == 1200 and thrice.counts["totals"]["copies"] == 800
+    once = encoded(words, *lines)
+    assert thrice.copies.sum() == 1200 and thrice.counts["totals"]["copies"] == 800
+    assert thrice.tokens.tolist() == once.tokens.tolist()  # memory does not grow with the weight
+    for name in ("tokens", "trained_tokens"):
+        assert thrice.counts["totals"][name] == 3 * once.counts["totals"][name] > 0
     half = encoded(words, *lines, weight=0.5)
     left_out = half.counts["skipped"]["left out by the weight of its file"]
     assert len(half.lengths) == 400 - left_out and 150 < left_out < 250
     more = encoded(words, *lines, weight=2.25)
-    assert 850 < len(more.lengths) < 950
+    assert 850 < more.copies.sum() < 950
     again = encoded(words, *lines, weight=0.5)
     other = encoded(words, *lines, weight=0.5, seed=1)
     assert again.tokens.tolist() == half.tokens.tolist() != other.tokens.tolist()

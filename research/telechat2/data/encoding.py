@@ -49,10 +49,11 @@ class Problem(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The tokens of a batch."""
+    """The tokens of a batch, each item once, however often it is taken."""
 
     tokens: np.ndarray  # uint32
     lengths: np.ndarray  # int32, tokens of each item; negative for a text, which may be split
+    copies: np.ndarray  # int32, how often each item is taken
     counts: dict[str, Counter]
     problems: list[Problem]  # the first EXAMPLES of each reason
 
@@ -121,15 +122,16 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
     table = _Table(vocabulary)
     items = []
     copies = _copies(batch, settings.seed)
-    for line, (content, taken) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
+    for line, (content, times) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
         try:
-            items.append(_parsed(content, line, taken, table, settings))
+            items.append(_parsed(content, line, times, table, settings))
         except UnusableLine as error:
             note(error, line)
     table.encode()
     runs: list[int] = []
     trained: list[bool] = []
     lengths: list[int] = []
+    taken: list[int] = []
     for item in items:
         try:
             fitting, length = _fitting(item, table, settings)
@@ -139,13 +141,17 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
         counts["totals"]["truncated"] += fitting is not item
         _count(fitting, length, counts)
         counts["totals"]["with_special_text"] += not table.with_marker.isdisjoint(fitting.runs)
-        runs += fitting.runs * item.copies
-        trained += fitting.trained * item.copies
-        lengths += [-length if isinstance(item.parsed, Text) else length] * item.copies
+        runs += fitting.runs
+        trained += fitting.trained
+        lengths.append(-length if isinstance(item.parsed, Text) else length)
+        taken.append(item.copies)
     tokens = _joined([table.arrays[run] for run in runs], trained)
-    counts["totals"]["tokens"] = len(tokens)
-    counts["totals"]["trained_tokens"] = int((tokens >= TRAINED).sum())
-    return Encoded(tokens, np.array(lengths, np.int32), counts, sum(problems.values(), []))
+    weights = np.repeat(taken, np.abs(lengths)) if taken else np.zeros(0, int)  # of each token
+    counts["totals"]["tokens"] = int(weights.sum())
+    counts["totals"]["trained_tokens"] = int(weights[tokens >= TRAINED].sum())
+    return Encoded(
+        tokens, np.array(lengths, np.int32), np.array(taken, np.int32), counts, sum(problems.values(), [])
+    )
 
 
 def _joined(pieces: list[np.ndarray], trained: list[bool]) -> np.ndarray:

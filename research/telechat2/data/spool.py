@@ -75,18 +75,20 @@ class Spool:
             totals.add(batch.counts, batch.problems)
         tokens = np.concatenate([batch.tokens for batch in batches])
         lengths = np.concatenate([batch.lengths for batch in batches])
+        copies = np.concatenate([batch.copies for batch in batches])
+        taken = np.repeat(np.arange(len(lengths)), copies)  # items, once for each copy
         bucket = np.random.default_rng([self.seed, _BUCKET_STREAM, self.segments]).integers(
-            self.buckets, size=len(lengths)
+            self.buckets, size=len(taken)
         )
         items = np.bincount(bucket, minlength=self.buckets)
-        sizes = np.bincount(bucket, weights=abs(lengths), minlength=self.buckets).astype(np.int64)
-        if self.buckets > 1:
-            order = np.argsort(bucket, kind="stable")
-            tokens = _reordered(tokens, lengths, order)
-            lengths = lengths[order]
-        for name, array in (("tokens", tokens), ("lengths", lengths)):
-            with atomic_write(self._path(self.segments, name)) as temporary:
-                array.tofile(temporary)
+        sizes = np.bincount(bucket, weights=abs(lengths[taken]), minlength=self.buckets).astype(np.int64)
+        order = taken[np.argsort(bucket, kind="stable")]
+        starts = starts_of(lengths).tolist()
+        with atomic_write(self._path(self.segments, "tokens")) as temporary, open(temporary, "wb") as file:
+            # one by one: in memory, the copies would take as many times the space as the weight says
+            file.writelines(tokens[starts[i] : starts[i + 1]] for i in order.tolist())
+        with atomic_write(self._path(self.segments, "lengths")) as temporary:
+            lengths[order].tofile(temporary)
         write_json(
             self._path(self.segments, "json"),
             {**totals._asdict(), "items": items.tolist(), "tokens": sizes.tolist()},
@@ -126,10 +128,3 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
 def _merged(kept: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     tokens, lengths = zip(*kept, strict=True)
     return np.concatenate(tokens), np.concatenate(lengths)
-
-
-def _reordered(tokens: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    starts = starts_of(lengths).tolist()
-    if not len(order):
-        return tokens
-    return np.concatenate([tokens[starts[i] : starts[i + 1]] for i in order.tolist()])
