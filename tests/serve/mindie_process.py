@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+CACHED = 2048  # tokens, of all requests together
+
 
 def load(path: str):
     """A file as a module, whatever the import path is."""
@@ -50,7 +52,7 @@ def ask(folder: str, job: dict, self_test) -> dict:
         builder.make_context(0, [{"role": "user", "content": question}], chat_template_kwargs={})
         for question in job["questions"]
     ]
-    engine = self_test.Engine(self_test.make_runner(folder))
+    engine = self_test.Engine(self_test.make_runner(folder, CACHED))
     steps = [engine.runner.warmup_step]
     engine.answer([0] * 4, 2)
     steps.append(engine.runner.warmup_step)
@@ -84,7 +86,7 @@ def one_of_several(folder: str, rank: int, world_size: int):
 def failure(folder: str, self_test) -> str:
     """How ModelRunner ends with a folder that must not load."""
     try:
-        self_test.make_runner(folder)
+        self_test.make_runner(folder, CACHED)
     except ValueError as error:
         return str(error)
     raise AssertionError(f"{folder} was loaded")
@@ -96,7 +98,7 @@ def main() -> None:
     job = json.loads(file.read_text())
     self_test = load(job["self_test"])
     if job["rank"] is not None:
-        self_test.make_runner = lambda folder: one_of_several(folder, job["rank"], job["world_size"])
+        self_test.make_runner = lambda folder, _: one_of_several(folder, job["rank"], job["world_size"])
     said = {
         "folders": [ask(folder, job, self_test) for folder in job["folders"]],
         "broken": [failure(folder, self_test) for folder in job["broken"]],

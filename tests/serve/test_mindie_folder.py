@@ -17,6 +17,7 @@ from oracle import write_hf_folder
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.serve import folder as folder_module
+from research.telechat2.serve import self_test
 from research.telechat2.serve.folder import build, read_sources
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_run_config import read_config, resolve_config
@@ -182,6 +183,33 @@ def test_the_prompt_format_and_its_reason_are_said(dense, small_vocab, tmp_path,
     assert f"prompt format: chat (none is recorded with {dense.hf}: give --prompt_format" in (
         capsys.readouterr().err
     )
+
+
+# ---------------------------------------------------------------------- self-test
+def test_a_self_tests_cache_is_as_large_as_its_one_request():
+    """TeleChat2-3B in float32: 2 · 24 layers · 3072 · 4 bytes a token, 0.59 MB; ModelRunner rounds down."""
+    sizes = {"num_layers": 24, "num_heads": 24, "hidden_size": 3072, "compute_dtype": "float32"}
+    for block_size, blocks in ((16, 8), (128, 1)):
+        memory = self_test.memory_of(sizes | {"block_size": block_size}, 125)
+        assert memory * 2**30 // (2 * 24 * 3072 * 4 * block_size) == blocks
+    shared = self_test.memory_of(
+        sizes | {"block_size": 16, "n_kv_heads": 8, "compute_dtype": "bfloat16"}, 125
+    )
+    assert shared * 6 == self_test.memory_of(sizes | {"block_size": 16}, 125)
+
+
+def test_a_request_without_blocks_is_refused_in_a_sentence():
+    class Runner:
+        npu_num_blocks = 3.0
+
+        class model_config:  # noqa: N801
+            block_size = 8
+
+    engine = self_test.Engine(Runner)
+    row = engine.admit([1] * 9, 7)
+    assert (row.blocks, row.slots([0, 7, 8, 15])) == ([0, 1], [0, 7, 8, 15])
+    with pytest.raises(ValueError, match="9 tokens and an answer of 8 need 3 blocks of 8 .* has 1 free"):
+        engine.admit([1] * 9, 8)
 
 
 # ---------------------------------------------------------------------- refusals

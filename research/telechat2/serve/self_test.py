@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-BLOCK_SIZE = 16  # MindIE's cacheBlockSize
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass
@@ -24,10 +24,12 @@ class Row:
 
     tokens: list[int]
     blocks: list[int]
+    block_size: int
 
     def slots(self, positions) -> list[int]:
         """Where in the cache the tokens at some positions lie."""
-        return [self.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in positions]
+        size = self.block_size
+        return [self.blocks[at // size] * size + at % size for at in positions]
 
 
 class Engine:
@@ -35,13 +37,23 @@ class Engine:
 
     def __init__(self, runner):
         self.runner = runner
+        self.block_size = int(runner.model_config.block_size)
         self.free = list(range(int(runner.npu_num_blocks)))
 
     def admit(self, prompt: list[int], new_tokens: int) -> Row:
-        """A request with blocks for its prompt and its answer."""
-        count = -(-(len(prompt) + new_tokens) // BLOCK_SIZE)
+        """A request with blocks for its prompt and its answer.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        count = -(-(len(prompt) + new_tokens) // self.block_size)
+        if count > len(self.free):
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and an answer of {new_tokens} need {count} blocks of "
+                f"{self.block_size} tokens, but the cache has {len(self.free)} free; give it more memory."
+            )
         taken, self.free = self.free[:count], self.free[count:]
-        return Row(list(prompt), taken)
+        return Row(list(prompt), taken, self.block_size)
 
     def finish(self, row: Row) -> None:
         """Give the blocks of a request back."""
@@ -89,14 +101,23 @@ class Engine:
         return row.tokens[len(prompt) :]
 
 
-def make_runner(folder: str):
-    """A ModelRunner of one device, with a cache of 16 MB on a CPU, or of 1 GB on an NPU."""
-    import yaml
+def make_runner(folder: str, tokens: int):
+    """A ModelRunner of one device, with a cache for ``tokens`` tokens of this model."""
     from mindformers.model_runner import ModelRunner
 
-    (yaml_file,) = Path(folder).glob("*.yaml")
-    on_cpu = yaml.safe_load(yaml_file.read_text(encoding="utf-8"))["context"]["device_target"] == "CPU"
-    return ModelRunner(folder, 1 / 64 if on_cpu else 1, 0, BLOCK_SIZE, npu_device_ids=[0])
+    sizes = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    return ModelRunner(folder, memory_of(sizes, tokens), 0, sizes["block_size"], npu_device_ids=[0])
+
+
+def memory_of(sizes: dict, tokens: int) -> float:
+    """GB that make ModelRunner count blocks for ``tokens`` tokens, and not one fewer by rounding.
+
+    ``sizes``: config.json. Every block holds ``block_size`` keys and as many values in each layer.
+    """
+    heads = sizes.get("n_kv_heads") or sizes["num_heads"]
+    row = heads * (sizes["hidden_size"] // sizes["num_heads"]) * _WIDTHS[sizes["compute_dtype"]]
+    block = sizes["num_layers"] * 2 * sizes["block_size"] * row
+    return (-(-tokens // sizes["block_size"]) + 0.5) * block / 2**30
 
 
 def ask(folder: str, question: str, new_tokens: int) -> dict:
@@ -106,7 +127,7 @@ def ask(folder: str, question: str, new_tokens: int) -> dict:
 
     tokenizer, builder = get_model(folder)
     prompt = builder.make_context(0, [{"role": "user", "content": question}], chat_template_kwargs={})
-    engine = Engine(make_runner(folder))
+    engine = Engine(make_runner(folder, len(prompt) + new_tokens))
     engine.answer([0] * 4, 2)  # the two steps of the warm-up
     loaded = time.perf_counter()
     answer = engine.answer(prompt, new_tokens)
