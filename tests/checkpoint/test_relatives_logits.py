@@ -103,6 +103,9 @@ LLAMAS = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         "attention_bias": True, "mlp_bias": True,
     },
+    "yarn-whose-factor-stands": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
+    },
 }  # fmt: skip
 
 
