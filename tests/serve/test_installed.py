@@ -102,9 +102,9 @@ def test_mistakes_of_the_recipe_end_in_one_sentence(recipe, installed, tmp_path)
     shutil.copy(SHIPPED / "telechat2-3b" / "predict_telechat_3b.yaml", two)
     lost = copy_as_the_recipe(tmp_path / "lost", write_yaml(tmp_path / "lost.yaml"))
     (lost / "lost.yaml").write_text("base_config: ../mine/base.yaml\n")
-    elsewhere = tmp_path / "elsewhere"  # where `research` is somebody else's: this checkout may be installed
+    elsewhere = tmp_path / "elsewhere"  # as if it were not installed, which this checkout may be
     (elsewhere / "research").mkdir(parents=True)
-    (elsewhere / "research" / "__init__.py").touch()
+    (elsewhere / "research" / "__init__.py").write_text("raise ImportError")
     cases = [
         (done, installed, "config.json exists; remove it"),
         (
