@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
@@ -80,6 +81,8 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     if mode.startswith("predict"):
         check_vocab_file(config)
     if training:
+        check_optimization(config)
+        config["optimizer"] = with_float_fields(config["optimizer"])
         _check_accumulation(config)
         check_parallel_sections(config)
         check_dataset(config, "train")

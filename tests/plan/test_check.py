@@ -138,6 +138,7 @@ def test_processes_that_are_copies_take_any_number_of_devices():
             "pipeline_scheduler is seqpipe, but this model has 1f1b, and gpipe",
         ),
         ({"parallel.pipeline_config": {"pipeline_interleave": True}}, "without pipeline_scheduler"),
+        ({"lr_schedule": {"warmup_steps": 5, "warmup_ratio": 0.0}}, "warmup_steps 5 and warmup_ratio 0.0"),
         ({"micro_batch_interleave_num": 2}, "micro_batch_interleave_num is 2; .* Set it to 1"),
         (model(use_ring_attention=True), "'use_ring_attention', which this model does not have"),
         ({"recompute_config.recompute": [1]}, r"a list of 2 numbers"),
@@ -165,7 +166,6 @@ def test_the_number_of_devices_must_be_the_plans():
         (plan(pipeline_stage=1) | model(offset=0), "micro_batch_num 4 has no effect"),
         (plan(context_parallel_algo="ulysses_cp"), "context_parallel_algo has no effect"),
         ({"recompute_config.recompute_slice_activation": True}, "recompute_slice_activation has no effect"),
-        ({"lr_schedule": {"warmup_steps": 5, "warmup_ratio": 0.0}}, "warmup_steps 5 has no effect"),
         (
             {"parallel": {"parallel_optimizer_config": {"parallel_optimizer_threshold": 0}}},
             "parallel_optimizer_config has no effect",

@@ -10,6 +10,7 @@ a run starts; here is added only what its Trainer and MindSpore's context decide
 from dataclasses import asdict, dataclass
 from math import prod
 
+from research.telechat2.config.optimization import check_optimization
 from research.telechat2.plan.effects import without_effect
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
 from research.telechat2.plan.tables import table
@@ -101,6 +102,8 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
         ValueError: a rule is broken.
     """
     kind = _kind(settings)
+    if settings.get("run_mode", "train") in ("train", "finetune"):
+        check_optimization(settings)
     check_parallel_sections(settings)
     plan = _effective_plan(settings, kind)
     config = model_config(settings, plan)

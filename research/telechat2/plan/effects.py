@@ -21,7 +21,6 @@ def without_effect(settings: dict, kind: str) -> Iterator[str]:
     for key, reason in _NEVER.items():
         if key in settings and not (key == "lr_scale_factor" and settings.get("lr_scale")):
             yield f"{key} has no effect: {reason}."
-    yield from _of_learning_rate(section_of(settings, "lr_schedule"))
     given = section_of(settings, "parallel_config")
     if kind != "semi_auto":
         changed = [name for name in given if name != "gradient_aggregation_group"]
@@ -36,16 +35,6 @@ def without_effect(settings: dict, kind: str) -> Iterator[str]:
     yield from _of_stages(settings, given)
     yield from _of_recompute(settings)
     yield from _of_optimizer(settings)
-
-
-def _of_learning_rate(schedule: dict) -> Iterator[str]:
-    for phase in ("warmup", "decay"):
-        steps, ratio = f"{phase}_steps", f"{phase}_ratio"
-        if schedule.get(steps) is not None and schedule.get(ratio) is not None:
-            yield (
-                f"lr_schedule.{steps} {schedule[steps]} has no effect: {ratio} {schedule[ratio]} decides. "
-                f"Set {ratio}: null to have it."
-            )
 
 
 def _of_stages(settings: dict, given: dict) -> Iterator[str]:
