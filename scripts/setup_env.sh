@@ -2,7 +2,9 @@
 # Sourced by the other scripts: leaves an active Python environment that has everything pyproject.toml names.
 #
 # An environment that is active already is used; otherwise .venv in the checkout. What was installed is
-# remembered in a stamp file inside the environment, so that a second run installs nothing.
+# remembered in a stamp file inside the environment, so that a second run installs nothing. Into an environment
+# that no script of ours has made, nothing is installed without being asked: on a terminal by a question,
+# elsewhere as setup_unasked says, "refuse" or "install".
 
 setup_fail() {
     echo "error: $*" >&2
@@ -34,8 +36,12 @@ setup_activate() {  # checkout
         return
     fi
     if [[ ! -f "$1/.venv/bin/activate" ]]; then
+        [[ ! -e "$1/.venv" || -f "$1/.venv/$setup_ours" || -f "$1/.venv/pyvenv.cfg" ]] ||
+            setup_fail "$1/.venv exists and is no Python environment; move it away, or activate an environment."
         python=$(setup_find_python) || exit 1
         echo "creating $1/.venv with $($python --version)"
+        mkdir -p "$1/.venv"
+        touch "$1/.venv/$setup_ours"
         "$python" -m venv "$1/.venv" ||
             setup_fail "could not create $1/.venv; is the package python3.11-venv installed?"
     fi
@@ -44,13 +50,20 @@ setup_activate() {  # checkout
 }
 
 setup_install() {  # checkout
-    local stamp wanted
-    stamp=${VIRTUAL_ENV:-$CONDA_PREFIX}/telechat2_installed
+    local environment stamp wanted
+    environment=${VIRTUAL_ENV:-$CONDA_PREFIX}
+    stamp=$environment/telechat2_installed
     wanted="$(sha256sum <"$1/pyproject.toml") $1"
     if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         return
     fi
-    echo "installing what pyproject.toml names into ${VIRTUAL_ENV:-$CONDA_PREFIX} (minutes, the first time)"
+    if [[ ! -f "$stamp" && ! -f "$environment/$setup_ours" ]]; then
+        if setup_is_complete "$1"; then
+            return
+        fi
+        setup_ask "$environment"
+    fi
+    echo "installing what pyproject.toml names into $environment (minutes, the first time)"
     # On x86 Linux the default index has torch with gigabytes of CUDA packages; PyTorch's own CPU index has
     # none. It is asked only there, and only when it answers: a dead index would make pip wait and fail.
     local index=()
@@ -58,8 +71,36 @@ setup_install() {  # checkout
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
     python -m pip install "${index[@]}" -e "$1[test]" ||
-        setup_fail "pip could not install the packages of $1/pyproject.toml; its messages are above."
+        setup_fail "pip could not install the packages of $1/pyproject.toml into $environment; its messages are" \
+            "above. Run this command again when their cause is mended: what is there already is kept."
     echo "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+}
+
+setup_is_complete() {  # checkout: whether the active environment has all that is needed, in these versions
+    python - "$1/pyproject.toml" "$setup_extra" 2>/dev/null <<'PYTHON'
+import sys, tomllib
+from importlib.metadata import version
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+needed = project["dependencies"] + (project["optional-dependencies"][sys.argv[2]] if sys.argv[2] else [])
+for name, pinned in (requirement.split("==") for requirement in needed):
+    if version(name).split("+")[0] != pinned:
+        sys.exit(1)
+PYTHON
+}
+
+# An environment that this project did not make may be one that other work depends on.
+setup_ask() {  # environment
+    local answer=no
+    if [[ "$setup_unasked" == install ]]; then
+        return
+    elif [[ -t 0 && -t 2 ]]; then
+        read -r -p "Install what pyproject.toml names (pinned versions) into the active environment $1? [y/N] " answer ||
+            answer=no
+        [[ "$answer" == [yY] || "$answer" == [yY][eE][sS] ]] && return
+    fi
+    setup_fail "the active environment $1 was not made by this project and lacks its packages; nothing was" \
+        "installed. Run the command again with --yes to install them there, or after" \
+        "'${CONDA_PREFIX:+conda }deactivate' to have one made in $setup_checkout/.venv."
 }
 
 setup_wants_cpu_torch() {
@@ -70,5 +111,8 @@ setup_wants_cpu_torch() {
 }
 
 setup_checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+setup_unasked=${setup_unasked:-refuse}
+setup_extra=${setup_extra:-}  # of pyproject.toml, what the sourcing script needs besides the dependencies
+setup_ours=telechat2_created
 setup_activate "$setup_checkout"
 setup_install "$setup_checkout"

@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
 # Install what is missing, check style, run the tests. Arguments go to pytest: bash scripts/test.sh -k tokenizer
+# --yes, as the first argument, installs into an active environment without asking; so does a run without a
+# terminal, which is that of a CI in an environment of its own.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ "${1:-}" == --yes ]]; then
+    setup_unasked=install
+    shift
+elif [[ ! -t 0 ]]; then
+    setup_unasked=install
+fi
+setup_extra=test
 # shellcheck source=scripts/setup_env.sh
 source "$checkout/scripts/setup_env.sh"
 

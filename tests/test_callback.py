@@ -1,13 +1,16 @@
-"""TelechatMonitor: it counts steps that trained nothing, draws the loss curve, and reports on experts."""
+"""TelechatMonitor: counts steps that trained nothing, keeps and draws the losses, and reports on experts."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from research.telechat2 import telechat_callback
-from research.telechat2.telechat_callback import TelechatMonitor, draw_loss_curve
+from research.telechat2 import telechat_callback, telechat_compat, telechat_run_metrics
+from research.telechat2.telechat_callback import TelechatMonitor
+from research.telechat2.telechat_compat import MFLossMonitor
+from research.telechat2.telechat_run_metrics import draw_loss_curve, read_metrics
 
 
 def context(step: int, outputs):
@@ -28,7 +31,7 @@ def messages(monkeypatch) -> list[str]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def output(monkeypatch, tmp_path):
     monkeypatch.setattr(telechat_callback, "output_directory", lambda: str(tmp_path / "out"))
     return tmp_path / "out"
@@ -59,31 +62,139 @@ def test_the_loss_is_found_in_whatever_a_step_returns(outputs):
     assert monitor.losses == [0.25]
 
 
-def test_each_epoch_draws_the_curve_anew(output):
+def run_context(step: int, outputs, initial_step: int = 0, micro_batches: int = 1):
+    """What MindSpore tells a callback, with the loss monitor of a run of 4 epochs of 5 steps."""
+    loss_monitor = MFLossMonitor(origin_epochs=4, dataset_size=5, initial_step=initial_step)
+    loss_monitor.mirco_size = micro_batches
+    params = SimpleNamespace(
+        cur_step_num=step,
+        net_outputs=outputs,
+        list_callback=[loss_monitor],
+        train_network=Network({}),
+    )
+    return SimpleNamespace(original_args=lambda: params)
+
+
+def trained(steps: range, initial_step: int = 0, history=None) -> TelechatMonitor:
+    """A monitor that has seen steps; MindSpore counts those of this run."""
+    monitor = TelechatMonitor(history)
+    monitor.begin(run_context(0, None, initial_step=initial_step))
+    for step in steps:
+        monitor.step_end(run_context(step - initial_step, wrapped(4.0 / step)))
+    return monitor
+
+
+def test_the_curve_is_drawn_at_the_end_and_not_after_each_step(output, capsys):
     from PIL import Image
 
-    monitor = TelechatMonitor()
-    monitor.epoch_end(context(0, None))
-    assert not output.exists()  # nothing known yet, nothing drawn
-    curves = []
-    for step in range(1, 5):
-        monitor.step_end(context(step, wrapped(4.0 / step)))
-        monitor.epoch_end(context(step, wrapped(4.0 / step)))
-        with Image.open(output / "loss_curve.png") as image:
-            assert image.format == "PNG" and image.size[0] >= 640
-            curves.append(np.asarray(image.convert("L")))
-    assert not np.array_equal(curves[1], curves[3])
-    assert [path.name for path in output.iterdir()] == ["loss_curve.png"]
+    monitor = trained(range(1, 6))
+    assert not (output / "loss_curve.png").exists()  # the steps took less than a minute
+    monitor.finish()  # as run() does for a run that is interrupted
+    with Image.open(output / "loss_curve.png") as image:
+        assert image.format == "PNG" and image.size[0] >= 640
+    assert sorted(path.name for path in output.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
 
 
-def test_a_resumed_run_leaves_the_first_ones_picture(output):
+def test_an_old_picture_is_drawn_anew_beside_the_training(output):
+    monitor = trained(range(1, 3))
+    monitor.metrics._drawn -= 1000  # seconds
+    monitor.step_end(run_context(3, wrapped(1.0)))
+    monitor.metrics._thread.join()
+    assert (output / "loss_curve.png").is_file()
+
+
+def test_a_resumed_run_goes_on_with_the_curve(output, tmp_path, capsys):
+    trained(range(1, 8)).finish()
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    (output / "metrics.jsonl").rename(tmp_path / "first.jsonl")
+    monitor = trained(range(6, 8), initial_step=5, history=str(tmp_path / "first.jsonl"))
+    assert monitor.steps == [6, 7] and monitor.metrics.steps == [1, 2, 3, 4, 5, 6, 7]
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert found[:5] == [json.loads(line) for line in lines[:5]]
+    assert [step["step"] for step in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert "training: 20 steps (4 epochs of 5), going on after step 5" in capsys.readouterr().out
+
+
+def test_without_the_first_steps_their_picture_is_left_alone(output):
     output.mkdir()
     (output / "loss_curve.png").write_bytes(b"the first run's")
-    monitor = TelechatMonitor()
-    monitor.step_end(context(11, wrapped(2.0)))
-    monitor.epoch_end(context(11, wrapped(2.0)))
+    trained(range(11, 13), initial_step=10).finish()
     assert (output / "loss_curve.png").read_bytes() == b"the first run's"
     assert (output / "loss_curve_from_step_11.png").stat().st_size > 1000
+
+
+def test_in_the_same_folder_the_steps_after_the_checkpoint_are_replaced(output):
+    trained(range(1, 8)).finish()
+    monitor = trained(range(4, 6), initial_step=3, history=str(output / "metrics.jsonl"))
+    assert monitor.metrics.steps == [1, 2, 3, 4, 5]
+    assert [path.name for path in output.glob("metrics*")] == ["metrics.jsonl"]
+
+
+def test_a_new_run_in_the_folder_of_one_that_saved_nothing_keeps_its_numbers(output):
+    trained(range(1, 3))
+    trained(range(1, 2))
+    assert len((output / "metrics_1.jsonl").read_text().splitlines()) == 2
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_line_cut_by_a_kill_is_left_out_and_a_foreign_one_is_named(output, tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"step": 1, "loss": "nan"}\n{"step": 2, "lo')
+    steps = read_metrics(file)
+    assert [step["step"] for step in steps] == [1] and np.isnan(steps[0]["loss"])
+    file.write_text('hello\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match="line 1.*hello"):
+        read_metrics(file)
+
+
+def test_numbers_that_are_not_finite_are_kept_and_named_once(messages, output):
+    monitor = trained(range(0))
+    for step, loss in enumerate([1.0, float("nan"), float("inf"), 2.0], start=1):
+        monitor.step_end(run_context(step, (Tensor(loss), Tensor(loss != loss), None, Tensor(0.5))))
+    told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [step["loss"] for step in told] == [1.0, "nan", "inf", 2.0]
+    assert [step["learning_rate"] for step in told] == [0.5] * 4 and told[0]["grad_norm"] is None
+    assert [message.split()[1:4] for message in messages] == [["loss", "of", "step"], ["2", "is", "left"]]
+    monitor.end(run_context(4, None))
+    assert messages[-1].startswith("1 of 4 steps were left out")
+
+
+def test_many_steps_are_drawn_as_means(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, *xy, **how: drawn.append(xy))
+    monkeypatch.setattr(telechat_run_metrics, "POINTS", 4)
+    draw_loss_curve(list(range(1, 10)), [float(n) for n in range(1, 10)], tmp_path / "c.png")
+    assert [list(values) for values in drawn[0]] == [[2.0, 5.0, 8.0]] * 2  # threes
+
+
+@pytest.mark.parametrize(("stages", "rank", "size", "reports"), [(1, 0, 8, True), (1, 7, 8, False),
+    (4, 0, 8, False), (4, 7, 8, True), (4, 6, 8, False)])  # fmt: skip
+def test_a_process_of_the_stage_with_the_loss_reports(monkeypatch, stages, rank, size, reports, capsys):
+    """Two ranks a stage; MindFormers, too, names the last card's loss the valid one."""
+    pipeline(monkeypatch, stages, rank, size)
+    monitor = trained(range(1, 3))
+    assert monitor.reports == reports and bool(monitor.steps) == reports
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/20")]
+    assert len(lines) == (reports or rank == 0)  # the first worker shows the progress, without a loss
+    assert all(("known to the last stage" in line) == (not reports) for line in lines)
+
+
+def pipeline(monkeypatch, stages: int, rank: int, size: int) -> None:
+    settings = {"pipeline_stages": stages, "pipeline_scheduler": "1f1b"}
+    monkeypatch.setattr(telechat_compat.ms, "get_auto_parallel_context", settings.get)
+    monkeypatch.setattr(telechat_compat.ms.context, "get_auto_parallel_context", settings.get)
+    for name, value in (("get_real_rank", rank), ("get_real_group_size", size)):
+        monkeypatch.setattr(telechat_compat, name, lambda value=value: value)
+    monkeypatch.setattr(telechat_compat, "is_main_rank", lambda: rank == 0)
+    monkeypatch.setattr(telechat_callback, "is_main_rank", lambda: rank == 0)
+
+
+def test_the_loss_of_a_pipeline_is_the_mean_of_its_micro_batches(monkeypatch):
+    """Without calculate_per_token_loss the wrapper returns their sum; MFLossMonitor divides, and so do we."""
+    pipeline(monkeypatch, 2, 1, 2)
+    monitor = TelechatMonitor()
+    monitor.step_end(run_context(1, wrapped(8.0), micro_batches=4))
+    assert monitor.losses == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +303,17 @@ def test_loads_are_those_of_the_step_that_ended(report):
     busiest = [report.scalars["experts/busiest/layer_0", step] for step in (1, 2)]
     assert busiest == [1.0, 1.5]
     assert report.scalars["experts/dropped/layer_0", 2] == 0.25
+
+
+def test_a_stage_reports_the_experts_of_its_own_layers_only(report, monkeypatch):
+    """Those of other stages stay 0, or are what a checkpoint held."""
+    pipeline(monkeypatch, 2, 1, 2)
+    network = Network(LOADS)
+    network.layers = nn.CellDict({"3": nn.Cell(), "11": nn.Cell()})
+    network.layers["3"].pipeline_stage, network.layers["11"].pipeline_stage = 0, 1
+    train(network, 1)
+    assert "busiest 2.20" in report.lines[0] and "dropped choices 15.00%" in report.lines[0]
+    assert {tag.rsplit("_", 1)[1] for tag, _ in report.scalars} == {"11"}
 
 
 def test_the_loads_of_a_model_are_found_by_its_layers():

@@ -46,7 +46,8 @@ def words(dataset, *more) -> list[str]:
     return [
         "python", str(CHECKOUT / "run_mindformer.py"),
         "--train_dataset", str(dataset), "--runner_config.epochs", "4", "--seed", "1",
-        "--model.model_config.seq_length", "40", "--train_dataset.data_loader.shuffle", "False", *more,
+        "--model.model_config.seq_length", "40", "--train_dataset.data_loader.shuffle", "False", "--verbose",
+        *more,
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def command(*words) -> list[str]:
 
 def finetune(*words) -> list[str]:
     shipped = ["--config", "finetune_telechat_tiny.yaml", "--seed", 3]
-    return command(CHECKOUT / "run_mindformer.py", *shipped, *words)
+    return command(CHECKOUT / "run_mindformer.py", *shipped, "--verbose", *words)
 
 
 def losses(text: str) -> dict[tuple[int, int], str]:

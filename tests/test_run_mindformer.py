@@ -85,6 +85,7 @@ LOSS = re.compile(r"step:\[\s*(\d+)/\s*\d+\], loss:\[([\d.]+)/")
 
 
 def losses(result: subprocess.CompletedProcess) -> dict[int, str]:
+    """What MFLossMonitor prints, in the output of a run with --verbose."""
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     return {int(step): loss for step, loss in LOSS.findall(result.stdout + result.stderr)}
 
@@ -117,23 +118,65 @@ def finetune_words(dataset: Path) -> list[str]:
     # --train_dataset is the README's spelling; argparse completes it
     words = ["--config", "research/telechat2/finetune_telechat_tiny.yaml", "--train_dataset", str(dataset)]
     words += ["--register_path", "./research/telechat2", "--use_parallel", "False", "--batch_size", "2"]
-    words += ["--epochs", "1", "--checkpoint.save_interleaved_steps", "3"]
+    words += ["--epochs", "1", "--checkpoint.save_interleaved_steps", "3", "--verbose"]
     return words + size_words()
+
+
+def without(words: list[str], word: str) -> list[str]:
+    return [other for other in words if other != word]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset, weights) -> tuple[Path, dict[int, str]]:
     """The folder of a finished run of six steps from a Hugging Face folder, and its losses."""
-    cwd = tmp_path_factory.mktemp("trained")
-    return cwd, losses(
-        start(cwd, *finetune_words(dataset), "--load_checkpoint", str(weights.parent / "torch"))
-    )
+    cwd = tmp_path_factory.mktemp("trained it's")  # a path that a shell needs quotes for
+    words = without(finetune_words(dataset), "--verbose")
+    told = start(cwd, *words, "--load_checkpoint", str(weights.parent / "torch"))
+    (cwd / "told.txt").write_text(told.stdout + told.stderr)
+    assert told.returncode == 0, (told.stdout + told.stderr)[-3000:]
+    log = (cwd / "output" / "log" / "run.log").read_text(encoding="utf-8")
+    return cwd, {int(step): loss for step, loss in LOSS.findall(log)}
+
+
+def test_the_screen_has_the_runs_own_lines_and_the_log_all(trained):
+    cwd, found = trained
+    told = (cwd / "told.txt").read_text()
+    lines = told.splitlines()
+    assert "mindformers/" not in told and len(lines) < 40, told
+    first, *_, last = (line for line in lines if re.match(r"step \d+/6  ", line))
+    assert f"loss {float(found[1]):.4f}" in first
+    assert f"step 6/6  loss {float(found[6]):.4f}" in last
+    assert re.search(r"lr [\d.e-]+  [\d.]+ s/step  0:00:00 left", last)
+    log = (cwd / "output" / "log" / "run.log").read_text(encoding="utf-8")
+    assert "'runner_wrapper'" in log and "Starting Training Model" in log  # a config, and a library's note
+    assert last in log and log.count("\n") > 300
+
+
+def test_the_metrics_hold_every_step(trained):
+    cwd, found = trained
+    steps = [json.loads(line) for line in (cwd / "output" / "metrics.jsonl").read_text().splitlines()]
+    assert {step["step"]: f"{step['loss']:.6f}" for step in steps} == found
+    log = (cwd / "output" / "log" / "run.log").read_text(encoding="utf-8")
+    rates = [float(rate) for rate in re.findall(r"lr: ([\d.e-]+),", log)]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(rates, rel=1e-5)
+    assert (cwd / "output" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_to_type_next_runs_as_pasted(trained):
+    """The sizes came from the command line, so that no predict YAML fits: it is the evaluation."""
+    cwd, _ = trained
+    lines = (cwd / "told.txt").read_text().splitlines()
+    command = lines[next(i for i, line in enumerate(lines) if line.startswith("next, ")) + 1]
+    told = subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert re.search(r"^evaluation: loss [\d.]+ .* over 384 trained tokens$", told.stdout, re.MULTILINE)
+    assert "mindformers/" not in told.stdout + told.stderr
 
 
 def test_a_run_writes_into_its_output_folder_only(trained):
     cwd, found = trained
     assert sorted(found) == [1, 2, 3, 4, 5, 6]
-    assert [path.name for path in cwd.iterdir()] == ["output"]
+    assert {path.name for path in cwd.iterdir()} - {"told.txt", "output_eval"} == {"output"}
     checkpoint = cwd / "output" / "checkpoint"
     assert json.loads((checkpoint / "prompt_format.json").read_text()) == {"prompt_format": "plain"}
     assert (checkpoint / "iteration_00000006" / "common.json").is_file()
@@ -161,12 +204,17 @@ def test_a_resumed_run_continues_with_the_same_losses(trained, dataset, tmp_path
     words = ["--load_checkpoint", str(half), "--resume_training", "True", "--output_dir", "elsewhere"]
     resumed = losses(start(tmp_path, *finetune_words(dataset), *words))
     assert resumed == {step: loss for step, loss in found.items() if step > 3}
+    before, after = (folder / "metrics.jsonl" for folder in (cwd / "output", tmp_path / "elsewhere"))
+    curves = [[json.loads(line) for line in file.read_text().splitlines()] for file in (before, after)]
+    assert [step["step"] for step in curves[1]] == [1, 2, 3, 4, 5, 6]  # the first three are the first run's
+    assert curves[1][:3] == curves[0][:3]
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def predict_words(vocab: Path, *more: str) -> list[str]:
     words = ["--config", "./research/telechat2/predict_telechat_tiny.yaml", "--use_parallel", "False"]
     words += ["--processor.tokenizer.vocab_file", str(vocab), "--register_path", "./research/telechat2"]
+    words += ["--verbose"]
     return words + size_words(max_decode_length=SEQ_LENGTH, num_blocks=8) + list(more)
 
 
@@ -177,9 +225,10 @@ def test_prediction_prints_its_answers_last(trained, small_vocab, tmp_path):
     )
     checkpoint = str(trained[0] / "output" / "checkpoint")
     words = ["--load_checkpoint", checkpoint, "--predict_data", str(prompts), "--output_dir", "out"]
-    result = start(tmp_path, *predict_words(small_vocab, *words))
+    result = start(tmp_path, *without(predict_words(small_vocab, *words), "--verbose"))
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    answers = result.stdout.rsplit("Predict Over!", 1)[1].split("\n", 1)[1]
+    answers = result.stdout.split("answers: also in ", 1)[1].split("\n", 1)[1]
+    assert "mindformers/" not in result.stdout and len(result.stdout.splitlines()) < 20
     assert answers.index("生抽与老抽的区别？") < answers.index("What is it?")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
     assert "iteration_00000006" in result.stdout

@@ -145,8 +145,8 @@ def test_an_absent_msrun_is_a_sentence(tmp_path):
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A checkout of the scripts alone."""
-    root = tmp_path / "checkout"
+    """A checkout of the scripts alone, in a path with a space and Chinese characters."""
+    root = tmp_path / "my 模型 checkout"
     shutil.copytree(CHECKOUT / "scripts", root / "scripts")
     (root / "pyproject.toml").write_text("[project]\n")
     return root
@@ -159,21 +159,27 @@ FAKE_PYTHON = f"""\
     case "$*" in
         *"import torch"* | *urlopen*) exit 1 ;;
         *"pip install"*) exit "${{PIP_STATUS:-0}}" ;;
-        *"-m venv"*) mkdir -p "$3/bin" && echo "export VIRTUAL_ENV=$3" >"$3/bin/activate" ;;
+        *"-m venv"*) mkdir -p "$3/bin" && echo "export VIRTUAL_ENV='$3'" >"$3/bin/activate" ;;
         --version) echo "Python 3.11" ;;
         *) exec {sys.executable} "$@" ;;
     esac
     """
 
 
-def setup(copy: Path, fake_bin: Path, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Source setup_env.sh in ``copy``; what it wrote, and what it asked of pip and venv."""
+def setup(
+    copy: Path, fake_bin: Path, unasked: str = "refuse", **variables: str
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Source setup_env.sh in ``copy``; what it wrote, and what it asked of pip and venv.
+
+    ``unasked``: what the sourcing script does to a foreign environment where nobody can be asked.
+    """
     for name in ("python", "python3.11"):
         executable(fake_bin / name, FAKE_PYTHON)
     calls = copy.parent / "calls"
     calls.write_text("")
     variables = {"VIRTUAL_ENV": "", "CONDA_PREFIX": "", "CALLS": str(calls)} | variables
-    result = bash("-c", f"set -eu; source {copy}/scripts/setup_env.sh", cwd=copy, path=fake_bin, **variables)
+    command = f"set -eu; setup_unasked={unasked}; source '{copy}/scripts/setup_env.sh'"
+    result = bash("-c", command, cwd=copy, path=fake_bin, **variables)
     asked = [line for line in calls.read_text().splitlines() if "pip install" in line or "venv" in line]
     return result, asked
 
@@ -192,9 +198,68 @@ def test_an_environment_is_made_and_filled_once(copy, fake_bin):
 def test_an_active_environment_is_used(copy, fake_bin, tmp_path):
     active = tmp_path / "active"
     active.mkdir()
-    result, asked = setup(copy, fake_bin, VIRTUAL_ENV=str(active))
+    result, asked = setup(copy, fake_bin, "install", VIRTUAL_ENV=str(active))
     assert result.returncode == 0 and asked == [f"python -m pip install -e {copy}[test]"]
     assert (active / "telechat2_installed").is_file() and not (copy / ".venv").exists()
+
+
+@pytest.mark.parametrize("kind", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_nothing_is_installed_into_a_foreign_environment_unasked(copy, fake_bin, tmp_path, kind):
+    active = tmp_path / "active"
+    active.mkdir()
+    result, asked = setup(copy, fake_bin, **{kind: str(active)})
+    assert (result.returncode, asked, [*active.iterdir()]) == (1, [], [])
+    assert str(active) in result.stderr and "--yes" in result.stderr and str(copy / ".venv") in result.stderr
+    (active / "telechat2_installed").write_text("an earlier version, which was allowed in\n")
+    assert len(setup(copy, fake_bin, **{kind: str(active)})[1]) == 1
+
+
+@pytest.mark.parametrize(("answer", "asked"), [("y\n", 1), ("\n", 0), ("n\n", 0)])
+def test_on_a_terminal_the_question_is_asked(copy, fake_bin, tmp_path, answer, asked):
+    active = tmp_path / "active"
+    active.mkdir()
+    executable(fake_bin / "python", FAKE_PYTHON)
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    environment = os.environ | {"VIRTUAL_ENV": str(active), "CALLS": str(calls)}
+    environment["PATH"] = f"{fake_bin}:/usr/bin:/bin"
+    ours, theirs = os.openpty()
+    os.write(ours, answer.encode())
+    command = ["bash", "-c", f"set -eu; source '{copy}/scripts/setup_env.sh'"]
+    told = subprocess.run(command, env=environment, cwd=copy, stdin=theirs, stderr=theirs, timeout=60)
+    said = os.read(ours, 4096).decode()
+    os.close(ours), os.close(theirs)
+    assert f"into the active environment {active}?" in said
+    assert calls.read_text().count("pip install") == asked and (told.returncode == 0) == bool(asked)
+
+
+def test_a_foreign_environment_that_has_everything_is_used_as_it_is(copy, fake_bin, tmp_path):
+    from importlib.metadata import version
+
+    active = tmp_path / "active"
+    active.mkdir()
+    (copy / "pyproject.toml").write_text(f'[project]\ndependencies = ["numpy=={version("numpy")}"]\n')
+    result, asked = setup(copy, fake_bin, VIRTUAL_ENV=str(active))
+    assert (result.returncode, asked, [*active.iterdir()]) == (0, [], [])
+    (copy / "pyproject.toml").write_text('[project]\ndependencies = ["numpy==0.1"]\n')
+    assert setup(copy, fake_bin, VIRTUAL_ENV=str(active))[0].returncode == 1
+
+
+def test_an_environment_in_the_making_is_finished(copy, fake_bin):
+    """Interrupted in venv there is no activate yet; interrupted in pip there is no stamp."""
+    (copy / ".venv").mkdir()
+    (copy / ".venv" / "telechat2_created").touch()
+    result, asked = setup(copy, fake_bin)
+    assert result.returncode == 0 and len(asked) == 2, result.stderr
+    (copy / ".venv" / "telechat2_installed").unlink()
+    assert len(setup(copy, fake_bin)[1]) == 1
+
+
+def test_a_folder_that_is_no_environment_is_not_filled(copy, fake_bin):
+    (copy / ".venv").mkdir()
+    (copy / ".venv" / "mine").touch()
+    result, asked = setup(copy, fake_bin)
+    assert (result.returncode, asked) == (1, []) and "is no Python environment" in result.stderr
 
 
 def test_condas_base_is_no_active_environment(copy, fake_bin, tmp_path):
@@ -203,7 +268,7 @@ def test_condas_base_is_no_active_environment(copy, fake_bin, tmp_path):
     conda = {"CONDA_PREFIX": str(base), "CONDA_DEFAULT_ENV": "base"}
     assert setup(copy, fake_bin, **conda)[1][0] == f"python -m venv {copy}/.venv"
     assert not any(base.iterdir())
-    _, asked = setup(copy, fake_bin, **conda | {"CONDA_DEFAULT_ENV": "telechat"})
+    _, asked = setup(copy, fake_bin, "install", **conda | {"CONDA_DEFAULT_ENV": "telechat"})
     assert asked == [f"python -m pip install -e {copy}[test]"]
     assert (base / "telechat2_installed").is_file()
 
@@ -220,7 +285,7 @@ def test_a_missing_python_is_a_sentence(copy, tmp_path):
     for name in ("bash", "dirname", "sha256sum", "uname"):
         (tools / name).symlink_to(shutil.which(name))
     environment = {"PATH": str(tools)}
-    command = ["bash", "-c", f"source {copy}/scripts/setup_env.sh"]
+    command = ["bash", "-c", f"source '{copy}/scripts/setup_env.sh'"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("error: no Python 3.11 found on the PATH")

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
 
 from research.telechat2.telechat_cli import run as run_command  # noqa: E402
-from research.telechat2.telechat_run import TRAINING, run  # noqa: E402
+from research.telechat2.telechat_run import TRAINING, VERBOSE, run  # noqa: E402
 from research.telechat2.telechat_run_config import boolean, boolean_or_text  # noqa: E402
 
 # argument, the key of the YAML it sets, how argparse reads it
@@ -49,12 +49,14 @@ def main() -> None:
         "--task", choices=["text_generation"], default="text_generation", help="the only task"
     )
     parser.add_argument("--config", required=True, help="finetune YAML: a path, or the name of a shipped one")
+    parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     for flag, _, how in ARGUMENTS:
         parser.add_argument(flag, **how)
     arguments = vars(parser.parse_args())
     run(
         arguments["config"],
         {key: arguments[flag[2:]] for flag, key, _ in ARGUMENTS if arguments[flag[2:]] is not None},
+        verbose=arguments["verbose"],
     )
 
 

@@ -1,7 +1,7 @@
 """TelechatMonitor: what a user wants to see of a training run beside MindFormers' loss lines."""
 
 import re
-from pathlib import Path
+import time
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -11,59 +11,106 @@ from research.telechat2.telechat_compat import (
     MindFormerModuleType,
     MindFormerRegister,
     get_tensorboard_writer,
+    is_loss_rank,
     is_main_rank,
     library_logger,
     logger,
+    loss_monitor,
+    mean_over_parts,
     output_directory,
+    pipeline_place,
 )
-from research.telechat2.telechat_files import atomic_write
+from research.telechat2.telechat_run_metrics import Metrics
+from research.telechat2.telechat_run_progress import Progress
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class TelechatMonitor(Callback):
-    """Draws the loss curve, and counts the steps whose records held no trained token.
+    """Shows the progress of a training, keeps its steps, draws the loss curve, and names wasted steps.
 
-    Such a step has loss 0 exactly and gradients of 0; preprocessing refuses to write such records, but data
-    from elsewhere may hold them. (The auxiliary loss of a mixture of experts hides them.)
-    ``<output_dir>/loss_curve.png`` is drawn anew at the end of each epoch; a resumed run has a picture of its
-    own, named by its first step.
+    One process does so, one that has the loss: with pipeline stages, the last of the last stage. In
+    ``output_dir`` every step is a line of ``metrics.jsonl``, and ``loss_curve.png`` is drawn from time to
+    time and at the end. A resumed run goes on with those of the run it continues.
 
-    For a mixture of experts every step says how evenly the tokens went to the experts and how many choices
-    were dropped: one line in the log, and TensorBoard scalars of each layer.
+    A step whose records hold no trained token has loss 0 exactly and gradients of 0; preprocessing refuses to
+    write such records, but data from elsewhere may hold them. (The auxiliary loss of a mixture of experts
+    hides them.)
+
+    For a mixture of experts the log says how evenly the tokens went to the experts of this process's stage
+    and how many choices were dropped, in one line for each that MFLossMonitor writes; TensorBoard has scalars
+    of each layer.
+
+    Args:
+        history: the ``metrics.jsonl`` of the run that this one continues.
     """
 
-    def __init__(self):
+    latest: "TelechatMonitor | None" = None  # of this process, for run() to finish
+
+    def __init__(self, history: str | None = None):
         super().__init__()
+        self.history = history
         self.steps: list[int] = []
         self.losses: list[float] = []
-        self.untrained_steps = 0
+        self.untrained_steps = self.overflows = self.initial_step = 0
+        self.each, self.not_finite = 1, False
         self.expert_loads: dict[int, Parameter] = {}
+        self.reports = is_loss_rank()
+        self.metrics: Metrics | None = None
+        self.progress: Progress | None = None
+        self.step_began = time.monotonic()
+        TelechatMonitor.latest = self
 
     def begin(self, run_context):
-        """Find the experts' loads in the model."""
-        self.expert_loads = expert_loads(run_context.original_args().train_network)
+        """Find the step to begin after, and the experts' loads in the model."""
+        params = run_context.original_args()
+        self.expert_loads = expert_loads(params.train_network)
+        monitor = loss_monitor(params)
+        self.each = getattr(monitor, "per_print_times", 1)
+        self.initial_step = getattr(monitor, "initial_step", 0) or 0
+        if self.reports:
+            self.metrics = Metrics(output_directory(), self.initial_step, self.history)
+        total = _total_steps(params, monitor, self.initial_step)
+        if total and (self.reports or is_main_rank()):
+            _print_begin(self.initial_step, total, monitor)
+            self.progress = Progress(self.initial_step + 1, total)
+        self.step_began = time.monotonic()
 
     def step_end(self, run_context):
-        """Remember the loss of this step."""
+        """Remember and show this step."""
         params = run_context.original_args()
-        loss = _scalar(params.net_outputs)
-        self.steps.append(int(params.cur_step_num))
+        step = self.initial_step + int(params.cur_step_num)
+        due = int(params.cur_step_num) % self.each == 0
+        if self.reports:
+            self._keep(params, step)
+        if self.progress:
+            loss = self.losses[-1] if self.reports else None
+            self.progress.show(step, loss, _number(params.net_outputs, 3), due)
+        if self.expert_loads and due:
+            report_expert_loads(self.expert_loads, step)
+
+    def _keep(self, params, step: int) -> None:
+        loss = mean_over_parts(params, _number(params.net_outputs, 0))
+        seconds, self.step_began = time.monotonic() - self.step_began, time.monotonic()
+        self.steps.append(step)
         self.losses.append(loss)
         if loss == 0.0:
             self.untrained_steps += 1
-            logger.warning("Step %d trained nothing: every label of its records is ignored.", self.steps[-1])
-        if self.expert_loads:
-            report_expert_loads(self.expert_loads, self.steps[-1])
-
-    def epoch_end(self, run_context):
-        """Draw what is known so far, on one rank."""
-        if self.losses and is_main_rank():
-            first = self.steps[0]
-            name = "loss_curve.png" if first == 1 else f"loss_curve_from_step_{first}.png"
-            draw_loss_curve(self.steps, self.losses, Path(output_directory()) / name)
+            logger.warning("Step %d trained nothing: every label of its records is ignored.", step)
+        if not np.isfinite(loss) and not self.not_finite:
+            logger.warning("The loss of step %d is %s; the log says more of each step.", step, loss)
+        self.not_finite = not np.isfinite(loss)
+        if _number(params.net_outputs, 1):
+            self.overflows += 1
+            if self.overflows == 1:
+                logger.warning("Step %d is left out: its gradients are not finite (overflow).", step)
+        if self.metrics:
+            rate, norm = _number(params.net_outputs, 3), _number(params.net_outputs, 4)
+            self.metrics.add(step, loss, learning_rate=rate, grad_norm=norm, seconds=round(seconds, 4))
+            self.metrics.draw_now_and_then()
 
     def end(self, run_context):
-        """Say how many steps were wasted."""
+        """Draw the whole curve, and say how many steps were wasted."""
+        self.finish()
         if self.untrained_steps:
             logger.warning(
                 "%d of %d steps trained nothing: every label of their records is ignored. "
@@ -71,19 +118,60 @@ class TelechatMonitor(Callback):
                 self.untrained_steps,
                 len(self.steps),
             )
+        if self.overflows:
+            logger.warning("%d of %d steps were left out: overflow.", self.overflows, len(self.steps))
+
+    def finish(self) -> None:
+        """Leave the bar and draw what is known; also for a run that is interrupted or fails."""
+        if self.progress:
+            self.progress.close()
+        if self.metrics:
+            self.metrics.finish()
 
 
-def _scalar(outputs) -> float:
-    """The loss in what a training step returns: itself, or the first of a tuple."""
-    loss = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-    return float(np.mean(loss.asnumpy() if isinstance(loss, Tensor) else loss))
+def _total_steps(params, monitor, initial_step: int) -> int:
+    """Steps of the whole run, with those before a resumed one; 0: not known."""
+    epochs, steps = getattr(monitor, "origin_epochs", None), getattr(monitor, "steps_per_epoch", None)
+    if epochs and steps:
+        return epochs * steps
+    rest = int(getattr(params, "epoch_num", 0) or 0) * int(getattr(params, "batch_num", 0) or 0)
+    return initial_step + rest if rest else 0
+
+
+def _print_begin(initial_step: int, total: int, monitor) -> None:
+    epochs = getattr(monitor, "origin_epochs", None)
+    of = f" ({epochs} epochs of {total // epochs})" if epochs else ""
+    after = f", going on after step {initial_step}" if initial_step else ""
+    print(f"training: {total} steps{of}{after}; compiling the graph", flush=True)
+
+
+def _number(outputs, place: int) -> float | None:
+    """One of the numbers of a training step: loss, overflow, loss scale, learning rate, gradient norm.
+
+    A step may return the loss alone, or a tuple that ends early: None for what it lacks.
+    """
+    several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    if place >= len(several) or several[place] is None:
+        return None
+    value = several[place]
+    return float(np.mean(value.asnumpy() if isinstance(value, Tensor) else value))
 
 
 def expert_loads(network: nn.Cell) -> dict[int, Parameter]:
-    """Layer -> ``expert_load`` [2, E] of every mixture of experts in the network; see TelechatMoE."""
+    """Layer -> ``expert_load`` [2, E] of every mixture of experts in the network; see TelechatMoE.
+
+    Of a pipeline, only the layers of this process's stage: it does not compute the others, whose loads stay
+    0.
+    """
     pattern = re.compile(r"layers\.(\d+)\.feed_forward\.expert_load$")
     found = ((pattern.search(parameter.name), parameter) for parameter in network.get_parameters())
-    return {int(match[1]): parameter for match, parameter in found if match}
+    loads = {int(match[1]): parameter for match, parameter in found if match}
+    stage, stages = pipeline_place()
+    if stages == 1:
+        return loads
+    layers = ((re.search(r"layers\.(\d+)$", name), cell) for name, cell in network.cells_and_names())
+    stage_of = {int(match[1]): cell.pipeline_stage for match, cell in layers if match}
+    return {layer: load for layer, load in loads.items() if stage_of.get(layer, stage) == stage}
 
 
 def report_expert_loads(loads: dict[int, Parameter], step: int) -> None:
@@ -108,21 +196,3 @@ def report_expert_loads(loads: dict[int, Parameter], step: int) -> None:
             writer.add_scalar(f"experts/busiest/layer_{layer}", load.max(), global_step=step)
             writer.add_scalar(f"experts/idlest/layer_{layer}", load.min(), global_step=step)
             writer.add_scalar(f"experts/dropped/layer_{layer}", share, global_step=step)
-
-
-def draw_loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
-    """Write a PNG of loss over steps, the loss on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(steps, losses, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="TeleChat2 training")
-    if min(losses) > 0:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

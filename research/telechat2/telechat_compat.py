@@ -6,14 +6,18 @@ change of one file. The workarounds for the CPU target are at the end; they chan
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
+from pprint import pprint
 
 import mindspore as ms
 import numpy as np
 from mindformers import MindFormerConfig, Trainer, model_runner
 from mindformers.core import parallel_config as _parallel_config
+from mindformers.core.callback import MFLossMonitor
 from mindformers.core.context import build_context
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.generation.generation_config import GenerationConfig
@@ -36,9 +40,12 @@ from mindformers.tools.utils import (
     check_in_modelarts,
     get_output_root_path,
     get_predict_run_mode,
+    get_real_group_size,
+    get_real_rank,
     is_main_rank,
 )
-from mindformers.trainer import CausalLanguageModelingTrainer
+from mindformers.trainer import CausalLanguageModelingTrainer, base_trainer
+from mindformers.trainer.causal_language_modeling import causal_language_modeling
 from mindformers.utils.file_utils import set_output_path
 from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCell
@@ -74,6 +81,7 @@ __all__ = [
     "get_tensorboard_writer",
     "greedy_token",
     "is_cpu",
+    "is_loss_rank",
     "is_main_rank",
     "is_predict_run",
     "join_processes",
@@ -88,10 +96,23 @@ __all__ = [
     "set_output_path",
 ]
 
+
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is when a message comes: a run changes it."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value):
+        pass
+
+
 # The plugin's own warnings, on standard error whatever becomes of MindFormers' notes.
 logger = logging.getLogger("telechat2")
 if not logger.handlers:
-    logger.addHandler(logging.StreamHandler())
+    logger.addHandler(_ToStandardError())
     logger.handlers[0].setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
@@ -106,6 +127,37 @@ def process_group() -> tuple[int, int, str]:
     if not group.INITED:
         return 1, 0, ""
     return ms.communication.get_group_size(), ms.communication.get_rank(), group.WORLD_COMM_GROUP
+
+
+def pipeline_place() -> tuple[int, int]:
+    """The stage of this process, and the number of stages."""
+    stages = ms.get_auto_parallel_context("pipeline_stages")
+    return get_real_rank() // max(1, get_real_group_size() // stages), stages
+
+
+def is_loss_rank() -> bool:
+    """Whether this process is the one that reports the loss: one that computes it, where not all do."""
+    if pipeline_place()[1] == 1 or ms.get_auto_parallel_context("pipeline_scheduler") == "zero_bubble_v":
+        return is_main_rank()
+    return get_real_rank() == get_real_group_size() - 1
+
+
+def loss_monitor(run_params):
+    """MindFormers' MFLossMonitor among the callbacks of a run (MindSpore's parameters of it), or None."""
+    callbacks = getattr(run_params, "list_callback", None) or []
+    return next((callback for callback in callbacks if isinstance(callback, MFLossMonitor)), None)
+
+
+def mean_over_parts(run_params, loss: float) -> float:
+    """The loss of a step as MFLossMonitor reports it: micro-batches may arrive as their sum."""
+    monitor = loss_monitor(run_params)
+    return loss if monitor is None else float(monitor._fix_loss_for_parallel(loss, print_warning=False))
+
+
+def print_configs_to(stream) -> None:
+    """Have MindFormers' Trainer print its whole config there, and not to ``sys.stdout``."""
+    for module in (base_trainer, causal_language_modeling):
+        module.pprint = partial(pprint, stream=stream)
 
 
 def join_processes() -> None:

@@ -28,6 +28,7 @@ from research.telechat2.telechat_run_config import (
     resolve_folder,
 )
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
+from research.telechat2.telechat_run_end import add_monitor, print_end, print_plan
 from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
 from research.telechat2.telechat_run_log import hush_loaders
 from research.telechat2.telechat_run_predict import (
@@ -43,18 +44,31 @@ from research.telechat2.telechat_run_saving import (
     leave_section_in_data_parallel,
     refuse_overwriting,
 )
+from research.telechat2.telechat_run_screen import (
+    EXPECTED,
+    EXPECTED_RESUMING,
+    Both,
+    own_lines,
+    shown_by_launcher,
+)
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 TRAINING = ("train", "finetune")
+VERBOSE = "show all that MindFormers and MindSpore write, which is kept in OUTPUT_DIR/log/run.log otherwise"
 
 
-def run(config_name: str, overrides: dict[str, object], register_path: str | None = None) -> list | None:
+def run(
+    config_name: str, overrides: dict[str, object], register_path: str | None = None, verbose: bool = False
+) -> list | None:
     """Carry out the task that a config describes: train, finetune, evaluate or predict.
+
+    What MindFormers and MindSpore write goes to ``<output_dir>/log/run.log``; see telechat_run_screen.
 
     Args:
         config_name: the YAML; any spelling of ``resolve_config``.
         overrides: dotted key to value, e.g. ``{"runner_config.epochs": 2}``; they win over the YAML.
         register_path: the directory that ``auto_register`` names refer to; research/telechat2 by default.
+        verbose: show on the screen what the libraries write, too.
 
     Returns:
         The answers, for a prediction; None otherwise.
@@ -62,6 +76,11 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     Raises:
         ValueError: whatever a user can mend in the config, the overrides, the data or the checkpoint.
     """
+    with shown_by_launcher(verbose):
+        return _run(config_name, overrides, register_path, verbose)
+
+
+def _run(config_name: str, overrides: dict[str, object], register_path: str | None, verbose: bool):
     cwd = Path.cwd()
     path = resolve_config(config_name, cwd)
     register = resolve_folder(register_path, cwd) if register_path else CHECKOUT / SHIPPED
@@ -93,7 +112,14 @@ def run(config_name: str, overrides: dict[str, object], register_path: str | Non
     source = prepare_checkpoint(config, training=training)
     if training:
         refuse_overwriting(config)
-    return _carry_out(config, path, source)
+        add_monitor(config)
+    print_plan(config)
+    hidden = EXPECTED_RESUMING if config.get("resume_training") else EXPECTED
+    with own_lines(config["output_dir"], verbose, hidden):
+        answers = _carry_out(config, path, source)
+    if training:
+        print_end(config, path, overrides)
+    return answers
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
@@ -195,6 +221,7 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
         check_in_modelarts,
         naming_data,
         naming_target,
+        print_configs_to,
         set_output_path,
     )
 
@@ -202,6 +229,7 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
         raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
     set_output_path(config.output_dir)
     hush_loaders()
+    print_configs_to(sys.stdout.log if isinstance(sys.stdout, Both) else None)
     try:
         with naming_target(config.context.device_target):
             build_context(config)
@@ -255,16 +283,26 @@ def _record_prompt_format(config) -> None:
 
 def _run_task(trainer, config) -> list | None:
     weights = config.load_checkpoint or None
-    if config.run_mode == "train":
-        trainer.train(resume_from_checkpoint=weights)
-    elif config.run_mode == "finetune":
-        trainer.finetune(resume_from_checkpoint=weights)
+    if config.run_mode in TRAINING:
+        train = trainer.train if config.run_mode == "train" else trainer.finetune
+        try:
+            train(resume_from_checkpoint=weights)
+        finally:
+            _finish_monitor()
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=weights or False)
         _print_evaluation()
     else:
         return _predict(trainer, config, weights)
     return None
+
+
+def _finish_monitor() -> None:
+    """Draw the loss curve, however the training ended."""
+    from research.telechat2.telechat_callback import TelechatMonitor
+
+    if TelechatMonitor.latest:
+        TelechatMonitor.latest.finish()
 
 
 def _print_evaluation() -> None:
