@@ -100,7 +100,7 @@ def test_the_readmes_prompt_is_what_the_plain_format_generates(small_tokenizer):
 hostile = st.lists(
     st.sampled_from(["<_end>", "<_bot>", "<_user>", "<tool_call>", "<_pad>", "a", " ", "\n", "你"]),
     min_size=1,
-)
+).filter(lambda parts: "".join(parts).strip())
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,8 +17,8 @@ MARKERS = ["<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 CONTROLS = [*MARKERS, *TAGS, "<_unk>", "<_observation>", "<_sep>", "<_control5>"]
 
-# U+2581 is SentencePiece's own mark: the documented exception. Surrogates are not text.
-unicode_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+# Surrogates are not text. U+2581 is SentencePiece's own mark, and U+FDD0 stands in for it.
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("▁\ufdd0 "), max_size=40)
 hostile_text = st.lists(
     st.one_of(st.sampled_from(CONTROLS), st.sampled_from([" ", "\n", "a", "你", "<", "0"]))
 ).map("".join)
@@ -52,8 +52,14 @@ def test_special_text_stays_text_and_a_raw_prompt_keeps_its_markers(tokenizer, t
         assert raw.count(index) == text.count(marker)
 
 
-def test_sentencepieces_own_mark_decodes_to_a_space(tokenizer):
-    assert tokenizer.decode(tokenizer.encode_text("a▁b")) == "a b"
+def test_sentencepieces_own_mark_comes_back(tokenizer):
+    """Its neighbours keep their ids: it goes by its bytes, as a character of no vocabulary does."""
+    for text in ("▁", "a▁b", "▁ ▁▁a", "\ufdd0▁\ufdd1"):
+        assert tokenizer.decode(tokenizer.encode_text(text)) == text
+        other = tokenizer.encode_text(text.replace("▁", "\ufdd5"))
+        assert [i for i in tokenizer.encode_text(text) if i not in tokenizer._byte_ids] == [
+            i for i in other if i not in tokenizer._byte_ids
+        ]
 
 
 def test_half_a_surrogate_pair_is_refused(small_tokenizer):

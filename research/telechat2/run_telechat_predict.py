@@ -40,9 +40,14 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint_path", help="weights of any layout; by default the YAML's load_checkpoint"
     )
     parser.add_argument(
-        "--input_txt", help="a text file that is one question, or .jsonl: a conversation on each line"
+        "--input_txt", help="a text file that is one question, or data as for --question_file"
     )
-    parser.add_argument("--question_file", help="a question on each line, or .jsonl conversations")
+    parser.add_argument(
+        "--question_file",
+        help="a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, .json, "
+        "packed or not, directories): the last answer is cut off, and need not be there",
+    )
+    parser.add_argument("--ignore_fields", metavar="A,B", help="fields of such data to leave out")
     parser.add_argument(
         "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
     )
@@ -96,6 +101,7 @@ def main() -> None:
     yaml_file = resolve_config(args.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
+    from research.telechat2.data.job import ignored_fields
     from research.telechat2.telechat_predict_chat import (
         answer_all,
         chat,
@@ -107,9 +113,9 @@ def main() -> None:
 
     questions = [question(text, args.system) for text in args.question]
     if args.input_txt:
-        questions += read_prompts(args.input_txt, args.system)
+        questions += read_prompts(args.input_txt, args.system, ignored_fields(args.ignore_fields))
     if args.question_file:
-        questions += read_questions(args.question_file, args.system)
+        questions += read_questions(args.question_file, args.system, ignored_fields(args.ignore_fields))
     predictor = load_predictor(
         yaml_file,
         args.vocab_file_path,

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable
@@ -27,10 +26,11 @@ if TYPE_CHECKING:
     from research.telechat2.data.vocabulary import Vocabulary
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.text import exact_json
+from research.telechat2.text.literal import TOOL_TAGS
+from research.telechat2.text.messages import check_messages, joined, short
 
 START, END, USER, BOT, SYSTEM = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>"
-TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-ROLES = ("system", "user", "assistant", "bot", "tool")
 # What the chat template says when a conversation brings no system message.
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，"
@@ -49,9 +49,6 @@ TOOLS_TAIL = (
 _TOOL_TAG = re.compile("(" + "|".join(map(re.escape, TOOL_TAGS)) + ")")
 # What of a conversation is trained. System text and the results of tools never are.
 TRAIN_ON = ("answers", "last_answer", "everything")
-# Keys of a message that name or link things the template does not print.
-_SILENT_KEYS = {"name", "tool_call_id", "id", "type"}
-_KNOWN_KEYS = {"role", "content", "tool_calls", "weight"} | _SILENT_KEYS
 
 
 class Segment(NamedTuple):
@@ -70,32 +67,37 @@ def render(
     add_generation_prompt: bool = False,
     tool_tags_in_content: bool = False,
     train_on: str = "answers",
+    allow_empty: bool | None = None,
 ) -> list[Segment]:
     """Render a conversation.
 
-    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str;
-    None beside tool calls) and, for the assistant, ``tool_calls`` in OpenAI's shape (arguments a dict or
-    its JSON) and ``weight`` (0: this answer is not trained; 1: as without). A system message stands first;
-    without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function descriptions. The plain
-    format has neither system prompt nor tools. ``add_generation_prompt`` ends with ``<_bot>``; only then may
-    an answer of the history be empty. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in
-    them are special (``dialog`` data). ``train_on``: the answers; the last one only; or everything, which
-    adds the questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the
-    results of tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
+    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str, or
+    a list of OpenAI's text parts; None beside tool calls) and, for the assistant, ``tool_calls`` in OpenAI's
+    shape (arguments a dict or its JSON) and ``weight`` (0: this answer is not trained; 1: as without). A
+    system message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function
+    descriptions. The plain format has neither system prompt nor tools, and neither has v1, which is the plain
+    one without ``<_start>``. ``add_generation_prompt`` ends with ``<_bot>``. ``allow_empty``: nothing is
+    trained, so that messages may be blank, and answers follow one another; by default as
+    ``add_generation_prompt``. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are
+    special (``dialog`` data). ``train_on``: the answers; the last one only; or everything, which adds the
+    questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the results of
+    tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
 
     Raises ValueError naming the message at fault.
     """
     telechat_prompt_format.check(prompt_format)
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
-    _check_messages(messages, allow_empty_answers=add_generation_prompt)
+    if isinstance(messages, list):
+        messages = joined(messages)
+    check_messages(messages, add_generation_prompt if allow_empty is None else allow_empty)
     everything = train_on == "everything"
-    trained_answers = _trained_answers(messages, train_on)
+    answers = trained_answers(messages, train_on)
     pieces = _text_with_tags if tool_tags_in_content else _literal
-    if prompt_format == "plain":
-        segments = [Segment(START, special=True)]
+    if prompt_format != "chat":
+        segments = [Segment(START, special=True)] if prompt_format == "plain" else []
         after_answer = ""
-        _refuse_in_plain(messages, tools)
+        _refuse_in_plain(messages, tools, prompt_format)
     else:
         segments = _system_turn(messages, tools, pieces)
         after_answer = "\n"
@@ -105,7 +107,7 @@ def render(
         if role == "user":
             segments += _user_turn(pieces(message["content"]), everything)
         elif role in ("assistant", "bot"):
-            trained = number in trained_answers
+            trained = number in answers
             around = everything and trained
             segments.append(Segment(BOT, True, around))
             segments += _marked(_answer(message, number, pieces), trained)
@@ -169,9 +171,7 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
     system = pieces(messages[0]["content"]) if has_system else _literal(DEFAULT_SYSTEM)
     segments = [Segment(SYSTEM, special=True), *system]
     if tools:
-        lines = "".join(
-            json.dumps(_checked_tool(tool, i), ensure_ascii=False) + "\n" for i, tool in enumerate(tools, 1)
-        )
+        lines = "".join(exact_json.dumps(_checked_tool(tool, i)) + "\n" for i, tool in enumerate(tools, 1))
         segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
     return [*segments, *_literal("\n")]
 
@@ -198,7 +198,7 @@ def _answer(message: dict, number: int, pieces) -> list[Segment]:
     return segments
 
 
-def _trained_answers(messages: list[dict], train_on: str) -> set[int]:
+def trained_answers(messages: list[dict], train_on: str) -> set[int]:
     """Numbers, from 1, of the answers that are trained."""
     answers = [n for n, message in enumerate(messages, 1) if message["role"] in ("assistant", "bot")]
     if train_on == "last_answer":
@@ -228,13 +228,13 @@ def _call_json(call: dict, where: str) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f"{where} has the tool call {_short(call)}; "
+            f"{where} has the tool call {short(call)}; "
             f'expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = exact_json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
@@ -243,90 +243,30 @@ def _call_json(call: dict, where: str) -> str:
         raise ValueError(
             f"{where}: the arguments of tool call {function['name']!r} are {arguments!r}; expected an object"
         )
-    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+    try:
+        return exact_json.dumps({"name": function["name"], "arguments": arguments})
+    except ValueError as error:
+        raise ValueError(f"{where}: in the arguments of tool call {function['name']!r}, {error}") from error
 
 
 # ---------------------------------------------------------------------- checks
-def _check_messages(messages, allow_empty_answers: bool) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages are {_short(messages)}; expected a list of at least one message")
-    previous = None
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is {_short(message)}; expected a dict with role and content")
-        where = f"message {number}"
-        if not _is_simple(message):
-            _check_message(message, where, allow_empty_answers)
-        role = message["role"]
-        if role == "system" and number > 1:
-            raise ValueError(f"{where} has role 'system'; a system message must be the first one")
-        if role == "tool" and previous not in ("assistant", "bot", "tool"):
-            raise ValueError(
-                f"{where} is a tool's result, but no assistant message with a tool call stands before it"
-            )
-        previous = role
-    if not any(message["role"] == "user" for message in messages):
-        raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
-
-
-def _is_simple(message: dict) -> bool:
-    """Whether a message is of the most common kind, which nothing is wrong with."""
-    return (
-        len(message) == 2
-        and message.get("role") in ("user", "assistant", "bot")
-        and type(message.get("content")) is str
-        and message["content"] != ""
-    )
-
-
-def _check_message(message: dict, where: str, allow_empty_answers: bool) -> None:
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in ROLES:
-        raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
-    if not message.keys() <= _KNOWN_KEYS and (
-        unknown := [key for key in message if key not in _KNOWN_KEYS and message[key] is not None]
-    ):
-        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
-    is_answer = role in ("assistant", "bot")
-    if calls and not is_answer:
-        raise ValueError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"{where} has weight {_short(weight)}; expected 0 (not trained) or 1")
-    if weight and not is_answer:
-        raise ValueError(f"{where} has weight {weight}, but its role is {role!r}; only answers have a weight")
-    if calls is not None and not isinstance(calls, list):
-        raise ValueError(f"{where} has tool_calls {_short(calls)}; expected a list")
-    if not isinstance(content, str) and not (content is None and is_answer and calls):
-        raise ValueError(f"{where} has content {_short(content)}; expected a string")
-    if not content and not calls and is_answer and not allow_empty_answers:
-        raise ValueError(
-            f"{where} is an empty answer; there is nothing to learn from it: remove it or fill it in"
-        )
-    if not content and role == "user":
-        raise ValueError(f"{where} is an empty question; remove it or fill it in")
-
-
 def _checked_tool(tool, number: int) -> dict:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'tool {number} is {_short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
+            f'tool {number} is {short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
         )
     return tool
 
 
-def _refuse_in_plain(messages: list[dict], tools) -> None:
+def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
     used = "a system prompt" if messages[0]["role"] == "system" else "tools" if tools else None
     if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         used = "tools"
     if used:
-        raise ValueError(f"the plain prompt format has no place for {used}; use the prompt format 'chat'")
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise ValueError(
+            f"the {prompt_format} prompt format has no place for {used}; use the prompt format 'chat'"
+        )
 
 
 # ---------------------------------------------------------------------- show
@@ -345,19 +285,23 @@ def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool)
 
 
 def _show(args) -> None:
-    from research.telechat2.data import formats, vocabulary
+    from research.telechat2.data import formats, job, sources, vocabulary
 
     words = vocabulary.load(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
-    for number, line in formats.read_lines(args.file):
-        if args.line in (None, number) and line.strip():
+    files = [source.path for source in sources.find([args.file])]
+    for file in files:
+        for number, line in formats.read_lines(file):
+            if args.line not in (None, number) or not line.strip():
+                continue
             shown += 1
-            with formats.naming(args.file, number):
-                _, parsed = formats.parse(line)
+            with formats.naming(file, number):
+                _, parsed = formats.parse(line, job.ignored_fields(args.ignore_fields))
                 prompt_format = args.prompt_format or parsed.prompt_format
                 ids, mask = encode(parsed.render(prompt_format, args.train_on), words)
-            print(f"--- line {number}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
+            of = f" of {file}" if len(files) > 1 else ""
+            print(f"--- line {number}{of}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
             print(coloured(ids, mask, words, colour))
     if not shown:
         raise ValueError(
@@ -373,7 +317,7 @@ def main() -> None:
     show = parser.add_subparsers(dest="command", required=True).add_parser(
         "show", help="print conversations with their trained tokens green (in ⟦⟧ where there is no colour)"
     )
-    show.add_argument("file", help="jsonl file of conversations")
+    show.add_argument("file", help="data: what telechat_preprocess.py takes as --input_dataset_file")
     show.add_argument("--vocab_file_path", required=True, help="the model's tokenizer.model")
     show.add_argument(
         "--prompt_format", choices=telechat_prompt_format.PROMPT_FORMATS, help="default: the data's own"
@@ -381,6 +325,7 @@ def main() -> None:
     show.add_argument(
         "--train_on", choices=TRAIN_ON, default="answers", help="what is trained (default: %(default)s)"
     )
+    show.add_argument("--ignore_fields", metavar="A,B", help="fields to leave out")
     show.add_argument("--line", type=int, help="show this line only (from 1); default: all")
     _show(parser.parse_args())
 

@@ -1,11 +1,14 @@
 """Questions on a command line, in a file, or in a conversation; telechat_predict_utils.py answers them."""
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from research.telechat2.data.formats import Conversation, naming, parse_line, read_lines
+from research.telechat2.data import formats, sources
+from research.telechat2.data.formats import Conversation, naming, parse_question
 from research.telechat2.telechat_predict_utils import Answer, Predictor
+from research.telechat2.text.messages import is_blank
 
 
 def question(text: str, system: str | None = None) -> Conversation:
@@ -14,48 +17,62 @@ def question(text: str, system: str | None = None) -> Conversation:
 
 
 def _system(system: str | None) -> list[dict]:
-    return [{"role": "system", "content": system}] if system else []
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
-def read_questions(path: str | Path, system: str | None = None) -> list[Conversation]:
-    """Conversations that wait for an answer: a question on each line, or ``.jsonl`` lines of training data.
+def read_questions(
+    path: str | Path, system: str | None = None, ignored: Set[str] = frozenset()
+) -> list[Conversation]:
+    """Conversations that wait for an answer: a question on each line of a text, or data as for training.
 
-    Of a jsonl conversation the last answer is cut off. ``system`` is put before those without one.
+    Data are what ``telechat_preprocess.py`` reads: ``.jsonl``, ``.ndjson`` and ``.json``, packed or not, or a
+    directory of them. The last answer of a conversation is cut off, and need not be there; fields of a test
+    set that give it, and metadata, are left out, and counted on standard error. ``system`` is put before
+    those without one. ``ignored``: fields that count as absent.
 
     Raises:
-        ValueError: an empty file, or a line that is no conversation (file and line are named).
+        ValueError: no question at all, or a line that is no conversation (file and line are named).
     """
-    questions = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        if Path(path).suffix != ".jsonl":
-            questions.append(question(line.rstrip("\r\n"), system))
-            continue
-        with naming(path, number):
-            asked = parse_line(line)
-            asked.render()  # checks the messages
-        messages = asked.messages
-        if messages[-1]["role"] in ("assistant", "bot"):
-            messages = messages[:-1]
-        if messages and messages[0]["role"] != "system":
-            messages = [*_system(system), *messages]
-        questions.append(asked._replace(messages=messages))
+    if not _is_data(Path(path)):
+        lines = [line for _, line in formats.read_text_lines(path)]
+        questions = [question(line.rstrip("\r\n"), system) for line in lines if not is_blank(line)]
+    else:
+        files = [source.path for source in sources.find([path])]
+        questions = [asked for file in files for asked in _read_data(file, system, ignored)]
+        if left_out := Counter(name for asked in questions for name in asked.unused):
+            listed = ", ".join(f"{count} {name}" for name, count in left_out.items())
+            print(f"{path}: fields that are not used: {listed}", file=sys.stderr)
     if not questions:
         raise ValueError(f"{path} holds no question.")
     return questions
 
 
-def read_prompts(path: str | Path, system: str | None = None) -> list[Conversation]:
-    """What ``--input_txt`` names: a text file is one question, a ``.jsonl`` file one on each line.
+def _is_data(path: Path) -> bool:
+    return path.is_dir() or sources.DATA_FILE.search(path.name) is not None
+
+
+def _read_data(file: Path, system: str | None, ignored: Set[str]) -> Iterator[Conversation]:
+    for number, line in formats.read_lines(file):
+        if is_blank(line):
+            continue
+        with naming(file, number):
+            asked = parse_question(line, ignored)
+        start = _system(system) if asked.messages[0]["role"] != "system" else []
+        yield asked._replace(messages=[*start, *asked.messages])
+
+
+def read_prompts(
+    path: str | Path, system: str | None = None, ignored: Set[str] = frozenset()
+) -> list[Conversation]:
+    """What ``--input_txt`` names: a text file is one question, data are as for ``read_questions``.
 
     Raises:
         ValueError: an empty file, one that is not UTF-8, or a line that is no conversation.
     """
-    if Path(path).suffix == ".jsonl":
-        return read_questions(path, system)
-    text = "".join(line for _, line in read_lines(path)).strip()
-    if not text:
+    if _is_data(Path(path)):
+        return read_questions(path, system, ignored)
+    text = "".join(line for _, line in formats.read_text_lines(path)).strip()
+    if is_blank(text):
         raise ValueError(f"{path} holds no question.")
     return [question(text, system)]
 
@@ -110,7 +127,7 @@ def chat(predictor: Predictor, system: str | None, lines: Iterable[str]) -> int:
     predictor.prompt_ids(Conversation([*start, {"role": "user", "content": "?"}], None, "chat"))
     messages, refused = list(start), 0
     for line in lines:
-        text = line.strip()
+        text = line.strip().removeprefix("\ufeff").strip()  # joined files have byte order marks between them
         if text == "/new":
             messages = list(start)
         if not text or text == "/new":

@@ -17,6 +17,7 @@ from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_
 from research.telechat2.telechat_rope_requests import limits_of_rows
 from research.telechat2.telechat_run_config import read_config
 from research.telechat2.telechat_run_keys import moe_section
+from research.telechat2.text.messages import check_question
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Predictor:
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids that ask for the next answer of a conversation."""
+        check_question(conversation.messages)
         segments = render(
             conversation.messages, conversation.tools, prompt_format=self.prompt_format,
             add_generation_prompt=True, tool_tags_in_content=conversation.tool_tags_in_content,

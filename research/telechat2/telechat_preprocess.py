@@ -25,8 +25,8 @@ def main() -> None:
         "--input_dataset_file",
         required=True,
         nargs="+",
-        help="jsonl files (also .jsonl.gz, .jsonl.zst), directories of them, patterns in quotes, or a .json "
-        "file that maps such paths to weights",
+        help="jsonl files or JSON arrays (.jsonl, .ndjson, .json, also packed: .gz, .zst), directories of "
+        "them, patterns in quotes, or a .json file that maps such paths to weights",
     )
     parser.add_argument("--vocab_file_path", required=True, help="the model's tokenizer.model")
     parser.add_argument(
@@ -61,6 +61,12 @@ def main() -> None:
         choices=job.BAD_LINES,
         default=defaults.bad_lines,
         help="whether a line that cannot be used ends the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ignore_fields",
+        metavar="A,B",
+        default=defaults.ignore_fields,
+        help="fields of lines and messages to leave out, though their text is lost (default: none)",
     )
     parser.add_argument(
         "--records_per_file",

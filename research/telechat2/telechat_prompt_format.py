@@ -1,8 +1,8 @@
 """Which prompt format a model was tuned with: recorded with data and checkpoint, used by prediction.
 
 ``chat`` is the chat template (``<_system>…\\n<_user>…<_bot>…<_end>\\n``), ``plain`` the README's
-(``<_start><_user>…<_bot>…<_end>``). A model answers badly in the other one, and nothing in its weights
-tells which it saw, so a small file beside them does.
+(``<_start><_user>…<_bot>…<_end>``), ``v1`` that of TeleChat v1, which has no ``<_start>``. A model answers
+badly in another one, and nothing in its weights tells which it saw, so a small file beside them does.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from research.telechat2.telechat_files import atomic_write
 
-PROMPT_FORMATS = ("chat", "plain")
+PROMPT_FORMATS = ("chat", "plain", "v1")
 FILE_NAME = "prompt_format.json"
 MANIFEST_SUFFIX = ".json"  # dataset.mindrecord -> dataset.mindrecord.json
 _FOLDER_OF_A_RUN = re.compile(r"checkpoint|iteration_\d+|rank_\d+")

@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 
-from research.telechat2.data.formats import read_lines
+from research.telechat2.data.formats import read_text_lines
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
 
@@ -113,7 +113,7 @@ def _read(input_data) -> str | list[str]:
         is_file = False
     if not is_file:
         return words[0]
-    return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_lines(words[0])]
+    return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
 
 
 def _check(ids: list[int], max_length: int, limited_by: str) -> None:

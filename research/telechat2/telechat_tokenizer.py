@@ -6,7 +6,8 @@ produce a control symbol: text a user types stays text. Only ``tokenizer(text)``
 for raw prompts, reads the markers ``<_start> <_end> <_pad> <_user> <_bot> <_system>`` and the tool tags
 (where the vocabulary has them) as special.
 
-Exception of the round trip: U+2581 (▁) is SentencePiece's own mark for a space and decodes to a space.
+U+2581 (▁), which SentencePiece reads as a blank, is encoded by its bytes, so that it comes back. TeleChat v1
+12B has markers that are ordinary pieces: their ids are special here too (see ``text/literal.py``).
 """
 
 import os
@@ -29,6 +30,7 @@ from research.telechat2.telechat_compat import (
     logger,
 )
 from research.telechat2.telechat_files import atomic_write
+from research.telechat2.text.literal import LiteralText
 
 __all__ = ["StreamDecoder", "TelechatTokenizer"]
 
@@ -73,6 +75,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     ):
         self.vocab_file = str(vocab_file)
         self.sp_model = _load(vocab_file)
+        self._literal = None if isinstance(self.sp_model, ByteLevelModel) else LiteralText(self.sp_model)
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         markers = [bos_token, eos_token, pad_token, usr_token, bot_token, sys_token]
@@ -120,9 +123,10 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        """Ids that stand for no text: control symbols and the unknown piece."""
+        """Ids that stand for no text: control symbols, markers among the other pieces, the unknown piece."""
         model = self.sp_model
-        return frozenset(i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i))
+        found = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)]
+        return frozenset(found).union(self._literal.ordinary if self._literal else ())
 
     @cached_property
     def _byte_ids(self) -> dict[int, bytes]:
@@ -139,7 +143,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return frozenset(self._ids[tag] for tag in telechat_chat.TOOL_TAGS if tag in self._ids)
 
     def special_id(self, token: str) -> int | None:
-        """Return the id of a control symbol, None when the vocabulary has no such one."""
+        """Return the id of a special token, None when the vocabulary has no such one."""
         index = self._ids.get(token)
         return index if index in self._control_ids else None
 
@@ -172,6 +176,14 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return 0
 
     @property
+    def release_format(self) -> str:
+        """The prompt format of the release that has this vocabulary: v1, or chat."""
+        is_v1 = isinstance(self.sp_model, ByteLevelModel) or not self.sp_model.is_control(
+            self._ids[telechat_chat.USER]
+        )
+        return "v1" if is_v1 else "chat"
+
+    @property
     def _text_of_unknown(self) -> str:
         return self._pieces[self.sp_model.unk_id()]
 
@@ -187,7 +199,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def encode_text(self, text: str) -> list[int]:
         """Encode ``text`` literally: ``<_end>`` in it is text. ValueError when it is not valid Unicode."""
         try:
-            return self.sp_model.encode(text.encode("utf-8"))
+            return (self._literal or self.sp_model).encode(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the text is not valid Unicode: half of a surrogate pair "
@@ -249,7 +261,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     def apply_chat_template(self, conversation, tools=None, add_generation_prompt=False, tokenize=True):
         """Render messages with the chat template: ids, or the text when ``tokenize`` is False."""
-        segments = telechat_chat.render(conversation, tools, add_generation_prompt=add_generation_prompt)
+        segments = telechat_chat.render(
+            conversation, tools, add_generation_prompt=add_generation_prompt, allow_empty=True
+        )
         return (
             telechat_chat.encode(segments, self)[0] if tokenize else telechat_chat.conversation_text(segments)
         )

@@ -11,6 +11,7 @@ from research.telechat2 import telechat_chat
 from research.telechat2.data import formats, vocabulary
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
+from research.telechat2.text.messages import ROLES
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def test_ids_and_mask_are_those_of_the_tokenizer_of_prediction(shared_data, name
     words, tokenizer = vocabulary.load(shared_data / name), TelechatTokenizer(shared_data / name)
     assert (words.pad_id, words.size) == (tokenizer.pad_token_id, len(tokenizer))
     lines = [line for _, line in formats.read_lines(shared_data / "demo_tool.jsonl")][:60]
-    lines += [json.dumps(chat("<_end>", "▁ é 🦊", "\n", "</tool_call>"))]
+    lines += [json.dumps(chat("<_end>", "▁ é 🦊", "\n▁?", "</tool_call>"))]
     found = items(encoded(words, *lines, capacity=10**6))
     for line, tokens in zip(lines, found, strict=True):
         ids, mask = telechat_chat.encode(formats.parse_line(line).render(), tokenizer)
@@ -39,7 +40,7 @@ json_values = st.recursive(
 any_text = st.text(st.characters(), max_size=12)  # surrogates included
 turns = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from([*telechat_chat.ROLES, "robot"]), "content": any_text | json_values},
+        {"role": st.sampled_from([*ROLES, "robot"]), "content": any_text | json_values},
         optional={"weight": st.sampled_from([0, 1, 2]), "tool_calls": json_values},
     ),
     max_size=4,
@@ -101,6 +102,7 @@ def test_reasons_are_told_apart(words):
 
 
 DEEP = "[" * 100_000
+CALL = {"function": {"name": "f", "arguments": {}}}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_what_is_too_long_is_cut_at_the_last_turn_border_that_fits(words, sizes,
     for question, answer, with_tool in sizes:
         messages.append(user("1" * question))
         if with_tool:
-            messages += [bot("2"), {"role": "tool", "content": "3"}]
+            messages += [bot("2", tool_calls=[CALL]), {"role": "tool", "content": "3"}]
         messages.append(bot("4" * answer))
         borders.append(len(messages))
     fitting = [n for n in borders if length(words, messages[:n]) <= capacity]

@@ -115,7 +115,7 @@ def test_sharegpt_is_the_same_conversation_as_messages():
     with_system = [{"from": "system", "value": "s"}, *conversations]
     assert text_of(conversations=with_system, tools=tools) == expected
     assert trained_text(conversations=conversations).endswith("</tool_call><_end>a<_end>")
-    assert text_of(conversations=conversations, system="", tools="") == text_of(messages=messages[1:])
+    assert text_of(conversations=conversations, tools="") == text_of(messages=messages[1:])
 
 
 def test_alpaca_puts_the_input_below_the_instruction():
@@ -144,7 +144,10 @@ ERRORS = [
     ('{"text": "t"}', "has the keys text; expected a conversation"),
     ('{"conversations": [{"from": "gpt"}]}', "turn 1 of conversations lacks from or value"),
     ('{"conversations": [{"from": "me", "value": "q"}]}', "turn 1 of conversations is from 'me'; expected"),
-    ('{"conversations": [{"from": "gpt", "value": "a", "text": "b"}]}', "message 1 has 'text', which cannot"),
+    (
+        '{"conversations": [{"from": "gpt", "value": "a", "text": "b"}]}',
+        "message 1 has text, which the format does",
+    ),
     ('{"conversations": [{"from": "function_call", "value": "{"}]}', "a function call, but not JSON"),
     ('{"conversations": [], "tools": "{"}', "tools are not JSON"),
     ('{"conversations": [], "tools": 3}', "tools are a int; expected a list"),

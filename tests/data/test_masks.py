@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from research.telechat2.data import vocabulary
 from research.telechat2.data.encoding import TRAINED
+from research.telechat2.text.messages import is_blank
 
 CALL = {"function": {"name": "f", "arguments": {}}}
 WITH_TOOLS = {
     "messages": [
         {"role": "system", "content": "be kind"},
         user("q1"),
-        bot(None, tool_calls=[CALL]),
+        bot(None, tool_calls=[CALL, CALL]),
         {"role": "tool", "content": "r1"},
         {"role": "tool", "content": "r2"},
         bot("a1"),
@@ -24,7 +25,7 @@ WITH_TOOLS = {
     ],
     "tools": [{"type": "function", "function": {"name": "f"}}],
 }
-SPOKEN = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><_end>'
+SPOKEN = "\n".join(['<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'] * 2) + "<_end>"
 
 
 @pytest.fixture(scope="module", params=["with tool tags", "without"])
@@ -71,8 +72,11 @@ def test_results_of_tools_in_dialog_data_are_not_trained(small_vocab, shared_dat
         "q4<_bot>a4<_end>\n",
     ]
     # the same as where the results are messages of their own
-    messages = [user("q1"), bot("a1"), *[{"role": "tool", "content": "r1"}] * 2, bot("a2")]
-    (written,) = items(encoded(tagged, line("q1", "a1", f"{result}\n{result}", "a2"), train_on="everything"))
+    called = SPOKEN.removesuffix("<_end>")
+    messages = [user("q1"), bot(None, tool_calls=[CALL, CALL])]
+    messages += [*[{"role": "tool", "content": "r1"}] * 2, bot("a2")]
+    dialog = line("q1", called, f"{result}\n{result}", "a2")
+    (written,) = items(encoded(tagged, dialog, train_on="everything"))
     (role_tool,) = items(encoded(tagged, {"messages": messages}, train_on="everything"))
     assert written.tolist() == role_tool.tolist()
     # a vocabulary without the tags encodes the whole turn as one text
@@ -118,7 +122,7 @@ HOSTILE = ["<_end>", "<_bot>", "<tool_call>", "<_pad>", "▁", " ", "\n", "你"]
 contents = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     st.lists(st.sampled_from(HOSTILE), min_size=1).map("".join),
-)
+).filter(lambda text: not is_blank(text))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,7 +130,7 @@ contents = st.one_of(
 def test_trained_tokens_decode_to_exactly_the_weighted_answers(small_vocab, turns):
     words = _words(small_vocab)
     messages = [m for q, a, w in turns for m in (user(q), bot(a, **({} if w is None else {"weight": w})))]
-    wanted = [a.replace("▁", " ") + "<_end>" for _, a, weight in turns if weight != 0]
+    wanted = [a + "<_end>" for _, a, weight in turns if weight != 0]
     result = encoded(words, {"messages": messages}, capacity=100_000)
     if not wanted:
         assert result.counts["skipped"] == {"without an answer to train on": 1}

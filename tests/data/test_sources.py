@@ -71,8 +71,8 @@ def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
     found = [(source.path.name, source.weight) for source in find([mixture])]
     assert found == [("a.jsonl", 0.5), ("b.jsonl", 2.0), ("c.jsonl", 2.0)]
     for content, message in (
-        ("{", "mixture.json is no mixture: not JSON"),
-        ("[1]", "mixture.json is no mixture; expected"),
+        ("", "mixture.json is no mixture: not JSON"),
+        ("{}", "mixture.json is no mixture; expected"),
         ('{"a.jsonl": 0}', r"gives a.jsonl the weight 0; expected a number in \(0, 1000\]"),
         ('{"a.jsonl": 1, "deep": 2, "a.jsonl": 1}', "gives a.jsonl 2 weights; expected one: write their sum"),
         ('{"a.jsonl": "2"}', "gives a.jsonl the weight '2'"),

@@ -1,9 +1,10 @@
 """From each format's JSON object to messages, as ``telechat_chat.render`` takes them."""
 
-import json
 import re
 
 from research.telechat2 import telechat_chat
+from research.telechat2.text import exact_json
+from research.telechat2.text.messages import is_blank, joined
 
 _TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
 _CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
@@ -20,7 +21,7 @@ def from_messages(data: dict) -> tuple[list[dict], list[dict] | None]:
     tools = data.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
-    return [_with_joined_parts(message) for message in _list(data, "messages")], tools
+    return joined(_list(data, "messages")), tools
 
 
 def from_dialog(data: dict) -> tuple[list[dict], None]:
@@ -36,7 +37,7 @@ def from_dialog(data: dict) -> tuple[list[dict], None]:
 def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
     """ShareGPT's: (messages, tools); tools and function calls may be JSON in a string."""
     messages = []
-    if data.get("system"):
+    if data.get("system") is not None:
         messages.append({"role": "system", "content": _string(data, "system")})
     for number, turn in enumerate(_list(data, "conversations"), len(messages) + 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -62,7 +63,7 @@ def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
 def from_alpaca(data: dict) -> tuple[list[dict], None]:
     """Alpaca's: (messages, None). The input follows the instruction on a line of its own."""
     messages = []
-    if data.get("system"):
+    if data.get("system") is not None:
         messages.append({"role": "system", "content": _string(data, "system")})
     history = data.get("history") or []
     if not isinstance(history, list):
@@ -75,33 +76,36 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
     if data.get("input"):
         question = f"{question}\n{_string(data, 'input')}" if question else _string(data, "input")
     messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _string(data, "output")})
-    return messages, None
+    return messages + _answer(data), None
 
 
 def from_input(data: dict) -> list[dict]:
-    """The README's input and output, as messages."""
-    question, answer = _string(data, "input"), _string(data, "output")
+    """The README's input and output, as messages; of an older one, all in the input, its last answer too."""
+    question = _string(data, "input")
     if telechat_chat.SYSTEM in question:
         raise ValueError(
             f"input contains {telechat_chat.SYSTEM}, but this format has no system prompt; "
             f"write the conversation as messages, or as system and dialog"
         )
     messages = _turns(question)
-    messages.append({"role": "assistant", "content": answer})
+    if messages[-1]["role"] == "user":
+        return messages + _answer(data)
+    if data.get("output"):
+        raise ValueError("input ends with an answer; it must end with the question that output answers")
     return messages
 
 
 def non_empty(data: dict, key: str) -> str:
     """Return a string of pretraining data; ValueError when it is none, or empty."""
     text = _string(data, key)
-    if not text:
-        raise ValueError(f"{key} is empty; there is nothing to learn from it: remove the line")
+    if is_blank(text):
+        blank = "blank" if text else "empty"
+        raise ValueError(f"{key} is {blank}; there is nothing to learn from it: remove the line")
     return text
 
 
 def _turns(text: str) -> list[dict]:
-    """Split ``input`` at its markers into user and assistant turns, the last one the user's.
+    """Split ``input`` at its markers into user and assistant turns.
 
     A leading `<_start>`, a missing first `<_user>`, `<_end>` at the end of an earlier answer and a closing
     `<_bot>` are all ways people write the same; any other special text is text.
@@ -123,22 +127,11 @@ def _turns(text: str) -> list[dict]:
         if marker == telechat_chat.BOT:
             content = _CLOSING.sub("", content)
         messages.append({"role": "user" if marker == telechat_chat.USER else "assistant", "content": content})
-    if len(turns) % 2 == 0:
-        raise ValueError("input ends with an answer; it must end with the question that output answers")
     return messages
 
 
-def _with_joined_parts(message: object) -> object:
-    """A message whose content is OpenAI's list of text parts, with their text; any other as it is."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list) or not content:
-        return message
-    parts = [
-        part["text"]
-        for part in content
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    ]
-    return {**message, "content": "".join(parts)} if len(parts) == len(content) else message
+def _answer(data: dict) -> list[dict]:
+    return [{"role": "assistant", "content": _string(data, "output")}]
 
 
 def _calls(value: object, number: int) -> list:
@@ -150,7 +143,7 @@ def _calls(value: object, number: int) -> list:
 
 def _json(text: str, what: str) -> object:
     try:
-        return json.loads(text)
+        return exact_json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} not JSON ({error}); correct it") from error
 

@@ -16,15 +16,19 @@ from research.telechat2 import telechat_chat
 from research.telechat2.data import formats
 from research.telechat2.data.formats import Conversation, Text, UnusableLine
 from research.telechat2.data.sources import Batch
-from research.telechat2.data.vocabulary import MARKERS, Vocabulary
+from research.telechat2.data.vocabulary import Vocabulary
+from research.telechat2.text.literal import MARKERS
+from research.telechat2.text.messages import out_of_turn
 
 TRAINED = np.uint32(1 << 31)
 EXAMPLES = 10  # so many lines are named for each reason
 BLANK, UNWEIGHTED = "blank line", "left out by the weight of its file"
 SURROGATE = "not valid Unicode: half of a surrogate pair"
 _WEIGHT_STREAM = 1  # of random numbers, apart from those of the shuffle
-COUNTERS = ("totals", "formats", "prompt_formats", "skipped", "lengths")
+COUNTERS = ("totals", "formats", "prompt_formats", "skipped", "lengths", "unused_fields")
 TOO_LONG = "longer than a record of"
+NO_ANSWER = "without an answer to train on"
+_RESULT = telechat_chat.TOOL_TAGS[2]
 _MARKER = re.compile("|".join((*MARKERS, *telechat_chat.TOOL_TAGS)).encode())
 
 
@@ -36,6 +40,7 @@ class Settings(NamedTuple):
     too_long: str = "skip"
     bad_lines: str = "error"
     seed: int = 0
+    ignored: frozenset[str] = frozenset()  # fields that count as absent
 
 
 class Problem(NamedTuple):
@@ -46,6 +51,7 @@ class Problem(NamedTuple):
     line: int
     sentence: str
     fatal: bool
+    unit: str = "line"  # or item, of a JSON array
 
 
 class Encoded(NamedTuple):
@@ -75,6 +81,7 @@ class _Table:
         self.index: dict[int | bytes, int] = {}
         self.arrays: list[np.ndarray] = []  # ids of those that are encoded already
         self.with_marker: set[int] = set()  # texts in which special tokens are spelt out
+        self.changed: set[int] = set()  # texts that the vocabulary does not give back
 
     def encode(self) -> None:
         """Encode what has been added."""
@@ -82,7 +89,10 @@ class _Table:
         self.with_marker.update(
             self.index[key] for key in new if isinstance(key, bytes) and b"<" in key and _MARKER.search(key)
         )
-        encoded = iter(self.vocabulary.encode([key for key in new if isinstance(key, bytes)]))
+        texts = [key for key in new if isinstance(key, bytes)]
+        ids = self.vocabulary.encode(texts)
+        self.changed.update(self.index[texts[i]] for i in self.vocabulary.changed(texts, ids))
+        encoded = iter(ids)
         self.arrays += [next(encoded) if isinstance(key, bytes) else np.array([key], np.int32) for key in new]
 
     def length(self, runs: list[int]) -> int:
@@ -117,7 +127,7 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
             fatal = _is_fatal(error.reason, settings)
             # it may quote half of a surrogate pair, which no file can hold
             sentence = str(error).encode("utf-8", "backslashreplace").decode()
-            found.append(Problem(error.reason, str(batch.path), line, sentence, fatal))
+            found.append(Problem(error.reason, str(batch.path), line, sentence, fatal, batch.unit))
 
     table = _Table(vocabulary)
     items = []
@@ -125,6 +135,7 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
     for line, (content, times) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
         try:
             items.append(_parsed(content, line, times, table, settings))
+            counts["unused_fields"].update(items[-1].parsed.unused)
         except UnusableLine as error:
             note(error, line)
     table.encode()
@@ -141,6 +152,7 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
         counts["totals"]["truncated"] += fitting is not item
         _count(fitting, length, counts)
         counts["totals"]["with_special_text"] += not table.with_marker.isdisjoint(fitting.runs)
+        counts["totals"]["changed_text"] += not table.changed.isdisjoint(fitting.runs)
         runs += fitting.runs
         trained += fitting.trained
         lengths.append(-length if isinstance(item.parsed, Text) else length)
@@ -174,16 +186,18 @@ def _copies(batch: Batch, seed: int) -> list[int]:
 def _is_fatal(reason: str, settings: Settings) -> bool:
     if reason.startswith(TOO_LONG):
         return settings.too_long == "error"
-    return settings.bad_lines == "error" and reason not in (BLANK, UNWEIGHTED, SURROGATE)
+    return settings.bad_lines == "error" and reason not in (
+        BLANK, UNWEIGHTED, SURROGATE, formats.WEIGHT_0,
+    )  # fmt: skip
 
 
 def _parsed(content: bytes, line: int, copies: int, table: _Table, settings: Settings) -> _Item:
-    text = formats.decode_line(content, is_first=line == 1)
+    text = formats.decode_line(content)
     if not text.strip():
         raise UnusableLine(BLANK, "")
     if not copies:
         raise UnusableLine(UNWEIGHTED, "")
-    kind, parsed = formats.parse(text)
+    kind, parsed = formats.parse(text, settings.ignored)
     return _Item(kind, parsed, *_runs(parsed, table, settings.train_on), line, copies)
 
 
@@ -204,8 +218,7 @@ def _runs(parsed: Conversation | Text, table: _Table, train_on: str) -> tuple[li
         raise UnusableLine(SURROGATE, f"holds U+{code:04X}, half of a surrogate pair") from error
     if True not in trained[1:]:
         raise UnusableLine(
-            "without an answer to train on",
-            "the conversation has no answer to train on; add one or remove the line",
+            NO_ANSWER, "the conversation has no answer to train on; add one or remove the line"
         )
     return runs, trained
 
@@ -219,9 +232,10 @@ def _fitting(item: _Item, table: _Table, settings: Settings) -> tuple[_Item, int
     if settings.too_long != "truncate":
         raise UnusableLine(reason, f"has {length} tokens, a record holds {settings.capacity}")
     messages = _first_turns(item, table, settings.capacity)
-    if not messages:
+    if not telechat_chat.trained_answers(messages, settings.train_on):
         raise UnusableLine(
-            f"{reason} within its first turn", f"has {length} tokens and no turn border early enough"
+            f"{reason} within its first trained turn",
+            f"has {length} tokens and no turn border early enough that leaves an answer to train on",
         )
     parsed = item.parsed._replace(messages=messages)
     runs, trained = _runs(parsed, table, settings.train_on)
@@ -230,7 +244,10 @@ def _fitting(item: _Item, table: _Table, settings: Settings) -> tuple[_Item, int
 
 
 def _first_turns(item: _Item, table: _Table, capacity: int) -> list[dict]:
-    """As many whole turns of a conversation as fit; a turn begins with a question of the user."""
+    """As many whole turns of a conversation as fit; a turn begins with a question of the user.
+
+    So it ends neither between a tool call and its result, nor before anything is asked.
+    """
     user = table.index[table.vocabulary.special_id(telechat_chat.USER)]
     starts, at = [], 0  # of every <_user>, which the results of tools begin with as well
     for run in item.runs:
@@ -243,11 +260,18 @@ def _first_turns(item: _Item, table: _Table, capacity: int) -> list[dict]:
         for i, message in enumerate(messages)
         if message["role"] == "user" or (message["role"] == "tool" and messages[i - 1]["role"] != "tool")
     ]
-    cut = 0
+    cut, asked = 0, False
     for opening, start in zip(openings, starts, strict=True):
-        if start <= capacity and messages[opening]["role"] == "user":
+        if start <= capacity and asked and _is_question(messages[opening], item.parsed):
             cut = opening
-    return messages[:cut] if any(m["role"] in ("assistant", "bot") for m in messages[:cut]) else []
+        asked |= messages[opening]["role"] == "user"
+    return messages[:cut]
+
+
+def _is_question(message: dict, parsed: Conversation) -> bool:
+    """Whether a message is the user's own, and no result of a tool, which ``dialog`` data give as his."""
+    is_result = parsed.tool_tags_in_content and _RESULT in message["content"]
+    return message["role"] == "user" and not is_result
 
 
 def _count(item: _Item, length: int, counts: dict[str, Counter]) -> None:
@@ -258,4 +282,5 @@ def _count(item: _Item, length: int, counts: dict[str, Counter]) -> None:
     counts["formats"][item.kind] += 1
     if not is_text:
         counts["prompt_formats"][item.parsed.prompt_format] += 1
+        totals["out_of_turn"] += out_of_turn(item.parsed.messages) > 0
     counts["lengths"][str(1 << (length - 1).bit_length())] += 1

@@ -10,16 +10,17 @@ Told apart by their keys, in this order:
     text, or data                          a text to pretrain on, trained whole
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from research.telechat2 import telechat_chat
-from research.telechat2.data import conversions
+from research.telechat2.data import conversions, fields, sources
+from research.telechat2.text import exact_json
+from research.telechat2.text.messages import ANSWERS, check_question
 
-# Keys that carry text; one that a line's format has no use for is an error: its text would be lost.
+# The fields of each format; another one is metadata, or an error (see fields).
 _FORMATS = {
     "messages": {"messages", "tools"},
     "dialog": {"dialog", "system"},
@@ -30,10 +31,15 @@ _FORMATS = {
     "text": {"text"},
     "data": {"data"},
 }
-_TEXT_KEYS = set().union(*_FORMATS.values()) | {
-    *("prompt", "query", "question", "answer", "response", "functions"),
-}
 _EXPECTED = "input and output, or messages, or system and dialog"
+_JUDGED = frozenset(fields.JUDGEMENTS + fields.MASKS)
+# Fields of a test set that say what the answer should be; a question has no use for them.
+_OF_A_TEST = frozenset(
+    {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
+    | {*("label", "labels", "gold", "ideal", "response", "completion", "solution", "ground_truth")}
+)
+NOT_TRAINED = "marked as not to be learnt"
+WEIGHT_0 = "left out by its own weight of 0"
 
 
 class UnusableLine(ValueError):  # noqa: N818 (a line is at fault, not a programme)
@@ -51,15 +57,20 @@ class Conversation(NamedTuple):
     tools: list[dict] | None
     prompt_format: str
     tool_tags_in_content: bool = False
+    unused: tuple[str, ...] = ()  # fields of the line that are left out: metadata, or as asked for
 
     def render(
-        self, prompt_format: str | None = None, train_on: str = "answers"
+        self,
+        prompt_format: str | None = None,
+        train_on: str = "answers",
+        add_generation_prompt: bool = False,
     ) -> list[telechat_chat.Segment]:
         """Render with the conversation's own prompt format or the given one."""
         return telechat_chat.render(
             self.messages,
             self.tools,
             prompt_format=prompt_format or self.prompt_format,
+            add_generation_prompt=add_generation_prompt,
             tool_tags_in_content=self.tool_tags_in_content,
             train_on=train_on,
         )
@@ -70,6 +81,7 @@ class Text(NamedTuple):
 
     content: str
     prompt_format: str = "plain"  # which begins with <_start> as well
+    unused: tuple[str, ...] = ()
 
     def render(self, prompt_format: str = "plain", train_on: str = "answers") -> list[telechat_chat.Segment]:
         """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
@@ -81,57 +93,134 @@ class Text(NamedTuple):
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of every line, blank ones too; ValueError where it is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with naming(path, number):
-                text = decode_line(line, number == 1)
-            yield number, text
+    """Yield (line number from 1, text) of every line of a data file, blank ones too.
+
+    The file may be packed, or one JSON array, whose items count as lines. ValueError where it is not UTF-8.
+    """
+    for unit, number, line in sources.read_file(path):
+        with naming(path, number, unit):
+            text = decode_line(line)
+        yield number, text
 
 
-def decode_line(line: bytes, is_first: bool) -> str:
-    """Decode a line of a file, whose first one may begin with a byte order mark."""
+def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of a text file, packed or not; ValueError where it is not UTF-8."""
+    for unit, number, line in sources.read_file(path, is_data=False):
+        with naming(path, number, unit):
+            text = decode_line(line)
+        yield number, text
+
+
+def decode_line(line: bytes) -> str:
+    """Decode a line of a file; a byte order mark before it, as files that are joined have, is taken off."""
     try:
-        return line.decode("utf-8-sig" if is_first else "utf-8")
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise UnusableLine(
-            "not UTF-8", f"not UTF-8 at byte {error.start}; convert the file to UTF-8"
+            "not UTF-8",
+            f"not UTF-8{', but UTF-16,' if utf16 else ''} at byte {error.start}; convert the file to UTF-8",
         ) from error
 
 
 @contextmanager
-def naming(path: str | Path, number: int) -> Iterator[None]:
+def naming(path: str | Path, number: int, unit: str = "line") -> Iterator[None]:
     """Put file and line number before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
+        raise ValueError(f"{path}, {unit} {number}: {error}") from error
 
 
-def parse_line(line: str) -> Conversation:
+def parse_line(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     """Parse one jsonl line that holds a conversation. ValueError when it does not."""
-    kind, parsed = parse(line)
+    return _conversation(*parse(line, ignored))
+
+
+def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
+    """Parse a line of a test set: a conversation without its last answer, which may be empty or missing.
+
+    Fields that say what the answer should be are left out. ValueError when it is no conversation.
+    """
+    data = _read(line)
+    if not isinstance(data, dict):
+        return _conversation(*_parsed(data, ignored))
+    is_used = _OF_A_TEST & set().union(*_FORMATS.values())
+    data = fields.without(data, _OF_A_TEST - is_used)
+    if data.keys() & {"input", "instruction"}:
+        data["output"] = data.get("output") or ""
+    asked = _conversation(*_parsed(data, ignored))
+    messages = asked.messages
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") in ANSWERS:
+        asked = asked._replace(messages=messages[:-1])
+    asked.render(add_generation_prompt=True)  # checks the messages
+    check_question(asked.messages)
+    return asked
+
+
+def _conversation(kind: str, parsed: Conversation | Text) -> Conversation:
     if isinstance(parsed, Text):
         raise ValueError(f"has the keys {kind}; expected a conversation: {_EXPECTED}")
     return parsed
 
 
-def parse(line: str) -> tuple[str, Conversation | Text]:
+def parse(line: str, ignored: Set[str] = frozenset()) -> tuple[str, Conversation | Text]:
     """Parse one jsonl line; return the name of its format and what it holds.
 
-    Raises UnusableLine when it is not JSON, of no known format, or not what its format asks for.
+    ``ignored``: fields of the line and of its messages that count as absent. Raises UnusableLine when it is
+    not JSON, of no known format, not what its format asks for, or has fields whose text would be lost.
     """
+    return _parsed(_read(line), ignored)
+
+
+def _read(line: str) -> object:
     try:
-        data = json.loads(line)
+        return exact_json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UnusableLine(
             "not JSON", f"not JSON ({error}); each line must be one complete JSON object"
         ) from error
+
+
+def _parsed(data: object, ignored: Set[str]) -> tuple[str, Conversation | Text]:
+    unused: list[str] = []
+    if ignored and isinstance(data, dict):
+        unused = [name for name in data if name in ignored and fields.says_something(data[name])]
+        try:
+            fields.judgement(data, ignored)
+        except ValueError as error:
+            raise UnusableLine(NOT_TRAINED, error) from error
+        data = fields.without(data, ignored)
     kind = _kind(data)
+    _check_marks(data)
     try:
-        return _NAMES.get(kind, kind), _CONVERSIONS[kind](data)
+        unused += fields.check_unused(data, _FORMATS[kind] | _JUDGED, beside=f" beside {kind}")
+        parsed = _CONVERSIONS[kind](data)
+        if isinstance(parsed, Conversation):
+            messages = [
+                fields.clean_message(message, number, ignored, unused)
+                for number, message in enumerate(parsed.messages, 1)
+            ]
+            parsed = parsed._replace(messages=messages)
+    except fields.LostText as error:
+        raise UnusableLine(f"with a field that is not used: {', '.join(error.names)}", error) from error
     except (ValueError, RecursionError) as error:
         raise unusable(error) from error
+    return _NAMES.get(kind, kind), parsed._replace(unused=tuple(unused)) if unused else parsed
+
+
+def _check_marks(data: dict) -> None:
+    """Refuse a line that is marked as not to be trained, or with what is no mark."""
+    if data.keys().isdisjoint(_JUDGED):
+        return
+    try:
+        fields.judgement(data, frozenset())
+        weight = fields.weight_of(data)
+    except ValueError as error:
+        raise UnusableLine(NOT_TRAINED, error) from error
+    if weight == 0:
+        raise UnusableLine(WEIGHT_0, "has the weight 0")
 
 
 def unusable(error: ValueError | RecursionError) -> UnusableLine:
@@ -149,14 +238,12 @@ def _kind(data: object) -> str:
         )
     kind = next((key for key in _FORMATS if key in data), None)
     if kind is None:
+        try:
+            fields.check_preference(data)
+        except ValueError as error:
+            raise UnusableLine(reason, error) from error
         raise UnusableLine(
             reason, f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text"
-        )
-    unused = [key for key in data if key in _TEXT_KEYS - _FORMATS[kind] and data[key]]
-    if unused:
-        raise UnusableLine(
-            reason,
-            f"has {', '.join(unused)} beside {kind}, and their text would be lost; use one format per line",
         )
     return kind
 

@@ -20,6 +20,11 @@ class Options(NamedTuple):
     too_long: str = "skip"
     bad_lines: str = "error"
     records_per_file: int | None = None  # None: one file, but numbered ones above FILE_BYTES
+    ignore_fields: str = ""  # names of fields that count as absent, with commas between them
+
+    def ignored(self) -> frozenset[str]:
+        """The fields that count as absent."""
+        return ignored_fields(self.ignore_fields)
 
     def check(self) -> None:
         """ValueError for a value that is none of those allowed."""
@@ -31,6 +36,11 @@ class Options(NamedTuple):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+
+
+def ignored_fields(names: str | None) -> frozenset[str]:
+    """The fields that ``--ignore_fields a,b`` names."""
+    return frozenset(name.strip() for name in (names or "").split(",") if name.strip())
 
 
 class Job(NamedTuple):

@@ -68,10 +68,13 @@ def check_totals(totals: Totals, found: list[Source], complete: bool) -> None:
 
 def _describe(fatal: list[Problem], count: int, lines: int, complete: bool) -> str:
     first, *rest = _in_order(fatal)
-    sentence = f"{first.path}, line {first.line}: {first.sentence}"
+    sentence = f"{first.path}, {first.unit} {first.line}: {first.sentence}"
     if count == 1:
         return f"{sentence}. Nothing was written"
-    others = ", ".join(map(_where, rest[:_NAMED_LINES]))
+    others = ", ".join(
+        _where(problem) + (f" ({problem.reason})" if problem.reason != first.reason else "")
+        for problem in rest[:_NAMED_LINES]
+    )
     named = min(len(rest), _NAMED_LINES) + 1
     more = f" and {count - named} more" if count > named else ""
     of = f"{count} of {'' if complete else 'the first '}{lines} lines cannot be used"
@@ -120,6 +123,9 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
             "by_prompt_format": dict(sorted(formats.items())),
             "copies_by_weight": numbers["copies"],
             "truncated": numbers["truncated"],
+            "out_of_turn": numbers["out_of_turn"],
+            "changed_text": numbers["changed_text"],
+            "unused_fields": _unused_fields(job, totals),
             "with_special_text": numbers["with_special_text"],
             "records": records,
             "tokens": numbers["tokens"],
@@ -129,6 +135,12 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
         },
         "lengths": {key: counts["lengths"][key] for key in sorted(counts["lengths"], key=int)},
     }
+
+
+def _unused_fields(job: Job, totals: Totals) -> dict[str, int]:
+    """In how many lines each field was left out: metadata, and what ``ignore_fields`` names."""
+    found = totals.counts["unused_fields"]
+    return {name: found[name] for name in sorted({*found, *job.options.ignored()})}
 
 
 def _examples(totals: Totals) -> dict[str, list[str]]:

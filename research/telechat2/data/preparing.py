@@ -152,6 +152,7 @@ def _encode(
             job.options.too_long,
             job.options.bad_lines,
             job.options.seed,
+            job.options.ignored(),
         )
         workers = _workers(workers, engine, job.found)
         with closing(engines.encode_all(batches, job.words, settings, workers, engine)) as encoded:

@@ -19,6 +19,13 @@ def summary(result: dict) -> str:
         lines.append(f"  {counts['copies_by_weight']:,} further copies, by the weights of the files")
     if counts["truncated"]:
         lines.append(f"  {counts['truncated']:,} cut at a turn border to fit a record")
+    if counts["unused_fields"]:
+        fields = ", ".join(f"{count:,} {name}" for name, count in counts["unused_fields"].items())
+        lines.append(f"  fields that are not used (metadata, or named in --ignore_fields): {fields}")
+    if counts["out_of_turn"]:
+        lines.append(f"  {counts['out_of_turn']:,} conversations whose turns do not alternate")
+    if counts["changed_text"]:
+        lines.append(f"  {counts['changed_text']:,} hold text that the vocabulary changes for good")
     if len(counts["by_prompt_format"]) > 1:
         both = " and ".join(f"{count:,} {name}" for name, count in counts["by_prompt_format"].items())
         lines.append(f"  mixed prompt formats: {both}; recorded as {result['prompt_format']}")

@@ -1,4 +1,4 @@
-"""Where data come from: files, folders, patterns and mixtures of jsonl, read in numbered batches of lines.
+"""Where data come from: files, folders, patterns and mixtures, read in numbered batches of lines or items.
 
 The batches depend on the files alone, not on who works on them: that is what makes the result the same for
 any number of workers, and a run that was stopped able to go on.
@@ -10,6 +10,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+from research.telechat2.data import json_values
+
+DATA_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$", re.IGNORECASE)  # of a directory
+_MIXTURE_BYTES = 1 << 20  # a mixture is smaller
+_ZSTANDARD = (
+    "needs zstandard, which is not installed; install it with: pip install zstandard, or unpack the file "
+    "with: unzstd {}"
+)
+_LINE_KEYS = frozenset(
+    {*("messages", "dialog", "conversations", "instruction", "output", "text", "data"), "input"}
+)
 BATCH_BYTES = 1 << 20
 LINE_BYTES = 64 << 20  # a longer line is no jsonl, but a file without line breaks
 # How much longer than the file its text may be; it only decides how many buckets are made.
@@ -32,17 +44,18 @@ class Source(NamedTuple):
 
     def text_bytes(self) -> int:
         """About how many bytes of text the file holds."""
-        return self.path.stat().st_size * _EXPANSION.get(self.path.suffix, 1)
+        return self.path.stat().st_size * _EXPANSION.get(self.path.suffix.lower(), 1)
 
 
 class Batch(NamedTuple):
-    """Lines that follow each other in a file."""
+    """Lines that follow each other in a file, or items of its JSON array."""
 
     number: int  # from 0, over all files
     path: Path
     weight: float
     first_line: int  # from 1
     lines: list[bytes]
+    unit: str = "line"  # or item
 
 
 class FileState(NamedTuple):
@@ -57,18 +70,26 @@ class FileState(NamedTuple):
 def input_files(path: str | Path) -> list[Path]:
     """Return the files of a path: itself, those of a folder, or those that a pattern fits; sorted.
 
+    Of a folder the data files (``DATA_FILE``) are taken; what else is there is named on standard error.
     Folders in a folder are not entered; a pattern with ``**`` does that.
 
     ValueError if there is none.
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
-        files = [file for file in found if not file.is_dir()]
+        there = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        files = [file for file in there if DATA_FILE.search(file.name) and not _is_single_object(file)]
+        others = [file.name for file in there if file not in files]
         if not files:
             raise ValueError(
-                f"{path} holds no .jsonl file (nor .jsonl.gz or .jsonl.zst) itself; give a jsonl file, a "
-                f"directory of such, or, for directories in it, a pattern in quotes: '{path}/**/*.jsonl'"
+                f"{path} holds no .jsonl file (nor .ndjson or .json, packed as .gz or .zst or not) itself"
+                f"{', only ' + _listed(others) if others else ''}; give a jsonl file, a directory of such, "
+                f"or, for directories in it, a pattern in quotes: '{path}/**/*.jsonl'"
+            )
+        if others:
+            print(
+                f"{path}: not read: {_listed(others)} (no data: .jsonl, .ndjson, .json and those packed are)",
+                file=sys.stderr,
             )
         return files
     if path.is_file():
@@ -82,14 +103,14 @@ def input_files(path: str | Path) -> list[Path]:
 
 
 def find(paths: list[str | Path]) -> list[Source]:
-    """Return all files of ``paths``, of which a ``.json`` is a mixture: paths and their weights.
+    """Return all files of ``paths``; a ``.json`` of one object is a mixture: paths and their weights.
 
     ValueError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
     is needed and not installed.
     """
     sources = []
     for path in map(Path, paths):
-        if path.suffix == ".json" and path.is_file():
+        if _is_single_object(path):
             sources += _mixture(path)
         else:
             sources += [Source(file) for file in input_files(path)]
@@ -101,30 +122,54 @@ def find(paths: list[str | Path]) -> list[Source]:
                 f'give a mixture file: {{"{source.path}": 2}}'
             )
         seen.add(real)
-    packed = next((source.path for source in sources if source.path.suffix == ".zst"), None)
+    packed = next((source.path for source in sources if source.path.suffix.lower() == ".zst"), None)
     if packed and find_spec("zstandard") is None:
-        raise ValueError(
-            f"{packed} needs zstandard, which is not installed; install it with: pip install zstandard, "
-            f"or unpack the file with: unzstd {packed}"
-        )
+        raise ValueError(f"{packed} {_ZSTANDARD.format(packed)}")
     return sources
+
+
+_JSON_FILES = (
+    "a .json file is a mixture (an object of paths and weights), an array of conversations, or has one on "
+    "each line"
+)
+
+
+def _is_single_object(path: Path) -> bool:
+    """Whether a ``.json`` file is one object and no conversation: a mixture, a manifest, a config."""
+    if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _MIXTURE_BYTES:
+        return False
+    text = path.read_bytes().decode("utf-8-sig", "replace")
+    if not text.strip():
+        return True
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys().isdisjoint(_LINE_KEYS)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _mixture(path: Path) -> list[Source]:
     try:
         # pairs, as a dict would keep the last weight of a path and lose the others
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
     except ValueError as error:
-        raise ValueError(f"{path} is no mixture: not JSON ({error}); data end in .jsonl") from error
+        raise ValueError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
     if not isinstance(content, tuple) or not content:
-        raise ValueError(f'{path} is no mixture; expected {{"path": weight, …}}; data end in .jsonl')
+        raise ValueError(f'{path} is no mixture; expected {{"path": weight, …}}; {_JSON_FILES}')
     for name, times in Counter(name for name, _ in content).items():
         if times > 1:
             raise ValueError(f"{path} gives {name} {times} weights; expected one: write their sum")
     sources = []
     for name, weight in content:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-            raise ValueError(f"{path} gives {name} the weight {weight!r}; expected a number in (0, 1000]")
+            raise ValueError(
+                f"{path} gives {name} the weight {weight!r}; expected a number in (0, 1000]; {_JSON_FILES}"
+            )
         try:
             files = input_files(path.parent / name)
         except ValueError as error:
@@ -147,11 +192,11 @@ def read_batches(
             raw = _Counting(file)
             told = 0
             first_line = 1
-            for lines in _grouped(source.path, raw):
+            for unit, lines in _grouped(source.path, raw):
                 advance(raw.position - told)
                 told = raw.position
                 if number >= skip:
-                    yield Batch(number, source.path, source.weight, first_line, lines)
+                    yield Batch(number, source.path, source.weight, first_line, lines, unit)
                 number += 1
                 first_line += len(lines)
             while raw.read(BATCH_BYTES):
@@ -160,37 +205,69 @@ def read_batches(
         yield FileState(str(source.path), raw.position, raw.sha256.hexdigest(), source.weight)
 
 
-def open_packed(path: Path, raw: io.RawIOBase) -> BinaryIO:
-    """Return the text's bytes of a file that may be packed, by its suffix."""
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=io.BufferedReader(raw)), BATCH_BYTES)
-    return io.BufferedReader(_Zstandard(raw) if path.suffix == ".zst" else raw, BATCH_BYTES)
+def read_file(path: str | Path, is_data: bool = True) -> Iterator[tuple[str, int, bytes]]:
+    """Yield (unit, number from 1, bytes) of every line of a file, or of every item of its JSON array.
+
+    ``is_data``: False for a text, whose lines are lines whatever it begins with. ValueError as in
+    ``read_batches``.
+    """
+    number = 0
+    with open(path, "rb", buffering=0) as raw:
+        for unit, lines in _grouped(Path(path), raw, is_data):
+            for line in lines:
+                number += 1
+                yield unit, number, line
 
 
-def _grouped(path: Path, raw: io.RawIOBase) -> Iterator[list[bytes]]:
-    """The lines of a file, some BATCH_BYTES at a time."""
-    file = open_packed(path, raw)
+def _open_packed(path: Path, raw: io.RawIOBase) -> BinaryIO:
+    """Return the text's bytes of a file that is packed by its name or its first bytes, or is not."""
+    file = io.BufferedReader(raw, BATCH_BYTES)
+    start, suffix = file.peek(4)[:4], path.suffix.lower()
+    if suffix == ".gz" or start[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), BATCH_BYTES)
+    if suffix != ".zst" and start != b"\x28\xb5\x2f\xfd":
+        return file
+    if find_spec("zstandard") is None:
+        raise ValueError(f"{path} is packed; {_ZSTANDARD.format(path)}")
+    return io.BufferedReader(_Zstandard(file), BATCH_BYTES)
+
+
+def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tuple[str, list[bytes]]]:
+    """What the numbers of a file count, and its lines or items, some BATCH_BYTES at a time."""
     number, size, lines = 0, 0, []
+    unit = "line"
     try:
-        while line := file.readline(LINE_BYTES + 1):
+        file = _open_packed(path, raw)
+        if is_data and json_values.is_one_value(path, file.peek(1 << 16)):
+            unit, found = "item", json_values.items(path, file, LINE_BYTES)
+        else:
+            found = _lines(path, file)
+        for line in found:
             number += 1
-            if len(line) > LINE_BYTES:
-                raise ValueError(
-                    f"{path}, line {number} is longer than {LINE_BYTES >> 20} MB; "
-                    f"jsonl has one conversation or text on a line: split it"
-                )
             lines.append(line)
             size += len(line)
             if size >= BATCH_BYTES:
-                yield lines
+                yield unit, lines
                 size, lines = 0, []
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{path} is broken after line {number} ({error}); it was cut short or damaged: fetch or pack it "
-            f"again"
+            f"{path} is broken after {unit} {number} ({error}); it was cut short or damaged: fetch or pack "
+            f"it again"
         ) from error
     if lines:
-        yield lines
+        yield unit, lines
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise ValueError(
+                f"{path}, line {number} is longer than {LINE_BYTES >> 20} MB; "
+                f"jsonl has one conversation or text on a line: split it"
+            )
+        yield line
 
 
 class _Counting(io.RawIOBase):

@@ -13,12 +13,11 @@ import numpy as np
 import sentencepiece
 
 from research.telechat2 import telechat_chat
+from research.telechat2.text.literal import MARKERS, LiteralText, marker_id
 
 PAD = "<_pad>"
-MARKERS = (
-    *(telechat_chat.START, telechat_chat.END, telechat_chat.USER, telechat_chat.BOT, telechat_chat.SYSTEM),
-    PAD,
-)
+# Text of kinds that vocabularies which normalise it (NFKC, single blanks) or know few characters change.
+_PROBE = "Ａ，ﬁ①  \u3000½e\u0301 \t龘\U0001f4a9 "
 
 
 class Span(NamedTuple):
@@ -36,6 +35,8 @@ class Vocabulary:
         self.proto = proto
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._special: dict[str, int | None] = {}
+        self._literal = LiteralText(self.model)
+        self._is_exact = self.model.decode(self.model.encode(_PROBE)) == _PROBE
         for marker in MARKERS:
             if self.special_id(marker) is None:
                 controls = [self.model.id_to_piece(i) for i in range(self.size) if self.model.is_control(i)]
@@ -60,16 +61,15 @@ class Vocabulary:
         return sorted(self.special_id(marker) for marker in (telechat_chat.START, telechat_chat.SYSTEM))
 
     def special_id(self, token: str) -> int | None:
-        """Return the id of a control symbol, None when the vocabulary has no such one."""
+        """Return the id of a special token (see ``literal``), None when the vocabulary has no such one."""
         if token not in self._special:
-            index = self.model.piece_to_id(token)
-            self._special[token] = index if self.model.is_control(index) else None
+            self._special[token] = marker_id(self.model, token)
         return self._special[token]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of one text; see ``encode``. ValueError when it is not valid Unicode."""
         try:
-            return self.model.encode(text.encode())
+            return self._literal.encode(text.encode())
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the text is not valid Unicode: half of a surrogate pair "
@@ -78,13 +78,27 @@ class Vocabulary:
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         """Return the ids, int32, of texts in UTF-8, each encoded literally: ``<_end>`` in it is text."""
-        return self.model.encode_as_numpy(texts, num_threads=1)
+        found = self.model.encode_as_numpy(texts, num_threads=1)
+        for i, text in enumerate(texts):
+            if self._literal.needs_care(text):
+                found[i] = np.array(self._literal.encode(text), np.int32)
+        return found
+
+    def changed(self, texts: list[bytes], ids: list[np.ndarray]) -> list[int]:
+        """Which of the texts ``ids`` do not give back; none where the vocabulary changes no text."""
+        if self._is_exact:
+            return []
+        pairs = enumerate(zip(texts, ids, strict=True))
+        return [i for i, (text, found) in pairs if self.model.decode(found.tolist()).encode() != text]
+
+    def _is_special(self, index: int) -> bool:
+        return self.model.is_control(index) or index in self._literal.ordinary
 
     def spans(self, ids: Sequence[int], mask: Sequence[int]) -> list[Span]:
         """Return ids as text: each special token, and each run of others that are trained or not alike."""
         marked = [(index, bool(trained)) for index, trained in zip(ids, mask, strict=True)]
         found = []
-        for (special, trained), run in groupby(marked, key=lambda m: (self.model.is_control(m[0]), m[1])):
+        for (special, trained), run in groupby(marked, key=lambda m: (self._is_special(m[0]), m[1])):
             run_ids = [index for index, _ in run]
             texts = map(self.model.id_to_piece, run_ids) if special else [self.model.decode(run_ids)]
             found += [Span(text, trained, special) for text in texts]

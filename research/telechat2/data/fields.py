@@ -1,0 +1,188 @@
+"""Fields of a line that its format does not use: metadata pass and are counted, lost text is an error."""
+
+from collections.abc import Set
+
+from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, is_blank
+
+# Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
+METADATA = (
+    *("id", "ids", "idx", "index", "uid", "uuid", "guid", "key", "number", "no", "rank", "source"),
+    *("sources", "dataset", "data_source", "origin", "subset", "split", "dump", "file", "file_name"),
+    *("filename", "file_path", "filepath", "path", "url", "urls", "uri", "link", "domain"),
+    *("domains", "site", "model", "models", "model_name", "generator", "engine", "provider"),
+    *("annotator", "annotators", "worker", "author", "authors", "creator", "user_name", "username"),
+    *("uploader", "answer_from", "human_verified", "lang", "language", "languages", "locale"),
+    *("lang_code", "language_score", "encoding", "charset", "category", "categories", "subcategory"),
+    *("kind", "type", "task_type", "task_name", "data_type", "topic", "topics", "tag", "tags"),
+    *("subject", "level", "difficulty", "grade", "skill", "ability", "score", "scores", "rating"),
+    *("ratings", "quality", "reward", "votes", "upvotes", "likes", "perplexity", "date", "time"),
+    *("datetime", "timestamp", "created", "created_at", "create_time", "created_time", "added"),
+    *("updated", "updated_at", "update_time", "modified", "year", "crawl_date", "version"),
+    *("revision", "seed", "license", "licence", "licenses", "copyright", "rights", "meta"),
+    *("metadata", "meta_data", "attributes", "hash", "md5", "sha1", "sha256", "checksum", "minhash"),
+    *("red_pajama_subset", "unique_key", "status", "length", "len", "size", "chars", "tokens"),
+    *("token_count", "num_tokens", "n_tokens", "word_count", "usage", "turns", "num_turns", "turn"),
+    *("round", "rounds", "multiturn", "finish_reason", "logprobs", "review_result", "synthetic"),
+    *("lang_detect", "parallel_tool_calls", "tool_choice"),
+)
+# What data sets call the mark of an answer that is not to be trained; 1 is as without.
+MASKS = ("weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
+JUDGEMENTS = ("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted")
+
+_PREFERENCE = "preference data (DPO), of which this training knows no loss: keep the good answers alone"
+_MEDIA = "a text model neither sees nor hears it"
+_THOUGHT = "no prompt format here has a place for it: write it into the answer, or leave it out"
+_CALL = "the old form of a call: write it as tool_calls"
+_REASONS = {
+    **dict.fromkeys(("chosen", "rejected", "chosenresponse", "rejectedresponse"), _PREFERENCE),
+    **dict.fromkeys(("responsechosen", "responserejected", "rejectedmessages", "margin"), _PREFERENCE),
+    **dict.fromkeys(("completions", "responses", "preference"), _PREFERENCE),
+    **{
+        f"{name}{what}": _MEDIA
+        for name in ("image", "audio", "video", "img", "picture")
+        for what in ("", "s", "path", "paths", "url", "urls", "file", "files")
+    },
+    **dict.fromkeys(("pixelvalues", "media", "speech", "wav", "bbox", "bboxes", "objects"), _MEDIA),
+    **dict.fromkeys(("reasoning", "reasoningcontent", "thought", "thoughts", "thinking", "cot"), _THOUGHT),
+    **dict.fromkeys(("chainofthought", "rationale", "think"), _THOUGHT),
+    "functioncall": _CALL,
+    "functions": "the old form of tools: write them as tools",
+    "target": "an answer is called output",
+    "response": "an answer is called output",
+}
+
+
+class LostText(ValueError):  # noqa: N818 (a line is at fault, not a programme)
+    """Fields whose text would be lost; ``names`` are theirs."""
+
+    def __init__(self, message: str, names: list[str]):
+        super().__init__(message)
+        self.names = names
+
+
+def _same(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+_METADATA = frozenset(map(_same, METADATA))
+
+
+def without(data: dict, ignored: Set[str]) -> dict:
+    """``data`` without the fields that are to be ignored."""
+    return {name: value for name, value in data.items() if name not in ignored}
+
+
+def check_unused(
+    data: dict, used: Set[str], where: str = "", beside: str = "", strict: bool = False
+) -> list[str]:
+    """Return the names of the fields beside ``used`` that may go: those of metadata, and of no text.
+
+    ``where`` and ``beside`` go into messages, before and behind the names.
+    ``strict``: of other names a number must not go either (in a message it may say what is trained).
+
+    Raises:
+        LostText: fields whose text would be lost; each is named, with the reason where it is known.
+    """
+    if data.keys() <= used:
+        return []
+    left = [name for name, value in data.items() if name not in used and says_something(value)]
+    lost = [name for name in left if _is_lost(name, data[name], strict)]
+    if lost:
+        reasons = dict.fromkeys(
+            f"{name}: {_REASONS[_same(name)]}" for name in lost if _same(name) in _REASONS
+        )
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        raise LostText(
+            f"{where}has {', '.join(lost)}{beside}, which the format does not use and whose meaning would be "
+            f"lost{why}; rename or remove {'it' if len(lost) == 1 else 'them'}, or leave out knowingly: "
+            f"--ignore_fields {','.join(lost)}",
+            lost,
+        )
+    return left
+
+
+def check_preference(data: dict) -> None:
+    """ValueError for a line of preference data, whose other keys are often of no format."""
+    found = [name for name in data if _REASONS.get(_same(name)) == _PREFERENCE]
+    if found:
+        raise ValueError(f"has {' and '.join(found)}: {_PREFERENCE}, as instruction and output")
+
+
+def says_something(value: object) -> bool:
+    """Whether a field says more than its absence does; NaN is how pandas writes an absent one."""
+    return value not in NOTHING and value == value and not (isinstance(value, str) and is_blank(value))
+
+
+def _is_lost(name: str, value: object, strict: bool) -> bool:
+    same = _same(name)
+    if same in _REASONS:
+        return True
+    if same in _METADATA or (name.lower().endswith("_id") or name.endswith("Id")):
+        return False
+    return strict or _has_text(value)
+
+
+def _has_text(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_text, value.values()))
+    return isinstance(value, (str, list)) and bool(value)
+
+
+def judgement(data: dict, ignored: Set[str]) -> None:
+    """Refuse a line that says of itself that it is not to be learnt (KTO's ``label: false``).
+
+    Raises:
+        ValueError: it does, or says something else than true and false. ``ignored`` does not help against
+            ``false`` itself.
+    """
+    for name in JUDGEMENTS:
+        value = data.get(name)
+        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+            raise ValueError(
+                f"has {name} {value!r}: it is an answer that is not to be learnt (KTO); remove the line, or "
+                f"leave such lines out with --bad_lines skip"
+            )
+        is_text = isinstance(value, str) and value.strip().lower() != "true"
+        if name in data and name not in ignored and (is_text or value not in (None, True)):
+            raise ValueError(
+                f"has {name} {value!r}; expected true, or false for what is not to be learnt; if it says "
+                f"something else, leave it out knowingly: --ignore_fields {name}"
+            )
+
+
+def weight_of(data: dict, where: str = "") -> int | None:
+    """The mark of what is not to be trained (0) or is (1), under any of its names; None without one.
+
+    Raises:
+        ValueError: a value that is neither, or two that differ.
+    """
+    found = {name: data[name] for name in MASKS if data.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, (str, list, dict)) or value not in (0, 1):
+            raise ValueError(f"{where}has {name} {value!r}; expected 0 (not trained) or 1")
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{name} {value!r}" for name, value in found.items())
+        raise ValueError(f"{where}has {said}, which contradict each other; keep one")
+    return int(next(iter(found.values()))) if found else None
+
+
+_PLAIN_KEYS = frozenset({"role", "content"})
+
+
+def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> object:
+    """A message with what the renderer knows; the names of what may go are added to ``unused``.
+
+    Raises:
+        ValueError: a field whose text would be lost, or a mark that is none.
+    """
+    if not isinstance(message, dict) or message.keys() == _PLAIN_KEYS:
+        return message
+    where = f"message {number} "
+    if ignored and not ignored.isdisjoint(message):
+        unused += [name for name in message if name in ignored and says_something(message[name])]
+        message = without(message, ignored)
+    unused += check_unused(message, KNOWN_KEYS.union(MASKS), where, strict=True)
+    known = {name: message[name] for name in message if name in KNOWN_KEYS}
+    known.pop("weight", None)
+    weight = weight_of(message, where)
+    return known if weight is None else {**known, "weight": weight}

@@ -1,0 +1,1 @@
+"""Conversations and their text: what needs neither MindSpore nor MindFormers."""

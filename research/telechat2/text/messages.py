@@ -1,0 +1,183 @@
+"""What messages may be, their roles, contents and order: the renderer checks each conversation by this."""
+
+from collections.abc import Iterable
+
+ROLES = ("system", "user", "assistant", "bot", "tool")
+ANSWERS = ("assistant", "bot")
+# Keys of a message that name or link things the template does not print.
+SILENT_KEYS = frozenset({"name", "tool_call_id", "id", "type"})
+KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "weight"}) | SILENT_KEYS
+NOTHING = (None, "", [], {})  # values of a key that say no more than its absence
+_TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
+# Whatever prints nothing: white space of every script, and characters of no width.
+_BLANK = "".join(map(chr, (*range(0x21), *range(0x7F, 0xA1), 0xAD, 0x034F, 0x061C, 0x1680, 0x180E)))
+_BLANK += "".join(map(chr, (*range(0x2000, 0x2010), *range(0x2028, 0x2030), *range(0x205F, 0x2070))))
+_BLANK += "\u115f\u1160\u2800\u3000\u3164\ufeff\uffa0"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing in ``text`` can be seen: it is empty, white space, or of no width."""
+    return not text.strip(_BLANK)
+
+
+def joined(messages: Iterable) -> list:
+    """Messages whose contents are lists of OpenAI's text parts, with their texts joined; others as they are.
+
+    Raises:
+        ValueError: a part is no text; message and part are named.
+    """
+    return [
+        message
+        if not isinstance(message, dict) or not isinstance(message.get("content"), list)
+        else {**message, "content": _text_of_parts(message["content"], number)}
+        for number, message in enumerate(messages, 1)
+    ]
+
+
+def _text_of_parts(parts: list, number: int) -> str:
+    texts = []
+    for i, part in enumerate(parts, 1):
+        is_text = isinstance(part, dict) and part.get("type") in _TEXT_PARTS
+        if not is_text or not isinstance(part.get("text"), str):
+            found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
+            raise ValueError(
+                f"message {number} has content {short(parts)}; expected a string, or parts "
+                f'{{"type": "text", "text": "…"}}, but part {i} is {found}: a text model reads no others'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def check_messages(messages, allow_empty: bool) -> None:
+    """Check a conversation. ``allow_empty``: nothing of it is trained, so its messages may say nothing.
+
+    Raises:
+        ValueError: what cannot be rendered, or not be trained; the message is named.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages are {short(messages)}; expected a list of at least one message")
+    open_calls: list[str | None] = []  # ids of the calls that wait for a result, None for those without
+    previous = None
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is {short(message)}; expected a dict with role and content")
+        where = f"message {number}"
+        if not _is_simple(message):
+            _check_message(message, where, allow_empty)
+        role = message["role"]
+        if role == "system" and number > 1:
+            raise ValueError(f"{where} has role 'system'; a system message must be the first one")
+        if role == "tool":
+            _close_call(message, open_calls, where)
+        elif role in ANSWERS:
+            open_calls = _calls_of(message)
+            if previous in ANSWERS and not allow_empty and not _answers_rightly(messages, number):
+                raise ValueError(
+                    f"{where} has role {role!r} as the one before it has: an answer to no question would be "
+                    f'trained; correct the role, join the two, or give this one "weight": 0'
+                )
+        previous = role
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
+
+
+def check_question(messages: list[dict]) -> None:
+    """ValueError if the last message is a question that asks nothing."""
+    last = messages[-1]
+    if last["role"] == "user" and is_blank(joined([last])[0]["content"]):
+        raise ValueError(f"message {len(messages)} is an empty question; expected some text to answer")
+
+
+def out_of_turn(messages: list[dict]) -> int:
+    """How many messages follow one of the same side, or answer before anything is asked."""
+    count, previous = 0, "assistant"
+    for message in messages:
+        role = message["role"]
+        if role == "system":
+            continue
+        side = "assistant" if role in ANSWERS else role
+        count += side == previous and side != "tool"
+        previous = side
+    return count
+
+
+def _answers_rightly(messages: list[dict], number: int) -> bool:
+    """Whether an answer may follow the answer before it: it is not trained, or that one called a tool."""
+    message, before = messages[number - 1], messages[number - 2]
+    return message.get("weight") == 0 or bool(_calls_of(before))
+
+
+def _calls_of(message: dict) -> list[str | None]:
+    calls = message.get("tool_calls")
+    found = [call.get("id") if isinstance(call, dict) else None for call in calls] if calls else []
+    content = message.get("content")
+    # calls that the data bring as text
+    return found + [None] * (content.count("<tool_call>") if isinstance(content, str) else 0)
+
+
+def _close_call(message: dict, open_calls: list[str | None], where: str) -> None:
+    if not open_calls:
+        raise ValueError(
+            f"{where} is a tool's result, but no assistant message with a tool call that waits for one "
+            f"stands before it"
+        )
+    answered = message.get("tool_call_id")
+    if answered in open_calls:
+        open_calls.remove(answered)
+    elif answered is None or None in open_calls:
+        open_calls.pop(0 if answered is None else open_calls.index(None))
+    else:
+        raise ValueError(
+            f"{where} is the result of the tool call {short(answered)}, but those that wait for one are "
+            f"{', '.join(map(short, open_calls))}"
+        )
+
+
+def _is_simple(message: dict) -> bool:
+    """Whether a message is of the most common kind, which nothing is wrong with."""
+    return (
+        len(message) == 2
+        and message.get("role") in ("user", "assistant", "bot")
+        and type(message.get("content")) is str
+        and not is_blank(message["content"])
+    )
+
+
+def _check_message(message: dict, where: str, allow_empty: bool) -> None:
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
+    if not message.keys() <= KNOWN_KEYS and (
+        unknown := [key for key in message if key not in KNOWN_KEYS and message[key] not in NOTHING]
+    ):
+        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
+    is_answer = role in ANSWERS
+    if calls and not is_answer:
+        raise ValueError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where} has weight {short(weight)}; expected 0 (not trained) or 1")
+    if weight and not is_answer:
+        raise ValueError(f"{where} has weight {weight}, but its role is {role!r}; only answers have a weight")
+    if calls is not None and not isinstance(calls, list):
+        raise ValueError(f"{where} has tool_calls {short(calls)}; expected a list")
+    if not isinstance(content, str) and not (content is None and is_answer and (calls or allow_empty)):
+        raise ValueError(f"{where} has content {short(content)}; expected a string")
+    if not allow_empty and is_blank(content or "") and not calls and weight != 0:
+        _refuse_blank(role, content, where)
+
+
+def _refuse_blank(role: str, content: str, where: str) -> None:
+    blank = "a blank" if content else "an empty"
+    if role in ANSWERS:
+        raise ValueError(
+            f"{where} is {blank} answer; there is nothing to learn from it: remove it or fill it in"
+        )
+    if role == "user":
+        raise ValueError(f"{where} is {blank} question; remove it or fill it in")
+
+
+def short(value) -> str:
+    """``repr`` of a value, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
