@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--question_file",
-        help="a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, .json, "
-        "packed or not, directories): the last answer is cut off, and need not be there",
+        help="a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, "
+        ".json, packed or not, directories): the last answer is cut off, and need not be there",
     )
     parser.add_argument("--ignore_fields", metavar="A,B", help="fields of such data to leave out")
     parser.add_argument(

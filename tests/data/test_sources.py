@@ -104,7 +104,10 @@ def test_weights_take_lines_by_chance_or_several_times(small_vocab):
 
 @given(
     files=st.lists(
-        st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=30), max_size=4
+        st.lists(
+            st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"").replace(b"[", b"(")), max_size=30
+        ),
+        max_size=4,
     ),
     size=st.integers(1, 200),
     ended=st.booleans(),

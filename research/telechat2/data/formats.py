@@ -38,7 +38,15 @@ _OF_A_TEST = frozenset(
     {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
     | {*("label", "labels", "gold", "ideal", "response", "completion", "solution", "ground_truth")}
 )
+_STARTS = {
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16"),
+    b"\x1f\x8b": "packed by gzip: give it a name in .gz, or unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: give it a name in .zst, or unpack it",
+    b"PK\x03\x04": "a zip file: unpack it",
+    b"PAR1": "a Parquet file: write it as jsonl",
+}
 NOT_TRAINED = "marked as not to be learnt"
+UNUSED = "with a field that is not used: "
 WEIGHT_0 = "left out by its own weight of 0"
 
 
@@ -116,10 +124,10 @@ def decode_line(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
+        is_known = next((name for start, name in _STARTS.items() if line.startswith(start)), "")
+        remedy = f" (it seems to be {is_known})" if is_known else ""
         raise UnusableLine(
-            "not UTF-8",
-            f"not UTF-8{', but UTF-16,' if utf16 else ''} at byte {error.start}; convert the file to UTF-8",
+            "not UTF-8", f"not UTF-8 at byte {error.start}{remedy}; convert the file to UTF-8"
         ) from error
 
 
@@ -204,7 +212,7 @@ def _parsed(data: object, ignored: Set[str]) -> tuple[str, Conversation | Text]:
             ]
             parsed = parsed._replace(messages=messages)
     except fields.LostText as error:
-        raise UnusableLine(f"with a field that is not used: {', '.join(error.names)}", error) from error
+        raise UnusableLine(f"{UNUSED}{', '.join(error.names)}", error) from error
     except (ValueError, RecursionError) as error:
         raise unusable(error) from error
     return _NAMES.get(kind, kind), parsed._replace(unused=tuple(unused)) if unused else parsed

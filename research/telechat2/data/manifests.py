@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
-from research.telechat2.data import writing
+from research.telechat2.data import formats, writing
 from research.telechat2.data.encoding import TOO_LONG, Problem
 from research.telechat2.data.job import Job, Part
 from research.telechat2.data.sources import FileState, Source
@@ -71,10 +71,7 @@ def _describe(fatal: list[Problem], count: int, lines: int, complete: bool) -> s
     sentence = f"{first.path}, {first.unit} {first.line}: {first.sentence}"
     if count == 1:
         return f"{sentence}. Nothing was written"
-    others = ", ".join(
-        _where(problem) + (f" ({problem.reason})" if problem.reason != first.reason else "")
-        for problem in rest[:_NAMED_LINES]
-    )
+    others = ", ".join(map(_where_and_field, rest[:_NAMED_LINES]))
     named = min(len(rest), _NAMED_LINES) + 1
     more = f" and {count - named} more" if count > named else ""
     of = f"{count} of {'' if complete else 'the first '}{lines} lines cannot be used"
@@ -85,6 +82,11 @@ def _in_order(problems: list[Problem]) -> list[Problem]:
     """By line; files stay in the order in which they were read."""
     files = list(dict.fromkeys(problem.path for problem in problems))
     return sorted(problems, key=lambda problem: (files.index(problem.path), problem.line))
+
+
+def _where_and_field(problem: Problem) -> str:
+    has_field = problem.reason.startswith(formats.UNUSED)
+    return _where(problem) + (f" ({problem.reason.removeprefix(formats.UNUSED)})" if has_field else "")
 
 
 def _where(problem: Problem) -> str:

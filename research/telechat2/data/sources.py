@@ -220,12 +220,12 @@ def read_file(path: str | Path, is_data: bool = True) -> Iterator[tuple[str, int
 
 
 def _open_packed(path: Path, raw: io.RawIOBase) -> BinaryIO:
-    """Return the text's bytes of a file that is packed by its name or its first bytes, or is not."""
+    """Return the text's bytes of a file that may be packed, by its suffix."""
     file = io.BufferedReader(raw, BATCH_BYTES)
-    start, suffix = file.peek(4)[:4], path.suffix.lower()
-    if suffix == ".gz" or start[:2] == b"\x1f\x8b":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file), BATCH_BYTES)
-    if suffix != ".zst" and start != b"\x28\xb5\x2f\xfd":
+    if suffix != ".zst":
         return file
     if find_spec("zstandard") is None:
         raise ValueError(f"{path} is packed; {_ZSTANDARD.format(path)}")
