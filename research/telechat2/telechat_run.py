@@ -17,6 +17,7 @@ from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.config.optimization import check_optimization, with_float_fields
+from research.telechat2.run.evaluation import prepare_evaluation
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
@@ -107,6 +108,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
+        prepare_evaluation(config, training=training)
         check_dataset(config, "eval")
     fit_dataset_workers(config)
     source = prepare_checkpoint(config, training=training)
@@ -215,6 +217,8 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
         _record_prompt_format(config)
     if config.run_mode.startswith("predict"):
         config.input_data = prepare_prompts(config)
+    from research.telechat2.compat.evaluation import evaluating_on
+    from research.telechat2.run.evaluation_data import evaluation_data
     from research.telechat2.telechat_compat import (
         Trainer,
         build_context,
@@ -233,7 +237,7 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
     try:
         with naming_target(config.context.device_target):
             build_context(config)
-        with naming_data(), _own_loader(source):
+        with naming_data(), evaluating_on(evaluation_data), _own_loader(source):
             return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}\n(traceback: {_save_traceback(config.output_dir)})") from error
@@ -291,7 +295,6 @@ def _run_task(trainer, config) -> list | None:
             _finish_monitor()
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=weights or False)
-        _print_evaluation()
     else:
         return _predict(trainer, config, weights)
     return None
@@ -303,19 +306,6 @@ def _finish_monitor() -> None:
 
     if TelechatMonitor.latest:
         TelechatMonitor.latest.finish()
-
-
-def _print_evaluation() -> None:
-    """Say plainly what MindFormers only logs; nothing where the YAML names another metric."""
-    from research.telechat2.telechat_compat import is_main_rank
-    from research.telechat2.telechat_metric import TelechatPerplexity
-
-    if (found := TelechatPerplexity.latest) and is_main_rank():
-        print(
-            f"evaluation: loss {found['loss']:.4f} (nats per trained token), perplexity {found['PPL']:.4f}, "
-            f"over {found['tokens']:,} trained tokens",
-            flush=True,
-        )
 
 
 def _predict(trainer, config, weights: str | None) -> list:

@@ -36,7 +36,7 @@ def check_dataset(config: dict, which: str) -> None:
     if loader.get("type", "MindDataset") != "MindDataset":
         print(f"{which} data: not checked, its data_loader is a {loader['type']}", flush=True)
         return
-    files = _record_files(loader, which)
+    files = record_files(loader, which)
     model = (config.get("model") or {}).get("model_config") or {}
     limits = {key: model.get(key) for key in ("seq_length", "vocab_size")}
     start_ids = sorted(model.get("document_start_ids") or [])
@@ -64,7 +64,7 @@ def check_dataset(config: dict, which: str) -> None:
     print(f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how})", flush=True)
 
 
-def _record_files(loader: dict, which: str) -> list[Path]:
+def record_files(loader: dict, which: str) -> list[Path]:
     """The MindRecord files that MindFormers reads for a data_loader; makes ``dataset_dir`` absolute."""
     if not (given := loader.get("dataset_dir") or loader.get("dataset_files")):
         raise ValueError(
