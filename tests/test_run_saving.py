@@ -1,6 +1,7 @@
 """Where runs save, and that they replace nothing of an earlier run."""
 
 import pytest
+from saved_iterations import save_iteration
 
 from research.telechat2.telechat_run_checkpoint import checkpoint_kind, prepare_checkpoint
 from research.telechat2.telechat_run_saving import (
@@ -13,8 +14,7 @@ from research.telechat2.telechat_run_saving import (
 
 def test_iterations_are_resumed_from_the_latest_and_never_overwritten(tmp_path):
     folder = tmp_path / "checkpoint"
-    (folder / "iteration_00000020").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("20")
+    save_iteration(folder, 20)
     assert checkpoint_kind(folder) == "iteration"
     config = {"load_checkpoint": str(folder), "resume_training": True, "checkpoint": {"prefix": "x"}}
     config["output_dir"] = str(tmp_path)

@@ -18,8 +18,8 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         _report(f"error: {error}")

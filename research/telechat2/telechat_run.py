@@ -11,13 +11,13 @@ import shutil
 import sys
 import tempfile
 import traceback
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.config.optimization import check_optimization, with_float_fields
-from research.telechat2.run.evaluation import prepare_evaluation
+from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
@@ -43,7 +43,6 @@ from research.telechat2.telechat_run_saving import (
     checkpoint_folder,
     is_data_parallel,
     leave_section_in_data_parallel,
-    refuse_overwriting,
 )
 from research.telechat2.telechat_run_screen import (
     EXPECTED,
@@ -102,6 +101,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_vocab_file(config)
     if training:
         check_optimization(config)
+        leave_sinks_on_cpus(config)
         config["optimizer"] = with_float_fields(config["optimizer"])
         _check_accumulation(config)
         check_parallel_sections(config)
@@ -109,19 +109,25 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
         check_dataset(config, "eval")
-        prepare_evaluation(config, training=training)
     fit_dataset_workers(config)
-    source = prepare_checkpoint(config, training=training)
+    carry_out = partial(_show_and_carry_out, path=path, verbose=verbose)
+    if not training:
+        return carry_out(config, prepare_checkpoint(config, training=False))
+    train(config, carry_out)
+    print_end(config, path, overrides)
+    return None
+
+
+def _show_and_carry_out(
+    config: dict, source: Path | None, training: Training | None = None, *, path: Path, verbose: bool
+) -> list | None:
+    """``_carry_out`` with this plugin's lines on the screen."""
     if training:
-        refuse_overwriting(config)
         add_monitor(config)
     print_plan(config)
     hidden = EXPECTED_RESUMING if config.get("resume_training") else EXPECTED
     with own_lines(config["output_dir"], verbose, hidden):
-        answers = _carry_out(config, path, source)
-    if training:
-        print_end(config, path, overrides)
-    return answers
+        return _carry_out(config, source, training, path)
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
@@ -207,8 +213,15 @@ def prepare_environment(output_dir: str, register: Path) -> None:
             sys.path.append(folder)
 
 
-def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
-    """Build MindFormers' config and context, and run its Trainer; ``source``: what our own reader loads."""
+def _carry_out(raw: dict, source: Path | None, training: Training | None, path: Path) -> list | None:
+    """Build MindFormers' config and context, and run its Trainer.
+
+    Args:
+        raw: the settings.
+        source: what our own reader loads; None: MindFormers' loaders load.
+        training: for a training, what ``run.training`` found of it.
+        path: of the YAML.
+    """
     if raw["run_mode"].startswith("predict"):
         others = Path(os.environ["OM_MODULES_CACHE"]) / "answers.txt"  # of processes but the first: the same
         raw["save_file"] = str(answers_file(raw) if os.environ.get("RANK_ID", "0") == "0" else others)
@@ -217,8 +230,6 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
         _record_prompt_format(config)
     if config.run_mode.startswith("predict"):
         config.input_data = prepare_prompts(config)
-    from research.telechat2.compat.evaluation import evaluating_on
-    from research.telechat2.run.evaluation_data import evaluation_data
     from research.telechat2.telechat_compat import (
         Trainer,
         build_context,
@@ -237,10 +248,23 @@ def _carry_out(raw: dict, path: Path, source: Path | None) -> list | None:
     try:
         with naming_target(config.context.device_target):
             build_context(config)
-        with naming_data(), evaluating_on(evaluation_data), _own_loader(source):
+        with naming_data(), _own_loader(source), _watched(training):
             return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error}\n(traceback: {_save_traceback(config.output_dir)})") from error
+        raise ValueError(f"{error}{_save_traceback(config.output_dir)}") from error
+
+
+def _watched(training: Training | None):
+    """Have a training's position checked when the data is open, and its record saved with each checkpoint."""
+    if training is None:
+        return nullcontext()
+    from research.telechat2.compat.resuming import starting_right
+    from research.telechat2.compat.saving import recording
+
+    stack = ExitStack()
+    stack.enter_context(recording(training.record))
+    stack.enter_context(starting_right(training.check))
+    return stack
 
 
 def _own_loader(source: Path | None):
@@ -295,6 +319,7 @@ def _run_task(trainer, config) -> list | None:
             _finish_monitor()
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=weights or False)
+        _print_evaluation()
     else:
         return _predict(trainer, config, weights)
     return None
@@ -306,6 +331,19 @@ def _finish_monitor() -> None:
 
     if TelechatMonitor.latest:
         TelechatMonitor.latest.finish()
+
+
+def _print_evaluation() -> None:
+    """Say plainly what MindFormers only logs; nothing where the YAML names another metric."""
+    from research.telechat2.telechat_compat import is_main_rank
+    from research.telechat2.telechat_metric import TelechatPerplexity
+
+    if (found := TelechatPerplexity.latest) and is_main_rank():
+        print(
+            f"evaluation: loss {found['loss']:.4f} (nats per trained token), perplexity {found['PPL']:.4f}, "
+            f"over {found['tokens']:,} trained tokens",
+            flush=True,
+        )
 
 
 def _predict(trainer, config, weights: str | None) -> list:
@@ -322,9 +360,12 @@ def _texts(result) -> list[str]:
     return [text] if isinstance(text, str) else list(text)
 
 
-def _save_traceback(output_dir: str) -> Path:
-    """Keep the traceback of an error that the user sees as one sentence."""
+def _save_traceback(output_dir: str) -> str:
+    """Keep the traceback of an error that is printed as one sentence, and say where; not on a full disk."""
     path = Path(output_dir) / "log" / f"traceback_{os.getpid()}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(traceback.format_exc(), encoding="utf-8")
-    return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        return ""
+    return f"\n(traceback: {path})"

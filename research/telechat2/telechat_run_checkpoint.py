@@ -23,6 +23,8 @@ from research.telechat2.checkpoint.sources import (
     latest_iteration,
     read_mindspore_source,
 )
+from research.telechat2.run.processes import is_first_process
+from research.telechat2.run.resuming import COMMON, read_iteration, whole_iterations
 from research.telechat2.telechat_files import atomic_write
 from research.telechat2.telechat_run_keys import moe_section
 
@@ -66,9 +68,13 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
         _prepare_own(config, path, resume)
         return path
     sectioned = training and section is not None
+    if resume and not sectioned and path.is_file():
+        path, resume = _folder_and_name(path)
     source, kind = _source(path, _is_parallel(config))
     resume = resume or (sectioned and kind == "iteration" and section.get("no_load_optim") is False)
     _check_resume(path, kind, resume, sectioned, _is_parallel(config))
+    if resume and kind == "iteration" and is_first_process():
+        read_iteration(source)  # weights, optimizer and step: each is there and whole
     check_weights(config, source, kind)
     loaded = (source if sectioned else path) if resume else _loadable(config, source, kind, sectioned)
     config["load_checkpoint"] = str(loaded)
@@ -77,7 +83,8 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     if section is not None:
         section["load_path"] = str(loaded)
         section["no_load_optim"] = not resume
-    what = "weights, optimizer and step" if resume else "weights"
+    what = "weights, optimizer and step" if resume and kind == "iteration" else "weights"
+    what = "to be resumed" if resume and kind != "iteration" else what
     print(f"load_checkpoint: {source} ({what}; format {config['load_ckpt_format']})", flush=True)
     return None
 
@@ -147,6 +154,11 @@ def _sizes_in(config: dict) -> TelechatSizes:
     return TelechatSizes.from_hf_config(model_config)
 
 
+def known_sizes(config: dict) -> TelechatSizes | None:
+    """The sizes of the model that the settings describe; None where they do not tell them."""
+    return None if _no_sizes(config) else _sizes_in(config)
+
+
 def _not_comparable(config: dict, kind: str) -> str | None:
     """Why a checkpoint of this kind cannot be held against the model; None if it can."""
     if reason := _no_sizes(config):
@@ -184,7 +196,7 @@ def checkpoint_kind(path: Path) -> str:
         raise ValueError(
             f"there is no checkpoint {path}; give --load_checkpoint a file or a directory that exists."
         )
-    if (path / TRACKER).is_file() or (path / "common.json").is_file():
+    if (path / TRACKER).is_file() or (path / COMMON).is_file():
         return "iteration"
     if any(path.glob("rank_*/")):
         return "ranks"
@@ -194,6 +206,12 @@ def checkpoint_kind(path: Path) -> str:
     if found:
         raise ValueError(
             f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
+        )
+    if any(path.glob("iteration_*/")):
+        whole = whole_iterations(path)
+        instead = f"give the latest that is whole: --load_checkpoint {whole[0]}" if whole else "none is whole"
+        raise ValueError(
+            f"{path} holds iterations, but no {TRACKER}, which names the last that was saved; {instead}."
         )
     raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.")
 
@@ -207,6 +225,16 @@ def _no_checkpoint(config: dict, resume: bool | str) -> None:
     print("load_checkpoint: none given, the weights are random", flush=True)
 
 
+def _folder_and_name(file: Path) -> tuple[Path, str]:
+    """The folder of the ``rank_*`` folders and the name in them, by which MindFormers resumes from a file."""
+    if not file.parent.name.startswith("rank_"):
+        raise ValueError(
+            f"cannot resume from {file}: MindFormers resumes from a file in a folder rank_0, beside "
+            "those of other ranks; make one and put the file there, or leave out --resume_training."
+        )
+    return file.parent.parent, file.name
+
+
 def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, parallel: bool) -> None:
     """Refuse what MindFormers 1.9 cannot resume, before it fails half way."""
     if not resume:
@@ -218,8 +246,13 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
             f"or one of its iteration_* folders as --load_checkpoint."
         )
     if sectioned and kind != "iteration":
+        lacks = (
+            f"{COMMON}, which holds the step"
+            if path.name.startswith("iteration_")
+            else "optimizer state and step"
+        )
         raise ValueError(
-            f"cannot resume from {path}: it holds weights, but no optimizer state and step. Resume from the "
+            f"cannot resume from {path}: it holds weights, but no {lacks}. Resume from the "
             f"`checkpoint` folder of a run that was trained with the section `checkpoint:`, or leave out "
             f"--resume_training to start from these weights."
         )

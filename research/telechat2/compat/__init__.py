@@ -1,1 +1,1 @@
-"""The only place that knows the MindFormers version."""
+"""What depends on the version of MindFormers."""

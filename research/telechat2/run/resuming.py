@@ -1,0 +1,239 @@
+"""Whether a run can go on where another stopped: its files, its data, its position, its schedule.
+
+All of it is asked before MindSpore is imported. MindFormers 1.9 takes any data and any batch, rescales the
+step, and trains with fresh moments where the optimizer's file is missing.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from research.telechat2.checkpoint.loading import NO_WEIGHTS
+from research.telechat2.checkpoint.safetensors_files import read_safetensors
+from research.telechat2.run.training_record import NAME, TrainingRecord, read_record
+
+COMMON = "common.json"
+_WITHOUT = "Leave out --resume_training to start a new run from these weights, at step 1 of its own schedule."
+_MOMENTS = ("adam_m.", "adam_v.")  # of MindFormers' AdamW and its fused forms
+
+
+def check_resumption(saved: TrainingRecord | None, common: dict, now: TrainingRecord) -> list[str]:
+    """Compare the run that is to go on with the one that saved the checkpoint.
+
+    Args:
+        saved: what the checkpoint says of its run; None where nothing is recorded.
+        common: its ``common.json``: ``step_num``, ``epoch_num``, ``global_batch_size``; None for a file of
+            the older format, which holds them as tensors.
+        now: the run that is about to start.
+
+    Returns:
+        What the user should know: the position, and settings that change from here on.
+
+    Raises:
+        ValueError: with all that differs: the records of the next steps would not be those of a run that was
+            never stopped.
+    """
+    step = common["step_num"]
+    differing = _differing(saved, common, now)
+    if differing:
+        listed = "\n".join(f"  {line}" for line in differing)
+        raise ValueError(
+            f"cannot resume{_after(step)}: the data would not go on at the record where it stopped.\n"
+            f"{listed}\nGive these as they were. {_WITHOUT}"
+        )
+    total = now.total_steps
+    if None not in (step, total) and step >= total:
+        raise ValueError(
+            f"nothing is left to train: the checkpoint is of step {step}, and {now.epochs} epochs of "
+            f"{now.steps_per_epoch} steps are {total}. Raise --runner_config.epochs to train longer (the "
+            f"learning rate then follows the longer schedule). {_WITHOUT}"
+        )
+    return [*_position(step, now), *_changes(saved, now)]
+
+
+def _after(step: int | None) -> str:
+    return "" if step is None else f" after step {step}"
+
+
+def _differing(saved: TrainingRecord | None, common: dict, now: TrainingRecord) -> list[str]:
+    """What was otherwise, and moves the position in the data; ``name: before -> now``."""
+    if saved is None:
+        return _differing_by_numbers(common, now)
+    lines = []
+    if None not in (saved.data, now.data) and saved.data != now.data:
+        lines.append(
+            f"data: {saved.records} records, hash {saved.data[:12]} -> {now.records} records, hash "
+            f"{now.data[:12]}"
+        )
+    for name, title in (
+        ("steps_per_epoch", "steps of an epoch"),
+        ("global_batch_size", "records of a step (batch_size, times devices and accumulated batches)"),
+        ("seed", "seed"),
+        ("shuffle", "train_dataset.data_loader.shuffle"),
+    ):
+        before, after = getattr(saved, name), getattr(now, name)
+        if before != after and not (name == "steps_per_epoch" and None in (before, after)):
+            lines.append(f"{title}: {before} -> {after}")
+    return lines + _within_a_sink(common["step_num"], now)
+
+
+def _differing_by_numbers(common: dict, now: TrainingRecord) -> list[str]:
+    """What ``common.json`` alone can tell: the batch, and that the epoch fits the step."""
+    lines = []
+    step, epoch, batch = common["step_num"], common["epoch_num"], common["global_batch_size"]
+    if batch not in (None, now.global_batch_size):
+        lines.append(f"records of a step: {batch} -> {now.global_batch_size}")
+    sink = now.sink_size or 1
+    per_epoch = now.steps_per_epoch
+    if None not in (per_epoch, step, epoch) and epoch not in (-(-step // per_epoch), -(-step // sink), step):
+        lines.append(
+            f"steps of an epoch: step {step} was in epoch {epoch}; of {per_epoch} steps each it is in epoch "
+            f"{-(-step // per_epoch)}"
+        )
+    return lines + _within_a_sink(step, now)
+
+
+def _within_a_sink(step: int | None, now: TrainingRecord) -> list[str]:
+    if step and now.sink_size and step % now.sink_size:
+        return [f"runner_config.sink_size: {now.sink_size}, and step {step} lies within a sink"]
+    return []
+
+
+def _position(step: int | None, now: TrainingRecord) -> list[str]:
+    if None in (step, now.steps_per_epoch):
+        return [f"resuming{_after(step)}; the position is compared when the data is open"]
+    epoch, done = divmod(step, now.steps_per_epoch)
+    return [
+        f"resuming after step {step} of {now.total_steps}: at epoch {epoch + 1}, step {done + 1} of "
+        f"{now.steps_per_epoch}"
+    ]
+
+
+def _changes(saved: TrainingRecord | None, now: TrainingRecord) -> list[str]:
+    """Settings that may differ, and do: each with what it changes."""
+    if saved is None:
+        return [
+            f"the checkpoint has no {NAME} (an older version saved it), so these are not compared: the data, "
+            f"its order (seed {now.seed}, shuffle {now.shuffle}), the schedule, the optimizer's settings"
+        ]
+    notes = []
+    total_before, total = saved.total_steps, now.total_steps
+    if (
+        None not in (total_before, total)
+        and total_before != total
+        and now.lr_schedule.get("total_steps") in (None, -1)
+    ):
+        notes.append(
+            f"the run had {total_before} steps and has {total} now: from here on the learning rate follows "
+            f"the schedule of {total} steps, and the steps done followed the other"
+        )
+    if saved.devices != now.devices:
+        notes.append(f"devices: {saved.devices} -> {now.devices}, with as many records in a step")
+    for section in ("lr_schedule", "optimizer"):
+        before, after = _plain(getattr(saved, section)), _plain(getattr(now, section))
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                notes.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}, from this step on")
+    if None in (saved.data, now.data):
+        notes.append("the data is not compared: it is no set of MindRecord files")
+    return notes
+
+
+def _plain(section: dict) -> dict:
+    """A section as JSON keeps it, without what has no meaning to it."""
+    return {
+        key: value for key, value in json.loads(json.dumps(section, default=str)).items() if value is not None
+    }
+
+
+def initial_epoch(step: int, steps_in_epoch: int, sink_size: int) -> int:
+    """The number that ``Model.train`` starts counting at: whole epochs done, or whole sinks in sink mode."""
+    return step // sink_size if sink_size else step // steps_in_epoch
+
+
+def read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
+    """The ``common.json`` and the record of an ``iteration_*`` folder of which all files are whole.
+
+    Raises:
+        ValueError: a file is missing or broken, with the latest iteration beside it that is whole.
+    """
+    try:
+        return _read_iteration(folder)
+    except ValueError as error:
+        raise ValueError(f"cannot resume from {folder}: {error}\n{_instead(folder)}") from error
+
+
+def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
+    common = _read_common(folder)
+    number = re.fullmatch(r"iteration_0*(\d+)", folder.name)
+    if number and int(number[1]) != common["step_num"]:
+        raise ValueError(
+            f"its {COMMON} is of step {common['step_num']}; copy the files of one iteration together."
+        )
+    weights = {name for name in _names_of(folder, "model") if not name.endswith(NO_WEIGHTS)}
+    states = _names_of(folder, "opt")
+    for prefix in _MOMENTS:
+        moments = {name.removeprefix(prefix) for name in states if name.startswith(prefix)}
+        missing = sorted(weights - moments)
+        if moments and missing:
+            raise ValueError(
+                f"the optimizer's files hold no {prefix}{missing[0]} ({len(missing)} of {len(weights)} "
+                "parameters have none)."
+            )
+    return common, read_record(folder)
+
+
+def _read_common(folder: Path) -> dict:
+    path = folder / COMMON
+    if not path.is_file():
+        raise ValueError(f"{COMMON} is missing, which says how many steps were done.")
+    try:
+        common = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {name: common[name] for name in ("step_num", "epoch_num", "global_batch_size")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{COMMON} is broken ({type(error).__name__}: {error}).") from error
+    if not all(isinstance(value, int) and value >= 1 for value in numbers.values()):
+        raise ValueError(f"{COMMON} says {numbers}; expected whole numbers of at least 1.")
+    return common
+
+
+def _names_of(folder: Path, kind: str) -> set[str]:
+    """The tensors in the files of a kind, ``model`` or ``opt``, of all processes that saved."""
+    what = "weights" if kind == "model" else "optimizer's states"
+    pattern = re.compile(rf"(?:.*-)?{kind}-(\d{{7}})-(\d{{7}})\.safetensors")
+    files = {path: match for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))}
+    if not files:
+        hint = "" if kind == "model" else " (a run with checkpoint.no_save_optim: True saves none)"
+        raise ValueError(f"the file of the {what} is missing: *-{kind}-0000000-0000001.safetensors{hint}.")
+    here = {int(match[1]) for match in files.values()}
+    total = {int(match[2]) for match in files.values()}
+    missing = sorted(set(range(max(total))) - here)
+    if missing or len(total) > 1:
+        raise ValueError(
+            f"{len(files)} files of the {what} are there, of {max(total)} that the processes saved: number "
+            f"{missing[0] if missing else sorted(total)} is missing or of another run."
+        )
+    return {tensor.name for path in files for tensor in read_safetensors(path)}
+
+
+def _instead(folder: Path) -> str:
+    """What to do where an iteration is broken."""
+    for other in whole_iterations(folder.parent):
+        if other.resolve() != folder.resolve():
+            return (
+                f"{other.name} beside it is whole: delete {folder.name}, or give another --output_dir, and "
+                f"give --load_checkpoint {other}. Or leave out --resume_training to start from weights alone."
+            )
+    return "Copy the missing file again, or leave out --resume_training to start from the weights alone."
+
+
+def whole_iterations(folder: Path) -> list[Path]:
+    """The iterations in a ``checkpoint`` folder that can be resumed from, the latest first."""
+    whole = []
+    for path in sorted(folder.glob("iteration_*/"), reverse=True):
+        try:
+            _read_iteration(path)
+        except (ValueError, OSError):
+            continue
+        whole.append(path)
+    return whole

@@ -1,0 +1,77 @@
+"""Whether the checkpoints of a run fit on the disk."""
+
+import shutil
+from pathlib import Path
+
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_MOMENTS_BYTES = 8  # of a parameter: two of AdamW, float32
+
+
+def checkpoint_bytes(parameters: int, config: dict) -> int:
+    """The bytes of a checkpoint of a whole model: weights, and the optimizer's moments where they are saved.
+
+    Args:
+        parameters: of the model.
+        config: the run's settings.
+    """
+    model = (config.get("model") or {}).get("model_config") or {}
+    section = config.get("checkpoint")
+    moments = section is None or not section.get("no_save_optim", True)
+    item = _ITEM_BYTES.get(str(model.get("param_init_type", "float32")).lower(), 4)
+    return parameters * (item + (_MOMENTS_BYTES if moments else 0))
+
+
+def kept_checkpoints(config: dict, steps: int | None) -> int:
+    """Checkpoints that lie on the disk at once: the oldest is removed after the newest is saved."""
+    section = config.get("checkpoint")
+    if section is None:
+        monitors = [c for c in config.get("callbacks") or [] if c.get("type") == "CheckpointMonitor"]
+        if not monitors:
+            return 0
+        every, most = monitors[0].get("save_checkpoint_steps", 1), monitors[0].get("keep_checkpoint_max", 5)
+    else:
+        every, most = section.get("save_interleaved_steps", 1), section.get("save_max", 5)
+    saved = -(-steps // every) if steps and every else most + 1
+    return min(saved, most + 1)
+
+
+def check_space(folder: Path, each: int, count: int) -> str | None:
+    """Compare what checkpoints of ``each`` bytes need with what the disk of ``folder`` has.
+
+    Returns:
+        A warning where not all ``count`` of them fit; None if they do.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    if not count:
+        return None
+    free = free_bytes(folder)
+    if free < each:
+        raise ValueError(
+            f"{folder} cannot take a checkpoint: one needs about {gigabytes(each)}, and {gigabytes(free)} "
+            "are free on its disk. Make room, or give another --output_dir."
+        )
+    if free < each * count:
+        return (
+            f"{folder} has {gigabytes(free)} free, and {count} checkpoints of about {gigabytes(each)} need "
+            f"{gigabytes(each * count)}: the disk will be full before the end. Make room, or keep fewer "
+            "(--checkpoint.save_max)."
+        )
+    return None
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written into a folder, which need not exist yet."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,} bytes"

@@ -1,0 +1,125 @@
+"""A training from its checked settings to its end: locked, resumed at the right record, interruptible."""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from research.telechat2.checkpoint.table import expand
+from research.telechat2.config.optimization import check_schedule_length
+from research.telechat2.run.lock import only_training_in
+from research.telechat2.run.processes import is_first_process
+from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
+from research.telechat2.run.space import check_space, checkpoint_bytes, kept_checkpoints
+from research.telechat2.run.stopping import Interrupted, StopRequest, resuming_command, stopping
+from research.telechat2.run.training_record import TrainingRecord, describe_training, read_record
+from research.telechat2.telechat_run_checkpoint import known_sizes, prepare_checkpoint
+from research.telechat2.telechat_run_data import record_files
+from research.telechat2.telechat_run_saving import checkpoint_folder, refuse_overwriting
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of a training before MindSpore is imported.
+
+    Attributes:
+        record: to be saved beside its checkpoints.
+        check: for a run that resumes, called once the data is open, with the steps done, those of an epoch,
+            the records of a step and MindFormers' factor of the steps; raises ValueError.
+    """
+
+    record: TrainingRecord
+    check: Callable[[int, int, int, float], None] | None
+
+
+def train(config: dict, carry_out: Callable[[dict, Path | None, Training], None]) -> None:
+    """Train, alone in the output folder; Ctrl-C ends it with a checkpoint.
+
+    Args:
+        config: the checked settings.
+        carry_out: runs the Trainer.
+
+    Raises:
+        ValueError: another training writes there; what cannot be resumed; no room for a checkpoint.
+        Interrupted: after Ctrl-C, with what is saved and the command that resumes.
+    """
+    first = is_first_process()
+    with only_training_in(Path(config["output_dir"])) if first else nullcontext(), stopping() as stop:
+        try:
+            source = prepare_checkpoint(config, training=True)
+            refuse_overwriting(config)
+            training = _prepare(config) if first else Training(describe_training(config, []), None)
+            carry_out(config, source, training)
+        except KeyboardInterrupt:
+            raise Interrupted(farewell(config, stop, sys.argv)) from None
+        if stop.requested:
+            raise Interrupted(farewell(config, stop, sys.argv))
+
+
+def leave_sinks_on_cpus(config: dict) -> None:
+    """Turn sink mode off where the target has none.
+
+    MindSpore then feeds step by step, but MindFormers has multiplied the epochs by the sinks in each.
+    """
+    runner = config.get("runner_config") or {}
+    if runner.get("sink_mode", True) and (config.get("context") or {}).get("device_target") == "CPU":
+        print("runner_config.sink_mode: off, a CPU has no data sinks", flush=True)
+        config["runner_config"] = runner | {"sink_mode": False}
+
+
+def _prepare(config: dict) -> Training:
+    """Look ahead: the length of the run, where it starts, whether its checkpoints fit."""
+    record = describe_training(config, record_files(config, "train"))
+    check = _check_position(config, record) if config.get("resume_training") else None
+    steps = record.total_steps
+    for note in check_schedule_length(config, steps) if steps else []:
+        print(f"note: {note}", flush=True)
+    if sizes := known_sizes(config):
+        parameters = sum(prod(weight.shape) for weight in expand(sizes))
+        warning = check_space(
+            checkpoint_folder(config), checkpoint_bytes(parameters, config), kept_checkpoints(config, steps)
+        )
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return Training(record, check)
+
+
+def _check_position(config: dict, record: TrainingRecord) -> Callable[[int, int, int, float], None]:
+    """Compare with the run that saved, now as far as that is known, and later, when the data is open."""
+    for key in ("ignore_data_skip", "data_skip_steps"):
+        if config.get(key):
+            raise ValueError(
+                f"{key} is {config[key]!r} in a run that resumes: the data would not go on where it "
+                f"stopped; leave {key} out, or leave out --resume_training."
+            )
+    section = config.get("checkpoint")
+    given = Path((section or {}).get("load_path") or config["load_checkpoint"])
+    common = dict.fromkeys(("step_num", "epoch_num", "global_batch_size"))
+    if section:
+        common, saved = read_iteration(given)
+    else:  # the older format holds the numbers as tensors, which MindFormers reads
+        saved = next(filter(None, map(read_record, (given, given / "rank_0", given.parent))), None)
+    for note in check_resumption(saved, common, record):
+        print(f"resume_training: {note}", flush=True)
+
+    def check(step: int, steps_per_epoch: int, batch: int, factor: float) -> None:
+        opened = replace(record, steps_per_epoch=steps_per_epoch, global_batch_size=batch)
+        read = {} if section else {"step_num": step, "global_batch_size": round(batch * factor)}
+        check_resumption(saved, common | read, opened)
+
+    return check
+
+
+def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
+    """What an interrupted training says last: what is saved, and the command that resumes."""
+    folder = checkpoint_folder(config)
+    latest = stop.saved or next(iter(whole_iterations(folder)), None)
+    if latest is None:
+        return f"interrupted after {stop.steps} steps of this run; no checkpoint is saved"
+    begun = "the last step is saved in" if stop.saved else "the last checkpoint is"
+    text = f"interrupted after {stop.steps} steps of this run; {begun} {latest}"
+    if config.get("use_parallel"):
+        return f"{text}\nresume by the same command with --load_checkpoint {latest} --resume_training True"
+    return f"{text}\nresume with: {resuming_command(argv, latest)}"

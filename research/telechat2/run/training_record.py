@@ -1,0 +1,195 @@
+"""What a training was, kept beside each of its checkpoints: ``training.json``.
+
+A checkpoint says how many steps were done. Which records those were depends on the data, the batch, the seed
+and the order; without them a resumed run would skip records or repeat them.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from research.telechat2.telechat_files import atomic_write
+
+NAME = "training.json"
+_WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks
+_BLOCK_BYTES = 2**20
+_DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """The facts that decide which records a step trains on, and by which learning rate.
+
+    Attributes:
+        step: steps done.
+        steps_per_epoch: of a pass over the data; None: not known before MindSpore has opened the data.
+        records: of the data set; None: not counted.
+        data: a hash of the data; None: not read.
+        global_batch_size: records of a step, of all devices together.
+        devices: processes.
+        epochs: passes over the data.
+        sink_size: steps of a sink; 0: without sink mode.
+        seed, shuffle: of the order of the records.
+        lr_schedule, optimizer: their sections of the YAML.
+    """
+
+    step: int
+    steps_per_epoch: int | None
+    records: int | None
+    data: str | None
+    global_batch_size: int
+    devices: int
+    epochs: int
+    sink_size: int
+    seed: int | None
+    shuffle: object
+    lr_schedule: dict
+    optimizer: dict
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; in sink mode MindFormers drops a last sink that is not full."""
+        if self.steps_per_epoch is None:
+            return None
+        steps = self.steps_per_epoch * self.epochs
+        return steps - steps % self.sink_size if self.sink_size else steps
+
+    def at(self, step: int) -> "TrainingRecord":
+        """This training after ``step`` steps."""
+        return replace(self, step=step)
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/training.json``, whole or not at all."""
+        with atomic_write(folder / NAME) as temporary:
+            text = json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str)
+            temporary.write_text(text, encoding="utf-8")
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """The record beside a checkpoint; None where an earlier version of the plugin, or another program, saved.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return TrainingRecord(**{field.name: found[field.name] for field in fields(TrainingRecord)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is broken ({error}); copy the checkpoint again, or delete this file: the data is then "
+            "not compared."
+        ) from error
+
+
+def describe_training(config: dict, files: list[Path]) -> TrainingRecord:
+    """The record of a run that is about to start, at step 0.
+
+    Args:
+        config: its settings.
+        files: of ``train_dataset`` in their order; empty: a loader of which nothing is known.
+    """
+    runner = config.get("runner_config") or {}
+    dataset = config.get("train_dataset") or {}
+    loader = dataset.get("data_loader") or {}
+    records = count_records(files) if files else None
+    on_cpu = (config.get("context") or {}).get("device_target") == "CPU"
+    sinks = runner.get("sink_mode", True) and not on_cpu
+    sink_size = (runner.get("sink_size") or 1) if sinks else 0
+    devices = device_num() if config.get("use_parallel") else 1
+    batch = global_batch_size(config, devices)
+    steps = steps_per_epoch(config, records, batch, devices) if records is not None else None
+    return TrainingRecord(
+        step=0,
+        steps_per_epoch=steps,
+        records=records,
+        data=fingerprint(files) if files else None,
+        global_batch_size=batch,
+        devices=devices,
+        epochs=runner.get("epochs") or 1,
+        sink_size=(steps or 1) if sink_size == -1 else sink_size,
+        seed=config.get("seed", 0),
+        shuffle=loader.get("shuffle"),
+        lr_schedule=dict(config.get("lr_schedule") or {}),
+        optimizer=dict(config.get("optimizer") or {}),
+    )
+
+
+def device_num() -> int:
+    """Processes of a parallel run, as msrun and other launchers tell them."""
+    for name in ("MS_WORKER_NUM", "RANK_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1
+
+
+def global_batch_size(config: dict, devices: int) -> int:
+    """Records of a step, of all devices together, as MindFormers counts them."""
+    runner, plan = (config.get(name) or {} for name in ("runner_config", "parallel_config"))
+    batch = runner.get("batch_size") or 1
+    if not config.get("use_parallel"):
+        return batch
+    if (config.get("parallel") or {}).get("parallel_mode", 1) in _DATA_PARALLEL:
+        return batch * devices
+    stages = plan.get("pipeline_stage") or 1
+    times = plan.get("micro_batch_num") if stages > 1 else runner.get("gradient_accumulation_steps")
+    return batch * (plan.get("data_parallel") or 1) * (times or 1)
+
+
+def steps_per_epoch(config: dict, records: int, batch: int, devices: int) -> int | None:
+    """Steps of a pass over the data; None where MindSpore alone knows."""
+    dataset = config.get("train_dataset") or {}
+    parallel = config.get("parallel") or {}
+    shards = 1
+    if config.get("use_parallel"):
+        if parallel.get("parallel_mode", 1) in _DATA_PARALLEL:
+            shards = devices
+        elif not parallel.get("full_batch", True):
+            return None
+    if dataset.get("dynamic_batch"):
+        return None
+    loader = dataset.get("data_loader") or {}
+    if (samples := loader.get("num_samples")) is not None:
+        records = min(samples, records)
+    each, rest = -(-records // shards), batch // shards
+    whole = dataset.get("drop_remainder", True)
+    return (each // rest if whole else -(-each // rest)) * (dataset.get("repeat") or 1)
+
+
+def count_records(files: list[Path]) -> int | None:
+    """Records of MindRecord files, from their indexes; None where one cannot be read."""
+    total = 0
+    for file in files:
+        try:
+            with closing(sqlite3.connect(f"{file.resolve().as_uri()}.db?mode=ro", uri=True)) as index:
+                total += index.execute("SELECT COUNT(*) FROM INDEXES").fetchone()[0]
+        except sqlite3.Error:
+            return None
+    return total
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A hash of files' sizes and contents in their order, whatever their names and folders.
+
+    Of a file above 256 MiB 256 blocks of 1 MiB are read, its first and its last among them.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with open(file, "rb") as stream:
+            if size <= _WHOLE_BYTES:
+                while block := stream.read(_BLOCK_BYTES):
+                    digest.update(block)
+                continue
+            count = _WHOLE_BYTES // _BLOCK_BYTES
+            for number in range(count):
+                stream.seek((size - _BLOCK_BYTES) * number // (count - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
