@@ -43,7 +43,7 @@ def weights(tmp_path_factory) -> Path:
         (
             "finetune_telechat_tiny.yaml",
             {"checkpoint.save_interleaved_step": 5},
-            "checkpoint.save_interleaved_step is read by nothing.*Did you mean save_interleaved_steps",
+            "checkpoint.save_interleaved_step is read by nothing.*save_interleaved_steps is there as well",
         ),
     ],
 )

@@ -22,19 +22,23 @@ DTYPE_FIELDS = (
     "rotary_dtype",
     "res_dtype",
 )
-# Keys of older TeleChat2 YAMLs that never had an effect: accepted there, refused here with the reason.
+# Keys of older TeleChat2 YAMLs that have no effect: why, and the values that ask for nothing that this model
+# does not do anyway; None: all values.
 DEAD_KEYS = {
-    "pretrain_seqlen": "nothing ever read it; max_position_embedding is the length the model was trained at",
-    "use_past_shard": "nothing ever read it",
-    "use_rope_slice": "the rotary operators are chosen by the target",
-    "use_attn_mask_compression": "the causal mask is always compressed",
-    "hidden_act": "TeleChat2 is SwiGLU throughout",
-    "out_proj_has_bias": "every TeleChat2 model has a bias on wo and w2",
-    "qkv_has_bias": "no TeleChat2 model has a bias on wq and wk_v",
-    "parallel_optimizer": "the section `parallel` decides on that",
-}
+    "pretrain_seqlen": (
+        "nothing ever read it; max_position_embedding is the length the model was trained at", None
+    ),
+    "use_past_shard": ("nothing ever read it", None),
+    "use_rope_slice": ("the rotary operators are chosen by the target", None),
+    "use_attn_mask_compression": ("the causal mask is always compressed", None),
+    "hidden_act": ("TeleChat2 is SwiGLU throughout", ("silu", "swiglu", "SwiGLU", None)),
+    "out_proj_has_bias": ("every TeleChat2 model has a bias on wo and w2", (True,)),
+    "qkv_has_bias": ("no TeleChat2 model has a bias on wq and wk_v", (False,)),
+    "parallel_optimizer": ("parallel.enable_parallel_optimizer decides on that", None),
+    "router_dense_type": ("the router is computed in float32", ("float32",)),
+}  # fmt: skip
 # Keys of MindFormers' models for what is not in this one.
-_OTHERS_KEYS = {
+OTHERS_KEYS = {
     "use_ring_attention": (
         "MindSpore compiles its ring attention, but that no query sees a later key cannot be shown without "
         "NPUs; parallel_config.context_parallel splits sequences, with context_parallel_algo colossalai_cp "
@@ -44,7 +48,7 @@ _OTHERS_KEYS = {
 # Keys that the Trainer adds to a model's config and that say nothing about the model.
 TRAINER_KEYS = ("dataset_config", "type", "auto_register", "auto_map")
 # What MindFormers' PretrainedConfig, its Trainer and its YAML reader set besides the model's own fields.
-_LIBRARY_KEYS = (
+LIBRARY_KEYS = (
     "name_or_path",
     "_name_or_path",
     "_commit_hash",
@@ -64,26 +68,34 @@ _LIBRARY_KEYS = (
 
 
 def library_keys(extra: dict, known: dict) -> dict:
-    """``extra`` without keys that are not the model's; raises ValueError for one that nobody knows."""
-    for key in extra:
+    """``extra`` without keys that are not the model's; a key without effect is named in a warning.
+
+    Raises:
+        ValueError: nobody knows a key, or a key without effect asks for what this model does not do.
+    """
+    for key, value in extra.items():
         if key in DEAD_KEYS:
+            reason, harmless = DEAD_KEYS[key]
+            if harmless is not None and value not in harmless:
+                raise ValueError(f"model_config has {key!r}: {value!r}, but {reason}. Remove it.")
+            logger.warning("model_config.%s has no effect: %s.", key, reason)
+            continue
+        if key in OTHERS_KEYS:
             raise ValueError(
-                f"model_config has the key {key!r}, which has no effect: {DEAD_KEYS[key]}. Remove it."
-            )
-        if key in _OTHERS_KEYS:
-            raise ValueError(
-                f"model_config has the key {key!r}, which this model does not have: {_OTHERS_KEYS[key]}. "
+                f"model_config has the key {key!r}, which this model does not have: {OTHERS_KEYS[key]}. "
                 f"Remove {key}."
             )
-        if key not in _LIBRARY_KEYS:
-            nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+        if key not in LIBRARY_KEYS:
+            missing = [name for name in known if name not in extra]
+            nearest = difflib.get_close_matches(key, missing, n=1, cutoff=0.6)
             hint = (
                 f"; did you mean {nearest[0]!r}?"
                 if nearest
                 else f"; known keys are {', '.join(sorted(known))}."
             )
             raise ValueError(f"model_config has the key {key!r}, which TelechatConfig does not know{hint}")
-    return {k: v for k, v in extra.items() if k not in ("model_type", *TRAINER_KEYS)}
+    left = ("model_type", *TRAINER_KEYS, *DEAD_KEYS)
+    return {key: value for key, value in extra.items() if key not in left}
 
 
 def dtype_name(name: str, value) -> str:

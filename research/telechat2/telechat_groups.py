@@ -1,8 +1,9 @@
-"""Which ranks of a plan communicate, and whether Ascend's nodes have such groups; needs no MindSpore.
+"""Which groups of ranks can communicate on Ascend's nodes; a rule of MindSpore, which needs no MindSpore.
 
-MindSpore lays ranks out as (stage, data-parallel, tensor-parallel), the last fastest, eight to a node. It
-makes a group only if its ranks have the same places on every node that they touch, and these places are one
-of a node, all eight, one half (0-3 or 4-7), two of a half, or two or four in pairs that are four apart.
+MindSpore lays ranks out as (stage, data-parallel, context-parallel, tensor-parallel), the last fastest, eight
+to a node; context-parallel ranks as (those that gather, those that exchange heads). It makes a group only if
+its ranks have the same places on every node that they touch, and these places are one of a node, all eight,
+one half (0-3 or 4-7), two of a half, or two or four in pairs that are four apart.
 """
 
 from collections.abc import Iterator
@@ -10,13 +11,17 @@ from collections.abc import Iterator
 _NODE = 8
 
 
-def check_groups(dp: int, mp: int, stages: int) -> None:
+def check_groups(dp: int, mp: int, stages: int, gather: int = 1, exchange: int = 1) -> None:
     """Refuse a plan whose groups MindSpore would refuse to make.
+
+    Args:
+        dp, mp, stages: data, tensor and pipeline parallel.
+        gather, exchange: factors of context parallel: see exchange_of.
 
     Raises:
         ValueError: names the group and its ranks.
     """
-    for name, ranks in _groups(dp, mp, stages):
+    for name, ranks in _groups(dp, mp, stages, gather, exchange):
         if not _is_possible(ranks):
             raise ValueError(
                 f"{name} would communicate between the ranks {_listed(ranks)}, but MindSpore makes no such "
@@ -25,16 +30,38 @@ def check_groups(dp: int, mp: int, stages: int) -> None:
             )
 
 
-def _groups(dp: int, mp: int, stages: int) -> Iterator[tuple[str, range]]:
-    each = dp * mp
-    for first in range(0, stages * each, each):
-        for start in range(first, first + each, mp):
-            yield f"model_parallel {mp}", range(start, start + mp)
-        for start in range(first, first + mp):
-            yield f"data_parallel {dp}", range(start, start + each, mp)
-        yield f"a stage of data_parallel {dp} times model_parallel {mp}", range(first, first + each)
+def _groups(dp: int, mp: int, stages: int, gather: int, exchange: int) -> Iterator[tuple[str, range]]:
+    cp = gather * exchange
+    each = dp * cp * mp
+    # name, ranks, how far they are apart
+    kinds = [
+        (f"model_parallel {mp}", mp, 1),
+        (f"data_parallel {dp}", dp, cp * mp),
+        (f"a stage of {_factors(dp, cp, mp)}", each, 1),
+    ]
+    if cp > 1:
+        kinds += [
+            (f"context_parallel {cp}", cp, mp),
+            (f"context_parallel {cp}, of which {gather} gather", gather, exchange * mp),
+            (f"context_parallel {cp}, of which {exchange} exchange heads", exchange, mp),
+            (f"data_parallel {dp} times context_parallel {cp}", dp * cp, mp),
+        ]
+    for name, size, apart in kinds:
+        for first in _firsts(stages * each, size, apart):
+            yield name, range(first, first + size * apart, apart)
     for first in range(each):  # MindSpore sends and receives in one group of all stages
         yield f"pipeline_stage {stages} of {each} devices each", range(first, stages * each, each)
+
+
+def _firsts(devices: int, size: int, apart: int) -> Iterator[int]:
+    """The first rank of every group of ``size`` ranks that are ``apart``."""
+    for block in range(0, devices, size * apart):
+        yield from range(block, block + apart)
+
+
+def _factors(dp: int, cp: int, mp: int) -> str:
+    named = (("data_parallel", dp), ("context_parallel", cp), ("model_parallel", mp))
+    return " times ".join(f"{name} {size}" for name, size in named if size > 1 or name != "context_parallel")
 
 
 def _is_possible(ranks: range) -> bool:

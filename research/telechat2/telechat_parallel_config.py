@@ -53,7 +53,9 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
             f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
             "Ascend's devices; choose data_parallel, model_parallel and pipeline_stage so."
         )
-    check_groups(section.data_parallel, section.model_parallel, section.pipeline_stage)
+    exchange = exchange_of(section)
+    gather = section.context_parallel // exchange
+    check_groups(section.data_parallel, section.model_parallel, section.pipeline_stage, gather, exchange)
     if gradients_mean:
         raise ValueError(
             "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_pool import check_pool
@@ -211,6 +212,8 @@ def load_predictor(
         ValueError: a file is missing or does not fit the others; names and shapes are given.
     """
     config = read_config(Path(yaml_file))
+    for note in check_settings(config, source=yaml_file):
+        print(f"note: {note}", file=sys.stderr)
     settings = dict(_section(config, "model", "model_config"), batch_size=batch_size)
     if not settings.keys() - {"batch_size"}:
         raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")

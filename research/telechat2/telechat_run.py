@@ -17,8 +17,11 @@ from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.config.optimization import check_optimization, with_float_fields
+from research.telechat2.config.preflight import check_settings
+from research.telechat2.plan.check import check as check_plan
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
+from research.telechat2.telechat_predict_plan import processes_of_run
 from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 from research.telechat2.telechat_run_config import (
     CHECKOUT,
@@ -30,7 +33,7 @@ from research.telechat2.telechat_run_config import (
 )
 from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
 from research.telechat2.telechat_run_end import add_monitor, print_end, print_plan
-from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
+from research.telechat2.telechat_run_keys import TEMPLATE
 from research.telechat2.telechat_run_log import hush_loaders
 from research.telechat2.telechat_run_predict import (
     check_vocab_file,
@@ -87,9 +90,10 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     print(f"config: {path}", flush=True)
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
-    prepare_environment(overrides.get("output_dir") or shipped_output, register)
     apply_overrides(config, overrides, TEMPLATE)
-    check_keys(config)
+    for note in check_settings(config, register=register, source=path.name):
+        print(f"note: {note}", flush=True)
+    prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
     training = mode in TRAINING
@@ -100,11 +104,9 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     if mode.startswith("predict"):
         check_vocab_file(config)
     if training:
-        check_optimization(config)
+        _check_training(config)
         leave_sinks_on_cpus(config)
         config["optimizer"] = with_float_fields(config["optimizer"])
-        _check_accumulation(config)
-        check_parallel_sections(config)
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
@@ -179,19 +181,15 @@ def _check_devices(config: dict) -> None:
         )
 
 
-def _check_accumulation(config: dict) -> None:
-    """Refuse gradient accumulation where MindFormers 1.9 resets it to 1 with a line in its log."""
-    steps = (config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1
-    stages = (config.get("parallel_config") or {}).get("pipeline_stage") or 1
-    alone = not config.get("use_parallel") or is_data_parallel(config)
-    if steps == 1 or not (alone or stages > 1):
+def _check_training(config: dict) -> None:
+    """The check of telechat_plan.py; of a model of the user's own, what is not about the model."""
+    if (config["model"].get("model_config") or {}).get("type", "TelechatConfig") != "TelechatConfig":
+        check_optimization(config)
+        check_parallel_sections(config)
         return
-    where = "on one device or in data parallelism" if alone else "with pipeline stages"
-    instead = "a larger --batch_size" if alone else "a larger parallel_config.micro_batch_num"
-    raise ValueError(
-        f"gradient_accumulation_steps is {steps}, but {where} MindFormers 1.9 accumulates no gradients and "
-        f"would take single steps; leave it at 1 and use {instead}."
-    )
+    checked = check_plan(config, processes_of_run() if "MS_ROLE" in os.environ else None)
+    for note in checked.notes:
+        print(f"note: {note}", flush=True)
 
 
 def prepare_environment(output_dir: str, register: Path) -> None:
@@ -230,6 +228,7 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
         _record_prompt_format(config)
     if config.run_mode.startswith("predict"):
         config.input_data = prepare_prompts(config)
+    import research.telechat2.telechat_register  # noqa: F401 registers the classes that YAMLs name
     from research.telechat2.telechat_compat import (
         Trainer,
         build_context,

@@ -7,6 +7,7 @@ overridden sections exactly as it checks the YAML's own.
 
 import argparse
 import difflib
+import json
 import re
 from pathlib import Path
 
@@ -164,6 +165,16 @@ def parse_value(text: str) -> object:
         except yaml.YAMLError:
             return text
     return text
+
+
+def value_word(value: object) -> str:
+    """``value`` as a word that ``parse_value`` reads back as the same."""
+    if value is None:
+        return "null"
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    text = str(value)
+    return text if parse_value(text) == value else json.dumps(text, ensure_ascii=False)
 
 
 def parse_overrides(words: list[str]) -> dict[str, object]:

@@ -55,7 +55,7 @@ def share_model(config: dict) -> None:
             "seed is null, but the processes that share a model must draw the same random numbers; give "
             "--seed with a number."
         )
-    model["arch"] = {"type": PARALLEL_MODEL, "auto_register": f"telechat_register.{PARALLEL_MODEL}"}
+    model["arch"] = {"type": PARALLEL_MODEL}
     config["parallel"] = (config.get("parallel") or {}) | {
         "parallel_mode": "STAND_ALONE",
         "full_batch": False,

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from research.telechat2.plan import settings as plan_settings
+from research.telechat2.config.classes import GROUPS
+from research.telechat2.config.model_fields import model_defaults
+from research.telechat2.config.tables import SECTIONS
 from research.telechat2.plan.check import check
-from research.telechat2.plan.settings import DEFAULTS, KEYS, TYPE_KEYS, read_settings
+from research.telechat2.plan.settings import DEFAULTS, read_settings
 
 COMMAND = Path(__file__).resolve().parents[2] / "research" / "telechat2" / "telechat_plan.py"
 SMALL = {
@@ -145,7 +147,7 @@ def test_processes_that_are_copies_take_any_number_of_devices():
         ({"recompute_config.recompute": [3, 0]}, "asks for 3 layers of stage 0, which has 2"),
         (model(compute_dtype="float64"), "compute_dtype is 'float64'; it must be one of"),
         (model(num_layer=5), "num_layer.*did you mean 'num_layers'"),
-        (model(pretrain_seqlen=5), "pretrain_seqlen.*has no effect"),
+        (model(out_proj_has_bias=False), "out_proj_has_bias.*has a bias"),
     ],
 )  # fmt: skip
 def test_an_illegal_plan_is_refused_by_a_sentence_with_its_values(changes, sentence):
@@ -207,12 +209,12 @@ def test_the_tables_of_keys_are_those_of_mindformers_and_mindspore():
     for section, defaults in DEFAULTS.items():
         theirs = template.CONFIG_NAME_TO_CLASS[section]
         assert defaults == {key: getattr(theirs, key) for key in theirs.keys()}  # noqa: SIM118 no dictionary
-    assert set(KEYS["parallel"]) == set(_set_auto_parallel_context_func_map)
+    assert set(SECTIONS["parallel"]) == set(_set_auto_parallel_context_func_map)
     schedule = set(inspect.signature(CosineWithWarmUpLR.__init__).parameters) - {"self", "kwargs"}
     # warmup_epochs is the Trainer's
-    assert set(TYPE_KEYS["lr_schedule", "CosineWithWarmUpLR"]) == schedule | {"warmup_epochs"}
+    assert set(GROUPS["lr_schedule"]["CosineWithWarmUpLR"]) == schedule | {"warmup_epochs"}
     step = set(inspect.signature(MFTrainOneStepCell.__init__).parameters)
-    assert set(TYPE_KEYS["runner_wrapper", "MFTrainOneStepCell"]) < step
+    assert set(GROUPS["runner_wrapper"]["MFTrainOneStepCell"]) < step
 
 
 def test_the_models_defaults_are_telechatconfigs():
@@ -224,7 +226,7 @@ def test_the_models_defaults_are_telechatconfigs():
         for name, parameter in theirs.items()
         if name not in ("self", "kwargs", "parallel_config", "moe_config")
     }
-    assert plan_settings._model_defaults() == expected
+    assert model_defaults() == expected
 
 
 def test_the_command_prints_a_table_and_writes_json_once(tmp_path):

@@ -77,7 +77,7 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
         (["--yaml_file", "empty.yaml"], "has no section model.model_config"),
         (["--yaml_file", config_file, "--src_strategy_path_or_dir", "s"], "_or_dir s: .*/transform_ckpt.py"),
         (["--yaml_file", config_file, "--batch_size", "0"], "--batch_size is 0"),
-        (["--yaml_file", typo, *vocab, *weights], "'num_layer'.* did you mean 'num_layers'"),
+        (["--yaml_file", typo, *vocab, *weights], "num_layer is read by nothing.*num_layers is there"),
         (["--yaml_file", small, *vocab, *weights], "tokens, but the YAML's vocab_size is 500"),
         (["--yaml_file", ascend, *vocab, *weights], "Ascend"),
     ]

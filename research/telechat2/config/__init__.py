@@ -1,1 +1,1 @@
-"""Settings and their rules, without MindSpore."""
+"""Settings, their rules, and the one check of a YAML; needs neither MindSpore nor MindFormers."""

@@ -8,8 +8,9 @@ from research.telechat2.plan.check import check
 from research.telechat2.plan.draw import draw
 from research.telechat2.plan.dry_run import dry_run
 from research.telechat2.plan.estimate import estimate
+from research.telechat2.plan.prediction import check_prediction, is_prediction
 from research.telechat2.plan.search import search
-from research.telechat2.plan.settings import read_settings
+from research.telechat2.plan.settings import read_with_notes
 from research.telechat2.telechat_files import atomic_write
 
 
@@ -42,33 +43,59 @@ def plan(
     Raises:
         ValueError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
     """
-    for name, file in (("--json", json_file), ("--plot", picture)):
-        if file and file.exists():
-            raise ValueError(f"{file} exists and is not overwritten; give {name} another name.")
-    if not dry and (rank is not None or output_dir):
-        raise ValueError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
-    path, settings = read_settings(config_name, changes, Path.cwd())
-    checked = check(settings, device_num)
-    report = {"config": str(path), "check": checked.as_dict()}
-    texts = [f"config        {path}\n{checked.table()}"]
-    if estimated or picture:
+    _refuse_arguments(json_file, picture, dry, rank, output_dir)
+    path, settings, notes = read_with_notes(config_name, changes, Path.cwd())
+    asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
+    if is_prediction(settings):
+        _refuse_of_prediction(path, [name for name, given in asked.items() if given])
+        checked = check_prediction(settings, device_num)
+    else:
+        checked = check(settings, None if search_gb is not None else device_num)  # others are searched for
+    report = {"config": str(path), "check": checked.as_dict()} | ({"left_out": notes} if notes else {})
+    texts = [f"config        {path}\n{checked.table()}" + "".join(f"\n\nnote: {note}" for note in notes)]
+    if (estimated or picture) and not is_prediction(settings):
         estimation = estimate(settings)
         report["estimate"] = estimation.as_dict()
         texts.append(estimation.table())
         if picture:
-            draw(estimation, picture)
+            draw(estimation, picture, estimation.limit_gb)
+    found = None
     if search_gb is not None:
         found = search(settings, device_num or checked.device_num, search_gb)
         report["search"] = found.as_dict()
         texts.append(found.table())
     if dry:
-        stages = []
-        for stage in dry_run(settings, device_num, rank, output_dir):
-            stages.append(stage)
-            print(f"compiled stage {stage.stage} of {len(checked.stages)}", file=sys.stderr, flush=True)
-        report["dry_run"] = [stage.as_dict() for stage in stages]
-        texts += [stage.table() for stage in stages]
+        report["dry_run"] = _compiled(settings, device_num, rank, output_dir, texts, len(checked.stages))
     if json_file:
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if found and not found.plans:
+        print("\n\n".join(texts[:-1]))
+        raise ValueError(f"no plan of {device_num or checked.device_num} NPUs is found: {found.table()}")
     return "\n\n".join(texts)
+
+
+def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:
+    for name, file in (("--json", json_file), ("--plot", picture)):
+        if file and file.exists():
+            raise ValueError(f"{file} exists and is not overwritten; give {name} another name.")
+    if not dry and (rank is not None or output_dir):
+        raise ValueError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
+
+
+def _compiled(settings, device_num, rank, output_dir, texts: list[str], stages: int) -> list[dict]:
+    """Compile the step; what each stage comes to is added to ``texts``, and returned for JSON."""
+    report = []
+    for stage in dry_run(settings, device_num, rank, output_dir):
+        report.append(stage.as_dict())
+        texts.append(stage.table())
+        print(f"compiled stage {stage.stage} of {stages}", file=sys.stderr, flush=True)
+    return report
+
+
+def _refuse_of_prediction(path: Path, flags: list[str]) -> None:
+    if flags:
+        raise ValueError(
+            f"{path} is of a prediction, and {' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for "
+            "training; use the finetune YAML of this model, or leave that out. --estimate tells the memory."
+        )

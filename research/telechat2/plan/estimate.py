@@ -7,10 +7,12 @@ Parameters, gradients and optimizer are exact, communication follows the compile
 are formulas; see memory.py, communication.py and throughput.py.
 """
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field, replace
 
 from research.telechat2.plan.communication import Communication, stage_communication
 from research.telechat2.plan.memory import StageMemory, stage_memory
+from research.telechat2.plan.settings import section_of
 from research.telechat2.plan.tables import table
 from research.telechat2.plan.throughput import ASSUMPTIONS, FITTED, Throughput, throughput
 from research.telechat2.plan.workload import Workload, workload
@@ -27,12 +29,14 @@ class Estimate:
         memory: of a device of each stage.
         communication: what a device of each stage sends in a step.
         throughput: predicted speed.
+        limit_gb: GB that a run may take of an NPU, by ``context.max_device_memory``; None: not known.
     """
 
     workload: Workload
     memory: tuple[StageMemory, ...]
     communication: tuple[tuple[Communication, ...], ...]
     throughput: Throughput
+    limit_gb: float | None = field(default=None, compare=False)
 
     @property
     def peak_bytes(self) -> int:
@@ -51,6 +55,8 @@ class Estimate:
                 }
                 for number, (memory, sent) in enumerate(zip(self.memory, self.communication, strict=True))
             ],
+            "peak_gb": self.peak_bytes / GB,
+            "max_device_memory_gb": self.limit_gb,
             "throughput": speed,
             "efficiency": asdict(FITTED),
             "assumptions": list(ASSUMPTIONS),
@@ -67,6 +73,7 @@ class Estimate:
             "of the peak, without what is computed again",
             "",
             *table(_memory_rows(self.memory)),
+            *self._fit(),
             "",
             *table(_communication_rows(self.communication)),
             "",
@@ -77,6 +84,17 @@ class Estimate:
         ]
         return "\n".join(lines)
 
+    def _fit(self) -> list[str]:
+        if self.limit_gb is None:
+            return []
+        peak = f"{self.peak_bytes / GB:.2f} GB on the fullest NPU"
+        if self.peak_bytes <= self.limit_gb * GB:
+            return [f"fits          {peak}, of context.max_device_memory {self.limit_gb:g} GB"]
+        return [
+            f"DOES NOT FIT  {peak}, but context.max_device_memory is {self.limit_gb:g} GB: compute more "
+            f"layers again (recompute_config.recompute), or look for a plan: --search {self.limit_gb:g}"
+        ]
+
 
 def estimate(settings: dict) -> Estimate:
     """Of the settings of ``read_settings``.
@@ -84,7 +102,26 @@ def estimate(settings: dict) -> Estimate:
     Raises:
         ValueError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
     """
-    return estimate_workload(workload(settings))
+    context = section_of(settings, "context")
+    if context.get("device_target") == "CPU":
+        raise ValueError(
+            "context.device_target is CPU, but memory and speed are estimated for Ascend's NPUs. Set "
+            "context.device_target=Ascend and model.model_config.compute_dtype=bfloat16 to estimate this "
+            "model there."
+        )
+    limit = memory_gb(context.get("max_device_memory", "58GB"))
+    return replace(estimate_workload(workload(settings)), limit_gb=limit)
+
+
+def memory_gb(limit: str) -> float:
+    """``context.max_device_memory`` in GB of 10^9 bytes.
+
+    MindSpore's GB are of 2^30 bytes; the difference is left for what no formula here counts.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", str(limit))
+    if found is None or not float(found[1]):
+        raise ValueError(f"context.max_device_memory is {limit!r}; it must be a size such as 58GB.")
+    return float(found[1])
 
 
 def estimate_workload(run: Workload) -> Estimate:

@@ -154,7 +154,7 @@ def _stored(
         and slice_shape[0] % shards == 0
     )
     shards = shards if shared else 1
-    local_shape = (slice_shape[0] // shards, *slice_shape[1:])
+    local_shape = (slice_shape[0] // shards, *slice_shape[1:]) if shared else slice_shape
     compute_bytes = compute_bytes or run.compute_bytes
     gather_bytes = gather_bytes or compute_bytes
     return StoredParameter(

@@ -21,6 +21,7 @@ from research.telechat2.plan.tables import table
 from research.telechat2.plan.workload import Workload, of_config, workload
 from research.telechat2.telechat_parallel_config import check_cluster, check_exchange, check_plan, devices_of
 from research.telechat2.telechat_recompute import first_layers
+from research.telechat2.telechat_run_config import value_word
 
 MOST_CHUNKS = 4
 GB = 1e9
@@ -66,7 +67,7 @@ class SearchResult:
         counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
         if not self.plans:
             return counts + " Take more NPUs or a smaller model."
-        words = [shlex.quote(f"{key}={value}") for key, value in self.plans[0].changes.items()]
+        words = [shlex.quote(f"{key}={value_word(value)}") for key, value in self.plans[0].changes.items()]
         first = f"the first: --set {' '.join(words)}" if words else "the first is the config's own."
         return "\n".join([*table(rows), "", counts, first])
 

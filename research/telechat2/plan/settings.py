@@ -1,16 +1,14 @@
 """A run's settings before it starts: a YAML with changes, every key known, read without MindSpore.
 
-MindFormers and MindSpore know these sections' keys and refuse others minutes later, or pass them over. The
-tables here are theirs, of the release that pyproject.toml names; a test compares them.
+The defaults here are MindFormers', of the release that pyproject.toml names; a test compares them.
 """
 
-import ast
-import inspect
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 from research.telechat2 import telechat_parallel_config as rules
+from research.telechat2.config.model_fields import model_defaults
+from research.telechat2.config.preflight import check_settings
 from research.telechat2.telechat_config_rules import (
     DTYPE_FIELDS,
     check_fields,
@@ -19,13 +17,8 @@ from research.telechat2.telechat_config_rules import (
     library_keys,
 )
 from research.telechat2.telechat_moe_config import MoESettings, plain_section
-from research.telechat2.telechat_run_config import (
-    apply_overrides,
-    did_you_mean,
-    read_config,
-    resolve_config,
-)
-from research.telechat2.telechat_run_keys import TEMPLATE, check_keys
+from research.telechat2.telechat_run_config import apply_overrides, read_config, resolve_config
+from research.telechat2.telechat_run_keys import TEMPLATE
 
 DEFAULTS = {
     "parallel_config": {
@@ -45,53 +38,24 @@ DEFAULTS = {
         "num_classes": 1, "stop_step": 0,
     },
 }  # fmt: skip
-KEYS = {
-    "parallel": (
-        "device_num", "global_rank", "gradients_mean", "gradient_fp32_sync", "loss_repeated_mean",
-        "pipeline_stages", "auto_pipeline", "pipeline_result_broadcast", "pipeline_segments", "parallel_mode",
-        "search_mode", "auto_parallel_search_mode", "parameter_broadcast", "strategy_ckpt_load_file",
-        "strategy_ckpt_save_file", "group_ckpt_save_file", "full_batch", "dataset_strategy",
-        "enable_parallel_optimizer", "force_fp32_communication", "parallel_optimizer_config",
-        "pipeline_config", "grad_accumulation_step", "all_reduce_fusion_config", "communi_parallel_mode",
-        "optimizer_weight_shard_size", "optimizer_weight_shard_aggregated_save", "sharding_propagation",
-        "enable_alltoall", "strategy_ckpt_config", "comm_fusion", "dump_local_norm", "dump_local_norm_path",
-        "dump_device_local_norm", "auto_parallel_new_interface", "init_param_in_compile",
-    ),
-    "parallel.parallel_optimizer_config": (
-        "gradient_accumulation_shard", "parallel_optimizer_threshold", "optimizer_weight_shard_size",
-        "optimizer_level",
-    ),
-    "parallel.pipeline_config": ("pipeline_interleave", "pipeline_scheduler"),
-    "model": ("model_config", "arch"),
-} | {section: tuple(keys) for section, keys in DEFAULTS.items()}  # fmt: skip
-# Of these classes alone are the keys known, which take others and pass them over.
-TYPE_KEYS = {
-    ("lr_schedule", "CosineWithWarmUpLR"): (
-        "learning_rate", "warmup_steps", "total_steps", "num_cycles", "lr_end", "warmup_lr_init",
-        "warmup_ratio", "decay_steps", "decay_ratio", "warmup_epochs",
-    ),
-    ("runner_wrapper", "MFTrainOneStepCell"): (
-        "use_clip_grad", "max_grad_norm", "scale_sense", "local_norm",
-    ),
-}  # fmt: skip
 
 
 def read_settings(name: str, changes: dict[str, object], cwd: Path) -> tuple[Path, dict]:
     """The file that ``--config name`` means, and its settings with ``changes``, dotted key to value.
 
     Raises:
-        ValueError: no such file, or a key that nothing reads.
+        ValueError: no such file, or see check_settings.
     """
+    return read_with_notes(name, changes, cwd)[:2]
+
+
+def read_with_notes(name: str, changes: dict[str, object], cwd: Path) -> tuple[Path, dict, list[str]]:
+    """``read_settings``, and a note for each setting that has no effect and was left out."""
     path = resolve_config(name, cwd)
     settings = read_config(path)
     apply_overrides(settings, changes, TEMPLATE)
-    check_keys(settings)
-    for section, known in KEYS.items():
-        _check_section(settings, section, known)
-    for (section, kind), known in TYPE_KEYS.items():
-        if section_of(settings, section).get("type") == kind:
-            _check_section(settings, section, (*known, "type", "auto_register"))
-    return path, settings
+    notes = check_settings(settings, source=path)
+    return path, settings, notes
 
 
 def section_of(settings: dict, dotted: str) -> dict:
@@ -110,15 +74,6 @@ def section_of(settings: dict, dotted: str) -> dict:
     return found
 
 
-def _check_section(settings: dict, section: str, known: tuple[str, ...]) -> None:
-    for key in section_of(settings, section):
-        if key not in known:
-            raise ValueError(
-                f"the setting {section}.{key} is read by nothing; remove or correct it. "
-                f"{did_you_mean(str(key), list(known))}"
-            )
-
-
 def with_defaults(settings: dict, section: str) -> dict:
     """A section of DEFAULTS as MindFormers completes it."""
     return DEFAULTS[section] | section_of(settings, section)
@@ -135,7 +90,7 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
         ValueError: see TelechatConfig.
     """
     given = section_of(settings, "model.model_config")
-    values = _model_defaults()
+    values = model_defaults()
     extra = library_keys({key: value for key, value in given.items() if key not in values}, values)
     values |= {key: value for key, value in given.items() if key in values}
     values["batch_size"] = with_defaults(settings, "runner_config")["batch_size"]
@@ -153,31 +108,3 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
     check_fields(config)
     rules.check_plan(config)
     return config
-
-
-def _model_defaults() -> dict:
-    """TelechatConfig's arguments and defaults, from its source: to import it takes ten seconds."""
-    source = Path(inspect.getfile(rules)).with_name("telechat_config.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    init = next(
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"
-    )
-    names = [argument.arg for argument in init.args.args[1:]]
-    sections = ("parallel_config", "moe_config")
-    return {
-        name: _default(default, tree)
-        for name, default in zip(names, init.args.defaults, strict=True)
-        if name not in sections
-    }
-
-
-def _default(node: ast.expr, tree: ast.Module):
-    """A default's value: written there, or a constant that the source imports from a module of rules."""
-    if not isinstance(node, ast.Name):
-        return ast.literal_eval(node)
-    module = next(
-        statement.module
-        for statement in tree.body
-        if isinstance(statement, ast.ImportFrom) and node.id in [name.name for name in statement.names]
-    )
-    return getattr(import_module(module), node.id)

@@ -23,6 +23,7 @@ def build(settings: dict):
     here = Path.cwd()
     os.environ["OM_MODULES_CACHE"] = str(here / "modules")
     prepare_environment(str(here / "output"), CHECKOUT / SHIPPED)
+    import research.telechat2.telechat_register  # noqa: F401 registers the classes that YAMLs name
     from research.telechat2.telechat_compat import (
         CausalLanguageModelingTrainer,
         ConfigTemplate,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from research.telechat2.config.preflight import check_settings
 from research.telechat2.serve import settings
 from research.telechat2.serve.flat import flat_files
 from research.telechat2.telechat_files import fsync
@@ -62,6 +63,8 @@ def read_sources(
         ValueError: something is missing, or does not fit the rest; the file to mend is named.
     """
     config = read_config(yaml_file)
+    for note in check_settings(config, source=yaml_file):
+        print(f"note: {note}", file=sys.stderr)
     settings.check_predict_yaml(config, yaml_file)
     checkpoint = _existing(
         checkpoint or config.get("load_checkpoint"), "--checkpoint_path", "load_checkpoint", yaml_file

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from research.telechat2.config.preflight import check_settings
 from research.telechat2.serve import settings
 from research.telechat2.serve.folder import dump_json, dump_yaml, model_config_of, world_size_of
 from research.telechat2.telechat_files import atomic_write
@@ -35,6 +36,7 @@ def finish_folder(folder: Path) -> str:
         if (folder / name).exists():
             raise ValueError(f"{folder / name} exists; remove it to have it written anew.")
     config = _read_copy(yaml_file)
+    check_settings(config, source=yaml_file)
     settings.check_predict_yaml(config, yaml_file)
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(

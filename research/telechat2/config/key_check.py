@@ -1,0 +1,123 @@
+"""Whether every key of a YAML is read by something, and every value is of its kind."""
+
+import difflib
+from collections.abc import Iterator
+
+from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES
+from research.telechat2.config.kinds import read_value
+from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.tables import SECTIONS
+from research.telechat2.telechat_config_rules import LIBRARY_KEYS, OTHERS_KEYS
+from research.telechat2.telechat_run_config import did_you_mean
+
+MODEL = "model.model_config"
+_MOST_LISTED = 12  # names in a message
+
+
+def read_keys(settings: dict) -> list[str]:
+    """Read every value by its kind, in place; what is wrong, a sentence for each setting.
+
+    Text that is a number becomes one where a number is expected: YAML 1.1 reads ``1e-5`` as text.
+    """
+    problems = []
+    for path, known in SECTIONS.items():
+        for place, section in sections_at(settings, path):
+            problems += _read_section(section, known, place)
+    for path, group in PLACES.items():
+        for place, section in sections_at(settings, path):
+            problems += _read_class(section, group, place)
+    # A task's dataset_config is the data set's section once more.
+    once = {problem.replace("_dataset_task.dataset_config", "_dataset") for problem in problems}
+    return [problem for problem in dict.fromkeys(problems) if problem in once]
+
+
+def sections_at(settings: dict, path: str) -> Iterator[tuple[str, dict]]:
+    """The sections at ``a.b`` or ``a.b[]``, each with the name that a message gives it; none that is absent.
+
+    What is no section is passed over: its own key's kind is checked where that stands.
+    """
+    found = [("", settings)]
+    for name in path.split(".") if path else ():
+        inner = []
+        for place, section in found:
+            value = section.get(name.removesuffix("[]"))
+            at = f"{place}.{name}".lstrip(".")
+            if name.endswith("[]"):
+                items = value if isinstance(value, list) else []
+                inner += [(f"{at[:-2]}[{i}]", item) for i, item in enumerate(items) if isinstance(item, dict)]
+            elif isinstance(value, dict):
+                inner.append((at, value))
+        found = inner
+    yield from found
+
+
+def _read_class(section: dict, group: str, place: str) -> list[str]:
+    """A section whose ``type`` names its class; of a class of the user's own, nothing is known."""
+    name = section.get("type")
+    if group == "config" and name in (None, *GROUPS[group]):
+        return _read_model(section)
+    if name not in GROUPS[group]:
+        return _unknown_type(section, group, place)
+    arguments = GROUPS[group][name]
+    if arguments is None:
+        return []
+    extra = {"params": "texts"} if ".grouped[" in place else {}
+    return _read_section(section, arguments | OWN_KEYS | extra, place)
+
+
+def _unknown_type(section: dict, group: str, place: str) -> list[str]:
+    if "auto_register" in section or ("type" not in section and group in ("tokenizer", "metric", "model")):
+        return []
+    known = sorted(GROUPS[group])
+    return [
+        f"{place}.type is {section.get('type')!r}, which is no class that a YAML may name here without "
+        f"auto_register. {did_you_mean(str(section.get('type')), known)}"
+    ]
+
+
+def _read_model(section: dict) -> list[str]:
+    problems = []
+    kinds = model_kinds()
+    for key in section:
+        if key in OTHERS_KEYS:
+            problems.append(f"{MODEL}.{key}: this model does not have it. {OTHERS_KEYS[key]}. Remove {key}.")
+        elif key not in kinds and key not in LIBRARY_KEYS:
+            problems.append(_unread(key, section, list(kinds), f"{MODEL}."))
+    return problems + _read_values(section, kinds, MODEL)
+
+
+def _read_section(section: dict, known: dict[str, str], place: str) -> list[str]:
+    prefix = f"{place}." if place else ""
+    problems = [_unread(str(key), section, list(known), prefix) for key in section if key not in known]
+    return problems + _read_values(section, known, place)
+
+
+def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
+    problems = []
+    for key in section.keys() & known.keys():
+        if section[key] is None and known[key] == "section|null":
+            del section[key]  # as if it were not there; MindSpore takes no null
+            continue
+        try:
+            section[key] = read_value(known[key], section[key])
+        except ValueError as error:
+            problems.append(f"{place}.{key} {error}.".lstrip("."))
+    return sorted(problems)
+
+
+def _unread(key: str, section: dict, known: list[str], prefix: str) -> str:
+    return f"the setting {prefix}{key} is read by nothing; remove or correct it. {_hint(key, section, known)}"
+
+
+def _hint(key: str, section: dict, known: list[str]) -> str:
+    """The key that may be meant, or that it is there already; without any, all that are not there, if few."""
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if close and close[0] in section:
+        return f"{close[0]} is there as well, and is {section[close[0]]!r}."
+    if close := [name for name in close if name not in section]:
+        return f"Did you mean {' or '.join(close)}?"
+    return _listed([name for name in known if name not in section])
+
+
+def _listed(names: list[str]) -> str:
+    return f"Known are {', '.join(names)}." if 0 < len(names) <= _MOST_LISTED else "No key is like it."

@@ -1,0 +1,86 @@
+"""What a setting's value may be, and how a YAML's value is read as such.
+
+YAML 1.1 reads ``1e-5`` as text: a number needs a point and a signed exponent there. Such text is read as the
+number that it is. Quoted truth values and whole numbers stay errors: ``"False"`` would be taken for true.
+"""
+
+import math
+import re
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+EXPECTED = {
+    "bool": "True or False, without quotes",
+    "whole": "a whole number, in digits and without quotes",
+    "real": "a finite number, such as 1.0e-5",
+    "text": "text",
+    "list": "a list",
+    "reals": "a list of numbers, such as [0.9, 0.95]",
+    "texts": "a list of texts",
+    "section": "a section of settings",
+    "null": "null",
+}
+
+
+def table(text: str) -> dict[str, str]:
+    """``"epochs:whole seed:whole|null"`` as a dictionary of key and kind; kinds are the keys of EXPECTED.
+
+    ``any`` takes every value.
+    """
+    return dict(word.split(":") for word in text.split())
+
+
+def read_value(kind: str, value: object) -> object:
+    """``value`` as one of the kinds that ``kind`` lists, ``a|b``; a text that is a number becomes one.
+
+    Raises:
+        ValueError: it is of none of them; the message ends "…; it must be …".
+    """
+    kinds = kind.split("|")
+    if "any" in kinds or any(_is(name, value) for name in kinds):
+        return value
+    if value is None and "text" in kinds:
+        return value  # `load_checkpoint:` with nothing behind it
+    if "real" in kinds and (number := _number(value)) is not None:
+        return number
+    if "reals" in kinds and isinstance(value, (list, tuple)):
+        numbers = [item if _is("real", item) else _number(item) for item in value]
+        if None not in numbers:
+            return numbers
+    expected = " or ".join(EXPECTED[name] for name in kinds)
+    raise ValueError(f"is {value!r}; it must be {expected}{_hint(kinds, value)}")
+
+
+def _is(kind: str, value: object) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "whole":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "real":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "reals":
+        return isinstance(value, (list, tuple)) and all(_is("real", item) for item in value)
+    if kind == "texts":
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    types = {"text": str, "list": (list, tuple), "section": dict, "null": type(None)}
+    return isinstance(value, types[kind])
+
+
+def _number(value: object) -> float | None:
+    """The number that a text is, None where it is none."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _hint(kinds: list[str], value: object) -> str:
+    """How to write what was meant, where that is plain."""
+    if "bool" in kinds and str(value).lower() in ("true", "yes", "on", "1"):
+        return ": True"
+    if "bool" in kinds and str(value).lower() in ("false", "no", "off", "0"):
+        return ": False"
+    if "whole" in kinds and isinstance(value, (str, float)) and not isinstance(value, bool):
+        number = _number(str(value))
+        if number is not None and number == int(number):
+            return f": {int(number)}"
+    return ""

@@ -1,0 +1,145 @@
+"""Settings of other releases that have no effect here: left out with a note, so that such a YAML runs.
+
+MindFormers' own research/telechat2 and the fork of the torch release write keys that nothing reads any more.
+What such a key asks for and would not get is no note but a line to change.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from research.telechat2.config.key_check import MODEL, sections_at
+from research.telechat2.telechat_config_rules import DEAD_KEYS
+
+_TUNING = "MindFormers 1.9 tunes no data set by it"
+_GRAPHS = "MindSpore fuses operators by context.jit_config.jit_level"
+# section -> key -> why it has no effect, whatever its value
+_NOTED = {
+    "": {"auto_tune": _TUNING, "filepath_prefix": _TUNING, "autotune_per_step": _TUNING},
+    "parallel_config": {"optimizer_shard": "parallel.enable_parallel_optimizer decides on that"},
+    "context": {
+        "enable_graph_kernel": _GRAPHS,
+        "graph_kernel_flags": _GRAPHS,
+        "runtime_num_threads": "MindFormers 1.9 does not read it",
+        "enable_dump": "MindFormers 1.9 does not read it",
+        "save_dump_path": "MindFormers 1.9 does not read it",
+    },
+    "train_dataset": {"batch_size": "runner_config.batch_size decides on that"},
+    "eval_dataset": {"batch_size": "runner_config.batch_size decides on that"},
+    MODEL: {
+        "auto_map": "the classes are this project's; MindIE reads the one that build_mindie_folder.py writes"
+    },
+}
+_CALLBACKS = {"ObsMonitor": "MindFormers 1.9 has none; outside of ModelArts it did nothing"}
+_URL = re.compile(r"(obs|s3|https?)://\S+")
+_TRAINING_ONLY = (
+    "runner_config", "optimizer", "lr_schedule", "grouped_lr_schedule", "train_dataset",
+    "train_dataset_task", "eval_dataset", "eval_dataset_task", "recompute_config", "callbacks",
+    "eval_callbacks", "metric", "runner_wrapper", "checkpoint", "monitor_config",
+)  # fmt: skip
+
+
+def leave_out(settings: dict) -> tuple[list[str], list[str]]:
+    """Take out of ``settings``, in place, what has no effect here.
+
+    Returns:
+        A note for each such setting, and a sentence for each that must be changed.
+    """
+    notes = [*_noted(settings), *_callbacks(settings), *_texts_for_nothing(settings)]
+    problems = []
+    for found, problem in _dead_model_keys(settings):
+        (problems if problem else notes).append(found)
+    return notes, problems + list(_to_change(settings))
+
+
+def _without_effect(place: str, key: str, reason: str) -> str:
+    return f"{place}.{key} has no effect: {reason}.".lstrip(".")
+
+
+def _noted(settings: dict) -> Iterator[str]:
+    for path, keys in _NOTED.items():
+        for place, section in sections_at(settings, path):
+            for key in keys.keys() & section.keys():
+                del section[key]
+                yield _without_effect(place, key, keys[key])
+    for which in ("train", "eval"):  # the same section once more
+        for _, section in sections_at(settings, f"{which}_dataset_task.dataset_config"):
+            section.pop("batch_size", None)
+
+
+def _callbacks(settings: dict) -> Iterator[str]:
+    for name in ("callbacks", "eval_callbacks"):
+        listed = settings.get(name)
+        if not isinstance(listed, list):
+            continue
+        types = [callback.get("type") if isinstance(callback, dict) else None for callback in listed]
+        for kind in dict.fromkeys(kind for kind in types if kind in _CALLBACKS):
+            yield f"{name}: {kind} has no effect: {_CALLBACKS[kind]}."
+        settings[name] = [
+            callback for callback, kind in zip(listed, types, strict=True) if kind not in _CALLBACKS
+        ]
+
+
+def _texts_for_nothing(settings: dict) -> Iterator[str]:
+    """Placeholders that stand in published YAMLs as if they were values."""
+    url = settings.get("remote_save_url")
+    if isinstance(url, str) and url and not _URL.fullmatch(url):
+        del settings["remote_save_url"]
+        yield f"remote_save_url has no effect: {url!r} is no address."
+    for _, context in sections_at(settings, "context"):
+        if isinstance(context.get("affinity_cpu_list"), str):
+            given = context.pop("affinity_cpu_list")
+            yield f"context.affinity_cpu_list has no effect: {given!r} is no section of devices and cores."
+    for _, model in sections_at(settings, MODEL):
+        name = model.get("checkpoint_name_or_path")
+        if isinstance(name, str) and name and not Path(name).expanduser().exists():
+            del model["checkpoint_name_or_path"]
+            yield (
+                f"{MODEL}.checkpoint_name_or_path has no effect: there is no file {name}, and names of "
+                "releases are not looked up; load_checkpoint says which weights are loaded."
+            )
+    for _, tokenizer in sections_at(settings, "processor.tokenizer"):
+        if tokenizer.get("unk_token") == "<unk>" and tokenizer.get("type") == "TelechatTokenizer":
+            del tokenizer["unk_token"]
+            yield "processor.tokenizer.unk_token has no effect: TeleChat2's vocabulary calls it <_unk>."
+    if settings.get("run_mode") == "predict" and (unused := [n for n in _TRAINING_ONLY if n in settings]):
+        yield f"{', '.join(unused)} have no effect in a prediction: they are of training."
+
+
+def _dead_model_keys(settings: dict) -> Iterator[tuple[str, bool]]:
+    """Keys of ``model_config`` that never had an effect: what is to be said, and whether it is a problem."""
+    for _, model in sections_at(settings, MODEL):
+        for key in [key for key in model if key in DEAD_KEYS]:
+            reason, harmless = DEAD_KEYS[key]
+            value = model.pop(key)
+            if harmless is None or value in harmless:
+                yield _without_effect(MODEL, key, reason), False
+            else:
+                yield f"{MODEL}.{key} is {value!r}, but {reason}. Remove it, if that is your model.", True
+
+
+def _to_change(settings: dict) -> Iterator[str]:
+    for _, context in sections_at(settings, "context"):
+        if "deterministic" in context:
+            value = context.pop("deterministic")
+            if str(value).upper() in ("ON", "TRUE"):
+                yield (
+                    f"context.deterministic is {value!r}, which MindFormers 1.9 does not read; write "
+                    "train_precision_sync: True (infer_precision_sync for predictions) at the top instead."
+                )
+    for _, model in sections_at(settings, MODEL):
+        if model.get("pet_config"):
+            kind = model.pop("pet_config")
+            kind = kind.get("pet_type", "adapters") if isinstance(kind, dict) else kind
+            yield (
+                f"{MODEL}.pet_config asks for {kind}, but adapters such as LoRA are not in this version; "
+                "remove pet_config to train all weights."
+            )
+        if model.get("moe_config") is not None:
+            model.pop("moe_config")
+            yield (
+                f"moe_config stands in {MODEL}, where MindFormers' Trainer replaces it, by that of a dense "
+                "model if there is no other; move it to the top of the YAML, as a section of its own."
+            )
+    if settings.get("use_legacy") is False:
+        yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
