@@ -26,7 +26,7 @@ def test_the_first_asks_for_the_end_of_the_step_and_the_second_ends():
 def test_where_nothing_can_be_saved_the_first_ends():
     with stopping(), pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGINT)
-    assert not STOP.requested
+    assert STOP.left and not STOP.requested
 
 
 @pytest.mark.parametrize(

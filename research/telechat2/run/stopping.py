@@ -27,13 +27,14 @@ class StopRequest:
 
     Attributes:
         requested: by a first Ctrl-C.
+        left: the handler has raised Interrupted; MindSpore's import makes an ImportError of it.
         saves: whether a step is trained now, after which a checkpoint can be saved.
         steps: done so far by this run.
         saved: the last checkpoint that it has saved; None: none yet.
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested = self.left = False
         self.saves = False
         self.steps = 0
         self.saved: Path | None = None
@@ -45,6 +46,7 @@ class StopRequest:
             Interrupted: it is the second, or there is nothing to save.
         """
         if self.requested or not self.saves:
+            self.left = True
             raise Interrupted
         self.requested = True
 

@@ -52,8 +52,10 @@ def train(config: dict, carry_out: Callable[[dict, Path | None, Training], None]
             refuse_overwriting(config)
             training = _prepare(config) if first else Training(describe_training(config, []), None)
             carry_out(config, source, training)
-        except KeyboardInterrupt:
-            raise Interrupted(farewell(config, stop, sys.argv)) from None
+        except BaseException as error:
+            if stop.left or isinstance(error, KeyboardInterrupt):
+                raise Interrupted(farewell(config, stop, sys.argv)) from None
+            raise
         if stop.requested:
             raise Interrupted(farewell(config, stop, sys.argv))
 
