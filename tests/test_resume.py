@@ -1,15 +1,20 @@
 """Training the small model through the Trainer: killed and resumed, and on data that trains nothing."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from research.telechat2.run.resuming import read_iteration
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LOSS = re.compile(r"step:\[\s*(\d+)/\s*(\d+)\], loss:\[([\d.]+)/")
@@ -88,15 +93,16 @@ def test_a_run_that_was_killed_continues_as_if_it_never_stopped(examples_dataset
     assert sorted(os.listdir(tmp_path)) == ["cut", "killed.log", "on", "whole"]
 
 
-def test_a_record_with_no_trained_token_has_loss_0_and_is_counted(tmp_path):
-    """Preprocessing refuses to write one; data from elsewhere may hold it."""
+@pytest.fixture(scope="module")
+def small_dataset(tmp_path_factory) -> tuple[Path, list]:
+    """Four records of random ids, of which the third has no trained token, and the words of a tiny model."""
     from mindspore.mindrecord import FileWriter
 
-    length = 33
+    file, length = tmp_path_factory.mktemp("small") / "d.mindrecord", 33
     ids = np.random.default_rng(0).integers(4, 64, (4, length)).astype(np.int32)
     labels = ids.copy()
     labels[2] = -100
-    writer = FileWriter(str(tmp_path / "d.mindrecord"), 1)
+    writer = FileWriter(str(file), 1)
     column = {"type": "int32", "shape": [-1]}
     writer.add_schema({"input_ids": column, "labels": column}, "records")
     rows = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
@@ -106,10 +112,83 @@ def test_a_record_with_no_trained_token_has_loss_0_and_is_counted(tmp_path):
         "num_layers": 1, "hidden_size": 16, "num_heads": 2, "n_kv_heads": 1, "intermediate_size": 32,
         "vocab_size": 64, "seq_length": length - 1,
     }  # fmt: skip
-    words = ["--train_dataset", "d.mindrecord", "--epochs", 1, "--batch_size", 1, "--output_dir", "out"]
+    return file, [word for key, value in sizes.items() for word in (f"--model.model_config.{key}", value)]
+
+
+def interrupted(words: list[str], cwd: Path, shown: str) -> tuple[int, str]:
+    """Status and output of a command that gets Ctrl-C, as its whole process group, when it has shown a text."""
+    log = cwd / "interrupted.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            words, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for _ in range(3000):
+            if shown in log.read_text(errors="replace") or process.poll() is not None:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        status = process.wait(timeout=120)
+    return status, log.read_text(errors="replace")
+
+
+def test_ctrl_c_saves_the_step_and_prints_the_command_that_resumes(small_dataset, tmp_path, monkeypatch):
+    """One training for the interrupt and what is kept; what a resumed run then reads is checked in process."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    dataset, sizes = small_dataset
+    words = [
+        "--train_dataset",
+        dataset,
+        "--epochs",
+        500,
+        "--batch_size",
+        2,
+        "--output_dir",
+        "out put",
+        *sizes,
+    ]
+    status, text = interrupted(finetune(*words), tmp_path, "first step")
+    assert status == 130, text[-3000:]
+    folder = next((tmp_path / "out put" / "checkpoint").glob("iteration_*"))
+    common, record = read_iteration(folder)  # whole
+    assert record == replace(record, records=4, steps_per_epoch=2, epochs=500, global_batch_size=2, seed=3)
+    assert common["step_num"] == record.step >= 1 and f"saved in {folder}" in text
+    command = shlex.split(text.rstrip().splitlines()[-1].partition("resume with: ")[2])
+    assert command[-4:] == ["--load_checkpoint", str(folder), "--resume_training", "True"]
+    assert command[1:-4] == list(map(str, finetune(*words)[1:]))
+    assert not any(temporary.iterdir()) and not (tmp_path / "out put" / ".training.lock").exists()
+
+
+@pytest.mark.slow  # two trainings
+def test_the_printed_command_resumes_with_the_losses_of_an_uninterrupted_run(small_dataset, tmp_path):
+    dataset, sizes = small_dataset
+    words = ["--train_dataset", dataset, "--epochs", 8, "--batch_size", 2, *sizes]
+    whole = subprocess.run(
+        finetune(*words, "--output_dir", "whole"), cwd=tmp_path, capture_output=True, timeout=600
+    )
+    assert whole.returncode == 0
+    status, text = interrupted(finetune(*words, "--output_dir", "cut"), tmp_path, "first step")
+    assert status == 130 and "resume with: " in text, text[-3000:]
+    command = text.rstrip().splitlines()[-1].partition("resume with: ")[2]
+    again = subprocess.run(
+        command.replace("python", shlex.quote(sys.executable), 1),
+        shell=True, cwd=tmp_path, capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    expected, found = (
+        [(m["step"], m["loss"], m["learning_rate"]) for m in map(json.loads, o)] for o in lines
+    )
+    assert [step for step, *_ in expected] == list(range(1, 17))
+    assert found == expected
+
+
+def test_a_record_with_no_trained_token_has_loss_0_and_is_counted(small_dataset, tmp_path):
+    """Preprocessing refuses to write one; data from elsewhere may hold it."""
+    dataset, sizes = small_dataset
+    words = ["--train_dataset", dataset, "--epochs", 1, "--batch_size", 1, "--output_dir", "out", *sizes]
     words += ["--train_dataset.data_loader.shuffle", "False"]
-    for key, value in sizes.items():
-        words += [f"--model.model_config.{key}", value]
     told = subprocess.run(finetune(*words), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     text = told.stdout + told.stderr
     assert told.returncode == 0, text[-3000:]
