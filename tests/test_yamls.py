@@ -25,7 +25,7 @@ CLUSTERS = {
     "finetune_telechat_7b.yaml": (8, 8, [30]),
     "finetune_telechat_35b.yaml": (16, 32, [15, 17, 17, 15]),
     "finetune_telechat_115b.yaml": (512, 64, [10, 11, 12, 13, 13, 13, 13, 11]),
-    "finetune_telechat_115b_64p.yaml": (64, 8, [10, 11, 12, 13, 13, 13, 13, 11]),
+    "finetune_telechat_115b_64p.yaml": (64, 8, [12] * 8),
     "finetune_telechat_39b_a12b.yaml": (1024, 512, [15, 15]),
 }
 # What prediction and training must agree on, for the weights to fit.
@@ -105,6 +105,18 @@ def test_its_plan_is_legal_and_nothing_in_it_is_without_effect(name):
     if published := CLUSTERS.get(YAMLS[name].name):
         layers = [stage.num_layers for stage in checked.stages]
         assert (checked.device_num, checked.global_batch, layers) == published
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if "/finetune" in name and "tiny" not in name])
+def test_its_training_fits_the_memory_that_it_may_take(name):
+    from research.telechat2.plan.estimate import estimate
+
+    _, settings = read_settings(str(YAMLS[name]), {}, Path.cwd())
+    estimated = estimate(settings)
+    stated = settings["context"]["max_device_memory"]
+    assert f"{estimated.limit_gb:g}GB" == stated
+    assert estimated.peak_bytes <= estimated.limit_gb * 1e9
+    assert "fits  " in estimated.table()
 
 
 # The published numbers of NPUs that predict; the other sizes are shared by as many as there are.

@@ -1,5 +1,6 @@
 """Plans that are found are legal, fit, and are what the estimate says; and an estimate can be drawn."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from research.telechat2.plan.draw import draw
 from research.telechat2.plan.estimate import estimate
 from research.telechat2.plan.search import search
 from research.telechat2.plan.settings import read_settings
+from research.telechat2.telechat_parallel_sections import check_parallel_sections
+from research.telechat2.telechat_plan import setting
 
 
 def shipped(name: str, changes: dict | None = None) -> dict:
@@ -63,6 +66,28 @@ def test_a_model_that_fits_nowhere_is_said_to(found):
     none = search(shipped("finetune_telechat_115b"), device_num=8, memory_gb=60)
     assert not none.plans
     assert "Take more NPUs" in none.table()
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "gb"),
+    [
+        ("finetune_telechat_115b", 64, 60), ("finetune_telechat_115b", 512, 54.5),
+        ("finetune_telechat_7b", 16, 58), ("finetune_telechat_35b", 16, 50), ("finetune_telechat_35b", 32, 57),
+        ("finetune_telechat_39b_a12b", 64, 60), ("finetune_telechat_3b", 8, 20),
+    ],
+)  # fmt: skip
+def test_the_words_of_every_plan_run_as_pasted_and_mean_that_plan(name, devices, gb):
+    """By the command's own parser and check, also for other numbers of NPUs than the config's."""
+    plans = search(shipped(name), device_num=devices, memory_gb=gb, count=1000).plans
+    assert plans
+    for plan in plans:
+        words = shlex.split(plan.words())
+        assert words[:1] in (["--set"], [])
+        changes = dict(setting(word) for word in words[1:])
+        assert changes == plan.changes
+        settings = shipped(name, changes)
+        assert check(settings, device_num=devices).device_num == devices
+        check_parallel_sections(settings)
 
 
 def test_plans_are_searched_for_clusters_only():

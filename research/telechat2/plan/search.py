@@ -34,6 +34,11 @@ class FoundPlan:
     changes: dict[str, object]
     estimate: Estimate
 
+    def words(self) -> str:
+        """The changes as words that telechat_plan.py reads as the same; "" where there are none."""
+        words = [shlex.quote(f"{key}={value_word(value)}") for key, value in self.changes.items()]
+        return f"--set {' '.join(words)}" if words else ""
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -67,8 +72,8 @@ class SearchResult:
         counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
         if not self.plans:
             return counts + " Take more NPUs or a smaller model."
-        words = [shlex.quote(f"{key}={value_word(value)}") for key, value in self.plans[0].changes.items()]
-        first = f"the first: --set {' '.join(words)}" if words else "the first is the config's own."
+        words = self.plans[0].words()
+        first = f"the first: {words}" if words else "the first is the config's own."
         return "\n".join([*table(rows), "", counts, first])
 
 
@@ -247,6 +252,7 @@ def _summary(plan: FoundPlan) -> dict:
     speed = plan.estimate.throughput
     return {
         "changes": plan.changes,
+        "words": plan.words(),
         "tokens_per_second": speed.tokens_per_second,
         "bubble": speed.bubble,
         "peak_bytes": plan.estimate.peak_bytes,
