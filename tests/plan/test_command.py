@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from research.telechat2.plan.command import plan
+
 COMMAND = Path(__file__).resolve().parents[2] / "research/telechat2/telechat_plan.py"
 
 
@@ -31,3 +33,55 @@ def test_a_picture_is_not_drawn_over_another(tmp_path):
     done = run(tmp_path, "--plot", "plan.png")
     assert done.returncode == 1 and "plan.png exists and is not overwritten" in done.stderr
     assert (tmp_path / "plan.png").read_text() == "mine"
+
+
+def test_a_search_for_other_npus_than_the_configs_lists_plans_and_one_without_result_fails(tmp_path):
+    found = plan("finetune_telechat_7b", {}, device_num=16, search_gb=58)
+    assert "the first: --set" in found and "plans:" in found
+    with pytest.raises(ValueError, match="no plan of 8 NPUs is found: .* do not fit"):
+        plan("finetune_telechat_115b", {}, device_num=8, search_gb=60, json_file=tmp_path / "none.json")
+    assert json.loads((tmp_path / "none.json").read_text())["search"]["plans"] == []
+    done = run(tmp_path, "--search", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "devices  " in done.stdout
+
+
+def test_an_estimate_is_compared_with_max_device_memory():
+    """70.65 GB were needed by the plan of 512 NPUs on 64, whose limit is 54.5 GB."""
+    changes = {"parallel_config.data_parallel": 1}
+    report = plan("finetune_telechat_115b", changes, estimated=True)
+    assert "DOES NOT FIT  70.65 GB" in report and "54.5 GB" in report
+    fits = plan("finetune_telechat_115b", changes | {"context.max_device_memory": "71GB"}, estimated=True)
+    assert "fits          70.65 GB" in fits
+    with pytest.raises(ValueError, match="max_device_memory is '54'"):
+        plan("finetune_telechat_115b", changes | {"context.max_device_memory": "54"}, estimated=True)
+
+
+def test_a_prediction_is_planned_with_its_weights_and_cache():
+    """7,617,351,680 parameters of two bytes; keys and values of 30 layers of 4096, two bytes, 8192 tokens."""
+    report = plan("predict_telechat_7b", {}, estimated=True)
+    assert "15.23 GB of weights and 4.03 GB of cache" in report and "devices       1 " in report
+    shared = plan("predict_telechat_7b_parallel", {}, device_num=4, estimated=True)
+    assert "devices       4 " in shared and "1.01 GB of cache" in shared
+    with pytest.raises(ValueError, match="is of a prediction, and --search and --dry_run are for training"):
+        plan("predict_telechat_7b", {}, search_gb=58, dry=True)
+    with pytest.raises(ValueError, match="model_parallel is 8, but this run has 4 processes"):
+        plan("predict_telechat_115b_parallel", {}, device_num=4)
+
+
+def test_a_config_for_cpus_is_planned_and_its_estimate_says_what_to_set():
+    assert "devices       1 = processes" in plan("finetune_telechat_tiny", {})
+    with pytest.raises(ValueError, match="device_target is CPU, .* context.device_target=Ascend"):
+        plan("finetune_telechat_tiny", {}, estimated=True)
+    changes = {"context.device_target": "Ascend", "model.model_config.compute_dtype": "bfloat16"}
+    assert "tokens/s/NPU predicted" in plan("finetune_telechat_tiny", changes, estimated=True)
+    assert "devices       1 " in plan("predict_telechat_tiny", {}, estimated=True)
+
+
+def test_a_scalar_parameter_is_left_whole_by_the_optimizers_sharding():
+    from research.telechat2.plan.estimate import estimate
+    from research.telechat2.plan.parameters import _stored
+    from research.telechat2.plan.settings import read_settings
+
+    run = estimate(read_settings("finetune_telechat_7b", {}, Path.cwd())[1]).workload
+    stored = _stored(run, "scale", (), ())
+    assert (stored.local_shape, stored.shards, stored.bytes) == ((), 1, 4)

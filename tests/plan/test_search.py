@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from research.telechat2.plan.check import check
-from research.telechat2.plan.draw import draw
+from research.telechat2.plan.draw import draw, figure_of
 from research.telechat2.plan.estimate import estimate
 from research.telechat2.plan.search import search
 from research.telechat2.plan.settings import read_settings
@@ -72,8 +72,9 @@ def test_a_model_that_fits_nowhere_is_said_to(found):
     ("name", "devices", "gb"),
     [
         ("finetune_telechat_115b", 64, 60), ("finetune_telechat_115b", 512, 54.5),
-        ("finetune_telechat_7b", 16, 58), ("finetune_telechat_35b", 16, 50), ("finetune_telechat_35b", 32, 57),
-        ("finetune_telechat_39b_a12b", 64, 60), ("finetune_telechat_3b", 8, 20),
+        ("finetune_telechat_7b", 16, 58), ("finetune_telechat_35b", 16, 50),
+        ("finetune_telechat_35b", 32, 57), ("finetune_telechat_39b_a12b", 64, 60),
+        ("finetune_telechat_3b", 8, 20),
     ],
 )  # fmt: skip
 def test_the_words_of_every_plan_run_as_pasted_and_mean_that_plan(name, devices, gb):
@@ -93,6 +94,33 @@ def test_the_words_of_every_plan_run_as_pasted_and_mean_that_plan(name, devices,
 def test_plans_are_searched_for_clusters_only():
     with pytest.raises(ValueError, match="plans are searched for a run on a cluster"):
         search(shipped("finetune_telechat_tiny"), device_num=8, memory_gb=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("finetune_telechat_115b", 54.5), ("finetune_telechat_115b", 51.2), ("finetune_telechat_115b", 40),
+        ("finetune_telechat_7b", 58), ("finetune_telechat_39b_a12b", None),
+    ],
+)  # fmt: skip
+def test_labels_of_the_picture_touch_neither_frame_nor_title_nor_limit(name, limit):
+    estimated = estimate(shipped(name))
+    figure = figure_of(estimated, limit)
+    figure.canvas.draw()
+    memory, passes = figure.axes
+    frame, title = memory.get_window_extent(), memory.title.get_window_extent()
+    assert len(memory.texts) == len(estimated.memory)
+    for text in memory.texts:
+        box = text.get_window_extent()
+        assert frame.y0 < box.y0 and box.y1 < frame.y1 and box.y1 < title.y0
+        if limit:
+            line = memory.transData.transform((0, limit))[1]
+            assert not box.y0 - 1 < line < box.y1 + 1
+    names = [text.get_text() for text in memory.get_legend().get_texts()]
+    assert (f"limit: {limit:g} GB" in names) if limit else not any("limit" in name for name in names)
+    chunks = estimated.workload.chunks
+    shades = [text.get_text() for text in passes.get_legend().get_texts()]
+    assert len(shades) == 2 * chunks and shades[0].startswith("forward")
 
 
 def test_a_picture_is_a_new_png(tmp_path):
