@@ -4,6 +4,7 @@ import os
 import re
 
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of
+from research.telechat2.telechat_kernel_rules import check_cpu_dtypes, check_paged_kernels
 
 PARALLEL_MODEL = "ParallelTelechatForCausalLM"
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -25,7 +26,8 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
 
     Raises:
         ValueError: another number of processes runs, or they cannot share this model: sizes that do not
-            divide, no cache, other kinds of parallelism, or too little memory for each.
+            divide, no cache, other kinds of parallelism, dtypes that the target's kernels do not have, or too
+            little memory for each.
     """
     section = section_of(settings, "parallel_config")
     given = section.get("model_parallel") if settings.get("use_parallel") else 1
@@ -42,7 +44,12 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
     if settings.get("use_parallel") and not config.use_past:
         raise ValueError("use_past is False, but processes that share a model predict with a cache; set it.")
     context = section_of(settings, "context")
-    if context.get("device_target", "Ascend") == "Ascend":
+    on_cpu = context.get("device_target", "Ascend") == "CPU"
+    if on_cpu:
+        check_cpu_dtypes(config)
+    elif config.use_past:
+        check_paged_kernels(config)
+    if not on_cpu:
         check_memory(config, shared, context.get("max_device_memory", "58GB"))
     return plan if settings.get("use_parallel") else None
 

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of
-from research.telechat2.telechat_kernel_rules import check_cpu_dtypes, check_paged_kernels
 from research.telechat2.telechat_predict_plan import memory_of_rank, prediction_plan
 
 
@@ -66,10 +65,6 @@ def check_prediction(settings: dict, device_num: int | None = None) -> CheckedPr
     config = model_config(settings, DEFAULTS["parallel_config"] | plan)
     context = section_of(settings, "context")
     on_cpu = context.get("device_target", "Ascend") == "CPU"
-    if on_cpu:
-        check_cpu_dtypes(config)
-    elif config.use_past:
-        check_paged_kernels(config)
     weights, cache = memory_of_rank(config, devices)
     return CheckedPrediction(
         device_num=devices,
