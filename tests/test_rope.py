@@ -236,8 +236,12 @@ def test_within_the_trained_length_the_tables_are_those_without_extension():
         ({"extend_method": "DYNAMIC_NTK", "base_seqlen": 0}, "base_seqlen is 0"),
         ({"extend_method": "DYNAMIC_NTK", "use_past": True, "is_dynamic": False}, "set is_dynamic: True"),
         ({"extend_method": "DYNAMIC_NTK", "hidden_size": 64}, "head_dim is 2; DYNAMIC_NTK needs at least 4"),
-        ({"base_seqlen": 4096}, "base_seqlen is 4096, but extend_method is 'None'"),
-        ({"training_seqlen": 4096}, "training_seqlen is 4096, but extend_method"),
+        ({"base_seqlen": 0}, "base_seqlen is 0"),
+        ({"training_seqlen": 4096, "extend_method": "None"}, "exceeds max_position_embedding 4096"),
+        (
+            {"training_seqlen": 4096, "max_position_embedding": 8192},
+            "max_position_embedding is 8192 and training_seqlen 4096",
+        ),
         ({"extend_by_prompt": True, "extend_method": "PI"}, "extend_by_prompt is True, but extend_method is"),
     ],
     ids=str,
@@ -251,3 +255,19 @@ def test_methods_may_be_written_in_any_case():
     assert TelechatConfig(extend_method="LINEAR", scaling_factor=2.0).extend_method == "linear"
     config = TelechatConfig(extend_method="dynamic_ntk", max_position_embedding=4096)
     assert (config.extend_method, config.base_seqlen, config.training_seqlen) == ("DYNAMIC_NTK", 4096, 4096)
+
+
+def test_without_a_method_texts_beyond_the_trained_length_are_read_as_in_torch():
+    """TeleChat v1 7B: base 4096, trained at 8192, so alpha is 3 at every trained length."""
+    lengths = {"base_seqlen": 4096, "training_seqlen": 8192}
+    config = config_of(128, seq_length=8192, **lengths)
+    assert (config.extend_method, config.max_position_embedding) == ("None", 8192)
+    frequencies, scale = inverse_frequencies(config)
+    assert frequencies[1] ** -64 == pytest.approx(30527.737, rel=1e-7) and scale == 1.0
+    config = config_of(128, seq_length=16384, **lengths)
+    assert config.extend_method == "DYNAMIC_NTK"
+    for length in (100, 8192, 8193, 16384):
+        alpha, mscale = torch_release(length, 4096, 8192)
+        frequencies, scale = inverse_frequencies(config, length)
+        assert frequencies[1] ** -64 == pytest.approx(10000 * alpha ** (128 / 126), rel=1e-7)
+        assert scale == pytest.approx(mscale)

@@ -42,14 +42,16 @@ class TelechatConfig(PretrainedConfig):
         tie_word_embeddings: the output projection is the embedding (TeleChat v1 7B).
         rms_norm_eps: epsilon inside the root of RMSNorm.
         theta: base of the rotary frequencies.
-        max_position_embedding: length in tokens the model was trained at; None means ``seq_length``. Less
-            than ``seq_length`` needs an ``extend_method``.
+        max_position_embedding: length in tokens the model was trained at; None means ``training_seqlen``,
+            else ``seq_length``. Less than ``seq_length`` needs an ``extend_method``.
         extend_method: how positions beyond the trained length are read, one of "None", "PI", "linear", "NTK",
-            "YARN", "DYNAMIC_NTK": see telechat_rope.py.
+            "YARN", "DYNAMIC_NTK": see telechat_rope.py. None (null): as the torch release, "DYNAMIC_NTK" if
+            ``seq_length`` exceeds a ``training_seqlen`` that is given, else "None".
         scaling_factor: at least 1; what "PI" and "linear" divide positions by and "NTK" multiplies theta by.
             For "YARN" a section, see yarn_settings in telechat_rope_rules.py.
-        base_seqlen, training_seqlen: lengths in tokens from which on "DYNAMIC_NTK" stretches frequencies and
-            scales scores, see dynamic_ntk; None means ``max_position_embedding``.
+        base_seqlen, training_seqlen: the release's lengths in tokens. Up to ``training_seqlen`` theta grows
+            by dynamic_ntk's alpha of these two; beyond it only "DYNAMIC_NTK" goes on, see dynamic_ntk. None
+            means ``max_position_embedding``: no growth up to there.
         extend_by_prompt: "DYNAMIC_NTK" chooses a request's factor by its prompt's length (True), or by the
             length that prompt and answer may reach (False).
         embed_dropout_prob, hidden_dropout_prob: dropout after the embedding, and after ``wo`` and ``w2``.
@@ -113,7 +115,7 @@ class TelechatConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         theta: float = 10000.0,
         max_position_embedding: int | None = None,
-        extend_method: str = "None",
+        extend_method: str | None = None,
         scaling_factor: float | dict = 1.0,
         base_seqlen: int | None = None,
         training_seqlen: int | None = None,

@@ -110,7 +110,9 @@ def complete(values: dict) -> None:
     values["embedding_init_type"] = values["embedding_init_type"] or values["param_init_type"]
     if values["n_kv_heads"] is None:
         values["n_kv_heads"] = values["num_heads"]
-    values["max_position_embedding"] = values["max_position_embedding"] or values["seq_length"]
+    values["max_position_embedding"] = (
+        values["max_position_embedding"] or values["training_seqlen"] or values["seq_length"]
+    )
     values["document_start_ids"] = list(values["document_start_ids"])
     complete_extension(values)
     if values["intermediate_size"] is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.formats import Conversation
 from research.telechat2.telechat_chat import encode, render
@@ -214,18 +215,19 @@ def load_predictor(
     config = read_config(Path(yaml_file))
     for note in check_settings(config, source=yaml_file):
         print(f"note: {note}", file=sys.stderr)
-    settings = dict(_section(config, "model", "model_config"), batch_size=batch_size)
-    if not settings.keys() - {"batch_size"}:
+    if not _section(config, "model", "model_config"):
         raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if use_past is not None:
-        settings["use_past"] = config["model"]["model_config"]["use_past"] = use_past
+        config["model"]["model_config"]["use_past"] = use_past
     if use_parallel is not None:
         config["use_parallel"] = use_parallel
-    settings["moe_config"] = moe_section(config)
     checkpoint = checkpoint or config.get("load_checkpoint")
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint)
+    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file)):
+        print(f"model_config: {line}", file=sys.stderr)
+    settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
     prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint)

@@ -7,7 +7,12 @@ from mindspore import Tensor, nn
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.telechat_rope_rules import stretch_factor, yarn_settings
+from research.telechat2.telechat_rope_rules import (
+    base_of_release,
+    stretch_factor,
+    trained_alpha,
+    yarn_settings,
+)
 
 
 def dynamic_ntk(length: int, base_seqlen: int, training_seqlen: int) -> tuple[int, float]:
@@ -18,8 +23,7 @@ def dynamic_ntk(length: int, base_seqlen: int, training_seqlen: int) -> tuple[in
     are multiplied. Exact at the powers of two, where alpha changes.
     """
     length = max(length, training_seqlen)
-    doublings = (-(-length // base_seqlen) - 1).bit_length()  # ceil(log2(length / base_seqlen)), at least 0
-    return 2 ** (doublings + 1) - 1, 0.1 * math.log(length / training_seqlen) + 1
+    return trained_alpha(length, base_seqlen), 0.1 * math.log(length / training_seqlen) + 1
 
 
 def inverse_frequencies(config, length: int | None = None) -> tuple[np.ndarray, float]:
@@ -27,9 +31,10 @@ def inverse_frequencies(config, length: int | None = None) -> tuple[np.ndarray, 
 
     ``theta^(-2i/D)``, i < D/2, and by ``extend_method`` (spec 6.4, as MindFormers' FreqsMgr): "PI" and
     "linear" divide it by ``scaling_factor``, "NTK" multiplies theta by it, "YARN" divides that of slow
-    channels, "DYNAMIC_NTK" takes dynamic_ntk's factors for ``length``, by default ``seq_length``.
+    channels, "DYNAMIC_NTK" takes dynamic_ntk's factors for ``length``, by default ``seq_length``. Theta is
+    for all others the release's within its trained length, see base_of_release.
     """
-    theta, width = float(config.theta), config.head_dim
+    theta, width = base_of_release(config), config.head_dim
     exponents = -np.arange(0, width, 2, dtype=np.float64) / width
     method = config.extend_method
     if method in ("PI", "linear"):
@@ -41,7 +46,7 @@ def inverse_frequencies(config, length: int | None = None) -> tuple[np.ndarray, 
     if method == "DYNAMIC_NTK":
         length = config.seq_length if length is None else length
         alpha, mscale = dynamic_ntk(length, config.base_seqlen, config.training_seqlen)
-        return (theta * alpha ** (width / (width - 2))) ** exponents, mscale
+        return (float(config.theta) * alpha ** (width / (width - 2))) ** exponents, mscale
     return theta**exponents, 1.0
 
 
@@ -82,30 +87,32 @@ def rotary_tables(config, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of every position's angles, fp32 ``[length, head_dim]``, the second half as the first.
 
     ``angle(t, i) = t * inverse_frequencies(config)[i]``, computed in float64; with DYNAMIC_NTK those of a
-    sequence of ``seq_length`` tokens, as in training.
+    sequence of ``length`` tokens, at most ``seq_length``: an evaluation record has one more.
     """
     cos, sin = np.empty((2, length, config.head_dim), np.float32)
-    _write(cos, sin, *inverse_frequencies(config))
+    _write(cos, sin, *inverse_frequencies(config, min(length, config.seq_length)))
     return cos, sin
 
 
 class RotaryTables(nn.Cell):
     """The tables of a model, cut or gathered to what a step needs, in ``rotary_dtype``.
 
-    An evaluation record is read whole, so they cover ``seq_length + 1`` positions. Where requests of unlike
-    lengths have unlike factors (DYNAMIC_NTK in prediction) there is a table for each alpha that occurs up to
-    ``seq_length``, one after the other, in float32: ``alphas * (seq_length + 1) * head_dim * 8`` bytes, 34 MB
-    for 16K tokens of a model trained at 8K with head_dim 128, and 101 MB for 32K.
+    An evaluation record is read whole, so they cover ``seq_length + 1`` positions. With DYNAMIC_NTK a whole
+    sequence has the factor of its own length, as in the torch release. In prediction, where requests of
+    unlike lengths have unlike factors, there is a table for each alpha that occurs up to ``seq_length``, one
+    after the other, in float32: ``alphas * (seq_length + 1) * head_dim * 8`` bytes, 34 MB for 16K tokens of a
+    model trained at 8K with head_dim 128, and 101 MB for 32K.
     """
 
     def __init__(self, config):
         super().__init__()
         self.dtype = config.rotary_dtype
-        self.by_request = config.use_past and config.extend_method == "DYNAMIC_NTK"
+        dynamic = config.extend_method == "DYNAMIC_NTK"
+        self.by_request = config.use_past and dynamic
         if self.by_request:
             cos, sin = self._stack(config)
             self.cos, self.sin = Tensor.from_numpy(cos), Tensor.from_numpy(sin)  # no second copy
-        else:
+        elif not dynamic:
             cos, sin = rotary_tables(config, config.seq_length + 1)
             self.cos, self.sin = Tensor(cos, self.dtype), Tensor(sin, self.dtype)
         self.gather = P.Gather()
@@ -115,7 +122,11 @@ class RotaryTables(nn.Cell):
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         # Constants of the graph, so that no plan has to split or send them.
-        self.first = constexpr(lambda length: (self.cos[:length], self.sin[:length]))
+        self.first = constexpr(
+            (lambda length: self._of_length(config, length))
+            if dynamic
+            else (lambda length: (self.cos[:length], self.sin[:length]))
+        )
 
     def _stack(self, config):
         """The tables of all alphas, and for every length up to ``seq_length`` the first row of its own."""
@@ -129,6 +140,9 @@ class RotaryTables(nn.Cell):
         self.first_rows = Tensor(np.array([order[alpha] * rows for alpha, _ in factors], np.int32))
         self.scales = Tensor(np.array([mscale for _, mscale in factors], np.float32))
         return tables.reshape(2, -1, config.head_dim)
+
+    def _of_length(self, config, length):
+        return tuple(Tensor(table, self.dtype) for table in rotary_tables(config, length))
 
     def sequence(self, length):
         """Tables ``[length, D]`` of positions 0 to length - 1."""

@@ -13,15 +13,42 @@ _LENGTHS = ("base_seqlen", "training_seqlen")
 
 def complete_extension(values: dict) -> None:
     """Write ``extend_method`` as this version spells it, and fill in what follows from other fields."""
-    spelled = {name.lower(): name for name in EXTEND_METHODS}
-    method = str(values["extend_method"])
-    values["extend_method"] = spelled.get(method.lower(), method)
+    values["extend_method"] = spelled_method(values["extend_method"] or _method_of_release(values))
     if isinstance(values["scaling_factor"], dict):
         values["scaling_factor"] = dict(values["scaling_factor"])
-    if values["extend_method"] == "DYNAMIC_NTK":
+    if values["extend_method"] == "DYNAMIC_NTK" or any(values[name] is not None for name in _LENGTHS):
         for name in _LENGTHS:
             if values[name] is None:
                 values[name] = values["max_position_embedding"]
+
+
+def spelled_method(method) -> str:
+    """A name of ``EXTEND_METHODS`` as this version spells it; what is none of them as it is."""
+    spelled = {name.lower(): name for name in EXTEND_METHODS}
+    return spelled.get(str(method).lower(), str(method))
+
+
+def _method_of_release(values: dict) -> str:
+    """The method where none is chosen: the torch release stretches what exceeds the trained length."""
+    trained = values["training_seqlen"]
+    return "DYNAMIC_NTK" if _is_number(trained) and values["seq_length"] > trained else "None"
+
+
+def trained_alpha(length: int, base_seqlen: int) -> int:
+    """TeleChat's rule: by ``alpha^(d/(d-2))``, d the width of a head, theta grows for ``length`` tokens.
+
+    ``alpha = max(2^ceil(log2(length / base_seqlen) + 1) - 1, 1)``, which is 1 up to ``base_seqlen``.
+    """
+    doublings = (-(-length // base_seqlen) - 1).bit_length()  # ceil(log2(length / base_seqlen)), at least 0
+    return 2 ** (doublings + 1) - 1
+
+
+def base_of_release(config) -> float:
+    """The rotary base ``theta`` within the trained length: stretched where that exceeds ``base_seqlen``."""
+    theta, width = float(config.theta), config.hidden_size // config.num_heads
+    if config.base_seqlen is None or config.training_seqlen <= config.base_seqlen:
+        return theta
+    return theta * trained_alpha(config.training_seqlen, config.base_seqlen) ** (width / (width - 2))
 
 
 def check_extension(config) -> None:
@@ -52,25 +79,31 @@ def check_extension(config) -> None:
 
 
 def _check_dynamic(config) -> None:
-    """The settings of DYNAMIC_NTK, which no other method reads."""
-    if config.extend_method != "DYNAMIC_NTK":
-        for name, unset in (*((name, None) for name in _LENGTHS), ("extend_by_prompt", False)):
-            if getattr(config, name) != unset:
-                raise ValueError(
-                    f"{name} is {getattr(config, name)}, but extend_method is {config.extend_method!r}; only "
-                    "DYNAMIC_NTK reads it. Remove it, or choose that method."
-                )
+    """The release's lengths, and the settings of DYNAMIC_NTK, which no other method reads."""
+    dynamic = config.extend_method == "DYNAMIC_NTK"
+    if config.extend_by_prompt and not dynamic:
+        raise ValueError(
+            f"extend_by_prompt is {config.extend_by_prompt}, but extend_method is {config.extend_method!r}; "
+            "only DYNAMIC_NTK reads it. Remove it, or choose that method."
+        )
+    if config.base_seqlen is None:
         return
     for name in _LENGTHS:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-    if config.hidden_size // config.num_heads < 4:
+    if config.max_position_embedding != config.training_seqlen:
+        raise ValueError(
+            f"max_position_embedding is {config.max_position_embedding} and training_seqlen "
+            f"{config.training_seqlen}, but both are the length the model was trained at; remove one of them."
+        )
+    stretched = dynamic or config.training_seqlen > config.base_seqlen
+    if stretched and config.hidden_size // config.num_heads < 4:
         raise ValueError(
             f"head_dim is {config.hidden_size // config.num_heads}; DYNAMIC_NTK needs at least 4 "
             "(its base grows by a power of head_dim / (head_dim - 2))."
         )
-    if config.use_past and not config.is_dynamic:
+    if dynamic and config.use_past and not config.is_dynamic:
         raise ValueError(
             "is_dynamic is False, but MindFormers predicts with extend_method DYNAMIC_NTK only where it is "
             "True; set is_dynamic: True."

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
+from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.plan.check import check as check_plan
@@ -96,6 +97,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
+    weights = _settle_numbers(config, path, overrides)
     training = mode in TRAINING
     if mode == "predict":
         share_model(config)
@@ -115,7 +117,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     carry_out = partial(_show_and_carry_out, path=path, verbose=verbose)
     if not training:
         return carry_out(config, prepare_checkpoint(config, training=False))
-    train(config, carry_out)
+    train(config, carry_out, weights)
     print_end(config, path, overrides)
     return None
 
@@ -130,6 +132,17 @@ def _show_and_carry_out(
     hidden = EXPECTED_RESUMING if config.get("resume_training") else EXPECTED
     with own_lines(config["output_dir"], verbose, hidden):
         return _carry_out(config, source, training, path)
+
+
+def _settle_numbers(config: dict, path: Path, overrides: dict[str, object]) -> str | None:
+    """Take what the YAML leaves open from the config.json beside the weights, and return their path."""
+    section = config.get("checkpoint") or {}
+    given = any(key.startswith("model.model_config.") for key in overrides)
+    where = f"{path} with the command line" if given else str(path)
+    weights = config.get("load_checkpoint") or section.get("load_path")
+    for line in settle_with(config["model"].get("model_config") or {}, weights, where):
+        print(f"model_config: {line}", flush=True)
+    return weights or None
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:

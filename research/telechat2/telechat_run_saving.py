@@ -3,7 +3,12 @@
 import re
 from pathlib import Path
 
+from research.telechat2.checkpoint.relatives.reading import read_json
+from research.telechat2.checkpoint.relatives.written import trained_config
+from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.sources import latest_iteration
+from research.telechat2.plan.settings import model_config, section_of, with_defaults
+from research.telechat2.telechat_prompt_format import write_json
 
 # the section `checkpoint:` -> the callback CheckpointMonitor
 MONITOR_KEYS = {
@@ -102,6 +107,23 @@ def checkpoint_folder(config: dict) -> Path:
         given = monitors[0].get("directory") if monitors else None
         folder = Path(given or output) / "checkpoint"
     return Path(folder).expanduser().absolute()
+
+
+def record_config(config: dict, weights: str | None) -> None:
+    """Write the config.json of what this run trains into its checkpoint folder, so that the numbers stay.
+
+    Args:
+        config: the settings, ``model_config`` as settled with ``weights``; template not needed.
+        weights: what the run begins with; None: random weights.
+    """
+    if section_of(config, "model.model_config").get("type") != "TelechatConfig":
+        return
+    fields = model_config(config, with_defaults(config, "parallel_config"))
+    source = config_beside(Path(weights).expanduser()) if weights else None
+    content = trained_config(fields, read_json(source) if source else None, from_scratch=not weights)
+    folder = checkpoint_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, content)
 
 
 def answers_file(config: dict) -> Path:

@@ -86,8 +86,12 @@ def load_exported(folder: Path):
 
 
 def section_of(folder: Path, kind: str = "predict") -> dict:
-    """The model_config of a YAML that was written beside weights."""
-    return yaml.safe_load((folder / f"{kind}.yaml").read_text())["model"]["model_config"]
+    """The model_config of a YAML that was written beside weights, completed by their config.json."""
+    from research.telechat2.checkpoint.relatives.stated import settle_with
+
+    section = yaml.safe_load((folder / f"{kind}.yaml").read_text())["model"]["model_config"]
+    settle_with(section, folder, "the YAML")
+    return section
 
 
 def our_model(weights: Path, section: dict, **more):

@@ -12,6 +12,8 @@ from relatives_fixtures import llama_folder, load_exported, our_model, section_o
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.relatives.description import describe_telechat, model_section
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.telechat_config import TelechatConfig
+from research.telechat2.telechat_rope_rules import base_of_release
 
 SEQ_LENGTH = 32
 V1_7B = {"hidden_size": 256, "n_head": 2, "ffn_hidden_size": 384, "vocab_size": 600}
@@ -31,7 +33,7 @@ def logits_of(model, ids) -> np.ndarray:
 
 
 def ours(weights, section, ids) -> np.ndarray:
-    model = our_model(weights, section, seq_length=SEQ_LENGTH, max_position_embedding=SEQ_LENGTH)
+    model = our_model(weights, section, seq_length=SEQ_LENGTH)
     return model(int32(ids))[0].asnumpy()
 
 
@@ -66,7 +68,7 @@ def test_logits_of_ours_and_of_the_exported_folder_are_the_oracles(telechat):
     assert 0.9 < expected.std() < 1.1  # the tolerance is meant for logits of about this size
     np.testing.assert_allclose(logits_of(load_exported(folder / "llama"), ids), expected, rtol=0, atol=2e-5)
     found = section(kind, folder)
-    assert found["theta"] == pytest.approx(THETAS[kind], rel=1e-12)
+    assert base_of_release(TelechatConfig(**found)) == pytest.approx(THETAS[kind], rel=1e-12)
     np.testing.assert_allclose(ours(folder / "ms", found, ids), expected, rtol=0, atol=2e-5)
 
 
@@ -90,8 +92,7 @@ def test_the_exported_folder_answers_a_conversation_token_by_token_as_ours(telec
     assert inputs["input_ids"][0].tolist() == prompt
     model = load_exported(folder / "llama")
     expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0].tolist()
-    length = {"seq_length": 256, "max_position_embedding": 256}
-    model = our_model(folder / "ms", section(kind, folder), use_past=True, num_blocks=32, **length)
+    model = our_model(folder / "ms", section(kind, folder), use_past=True, num_blocks=32, seq_length=256)
     assert generate(model, [prompt], 16, eos=2) == [expected]
 
 

@@ -132,6 +132,7 @@ def test_exports_that_lack_or_contradict_something(llama, tmp_path):
     write_hf_folder(tmp_path / "hf", {}, seed=0)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "alone" / "a.safetensors")
     alone, out = tmp_path / "alone" / "a.safetensors", tmp_path / "out"
+    (tmp_path / "alone" / "a.safetensors.config.json").unlink()
     refuses(convert_to_torch, "name its config.json, or the YAML .* with --config", alone, out, "llama")
     refuses(convert_to_torch, "only taken for format llama", alone, out, config=tmp_path / "hf/config.json")
     refuses(convert_to_torch, "format 'gguf' is unknown", alone, out, "gguf")

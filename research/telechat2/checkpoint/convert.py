@@ -13,9 +13,12 @@ from research.telechat2.checkpoint.job import Job, Options, Written, run_job
 from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.rank_layout import plan_whole
+from research.telechat2.checkpoint.relatives.description import token_ids
 from research.telechat2.checkpoint.relatives.llama import export_llama, holds_llama, import_llama
+from research.telechat2.checkpoint.relatives.reading import json_bytes, read_json
 from research.telechat2.checkpoint.relatives.telechat import telechat_files
-from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, sizes_beside
+from research.telechat2.checkpoint.relatives.tokenizer_files import GENERATION
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside, sizes_beside
 from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.table import Side, canonical_name
 
@@ -135,18 +138,21 @@ def _convert(
         files=files,
         back=lambda tensors: make_plan(tensors, other, plan.sizes, f"what was written to {folder}").weights,
         framework="ms" if side == "torch" else "pt",
-        beside=small_files(source, folder, prompt_format, with_config=folder == target) | along,
-        notes=(*notes_of(plan, prompt_format, source, with_config=folder == target), *along_notes),
+        beside=small_files(source, target, folder, prompt_format) | along,
+        notes=(*notes_of(plan, prompt_format, source, config_name(target, folder)), *along_notes),
     )
     done = run_job(job, folder, options)
     return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
 
 
-def small_files(source: Path, folder: Path, prompt_format: str | None, with_config: bool) -> dict[str, bytes]:
-    """What goes along with the weights: the config, and which prompts they were tuned with."""
+def small_files(source: Path, target: Path, folder: Path, prompt_format: str | None) -> dict[str, bytes]:
+    """What goes along with the weights: the config, and which prompts they were tuned with.
+
+    A folder gets ``config.json``; a single file a config of its own, named after it, see config_beside.
+    """
     beside = {}
-    if with_config and _config_file(source).is_file():
-        beside[CONFIG] = _config_file(source).read_bytes()
+    if (config := config_beside(source)) is not None:
+        beside[config_name(target, folder)] = _config_content(config, alone=folder != target)
     if prompt_format is not None:
         record = folder / telechat_prompt_format.FILE_NAME
         content = (json.dumps({"prompt_format": prompt_format}, indent=2) + "\n").encode()
@@ -157,15 +163,30 @@ def small_files(source: Path, folder: Path, prompt_format: str | None, with_conf
     return beside
 
 
-def notes_of(plan: Plan, prompt_format: str | None, source: Path, with_config: bool) -> tuple[str, ...]:
+def config_name(target: Path, folder: Path) -> str:
+    """The name of the config of what is written to ``target``, which is ``folder`` or a file in it."""
+    return CONFIG if folder == target else f"{target.name}.{CONFIG}"
+
+
+def _config_content(config: Path, alone: bool) -> bytes:
+    """The bytes of a config.json; ``alone``: with the ids of the generation_config.json that stays behind."""
+    generation = read_json(config.parent / GENERATION) if alone else None
+    if generation is None:
+        return config.read_bytes()
+    content = read_json(config)
+    ids = {key: value for key, value in token_ids(content, generation).items() if value is not None}
+    return config.read_bytes() if ids.items() <= content.items() else json_bytes(content | ids)
+
+
+def notes_of(plan: Plan, prompt_format: str | None, source: Path, config: str) -> tuple[str, ...]:
     """Lines of a summary: the model, what is left out, and what goes along."""
     tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
     lines = [
         f"model: {plan.sizes.describe()}{tied}",
         f"left out: {', '.join(f'{count} {kind}' for kind, count in plan.ignored.items()) or 'nothing'}",
     ]
-    if with_config and _config_file(source).is_file():
-        lines.append(f"{CONFIG} goes along with the weights")
+    if config_beside(source) is not None:
+        lines.append(f"config.json goes along with the weights{'' if config == CONFIG else f', as {config}'}")
     if prompt_format:
         lines.append(f"prompt format recorded with the weights: {prompt_format}")
     return tuple(lines)
@@ -181,7 +202,7 @@ def checked_options(given: dict) -> Options:
 
 
 def _config_file(source: Path) -> Path:
-    return (source if source.is_dir() else source.parent) / CONFIG
+    return config_beside(source) or (source if source.is_dir() else source.parent) / CONFIG
 
 
 def check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.convert import (
     Summary,
     checked_options,
+    config_name,
     given_path,
     notes_of,
     small_files,
@@ -99,20 +100,20 @@ def convert_layout(
         weights = join_rows(whole, plan.sizes, count) if qkv_concat else whole
         folder, files = deal(target, _named(weights), options, source, SUFFIXES)
     prompt_format = telechat_prompt_format.find(source)
-    with_config = folder == target
+    whole_folder = folder == target
     origin = source if source.is_dir() else source.parent
-    yamls = companions(origin, YAMLS) if with_config else {}
-    along = companions(origin) | yamls if with_config else {}
+    yamls = companions(origin, YAMLS) if whole_folder else {}
+    along = companions(origin) | yamls if whole_folder else {}
     job = Job(
         source=source,
         sources=_sources(plan, whole, is_torch),
         files=files,
         back=partial(_back, plan, is_torch, count),
         framework="ms",
-        beside=small_files(source, folder, prompt_format, with_config) | along,
+        beside=small_files(source, target, folder, prompt_format) | along,
         layout=_layout(qkv_concat, count, into_ranks),
         notes=(
-            *notes_of(plan, prompt_format, source, with_config),
+            *notes_of(plan, prompt_format, source, config_name(target, folder)),
             _described(qkv_concat, count, into_ranks),
             *([f"{' and '.join(yamls)} of the input: copied unchanged"] if yamls else []),
         ),

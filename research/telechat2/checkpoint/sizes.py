@@ -1,10 +1,12 @@
 """The sizes that a checkpoint's shapes follow from: read from a config, or from the tensors themselves."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG = "config.json"
+_PART_OF_A_RUN = re.compile(r"iteration_\d+|rank_\d+")
 
 # One line per size: the spelling of TeleChat's config.json first, then MindFormers' own, then Llama's.
 SPELLINGS = {
@@ -103,14 +105,31 @@ class TelechatSizes:
         )
 
 
+def config_beside(path: Path) -> Path | None:
+    """The config.json of a checkpoint's file or folder; None if there is none.
+
+    For ``x.safetensors`` it is ``x.safetensors.config.json``, or else ``config.json`` of its folder; for a
+    folder ``iteration_*`` or ``rank_*`` also that of the folder above.
+    """
+    own = path.with_name(f"{path.name}.{CONFIG}")
+    if not path.is_dir() and own.is_file():
+        return own
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    while not (folder / CONFIG).is_file():
+        if not _PART_OF_A_RUN.fullmatch(folder.name):
+            return None
+        folder = folder.parent
+    return folder / CONFIG
+
+
 def sizes_beside(path: Path) -> TelechatSizes | None:
-    """Sizes from the config.json of a checkpoint's folder, or beside its file; None if there is none.
+    """Sizes from the config.json of a checkpoint, see config_beside; None if there is none.
 
     Raises:
         ValueError: it is not the config of such a model.
     """
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    if not file.is_file():
+    file = config_beside(path)
+    if file is None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

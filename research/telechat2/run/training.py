@@ -17,7 +17,7 @@ from research.telechat2.run.stopping import Interrupted, StopRequest, resuming_c
 from research.telechat2.run.training_record import TrainingRecord, describe_training, read_record
 from research.telechat2.telechat_run_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.telechat_run_data import record_files
-from research.telechat2.telechat_run_saving import checkpoint_folder, refuse_overwriting
+from research.telechat2.telechat_run_saving import checkpoint_folder, record_config, refuse_overwriting
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ class Training:
     check: Callable[[int, int, int, float], None] | None
 
 
-def train(config: dict, carry_out: Callable[[dict, Path | None, Training], None]) -> None:
+def train(
+    config: dict, carry_out: Callable[[dict, Path | None, Training], None], weights: str | None = None
+) -> None:
     """Train, alone in the output folder; Ctrl-C ends it with a checkpoint.
 
     Args:
         config: the checked settings.
         carry_out: runs the Trainer.
+        weights: what the user gave to begin with; None: random weights.
 
     Raises:
         ValueError: another training writes there; what cannot be resumed; no room for a checkpoint.
@@ -50,6 +53,7 @@ def train(config: dict, carry_out: Callable[[dict, Path | None, Training], None]
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
+            record_config(config, weights)
             training = _prepare(config) if first else Training(describe_training(config, []), None)
             carry_out(config, source, training)
         except BaseException as error:

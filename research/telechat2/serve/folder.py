@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.serve import settings
 from research.telechat2.serve.flat import flat_files
@@ -79,6 +80,8 @@ def read_sources(
             f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
             f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
         )
+    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file)):
+        print(f"model_config: {line}", file=sys.stderr)
     world_size = world_size or world_size_of(config, yaml_file)
     model_config = model_config_of(config, yaml_file, world_size)
     _check_vocabulary(model_config, vocab_file)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
-from research.telechat2.checkpoint.relatives.reading import number, whole_number
+from research.telechat2.checkpoint.relatives.reading import number, one_of, whole_number
 from research.telechat2.checkpoint.relatives.rotary import NONE, Extension, stretched_base
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.telechat_rope_rules import stretch_factor, yarn_settings
+from research.telechat2.telechat_rope_rules import base_of_release, stretch_factor, yarn_settings
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model within its base length
 SEQ_LENGTH = 8192  # where a TeleChat config is silent
 BASE_SEQLEN_V1_7B = 4096  # written into the code of TeleChat v1 7B, not into its config; 12B's is 8192
+EPSILON = ("layer_norm_epsilon", "rms_norm_eps")
+BASE = ("theta", "rope_theta")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -66,11 +68,15 @@ def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSize
     silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
     base = whole_number(config, "base_seqlen", silent)
     head_dim = sizes.hidden_size // sizes.num_heads
+    given = one_of(config, BASE)
+    theta = number(config, given, FAMILY_THETA) if given else FAMILY_THETA
+    if given is None or config.get("base_seqlen") is not None:  # else a base without TeleChat's rule
+        theta = stretched_base(theta, base, trained, head_dim)
     return Description(
         origin="telechat v1" if "n_layer" in config and "base_seqlen" not in config else "telechat",
         sizes=sizes,
-        rms_norm_eps=number(config, "layer_norm_epsilon", number(config, "rms_norm_eps", 1e-5)),
-        theta=number(config, "theta", stretched_base(FAMILY_THETA, base, trained, head_dim)),
+        rms_norm_eps=number(config, one_of(config, EPSILON) or EPSILON[0], 1e-5),
+        theta=theta,
         seq_length=trained,
         ids=token_ids(config, generation),
     )
@@ -87,10 +93,9 @@ def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool
     names = ("num_layers", "hidden_size", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
     sizes = TelechatSizes.from_hf_config({name: getattr(config, name) for name in names})
     method, length = config.extend_method, config.max_position_embedding
-    theta, extension = float(config.theta), NONE
+    theta, extension = base_of_release(config), NONE
     if method == "DYNAMIC_NTK":
         length = config.training_seqlen
-        theta = stretched_base(theta, config.base_seqlen, length, sizes.hidden_size // sizes.num_heads)
     elif method == "YARN":
         length, extension = config.seq_length, (method, yarn_settings(config))
     elif method != "None":

@@ -31,6 +31,7 @@ from research.telechat2.checkpoint.relatives.llama_weights import (
     with_needed_biases,
 )
 from research.telechat2.checkpoint.relatives.reading import json_bytes, read_json
+from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.checkpoint.relatives.tokenizer_files import (
     GENERATION,
     MODEL,
@@ -39,7 +40,7 @@ from research.telechat2.checkpoint.relatives.tokenizer_files import (
     generation_config,
 )
 from research.telechat2.checkpoint.relatives.yamls import yaml_files
-from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.sources import read_torch_source
 from research.telechat2.checkpoint.stored import StoredTensor
 from research.telechat2.telechat_run_config import resolve_config
@@ -52,7 +53,8 @@ def folder_of(path: Path) -> Path:
 
 def holds_llama(path: Path) -> bool:
     """Whether the config.json of a checkpoint says that it is a Llama model."""
-    return is_llama(read_json(folder_of(path) / CONFIG))
+    file = config_beside(path)
+    return file is not None and is_llama(read_json(file))
 
 
 def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = False) -> Written:
@@ -79,6 +81,9 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
         return [(part, name) for part, name in to_llama(weights, description) if name in sources]
 
     beside, notes = {}, _notes(description, plan, Counter(imported.ignored))
+    if folder != target:
+        beside = {f"{target.name}.{CONFIG}": (origin / CONFIG).read_bytes()}
+        notes.append(f"config.json goes along with the weights, as {target.name}.{CONFIG}")
     if not description.attention_bias or not description.mlp_bias:
         notes.append("biases of wo and w2, which this model lacks, are zeros")
     if unread := unread_keys(config):
@@ -116,7 +121,7 @@ def export_llama(
             f"{target} names one file, but a Llama model is a folder with its config; give a folder"
         )
     file = _config_of(source, config)
-    plan, description = _described(source, file)
+    plan, description, lines = _described(source, file)
     description = with_needed_biases(plan.weights, description)
     weights = to_llama(plan.weights, description)
     folder, files = deal(target, weights, options, source)
@@ -135,7 +140,7 @@ def export_llama(
         **tokenizer,
         **_prompt_format_file(prompt_format),
     }
-    notes = [*_notes(description, plan, Counter()), *_export_notes(weights, description)]
+    notes = [*_notes(description, plan, Counter()), *lines, *_export_notes(weights, description)]
     notes += tokenizer_notes
     sources = {tensor.name: tensor for tensor in plan.sources}
     return run_job(Job(source, sources, files, back, "pt", beside, notes=tuple(notes)), folder, options)
@@ -152,7 +157,7 @@ def _config_of(source: Path, config: Path | None) -> Path:
     """The file that describes the model: a config.json, or a YAML, which may be a shipped one's name."""
     if config is not None and config.suffix in (".yaml", ".yml"):
         return resolve_config(str(config), Path.cwd())
-    file = config or folder_of(source) / CONFIG
+    file = config or config_beside(source) or folder_of(source) / CONFIG
     if not file.is_file():
         raise ValueError(
             f"{file} does not exist, and the weights alone do not tell how many heads the model has; name "
@@ -161,11 +166,11 @@ def _config_of(source: Path, config: Path | None) -> Path:
     return file
 
 
-def _described(source: Path, file: Path) -> tuple[Plan, Description]:
-    """A MindSpore checkpoint and the description of its model in ``file``."""
-    generation = read_json(file.parent / GENERATION)
+def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
+    """A MindSpore checkpoint, the description of its model in ``file``, and lines for the summary."""
+    generation, lines = read_json(file.parent / GENERATION), []
     if file.suffix in (".yaml", ".yml"):
-        fields = _fields_of_yaml(file)
+        fields, lines = _fields_of_yaml(file, source)
         described = describe_fields(fields, None, fields.tie_word_embeddings)
         plan = make_plan(read_whole(source, described.sizes), "mindspore", described.sizes, str(source))
     else:
@@ -181,14 +186,16 @@ def _described(source: Path, file: Path) -> tuple[Plan, Description]:
             f"{source} holds a mixture of {plan.sizes.num_experts} experts, which is no Llama, and no common "
             "Hugging Face model has biases in its experts; only dense models can be exported"
         )
-    return plan, replace(described, sizes=plan.sizes)
+    return plan, replace(described, sizes=plan.sizes), lines
 
 
-def _fields_of_yaml(file: Path):
-    from research.telechat2.plan.settings import model_config, read_settings, with_defaults
+def _fields_of_yaml(file: Path, source: Path):
+    """The fields of a YAML, completed by a config.json of ``source``, and lines on what came from there."""
+    from research.telechat2.plan.settings import model_config, read_settings, section_of, with_defaults
 
     settings = read_settings(str(file.absolute()), {}, Path.cwd())[1]
-    return model_config(settings, with_defaults(settings, "parallel_config"))
+    lines = settle_with(section_of(settings, "model.model_config"), source, str(file))
+    return model_config(settings, with_defaults(settings, "parallel_config")), lines
 
 
 def _exported_config(file: Path, description: Description, dtype: str) -> bytes:

@@ -53,6 +53,19 @@ def whole_number(config: dict, key: str, default: int) -> int:
     return int(value)
 
 
+def one_of(config: dict, keys: tuple[str, ...]) -> str | None:
+    """The key of ``keys`` that a config gives one value under; None if it has none of them.
+
+    Raises:
+        ValueError: it has several, with different values.
+    """
+    given = [key for key in keys if config.get(key) is not None]
+    if any(config[key] != config[given[0]] for key in given):
+        listed = " and ".join(f"{key} = {config[key]!r}" for key in given)
+        raise ValueError(f"the config says {listed}, which are one setting; correct or remove one of them")
+    return given[0] if given else None
+
+
 def flag(config: dict, key: str) -> bool:
     """Whether a config says yes; absent is no.
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from research.telechat2.checkpoint.relatives.reading import number
+from research.telechat2.telechat_rope_rules import trained_alpha
 
 Extension = tuple[str, float | dict]  # TelechatConfig's extend_method and scaling_factor
 NONE: Extension = ("None", 1.0)
@@ -15,8 +16,7 @@ def stretched_base(theta: float, base_seqlen: int, seqlen: int, head_dim: int) -
 
     ``alpha = 2^ceil(log2(seqlen/base_seqlen) + 1) - 1``, at least 1, which it is up to ``base_seqlen``.
     """
-    doublings = (-(-seqlen // base_seqlen) - 1).bit_length()  # ceil(log2(seqlen / base_seqlen)), at least 0
-    return theta * (2 ** (doublings + 1) - 1) ** (head_dim / (head_dim - 2))
+    return theta * trained_alpha(seqlen, base_seqlen) ** (head_dim / (head_dim - 2))
 
 
 def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:

@@ -5,14 +5,18 @@ import yaml
 from research.telechat2.checkpoint.relatives.description import Description, model_section
 
 YAMLS = ("predict.yaml", "finetune.yaml")
+# What the YAMLs leave to the config.json beside the weights, see config/release.py.
+_OF_CONFIG = ("rms_norm_eps", "theta", "extend_method", "scaling_factor")
 
 
 def yaml_files(description: Description, vocabulary: bytes | None = None) -> dict[str, bytes]:
     """predict.yaml and finetune.yaml of a model: name -> content.
 
+    They state sizes and ids; epsilon and rotary base are read from the config.json beside the weights.
     ``vocabulary``: the tokenizer.model of a Llama, which MindFormers' own LlamaTokenizer reads in prediction.
     """
-    finetune, predict = model_section(description), model_section(description)
+    section = {key: value for key, value in model_section(description).items() if key not in _OF_CONFIG}
+    finetune, predict = dict(section), dict(section)
     if description.origin == "llama" and "pad_token_id" not in finetune:
         finetune["pad_token_id"] = -1  # no token is padding, and all that no label excludes are trained
         end = predict.get("eos_token_id", 0)
