@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent)  # run as a file from anywhere
 
+from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
+from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
 from research.telechat2.telechat_cli import run as run_command  # noqa: E402
 from research.telechat2.telechat_run import RUN_MODES, VERBOSE, run  # noqa: E402
 from research.telechat2.telechat_run_config import (  # noqa: E402
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--register_path", help="directory of the model's code; research/telechat2 by default"
     )
+    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     parser.add_argument("--options", nargs="+", default=[], help="key=value …, the older form of --key value")
     parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     for flag, _, how in ARGUMENTS:
@@ -107,6 +110,7 @@ def main() -> None:
         key: value for flag, key, _ in ARGUMENTS if (value := getattr(arguments, flag[2:])) is not None
     }
     overrides |= parse_options(arguments.options) | parse_overrides(further)
+    assume_joined_for(arguments.joined_for)
     answers = run(arguments.config, overrides, arguments.register_path, arguments.verbose)
     if answers is not None:
         print("\n".join(answers))

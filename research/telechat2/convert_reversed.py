@@ -9,7 +9,8 @@ import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
 from research.telechat2.checkpoint.convert import TORCH_FORMATS  # noqa: E402
-from research.telechat2.checkpoint.options import add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.options import JOINED_FOR, add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
 
 
@@ -41,8 +42,10 @@ def main() -> None:
         "--vocab_file_path",
         help="with --format llama: the model's tokenizer.model (default: the tokenizer beside its config)",
     )
+    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     add_options(parser)
     args = parser.parse_args()
+    assume_joined_for(args.joined_for)
     files = {"config": args.config, "vocab_file": args.vocab_file_path}
     print(convert_to_torch(args.mindspore_path, args.torch_path, args.format, **files, **options_of(args)))
 

@@ -12,7 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
-from research.telechat2.checkpoint.options import add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.options import JOINED_FOR, add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
 from research.telechat2.checkpoint.relayout import convert_layout  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402
 from research.telechat2.telechat_run_config import boolean  # noqa: E402
@@ -55,10 +56,12 @@ def main() -> None:
         help="for N ranks: a folder receives rank_0 to rank_<N-1>; a file is whole, its rows joined for N",
     )
     parser.add_argument(
-        "--model_name", help="such as telechat_7B; only held against the sizes of config.json"
+        "--model_name", help="such as telechat_7B: tells the heads of weights without config.json"
     )
+    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     add_options(parser)
     args = parser.parse_args()
+    assume_joined_for(args.joined_for)
     source = args.pre_ckpt_path if args.torch_path is None else args.torch_path
     target = args.mindspore_ckpt_path if args.mindspore_path is None else args.mindspore_path
     if args.qkv_concat or args.tensor_parallel is not None or args.pre_ckpt_path is not None:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
 
+from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
+from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
 from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
 from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402
 from research.telechat2.telechat_run_config import boolean, resolve_config  # noqa: E402
@@ -39,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint_path", help="weights of any layout; by default the YAML's load_checkpoint"
     )
+    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     parser.add_argument(
         "--input_txt", help="a text file that is one question, or data as for --question_file"
     )
@@ -100,6 +103,7 @@ def main() -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     yaml_file = resolve_config(args.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
+    assume_joined_for(args.joined_for)
     quiet_libraries()
     from research.telechat2.data.job import ignored_fields
     from research.telechat2.telechat_predict_chat import (

@@ -225,8 +225,7 @@ def load_predictor(
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint)
-    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file)):
-        print(f"model_config: {line}", file=sys.stderr)
+    taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file))
     settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
@@ -249,7 +248,8 @@ def load_predictor(
     group = Group(model.ranks if parallel else None)
     if config.get("seed") is not None or plan:
         set_seed(group.seed if config.get("seed") is None else config["seed"])
-    print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
+    for line in [*(f"model_config: {line}" for line in taken), f"prompt format: {prompt_format} ({chosen})"]:
+        print(line, file=sys.stderr)
     return Predictor(model, tokenizer, prompt_format, *limit, given, group)
 
 

@@ -15,8 +15,14 @@ import os
 import re
 from pathlib import Path
 
+from research.telechat2.checkpoint.layouts import is_joined
 from research.telechat2.checkpoint.plan import make_plan
-from research.telechat2.checkpoint.rank_layout import is_for_inference, is_torch_source, whole_weights
+from research.telechat2.checkpoint.rank_layout import (
+    is_for_inference,
+    is_torch_source,
+    rank_folders,
+    whole_weights,
+)
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes, feed_forward_width
 from research.telechat2.checkpoint.sources import (
     TRACKER,
@@ -75,7 +81,9 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     _check_resume(path, kind, resume, sectioned, _is_parallel(config))
     if resume and kind == "iteration" and is_first_process():
         read_iteration(source)  # weights, optimizer and step: each is there and whole
-    check_weights(config, source, kind)
+    if check_weights(config, source, kind):
+        _prepare_own(config, path, resume)
+        return path
     loaded = (source if sectioned else path) if resume else _loadable(config, source, kind, sectioned)
     config["load_checkpoint"] = str(loaded)
     config["load_ckpt_format"] = "ckpt" if _is_ckpt(loaded) else "safetensors"
@@ -106,7 +114,21 @@ def _prepare_own(config: dict, path: Path, resume: bool | str) -> None:
     config["resume_training"] = False
     if config.get("checkpoint"):
         config["checkpoint"] |= {"load_path": folder, "no_load_optim": True}
+    arch = ((config.get("model") or {}).get("arch") or {}).get("type")
+    if arch != PARALLEL_MODEL and _has_joined_rows(path):
+        print(
+            f"load_checkpoint: the rows of {path} are joined (qkv_concat), as {PARALLEL_MODEL} with "
+            f"qkv_concat: True has them; they are parted for {arch}",
+            flush=True,
+        )
     print(f"load_checkpoint: {path} (weights, read where they are, without a conversion)", flush=True)
+
+
+def _has_joined_rows(path: Path) -> bool:
+    if is_torch_source(path):
+        return False
+    folders = rank_folders(path)
+    return is_joined(tensor.name for tensor in read_mindspore_source(folders[0] if folders else path))
 
 
 def _source(path: Path, parallel: bool) -> tuple[Path, str]:
@@ -124,21 +146,27 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
     return path, kind
 
 
-def check_weights(config: dict, source: Path, kind: str) -> None:
+def check_weights(config: dict, source: Path, kind: str) -> bool:
     """Compare the tensors of a TeleChat checkpoint with the model before either is loaded.
 
     MindFormers only logs what it does not find and leaves those parameters random. What cannot be compared
     is said: slices of a parallel run, and models whose YAML does not give all sizes.
+
+    Returns:
+        Whether rows are joined (qkv_concat), so that our own reader has to part them.
 
     Raises:
         ValueError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
     """
     if reason := _not_comparable(config, kind):
         print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
-        return
+        return False
     files = _model_files(source) if kind == "iteration" else [source]
     tensors = [tensor for file in files for tensor in read_mindspore_source(file)]
+    if is_joined(tensor.name for tensor in tensors):
+        return True
     make_plan(tensors, "mindspore", _sizes_in(config), str(source))
+    return False
 
 
 def _sizes_in(config: dict) -> TelechatSizes:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import write_hf_folder
 from rank_arrays import bits_of, joined_for, rank_of, save, save_ranks, whole_model
 
-from research.telechat2.checkpoint import arranged
+from research.telechat2.checkpoint import arranged, rank_layout
 from research.telechat2.checkpoint.arranged import glue, part_of, rows_of
 from research.telechat2.checkpoint.rank_layout import read_whole, weights_of_rank, whole_weights
 from research.telechat2.checkpoint.sizes import TelechatSizes
@@ -193,10 +193,12 @@ class TestRefusals:
             with pytest.raises(ValueError, match="in its header; expected a number of ranks"):
                 self.read(model, wrong)
 
-    def test_no_record_is_said(self, model, tmp_path, capsys):
-        arrays = joined_for(model.arrays, 1, model.kv_heads)
-        model.assert_ranks(save(tmp_path / "old.safetensors", arrays, "float32"), 2, True)
-        assert "taken as joined for one rank, as MindFormers' convert_weight.py" in capsys.readouterr().err
+    def test_no_record_needs_the_users_word(self, model, tmp_path, monkeypatch):
+        file = save(tmp_path / "old.safetensors", joined_for(model.arrays, 1, model.kv_heads), "float32")
+        with pytest.raises(ValueError, match=r"old.safetensors has joined rows .*--joined_for N"):
+            self.read(model, file)
+        monkeypatch.setattr(rank_layout, "_ASKED", {"joined_for": 1})
+        model.assert_ranks(file, 2, True)
 
     def test_joined_rows_without_the_number_of_heads(self, model):
         with pytest.raises(ValueError, match="has joined rows .* put the model's config.json beside them"):

@@ -37,7 +37,8 @@ def test_the_command_answers_and_keeps_a_conversation(random, small_vocab, confi
     ]
     assert told.stdout == "".join(f"{text}\n" for text in texts)
     assert not any(tmp_path.iterdir())
-    config, chosen, *figures = told.stderr.splitlines()  # and no warning, no note of the libraries
+    config, numbers, chosen, *figures = told.stderr.splitlines()  # no warning, no note of the libraries
+    assert numbers.startswith(f"model_config: taken from {random.weights}.config.json: rms_norm_eps 1e-05")
     assert config == f"config: {config_file}" and chosen.startswith("prompt format: chat (none is recorded")
     assert len(figures) == 2 and all(line.startswith("[6 tokens, cut off there by --max") for line in figures)
 

@@ -298,12 +298,15 @@ def test_what_does_not_fit_the_yaml_is_refused(random, small_vocab, config_file,
         load_predictor(config_file, tmp_path / "not.model", random.weights)
     with pytest.raises(ValueError, match="max_length is 257, but the YAML's seq_length is 256"):
         load_predictor(config_file, small_vocab, random.weights, max_length=SEQ_LENGTH + 1)
+    alone = tmp_path / "alone.safetensors"  # without the config.json of its release
+    alone.write_bytes(random.weights.read_bytes())
     for name, found in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
         other = write_yaml(tmp_path / "other.yaml", {name: 9})
-        with pytest.raises(
-            ValueError, match=f"the YAML's {name} is 9, but in .*tokenizer.model it is {found}"
-        ):
-            load_predictor(other, small_vocab, random.weights)
+        with pytest.raises(ValueError, match=f"{name} .*is 9, but in .*tokenizer.model it is {found}"):
+            load_predictor(other, small_vocab, alone)
+        if name != "pad_token_id":
+            with pytest.raises(ValueError, match=f"{name}: 9; {name} in ms.safetensors.config.json: {found}"):
+                load_predictor(other, small_vocab, random.weights)
 
 
 def test_the_length_of_an_answer_is_the_yamls_unless_given(random, small_vocab, tmp_path):

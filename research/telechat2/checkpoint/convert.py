@@ -13,6 +13,7 @@ from research.telechat2.checkpoint.job import Job, Options, Written, run_job
 from research.telechat2.checkpoint.output import deal
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.rank_layout import plan_whole
+from research.telechat2.checkpoint.recognised import refuse_mindspore, refuse_torch
 from research.telechat2.checkpoint.relatives.description import token_ids
 from research.telechat2.checkpoint.relatives.llama import export_llama, holds_llama, import_llama
 from research.telechat2.checkpoint.relatives.reading import json_bytes, read_json
@@ -55,6 +56,7 @@ def convert_to_mindspore(
         raise ValueError(
             f"{target} ends in {target.suffix}, but format {ckpt_format} is asked for; drop one of the two"
         )
+    refuse_mindspore(source)
     if holds_llama(source):
         return import_llama(source, target, checked_options(options), ckpt_format == "ckpt")
     return _convert(source, target, "torch", checked_options(options), (".safetensors", ".ckpt"), ckpt_format)
@@ -81,6 +83,7 @@ def convert_to_torch(
         ValueError: as ``convert_to_mindspore``.
     """
     source, target = given_path(mindspore_path, "mindspore_path"), given_path(torch_path, "torch_path")
+    refuse_torch(source)
     check_choice("format", torch_format, TORCH_FORMATS)
     was_llama = holds_llama(source)
     if torch_format == "llama" or (torch_format is None and was_llama):

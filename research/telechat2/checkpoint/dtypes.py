@@ -7,6 +7,10 @@ import numpy as np
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns, without the sign
+NOT_READ = (
+    "weights are read as float32, float16 and bfloat16. Of a quantized model, give the weights from before "
+    "quantization"
+)
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38}
 
 

@@ -202,7 +202,7 @@ def _require_heads(sizes: TelechatSizes, doing: str) -> None:
     if sizes.num_heads is None or sizes.n_kv_heads is None:
         raise ValueError(
             f"{doing} needs the number of heads, which the tensors do not show; put the model's config.json "
-            "beside them"
+            "beside them, or give convert_weight.py --model_name, such as telechat_7B"
         )
 
 

@@ -5,6 +5,7 @@ import re
 
 from research.telechat2.checkpoint.dtypes import WIDTH
 
+JOINED_FOR = "ranks that the rows of the weights are joined for, if nothing beside them records it"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 

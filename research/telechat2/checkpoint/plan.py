@@ -1,10 +1,11 @@
 """From the tensors of a checkpoint to a complete plan of its conversion, or to the list of what is wrong."""
 
 import dataclasses
+import re
 from collections import Counter
 from dataclasses import dataclass
 
-from research.telechat2.checkpoint.dtypes import WIDTH
+from research.telechat2.checkpoint.dtypes import NOT_READ, WIDTH
 from research.telechat2.checkpoint.experts import (
     expert_of,
     missing_in_words,
@@ -134,6 +135,7 @@ def _problems(
 ) -> dict[str, list[str]]:
     """Kind of problem -> what has it, in words."""
     unknown = [name for name in found if name not in expected]
+    strange = [f"{name} ({tensor.dtype})" for name, tensor in found.items() if tensor.dtype not in WIDTH]
     beyond = []
     if side == "torch" and sizes.num_experts:
         beyond = [name for name in unknown if (place := expert_of(name)) and place[1] >= sizes.num_experts]
@@ -146,10 +148,13 @@ def _problems(
             for name, tensor in found.items()
             if name in expected and tensor.shape != expected[name]
         ],
-        "non-floating-point": [
-            f"{name} ({tensor.dtype})" for name, tensor in found.items() if tensor.dtype not in WIDTH
-        ],
+        "non-floating-point": [text for text in strange if not _is_float(text)],
+        "floating-point of a type that is not read": [text for text in strange if _is_float(text)],
     }
+
+
+def _is_float(text: str) -> bool:
+    return re.search(r"\((F|float)\d[^()]*\)$", text) is not None
 
 
 def _require_zero(tensor: StoredTensor) -> None:
@@ -179,4 +184,6 @@ def _report(problems: dict[str, list[str]], sizes: TelechatSizes, origin: str) -
             shown = [name if name.isprintable() else ascii(name) for name in names[:10]]
             more = f", … and {len(names) - 10} more" if len(names) > 10 else ""
             lines.append(f"  {len(names)} {kind}: {', '.join(shown)}{more}")
+    if any(names for kind, names in problems.items() if "floating-point" in kind):
+        lines.append(f"{NOT_READ[0].upper()}{NOT_READ[1:]}.")
     return "\n".join(lines)

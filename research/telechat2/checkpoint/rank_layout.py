@@ -18,8 +18,10 @@ from research.telechat2.checkpoint.layouts import (
     part_of_rank,
     part_rows,
 )
+from research.telechat2.checkpoint.manifest import NAME as MANIFEST
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.rank_files import saved_shards
+from research.telechat2.checkpoint.relatives.reading import read_json
 from research.telechat2.checkpoint.safetensors_files import read_metadata, read_safetensors
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.sources import TRACKER, read_mindspore_source, read_torch_source
@@ -95,8 +97,11 @@ def plan_whole(path: Path, configured: TelechatSizes | None, sizes: TelechatSize
         ) from None
 
 
-def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
+def read_whole(path: Path, sizes: TelechatSizes | None, joined_for: int | None = None) -> list[StoredTensor]:
     """The tensors of a MindSpore checkpoint of any layout: glued, and joined rows taken apart.
+
+    For how many ranks rows are joined, the headers say, or the manifest beside the files; folders of ranks
+    show it by their number. ``joined_for``: the user's word where nothing does.
 
     Raises:
         ValueError: nothing there to read, ranks that do not go together, or joined rows and no ``sizes``.
@@ -121,13 +126,66 @@ def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
             f"{path} has joined rows (qkv_concat), which take the number of heads to part, and that the "
             "tensors do not show; put the model's config.json beside them"
         )
-    joined_for = recorded.get(QKV_CONCAT)
-    if joined_for is None:
-        joined_for = group
-        _say_assumed(path, group)
-    if group not in (1, joined_for):
-        raise ValueError(f"{path} holds {group} ranks, but says that its rows are joined for {joined_for}")
-    return part_rows(tensors, sizes, joined_for)
+    known = recorded.get(QKV_CONCAT) or _of_manifest(tensors)
+    if known is None and ranks:
+        known = group
+        print(
+            f"{path} does not say for how many ranks its rows are joined; taken as joined for {group} "
+            f"{'rank' if group == 1 else 'ranks'}, as there are folders",
+            file=sys.stderr,
+        )
+    asked = joined_for or _ASKED.get("joined_for")
+    if known and asked and known != asked:
+        raise ValueError(
+            f"--joined_for is {asked}, but the rows of {path} are joined for {known}, as recorded with it; "
+            "leave --joined_for out"
+        )
+    if (found := known or asked) is None:
+        raise ValueError(
+            f"{path} has joined rows (qkv_concat), but neither its header nor a manifest beside it says for "
+            "how many ranks they are joined, and the tensors do not show it: another number would load "
+            "without an error, and answer nonsense. Give --joined_for N (1 for a file that MindFormers' "
+            "convert_weight.py made), which convert_weight.py --pre_ckpt_path, convert_reversed.py, "
+            "run_telechat_predict.py and run_mindformer.py take; or convert the original weights again"
+        )
+    if group not in (1, found):
+        raise ValueError(f"{path} holds {group} ranks, but says that its rows are joined for {found}")
+    return part_rows(tensors, sizes, found)
+
+
+_ASKED: dict[str, int] = {}
+
+
+def assume_joined_for(ranks: int | None) -> None:
+    """Take the command line's word, in this process, for checkpoints that record no layout.
+
+    Raises:
+        ValueError: it is no number of ranks.
+    """
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--joined_for is {ranks}; expected the number of ranks, 1 or more")
+    _ASKED.clear()
+    if ranks is not None:
+        _ASKED["joined_for"] = ranks
+
+
+def _of_manifest(tensors: list[StoredTensor]) -> int | None:
+    """The number of ranks that the manifest beside the files records; None where there is none."""
+    for file in dict.fromkeys(tensor.file for tensor in tensors):
+        for manifest in (file.with_name(f"{file.name}.{MANIFEST}"), file.with_name(MANIFEST)):
+            content = read_json(manifest) or {}
+            options = content.get("options")
+            layout = options.get("layout") if isinstance(options, dict) else None
+            named = content.get("files") or {}
+            if file.name in named and isinstance(layout, dict) and QKV_CONCAT in layout:
+                return _number_of_ranks(layout[QKV_CONCAT], manifest)
+    return None
+
+
+def _number_of_ranks(value: object, file: Path) -> int:
+    if not re.fullmatch("[1-9][0-9]*", str(value)):
+        raise ValueError(f"{file} says {QKV_CONCAT} = {value!r}; expected a number of ranks")
+    return int(value)
 
 
 def is_torch_source(path: Path) -> bool:
@@ -183,11 +241,13 @@ def _require_sizes(path: str | Path, found: TelechatSizes, sizes: TelechatSizes)
 
 
 def is_for_inference(path: Path) -> bool:
-    """Whether a checkpoint says that its rows are joined, or that it is cut for tensor parallelism."""
+    """Whether safetensors say that they are cut for tensor parallelism, or have joined rows."""
     folders = rank_folders(path)[:1] or [path]
-    files = [path] if path.is_file() else folders[0].glob("*.safetensors")
-    headers = (read_metadata(file) for file in files if file.suffix == ".safetensors")
-    return any(key in header for header in headers for key in (QKV_CONCAT, TENSOR_PARALLEL))
+    files = [path] if path.is_file() else sorted(folders[0].glob("*.safetensors"))
+    files = [file for file in files if file.suffix == ".safetensors"]
+    if any(key in header for header in map(read_metadata, files) for key in (QKV_CONCAT, TENSOR_PARALLEL)):
+        return True
+    return any(is_joined(tensor.name for tensor in read_safetensors(file)) for file in files)
 
 
 def rank_folders(path: Path) -> list[Path]:
@@ -224,12 +284,3 @@ def _recorded(tensors: list[StoredTensor]) -> dict[str, int]:
             )
         first, recorded = file, found
     return recorded
-
-
-def _say_assumed(path: Path, group: int) -> None:
-    what = "one rank" if group == 1 else f"{group} ranks, as there are folders"
-    print(
-        f"{path} does not say for how many ranks its rows are joined; taken as joined for {what}, as "
-        "MindFormers' convert_weight.py joins them",
-        file=sys.stderr,
-    )

@@ -1,6 +1,7 @@
 """A checkpoint in another layout for inference: rows joined, or cut for tensor-parallel ranks, or both."""
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,14 +40,15 @@ from research.telechat2.checkpoint.stored import StoredTensor
 from research.telechat2.checkpoint.table import canonical_name
 
 SUFFIXES = (".safetensors", ".ckpt")
-# Layers, hidden size and experts of the releases: only to refuse a name that contradicts the weights.
+# Layers, hidden size, feed-forward size, heads, key/value heads and experts of the releases.
 RELEASES = {
-    "telechat_3B": (24, 3072, 0),
-    "telechat_7B": (30, 4096, 0),
-    "telechat_35B": (64, 6144, 0),
-    "telechat_115B": (96, 8192, 0),
-    "telechat_39B_A12B": (30, 4096, 16),
+    "telechat_3B": (24, 3072, 6144, 24, 24, 0),
+    "telechat_7B": (30, 4096, 12288, 32, 32, 0),
+    "telechat_35B": (64, 6144, 20480, 48, 48, 0),
+    "telechat_115B": (96, 8192, 40960, 64, 8, 0),
+    "telechat_39B_A12B": (30, 4096, 6144, 32, 32, 16),
 }
+_VOCABULARY = 131072
 
 
 def convert_layout(
@@ -67,7 +69,8 @@ def convert_layout(
             a folder, else for ``model.safetensors`` or shards.
         qkv_concat: join the rows of wq and wk_v, and those of w1 and w3.
         tensor_parallel: number of ranks; None: those of ``path``, or one.
-        model_name: a name such as telechat_7B, which must be that of a release of these sizes.
+        model_name: a name such as telechat_7B, which must be that of a release of these sizes; it tells the
+            number of heads where there is no config.json.
         options: the fields of ``Options``.
 
     Raises:
@@ -78,14 +81,17 @@ def convert_layout(
     options = checked_options(options)
     is_torch = is_torch_source(source)
     sizes = sizes_beside(source)
+    release = None if model_name is None else sizes_of_release(model_name)
     if is_torch:
         plan = make_plan(read_torch_source(source), "torch", sizes, str(source))
         whole = {name: tensor for tensor, name in plan.weights}
     else:
-        plan = make_plan(read_whole(source, sizes), "mindspore", sizes, str(source))
+        plan = make_plan(read_whole(source, sizes or release), "mindspore", sizes, str(source))
         whole = {tensor.name: tensor for tensor in plan.sources}
-    if model_name is not None:
+    if release is not None:
         check_model_name(model_name, plan.sizes)
+        heads = {"num_heads": release.num_heads, "n_kv_heads": release.n_kv_heads}
+        plan = plan if sizes else replace(plan, sizes=replace(plan.sizes, **heads))
     into_ranks = target.suffix not in SUFFIXES
     if into_ranks and tensor_parallel is None:
         tensor_parallel = len(rank_folders(source)) or None
@@ -122,17 +128,35 @@ def convert_layout(
     return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
 
 
-def check_model_name(name: str, sizes: TelechatSizes) -> None:
-    """ValueError if ``name`` is none of the releases', or that of a release of other sizes."""
-    if name not in RELEASES:
+def sizes_of_release(name: str) -> TelechatSizes:
+    """The sizes of the release that ``name`` means, in any case; ValueError if it is none."""
+    spelled = {release.lower(): release for release in RELEASES}
+    release = spelled.get(name.lower().replace("-", "_").replace("telechat2_", "telechat_"))
+    if release is None:
         raise ValueError(f"--model_name {name} is unknown; expected one of {', '.join(RELEASES)}, or none")
-    found = (sizes.num_layers, sizes.hidden_size, sizes.num_experts or 0)
-    if found != RELEASES[name]:
-        layers, hidden, experts = RELEASES[name]
+    layers, hidden, ffn, heads, kv_heads, experts = RELEASES[release]
+    return TelechatSizes(
+        num_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=_VOCABULARY,
+        kv_size=kv_heads * (hidden // heads), num_heads=heads, n_kv_heads=kv_heads, num_experts=experts,
+    )  # fmt: skip
+
+
+def check_model_name(name: str, found: TelechatSizes) -> None:
+    """ValueError if ``name`` is none of the releases', or that of one of other sizes or heads."""
+    release = sizes_of_release(name)
+    compared = ("num_layers", "hidden_size", "intermediate_size", "kv_size", "num_heads", "n_kv_heads")
+    different = [
+        f"{size} {there} instead of {getattr(release, size)}"
+        for size in compared
+        if (there := getattr(found, size)) is not None and there != getattr(release, size)
+    ]
+    expert_words = f", {release.num_experts} experts" if release.num_experts else ""
+    if different or (found.num_experts or 0) != release.num_experts:
         raise ValueError(
-            f"--model_name {name} is a model of {layers} layers, hidden size {hidden}"
-            f"{f', {experts} experts' if experts else ''}, but the checkpoint is of {sizes.describe()}; "
-            "leave --model_name out, the sizes are those of config.json"
+            f"--model_name {name} is a model of {release.num_layers} layers, hidden size "
+            f"{release.hidden_size}{expert_words}, but the checkpoint is of "
+            f"{found.describe()} ({', '.join(different) or 'other experts'}); give the name of this "
+            "checkpoint's release, or put its config.json beside the weights and leave --model_name out"
         )
 
 

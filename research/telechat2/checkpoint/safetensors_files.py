@@ -14,15 +14,16 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+from research.telechat2.checkpoint.dtypes import NOT_READ
 from research.telechat2.checkpoint.stored import BLOCK_BYTES, StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 
 
@@ -41,7 +42,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
         begin, next_begin = _offsets(file, name, entry)
         code, shape = entry.get("dtype"), _shape(file, name, entry)
         if not isinstance(code, str) or code not in ITEM_BYTES:
-            raise _broken(file, f"tensor {name} has dtype {code!r}; known are {', '.join(ITEM_BYTES)}")
+            raise ValueError(f"{file}: tensor {name} is stored as {code!r}, but {NOT_READ}.")
         if begin != end or next_begin - begin != prod(shape) * ITEM_BYTES[code]:
             raise _broken(
                 file,

@@ -6,7 +6,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from research.telechat2.checkpoint.dtypes import WIDTH, cast
+from research.telechat2.checkpoint.dtypes import NOT_READ, WIDTH, cast
 
 BLOCK_BYTES = 1 << 20  # a multiple of every element's width, and little enough for a core's cache
 
@@ -36,8 +36,11 @@ class StoredTensor:
         return prod(self.shape)
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Number of bytes, as stored or as another dtype of weights."""
-        return self.size * WIDTH[dtype or self.dtype]
+        """Number of bytes, as stored or as another dtype of weights; ValueError for what is none of these."""
+        kind = dtype or self.dtype
+        if kind not in WIDTH:
+            raise ValueError(f"{self.name} in {self.file} is stored as {kind}, but {NOT_READ}.")
+        return self.size * WIDTH[kind]
 
     def blocks_as(self, dtype: str) -> Iterator[memoryview]:
         """The blocks, cast to another dtype of weights."""

@@ -5,6 +5,8 @@ much memory as the model has bytes, besides what the framework itself needs (a `
 torch is mapped instead of read). The frameworks are imported only here and only when such a file is met.
 """
 
+import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from functools import partial
@@ -24,6 +26,16 @@ def read_bin(file: Path) -> list[StoredTensor]:
     torch = _import_torch(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load the file in spite of it
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        if found is None:
+            raise ValueError(f"{file} is not a complete torch file. Download or copy it again") from None
+        raise ValueError(
+            f"{file} holds Python objects ({found[1]}) beside tensors; loading those "
+            "could run code that came with it, so nothing of it is loaded. Take the safetensors of this "
+            "model, or have its author save the state_dict() alone"
+        ) from None
     except Exception as error:  # a broken pickle can fail in any way
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(

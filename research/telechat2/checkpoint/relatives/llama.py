@@ -16,6 +16,7 @@ from research.telechat2.checkpoint.relatives.description import (
     describe_telechat,
     lost_ids,
 )
+from research.telechat2.checkpoint.relatives.kinds import is_mistral
 from research.telechat2.checkpoint.relatives.llama_config import (
     describe_llama,
     is_llama,
@@ -54,7 +55,7 @@ def folder_of(path: Path) -> Path:
 def holds_llama(path: Path) -> bool:
     """Whether the config.json of a checkpoint says that it is a Llama model."""
     file = config_beside(path)
-    return file is not None and is_llama(read_json(file))
+    return file is not None and _naming(file, lambda: is_llama(read_json(file)))
 
 
 def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = False) -> Written:
@@ -208,6 +209,9 @@ def _exported_config(file: Path, description: Description, dtype: str) -> bytes:
         key: content[key] for key in ("attention_bias", "mlp_bias") if content[key] != bool(own.get(key))
     }
     dtypes = {key: dtype for key in ("torch_dtype", "dtype") if own.get(key) not in (None, dtype)}
+    if flags and is_mistral(own):  # whose class in transformers has no biases
+        flags |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        flags |= {"attention_bias": description.attention_bias, "mlp_bias": description.mlp_bias}
     return json_bytes(own | flags | dtypes) if flags or dtypes else file.read_bytes()
 
 

@@ -1,6 +1,7 @@
 """config.json of a Llama model: read into a Description, or refused, and written from one."""
 
 from research.telechat2.checkpoint.relatives.description import Description, token_ids
+from research.telechat2.checkpoint.relatives.kinds import is_mistral, model_kind, window_of
 from research.telechat2.checkpoint.relatives.reading import flag, number, whole_number
 from research.telechat2.checkpoint.relatives.rotary import llama_scaling, read_scaling
 from research.telechat2.checkpoint.sizes import TelechatSizes
@@ -17,6 +18,7 @@ _READ = {
     *("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("max_position_embeddings", "attention_bias", "mlp_bias", "hidden_act", "partial_rotary_factor"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "head_dim", "rope_parameters"),
+    "sliding_window",
 }
 _SPELLINGS = {
     "num_layers": "num_hidden_layers",
@@ -29,8 +31,8 @@ _SPELLINGS = {
 
 
 def is_llama(config: dict | None) -> bool:
-    """Whether a config.json is that of a Llama model."""
-    return config is not None and config.get("model_type") == "llama"
+    """Whether a config.json is that of a Llama model, see model_kind; ValueError for another's."""
+    return config is not None and model_kind(config) == "llama"
 
 
 def describe_llama(config: dict, generation: dict | None = None) -> Description:
@@ -43,8 +45,7 @@ def describe_llama(config: dict, generation: dict | None = None) -> Description:
     """
     sizes = _sizes(config)
     _refuse_what_differs(config, sizes)
-    older = whole_number(config, "max_sequence_length", 2048)
-    seq_length = whole_number(config, "max_position_embeddings", older)
+    seq_length = _longest(config)
     theta, extension = read_scaling(config, seq_length)
     return Description(
         origin="llama",
@@ -58,6 +59,14 @@ def describe_llama(config: dict, generation: dict | None = None) -> Description:
         mlp_bias=flag(config, "mlp_bias"),
         grows=False,
     )
+
+
+def _longest(config: dict) -> int:
+    older = whole_number(config, "max_sequence_length", 2048)
+    longest = whole_number(config, "max_position_embeddings", older)
+    if is_mistral(config) and window_of(config) is not None:
+        return min(longest, window_of(config))
+    return longest
 
 
 def unread_keys(config: dict) -> list[str]:
@@ -98,11 +107,13 @@ def _sizes(config: dict) -> TelechatSizes:
     lacking = [key for key in _SPELLINGS.values() if key != "num_key_value_heads" and config.get(key) is None]
     if lacking:
         raise ValueError(
-            f"the config says model_type llama, but has no {', '.join(lacking)}; take config.json from the "
-            "release of the weights"
+            f"the config is that of a Llama model, but has no {', '.join(lacking)}; take config.json from "
+            "the release of the weights"
         )
     renamed = {ours: config.get(theirs) for ours, theirs in _SPELLINGS.items()}
     renamed["tie_word_embeddings"] = flag(config, "tie_word_embeddings")
+    if is_mistral(config) and renamed["n_kv_heads"] is None and "num_key_value_heads" not in config:
+        renamed["n_kv_heads"] = 8  # of transformers' MistralConfig
     return TelechatSizes.from_hf_config(renamed | {"num_experts": 0})
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from research.telechat2.checkpoint.relatives.reading import number
+from research.telechat2.checkpoint.relatives.reading import number, one_of
 from research.telechat2.telechat_rope_rules import trained_alpha
 
 Extension = tuple[str, float | dict]  # TelechatConfig's extend_method and scaling_factor
@@ -22,16 +22,16 @@ def stretched_base(theta: float, base_seqlen: int, seqlen: int, head_dim: int) -
 def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
     """Rotary base and extension of a Llama config whose longest text has ``seq_length`` tokens.
 
+    As transformers 5 reads it: the section is ``rope_scaling``, or else ``rope_parameters``; the base is the
+    section's, or else that beside it.
+
     Raises:
-        ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have.
+        ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have; two sections
+            that differ.
     """
-    parameters = config.get("rope_parameters") or {}  # where transformers 5 writes both
-    scaling = config.get("rope_scaling") or parameters
-    for key, section in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(section, dict):
-            raise ValueError(f"the config says {key} = {section!r}; expected a section such as rope_type")
-    theta = number(config, "rope_theta", number(parameters, "rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = _section(config)
+    theta = number(scaling, "rope_theta", number(config, "rope_theta", 10000.0))
+    kind = _kind(scaling)
     if kind == "default":
         return theta, NONE
     if kind == "linear":
@@ -43,6 +43,40 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
         "expressed. For texts no longer than the model was first trained on, remove rope_scaling from a copy "
         "of config.json and set max_position_embeddings to that length, if its authors say that this is exact"
     )
+
+
+def _section(config: dict) -> dict:
+    given = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
+    for key, section in given.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"the config says {key} = {section!r}; expected a section such as rope_type")
+        if nested := [name for name, value in section.items() if isinstance(value, dict)]:
+            raise ValueError(
+                f"the config says {key} for {', '.join(nested)}; TeleChat rotates all layers alike: this "
+                "model cannot be expressed"
+            )
+        if section.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ValueError(
+                f"the config says {key}.partial_rotary_factor = {section['partial_rotary_factor']!r}, but "
+                "TeleChat rotates all channels of a head: this model cannot be expressed"
+            )
+    first, *others = given.values() or [{}]
+    for other in others:
+        both = [first | {"rope_type": _kind(first)}, other | {"rope_type": _kind(other)}]
+        keys = [key for key in sorted(both[0].keys() | both[1].keys()) if key != "type"]
+        if differing := [key for key in keys if both[0].get(key) != both[1].get(key)]:
+            key = differing[0]
+            raise ValueError(
+                f"the config has two sections that differ: rope_scaling.{key} = {both[0].get(key)!r}, "
+                f"rope_parameters.{key} = {both[1].get(key)!r}; remove the one that the weights were not "
+                "trained with"
+            )
+    return first
+
+
+def _kind(section: dict) -> str:
+    key = one_of(section, ("rope_type", "type"))
+    return section[key] if key else "default"
 
 
 def _read_yarn(scaling: dict, seq_length: int) -> dict:
