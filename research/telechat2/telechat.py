@@ -11,7 +11,6 @@ from research.telechat2.telechat_compat import (
     MindFormerRegister,
     PreTrainedModel,
     find_graph_again,
-    greedy_token,
     is_predict_run,
 )
 from research.telechat2.telechat_config import TelechatConfig
@@ -132,7 +131,6 @@ class TelechatForCausalLM(PreTrainedModel):
         self.is_first_iteration = True
         self.last_shapes = {}
         self.requests = RequestLengths(config) if config.extend_method == "DYNAMIC_NTK" else None
-        self.argmax = greedy_token
         self.slice = P.StridedSlice()
         self.reshape = P.Reshape()
         self.gather = P.Gather()

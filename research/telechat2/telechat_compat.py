@@ -52,6 +52,7 @@ from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCel
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
+from research.telechat2.generation.sampling import Sampling, check_finite, next_token, row_generators
 from research.telechat2.telechat_chunks import read_in_chunks
 from research.telechat2.telechat_pool import check_pool
 from research.telechat2.telechat_rope_requests import limits_of_rows, longest_of_rows
@@ -79,7 +80,6 @@ __all__ = [
     "find_graph_again",
     "get_logger",
     "get_tensorboard_writer",
-    "greedy_token",
     "is_cpu",
     "is_loss_rank",
     "is_main_rank",
@@ -323,34 +323,31 @@ def find_graph_again(cell: nn.Cell, phase: str, inputs: dict) -> None:
         cell.last_shapes[phase] = shapes
 
 
-def greedy_token(logits, axis=-1) -> Tensor:
-    """Index of the largest logit, int64 ``[...]``, found by NumPy.
-
-    ``generate`` would call ``mint.argmax``, which has no CPU kernel; the host needs the index anyway.
-    """
-    return Tensor(np.argmax(logits.asnumpy(), axis))
-
-
 class PreTrainedModel(_PreTrainedModel):
-    """MindFormers' model, which samples on a CPU too, and knows beforehand how long a row may become."""
+    """MindFormers' model, whose next tokens are chosen by rules of our own: see generation/sampling.py."""
 
-    def generate(self, input_ids, generation_config=None, *args, **kwargs):
+    def generate(self, input_ids, generation_config=None, *args, seed=None, **kwargs):
         """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
 
         ``longest`` ``[B]``: tokens that prompt and answer of each row may have, if it is not just what
-        ``max_new_tokens`` or ``max_length`` says; see RequestLengths.
+        ``max_new_tokens`` or ``max_length`` says; see RequestLengths. ``seed``: of sampling; None goes on
+        with NumPy's global random numbers.
 
         Raises:
-            ValueError: the blocks of the cache may run out.
+            ValueError: a setting of sampling is none, the blocks of the cache may run out, or the logits
+                of a step are no numbers.
         """
-        if not self.config.use_past:
-            return super().generate(input_ids, generation_config, *args, **kwargs)
         settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
         settings.update(**kwargs)
+        self.sampling = Sampling.of(settings)
         rows = np.array(input_ids)
         lengths, _ = get_valid_length_each_example(
             rows.reshape(-1, rows.shape[-1]), settings.pad_token_id or 0
         )
+        self.prompt_lengths = lengths
+        self.random = row_generators(len(lengths), seed) if self.sampling.do_sample else None
+        if not self.config.use_past:
+            return super().generate(input_ids, generation_config, *args, **kwargs)
         limits = settings.max_new_tokens, settings.max_length
         check_pool(self.config, limits_of_rows(self.config, lengths, *limits))
         if self.config.extend_method == "DYNAMIC_NTK" and kwargs.get("longest") is None:
@@ -374,11 +371,67 @@ class PreTrainedModel(_PreTrainedModel):
         logits = read_in_chunks(run, self.config, input_ids, lengths, **kwargs)
         return logits, np.arange(len(lengths))
 
+    def get_logits_processor(self, generation_config, input_ids_seq_length, logits_processor):
+        """The processors that a caller gives; MindFormers' own are not used."""
+        return logits_processor
+
     @staticmethod
     def get_logits_warper(generation_config):
-        """The chain that leaves the likeliest tokens; in NumPy on a CPU, which lacks MindSpore's top-k."""
-        warpers = _PreTrainedModel.get_logits_warper(generation_config)
-        if is_cpu():
-            for warper in (warpers, *warpers):
-                warper.use_numpy = True
-        return warpers
+        """None of MindFormers'."""
+        return None
+
+    def postprocess(
+        self,
+        input_ids,
+        is_finished,
+        res,
+        generation_config,
+        valid_length_each_example,
+        current_index,
+        logits_processor=None,
+        logits_warper=None,
+        need_gather_logits=True,
+    ):
+        """The next token of every row that is not finished, as MindFormers' ``postprocess`` returns them.
+
+        Args:
+            input_ids: ``[B, seq_length]``, each row's tokens, then padding.
+            is_finished: ``[B]``, rows that take no further token.
+            res: logits ``[B, V]``, or ``[B * seq_length, V]`` without a cache.
+            generation_config: MindFormers' GenerationConfig.
+            valid_length_each_example: ``[B]``, tokens of each row.
+            current_index: ``[B]``, the row of ``res`` that belongs to each row.
+            logits_processor: a caller's own processors.
+            logits_warper: not used.
+            need_gather_logits: whether ``res`` may have all positions.
+
+        Returns:
+            Tokens ``[B]`` ([] for a finished row), scores and logits ``[B, V]`` where they are asked for
+            (else None), ``is_finished``.
+
+        Raises:
+            ValueError: logits are NaN or infinite.
+        """
+        logits = res[0] if isinstance(res, tuple) else res
+        logits = logits.reshape((-1, logits.shape[-1]))
+        if need_gather_logits and logits.shape[0] > len(current_index):
+            logits = logits[Tensor(current_index, ms.int32)]
+        logits = logits.asnumpy()
+        rows, wanted = len(is_finished), generation_config.return_dict_in_generate
+        scores = logits.copy() if wanted and generation_config.output_scores else None
+        targets = [[] for _ in range(rows)]
+        for row in (row for row in range(rows) if not is_finished[row]):
+            length, prompt = int(valid_length_each_example[row]), int(self.prompt_lengths[row])
+            check_finite(logits[row], length - prompt + 1, length, row, rows)
+            tokens = input_ids[row, :length]
+            more = partial(_processed, logits_processor, tokens) if logits_processor else None
+            random = self.random[row] if self.random else None
+            targets[row], chosen_by = next_token(logits[row], tokens, prompt, self.sampling, random, more)
+            if scores is not None:
+                scores[row] = chosen_by
+        return targets, scores, logits if wanted and generation_config.output_logits else None, is_finished
+
+
+def _processed(processors, tokens, scores: np.ndarray) -> np.ndarray:
+    """Scores ``[V]`` after the processors of a caller."""
+    return processors(tokens[None], scores[None].astype(np.float32), [False])[0].astype(np.float64)

@@ -76,7 +76,8 @@ class TelechatConfig(PretrainedConfig):
         prefill_chunk: with ``use_past``: most tokens of prompts read in one step; longer prompts are read in
             pieces, see telechat_chunks.py. 0: every prompt at once.
         use_flash_attention: on Ascend the fused attention kernels (True) or plain operators (False).
-        top_k, top_p, do_sample, repetition_penalty: defaults of ``generate``.
+        do_sample, temperature, top_k, top_p, repetition_penalty: defaults of ``generate``, see Sampling in
+            generation/sampling.py.
         max_decode_length: most tokens of prompt and answer together, where a command sets no other limit;
             ``seq_length`` is one in any case.
         checkpoint_name_or_path: weights loaded when the model is built; "" for none.
@@ -148,6 +149,7 @@ class TelechatConfig(PretrainedConfig):
         top_k: int = 5,
         top_p: float = 1.0,
         do_sample: bool = False,
+        temperature: float = 1.0,
         repetition_penalty: float = 1.0,
         max_decode_length: int = 512,
         checkpoint_name_or_path: str = "",

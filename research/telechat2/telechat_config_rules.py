@@ -9,6 +9,7 @@ import logging
 
 from research.telechat2.checkpoint.sizes import feed_forward_width
 from research.telechat2.telechat_rope_rules import check_extension, complete_extension
+from research.telechat2.telechat_sampling_rules import check_sampling
 
 logger = logging.getLogger("telechat2")
 
@@ -178,6 +179,7 @@ def _check_prefill_chunk(config) -> None:
 def _check_choices(config) -> None:
     _check_prefill_chunk(config)
     check_extension(config)
+    check_sampling(vars(config))
     if config.attention_dropout_prob != 0.0:
         raise ValueError(
             f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "

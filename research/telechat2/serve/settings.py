@@ -6,6 +6,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.relatives.chat_template import chat_template
 from research.telechat2.serve.flat import ENTRY
 from research.telechat2.telechat_chat import conversation_text, render
+from research.telechat2.telechat_sampling_rules import SAMPLING
 
 CONFIG, MODEL, TOKENIZER = CLASSES = [
     "MindIETelechatConfig",
@@ -126,8 +127,8 @@ def tokenizer_config(tokenizer: dict, prompt_format: str) -> dict:
 
 def generation_config(model_config) -> dict:
     """generation_config.json, whose top_k MindIE reads."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "top_k", "top_p")
-    return {name: getattr(model_config, name) for name in (*names, "repetition_penalty")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", *SAMPLING)
+    return {name: getattr(model_config, name) for name in names}
 
 
 def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size: int) -> dict:
