@@ -127,7 +127,7 @@ def _oracle_model():
 
 
 def _timed_generate(generate):
-    from research.telechat2.telechat_predict_utils import Clock
+    from research.telechat2.generation.answer import Clock
 
     def unit():
         clock = Clock()

@@ -24,7 +24,7 @@ def generator(name: str):
     """A function of a batch size that answers so many prompts, and returns seconds to first and per token."""
     import numpy as np
 
-    from research.telechat2.telechat_predict_utils import Clock
+    from research.telechat2.generation.answer import Clock
 
     if name == "oracle":
         import torch

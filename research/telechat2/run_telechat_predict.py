@@ -3,7 +3,7 @@
     python research/telechat2/run_telechat_predict.py --yaml_file predict_telechat_7b.yaml \\
         --vocab_file_path tokenizer.model --checkpoint_path model.safetensors "生抽与老抽的区别？"
 
-Without a question it reads them from standard input and keeps the conversation; ``/new`` starts another.
+Without a question it reads them from standard input and keeps the conversation; ``/help`` lists its commands.
 Answers go to standard output, figures to standard error. Several processes share the model:
 
     bash scripts/msrun_launcher.sh "python research/telechat2/run_telechat_predict.py --yaml_file \\
@@ -23,6 +23,7 @@ from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa:
 from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
 from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402
 from research.telechat2.telechat_run_config import boolean, resolve_config  # noqa: E402
+from research.telechat2.telechat_sampling_rules import SAMPLING, check_sampling  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
     )
-    parser.add_argument("--system", help="system message of the conversation (chat format)")
+    parser.add_argument(
+        "--system",
+        help='system text of conversations without one (chat format); "" is empty. '
+        "Without it they are asked with the chat format's own, which is printed",
+    )
     parser.add_argument(
         "--use_parallel",
         type=boolean,
@@ -82,44 +87,33 @@ def parse_arguments() -> argparse.Namespace:
         "--max_new_tokens its seq_length",
     )
     for name, how in (
-        ("do_sample", boolean), ("top_k", int), ("top_p", float), ("repetition_penalty", float)
+        ("do_sample", boolean), ("temperature", float), ("top_k", int), ("top_p", float),
+        ("repetition_penalty", float),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=how, help="by default the YAML's")
+    parser.add_argument("--seed", type=int, help="of sampling; by default the YAML's")
     return parser.parse_args()
 
 
 def main() -> None:
     """Load once, then answer what was asked."""
     args = parse_arguments()
-    if args.src_strategy_path_or_dir:
-        raise ValueError(
-            f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: weights of any layout are read as "
-            "they are, but slices of training are not; merge those with research/telechat2/transform_ckpt.py."
-        )
-    if args.device_id is not None and "MS_ROLE" in os.environ:
-        raise ValueError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
-    for name in ("batch_size", "max_new_tokens", "max_length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    _check(args)
     yaml_file = resolve_config(args.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     assume_joined_for(args.joined_for)
     quiet_libraries()
+    from research.telechat2 import telechat_predict_chat as asking
     from research.telechat2.data.job import ignored_fields
-    from research.telechat2.telechat_predict_chat import (
-        answer_all,
-        chat,
-        question,
-        read_prompts,
-        read_questions,
-    )
     from research.telechat2.telechat_predict_utils import load_predictor
 
-    questions = [question(text, args.system) for text in args.question]
+    questions = [asking.question(text, args.system) for text in args.question]
     if args.input_txt:
-        questions += read_prompts(args.input_txt, args.system, ignored_fields(args.ignore_fields))
+        questions += asking.read_prompts(args.input_txt, args.system, ignored_fields(args.ignore_fields))
     if args.question_file:
-        questions += read_questions(args.question_file, args.system, ignored_fields(args.ignore_fields))
+        questions += asking.read_questions(
+            args.question_file, args.system, ignored_fields(args.ignore_fields)
+        )
     predictor = load_predictor(
         yaml_file,
         args.vocab_file_path,
@@ -130,31 +124,60 @@ def main() -> None:
         batch_size=args.batch_size,
         use_past=args.use_past,
         use_parallel=args.use_parallel,
-        generation={
-            name: getattr(args, name)
-            for name in ("max_new_tokens", "do_sample", "top_k", "top_p", "repetition_penalty")
-        },
+        generation={name: getattr(args, name) for name in ("max_new_tokens", *SAMPLING)},
+        seed=args.seed,
     )
     if not predictor.group.first:
         sys.stdout = io.StringIO()  # one process speaks for all
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is not asked, and named
+    asking.name_settings_without_effect(predictor)
     if questions:
-        answer_all(predictor, questions, args.batch_size)
-        return
-    refused = chat(predictor, args.system, predictor.group.lines(_questions_from_a_person()))
-    if refused and not sys.stdin.isatty():
+        asking.name_system_texts(predictor, questions, args.system)
+        asking.answer_all(predictor, questions, args.batch_size)
+    elif sys.stdin.isatty():
+        _converse(predictor, args)
+    elif refused := asking.chat(predictor, args.system, predictor.group.lines(sys.stdin)):
         raise ValueError(f"{refused} lines of standard input were not asked; see above.")
 
 
-def _questions_from_a_person():
-    """Lines of standard input, with a prompt if a person types them."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    if args.src_strategy_path_or_dir:
+        raise ValueError(
+            f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: weights of any layout are read as "
+            "they are, but slices of training are not; merge those with research/telechat2/transform_ckpt.py."
+        )
+    if args.device_id is not None and "MS_ROLE" in os.environ:
+        raise ValueError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
+    for name in ("batch_size", "max_new_tokens", "max_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 4294967295.")
+    check_sampling(vars(args))
+
+
+def _converse(predictor, args: argparse.Namespace) -> None:
+    """Talk to a person at a terminal."""
+    from research.telechat2.infer.terminal import Terminal, history_file
+    from research.telechat2.telechat_predict_chat import chat
+    from research.telechat2.telechat_predict_plan import processes_of_run
+
+    terminal = Terminal(history_file())
+    print(_banner(args.yaml_file, predictor), file=sys.stderr)
+    alone = processes_of_run() == 1  # msrun ends its processes at Ctrl-C
+    chat(predictor, args.system, predictor.group.lines(terminal.lines()), terminal if alone else None)
+
+
+def _banner(yaml_file: str, predictor) -> str:
+    config = predictor.model.config
+    draws = predictor.generation.get("do_sample", config.do_sample)
+    return (
+        f"TeleChat2: {yaml_file} ({config.num_layers} layers, width {config.hidden_size}) with the weights "
+        f"{predictor.checkpoint}, prompt format {predictor.prompt_format}, "
+        f"{'drawing tokens' if draws else 'taking the likeliest tokens'}.\n"
+        f"Type a question. /help lists the commands; Ctrl-C stops an answer; /exit leaves."
+    )
 
 
 if __name__ == "__main__":

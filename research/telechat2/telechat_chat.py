@@ -260,7 +260,8 @@ def _checked_tool(tool, number: int) -> dict:
 
 
 def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
-    used = "a system prompt" if messages[0]["role"] == "system" else "tools" if tools else None
+    has_system = messages[0]["role"] == "system" and messages[0]["content"]
+    used = "a system prompt" if has_system else "tools" if tools else None
     if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         used = "tools"
     if used:

@@ -377,8 +377,7 @@ class PreTrainedModel(_PreTrainedModel):
 
     @staticmethod
     def get_logits_warper(generation_config):
-        """None of MindFormers'."""
-        return None
+        """None of MindFormers' warpers."""
 
     def postprocess(
         self,

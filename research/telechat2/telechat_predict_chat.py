@@ -2,17 +2,22 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import nullcontext
 from pathlib import Path
 
 from research.telechat2.data import formats, sources
 from research.telechat2.data.formats import Conversation, naming, parse_question
-from research.telechat2.telechat_predict_utils import Answer, Predictor
-from research.telechat2.text.messages import is_blank
+from research.telechat2.generation.answer import STOPPED, Answer
+from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal
+from research.telechat2.telechat_chat import DEFAULT_SYSTEM
+from research.telechat2.telechat_predict_utils import Predictor
+from research.telechat2.telechat_sampling_rules import DRAWN_ONLY, NEUTRAL
+from research.telechat2.text.messages import is_blank, joined
 
 
 def question(text: str, system: str | None = None) -> Conversation:
-    """A conversation of one question, after a system message if there is one."""
+    """A conversation of one question, after a system message if there is one, which may be empty."""
     return Conversation([*_system(system), {"role": "user", "content": text}], None, "chat")
 
 
@@ -114,35 +119,107 @@ def _figures(answers: list[Answer]) -> str:
     )
 
 
-def chat(predictor: Predictor, system: str | None, lines: Iterable[str]) -> int:
-    """Answer every line of ``lines`` in one conversation, streaming; ``/new`` starts another.
+def name_settings_without_effect(predictor: Predictor) -> None:
+    """Print to standard error what was asked for and changes nothing, since no token is drawn."""
+    given = predictor.generation
+    idle = [f"--{name} {given[name]}" for name in DRAWN_ONLY if given.get(name) not in (None, NEUTRAL[name])]
+    if idle and not given.get("do_sample", predictor.model.config.do_sample):
+        print(
+            f"{', '.join(idle)}: without effect, as do_sample is False, which takes the likeliest token; "
+            "--do_sample True draws.",
+            file=sys.stderr,
+        )
+
+
+def name_system_texts(predictor: Predictor, conversations: list[Conversation], given: str | None) -> None:
+    """Print to standard error which system text conversations are asked with, and where it comes from.
+
+    ``given``: that of --system, "" for an empty one, None for none.
+    """
+    if predictor.prompt_format == "plain":
+        return  # which has none
+    firsts = joined(asked.messages[0] for asked in conversations)
+    texts = [first["content"] if first["role"] == "system" else None for first in firsts]
+    sources = (
+        (
+            None,
+            DEFAULT_SYSTEM,
+            'the chat format\'s own; --system gives another, and --system "" an empty one',
+        ),
+        (given, given, "as --system says"),
+    )
+    for text, said, source in sources if given is not None else sources[:1]:
+        if count := texts.count(text):
+            share = "" if count == len(texts) else f" of {count} of {len(texts)} questions"
+            print(f"system text{share}: {said or '(empty)'} ({source})", file=sys.stderr)
+    if given is not None and given not in texts:
+        print("--system is not used: every conversation has a system text of its own", file=sys.stderr)
+
+
+def chat(
+    predictor: Predictor, system: str | None, lines: Iterable[str], terminal: Terminal | None = None
+) -> int:
+    """Answer every line of ``lines`` in one conversation, streaming; /new starts another, /exit ends it.
 
     A line that cannot be asked (it is too long, or no valid Unicode) is named on standard error and leaves
-    the conversation as it was. Returns the number of such lines.
+    the conversation as it was. ``terminal``: whose Ctrl-C stops an answer; what was shown of it stays in the
+    conversation. Returns the number of lines that were not asked.
 
     Raises:
-        ValueError: the prompt format has no place for ``system``.
+        ValueError: the prompt format has no place for ``system``, or the model fails.
+        KeyboardInterrupt: Ctrl-C without ``terminal``, or twice.
     """
     start = _system(system)
-    predictor.prompt_ids(Conversation([*start, {"role": "user", "content": "?"}], None, "chat"))
-    messages, refused = list(start), 0
+    begin = Conversation([*start, {"role": "user", "content": "?"}], None, "chat")
+    predictor.prompt_ids(begin)
+    name_system_texts(predictor, [begin], system)
+    messages, refused, label = list(start), 0, "compiling, which takes longest for the first answer"
     for line in lines:
-        text = line.strip().removeprefix("\ufeff").strip()  # joined files have byte order marks between them
-        if text == "/new":
+        text = line.strip().strip("\ufeff").strip()  # joined files have byte order marks between them
+        command = COMMANDS.get(text.lower()) if text.startswith("/") else None
+        if command == "/exit":
+            break
+        if command == "/new":
             messages = list(start)
-        if not text or text == "/new":
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        if command or is_blank(text):
             continue
-        try:
-            asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
-            answer = predictor.ask(asked, on_text=lambda text: print(text, end="", flush=True))
-        except ValueError as error:
-            print(f"(not asked: {error})", file=sys.stderr)
-            refused += 1
-            continue
+        with terminal.answering() if terminal else nullcontext() as stop:
+            try:
+                asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
+            except ValueError as error:
+                print(f"(not asked: {error})", file=sys.stderr)
+                refused += 1
+                continue
+            answer = _streamed(predictor, asked, stop, label)
         print(flush=True)
         print(answer, file=sys.stderr)
-        messages = [*asked, {"role": "assistant", "content": answer.text}]
+        if answer.text or answer.cut != STOPPED:
+            messages = [*asked, {"role": "assistant", "content": answer.text}]
+        else:
+            print("(stopped before its first character: the question is taken back)", file=sys.stderr)
+        label = ""
     return refused
+
+
+def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None, label: str) -> Answer:
+    """Ask, and print the answer as it grows; ``stop``: see ask; ``label``: what takes long, where it does."""
+    spinner, heard = Spinner(), 0
+
+    def show(text: str) -> None:
+        nonlocal heard
+        spinner.stop()
+        print(text, end="", flush=True)
+        heard += 1
+        if label and heard == 1:
+            spinner.start()  # the second token needs a graph of its own
+
+    spinner.start(label or "reading the question")
+    try:
+        return predictor.ask(messages, on_text=show, **({"stop": stop} if stop else {}))
+    finally:
+        spinner.stop()
 
 
 def _that_fit(predictor: Predictor, messages: list[dict], keep: int) -> list[dict]:

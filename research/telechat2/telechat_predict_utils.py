@@ -2,7 +2,7 @@
 
 import os
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,35 +12,18 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.formats import Conversation
+from research.telechat2.generation.answer import STOPPED, Answer, Clock, Stopped
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_pool import check_pool
 from research.telechat2.telechat_predict_group import Group
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_rope_requests import limits_of_rows
-from research.telechat2.telechat_run_config import read_config
+from research.telechat2.telechat_run_config import did_you_mean, read_config
 from research.telechat2.telechat_run_keys import moe_section
+from research.telechat2.telechat_sampling_rules import SAMPLING, check_sampling
 from research.telechat2.text.messages import check_question
 
-
-@dataclass
-class Answer:
-    """What a model said: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
-
-    ``cut`` names the limit of length that the answer ran into before the model ended it; "" if it ended.
-    """
-
-    text: str
-    ids: list[int]
-    cut: str
-    seconds: float
-    seconds_to_first_token: float
-
-    def __str__(self) -> str:
-        """A line of figures for a person."""
-        later = self.seconds - self.seconds_to_first_token
-        speed = f", {(len(self.ids) - 1) / later:.1f} tokens/s" if later > 0 and len(self.ids) > 1 else ""
-        cut = f", cut off there by {self.cut}" if self.cut else ""
-        return f"[{len(self.ids)} tokens{cut}, the first after {self.seconds_to_first_token:.2f} s{speed}]"
+GENERATION = (*SAMPLING, "max_new_tokens", "min_length", "min_new_tokens")
 
 
 @dataclass
@@ -51,6 +34,7 @@ class Predictor:
     ``limited_by``: the setting that ``max_length`` comes from, for messages.
     ``generation``: arguments of ``generate``; what is not there is as the model's config says.
     ``group``: the processes that share the model; each calls the same methods with the same arguments.
+    ``checkpoint``: where the weights come from, for messages.
     """
 
     model: object
@@ -60,6 +44,7 @@ class Predictor:
     limited_by: str = "--max_length"
     generation: dict = field(default_factory=dict)
     group: Group = field(default_factory=Group)
+    checkpoint: str = ""
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids that ask for the next answer of a conversation."""
@@ -105,36 +90,61 @@ class Predictor:
             return ""
         return self.limited_by if len(ids) + len(answer) == self.max_length else "--max_new_tokens"
 
-    def generate(self, prompts: list[list[int]], on_token=None) -> list[Answer]:
-        """Answer a batch of prompts given as ids, each as if asked alone (unless it samples).
+    def generate(
+        self,
+        prompts: list[list[int]],
+        on_token: Callable[[int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Answer]:
+        """Answer a batch of prompts given as ids, each as if asked alone.
 
-        ``on_token(id)`` hears every token of a single prompt. Raises ValueError as ``check`` does.
+        ``on_token(id)`` hears every token of a single prompt; ``stop()`` is asked after each of them whether
+        its answer ends there. Raises ValueError as ``check`` does, or if logits are no numbers.
         """
         self.check(prompts)
-        clock = Clock(on_token if len(prompts) == 1 else None)
+        single = len(prompts) == 1
+        clock = Clock(on_token if single else None, stop if single else None)
         longest = max(len(ids) for ids in prompts)
         padding = self.tokenizer.pad_token_id  # the config's may be -1, "none": no length could be told by it
         padded = [ids + [padding] * (longest - len(ids)) for ids in prompts]
         settings = self.generation | {"max_new_tokens": self._room_of_all(prompts), "pad_token_id": padding}
         if not self.model.config.extend_by_prompt:
             settings["longest"] = [len(ids) + self._room(ids) for ids in prompts]
-        outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
+        try:
+            outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
+        except Stopped:
+            return [self._answer(clock.tokens, STOPPED, clock)]
         answers = []
         for prompt, output in zip(prompts, outputs, strict=True):
             ids = output[len(prompt) : len(prompt) + self._room(prompt)].tolist()
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            answers.append(Answer(text, ids, self._cut(prompt, ids), clock.total(), clock.first()))
+            answers.append(self._answer(ids, self._cut(prompt, ids), clock))
         return answers
 
-    def ask(self, messages: list[dict], on_text=None) -> Answer:
-        """Answer a conversation; ``on_text(str)`` hears the answer as it grows, in whole characters."""
+    def _answer(self, ids: list[int], cut: str, clock: "Clock") -> Answer:
+        """The answer of ``ids``, which ends before a character of which tokens are missing."""
+        from research.telechat2.telechat_tokenizer import StreamDecoder
+
+        decoder = StreamDecoder(self.tokenizer)
+        text = "".join(map(decoder.put, ids)) + ("" if cut else decoder.end())
+        return Answer(text, ids, cut, clock.total(), clock.first())
+
+    def ask(
+        self,
+        messages: list[dict],
+        on_text: Callable[[str], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Answer a conversation; ``on_text(str)`` hears the answer as it grows, in whole characters.
+
+        ``stop()`` as in ``generate``.
+        """
         from research.telechat2.telechat_tokenizer import StreamDecoder
 
         decoder = StreamDecoder(self.tokenizer)
         on_token = None if on_text is None else lambda index: on_text(decoder.put(index))
         prompt = self.prompt_ids(Conversation(messages, None, self.prompt_format))
-        (answer,) = self.generate([prompt], on_token)
-        if on_text is not None:
+        (answer,) = self.generate([prompt], on_token, stop)
+        if on_text is not None and not answer.cut:
             on_text(decoder.end())
         return answer
 
@@ -154,31 +164,6 @@ def length_of_config(max_decode_length: int, seq_length: int) -> tuple[int, str]
     return min(limits, key=lambda limit: limit[0])
 
 
-class Clock:
-    """A streamer of ``generate`` that notes when tokens arrive: first the prompts are put, then each step."""
-
-    def __init__(self, on_token=None):
-        self.on_token = on_token
-        self.times: list[float] = []
-
-    def put(self, value):
-        """Take the prompts, or one step's tokens."""
-        if self.times and self.on_token is not None:
-            self.on_token(value)
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        """Nothing is held back."""
-
-    def total(self) -> float:
-        """Seconds from the prompts to the last token."""
-        return self.times[-1] - self.times[0]
-
-    def first(self) -> float:
-        """Seconds from the prompts to the first token."""
-        return self.times[1] - self.times[0]
-
-
 def load_predictor(
     yaml_file: str | Path,
     vocab_file: str | Path | None = None,
@@ -191,6 +176,7 @@ def load_predictor(
     use_past: bool | None = None,
     use_parallel: bool | None = None,
     generation: dict | None = None,
+    seed: int | None = None,
 ) -> Predictor:
     """Build the model of a predict YAML and load its weights, all of them or none.
 
@@ -207,11 +193,15 @@ def load_predictor(
         use_past: predict with a cache.
         use_parallel: share the model with the other processes that scripts/msrun_launcher.sh has started;
             by default the YAML's.
-        generation: arguments of ``generate``; None, or not there: as the YAML's model_config says.
+        generation: arguments of ``generate``, of GENERATION; None, or not there: as the YAML's model_config
+            says.
+        seed: of sampling; by default the YAML's.
 
     Raises:
-        ValueError: a file is missing or does not fit the others; names and shapes are given.
+        ValueError: a file is missing or does not fit the others; names and shapes are given. Or a setting
+            of sampling is none.
     """
+    check_generation(generation or {})
     config = read_config(Path(yaml_file))
     for note in check_settings(config, source=yaml_file):
         print(f"note: {note}", file=sys.stderr)
@@ -246,11 +236,20 @@ def load_predictor(
     model = _build_model(model_config, parallel)
     load_weights(model, checkpoint)
     group = Group(model.ranks if parallel else None)
-    if config.get("seed") is not None or plan:
-        set_seed(group.seed if config.get("seed") is None else config["seed"])
+    seed = config.get("seed") if seed is None else seed
+    if seed is not None or plan:
+        set_seed(group.seed if seed is None else seed)
     for line in [*(f"model_config: {line}" for line in taken), f"prompt format: {prompt_format} ({chosen})"]:
         print(line, file=sys.stderr)
-    return Predictor(model, tokenizer, prompt_format, *limit, given, group)
+    return Predictor(model, tokenizer, prompt_format, *limit, given, group, str(checkpoint))
+
+
+def check_generation(given: dict) -> None:
+    """ValueError if an argument of ``generate`` is misspelt, or a setting of sampling is none."""
+    for name in given:
+        if name not in GENERATION:
+            raise ValueError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
+    check_sampling(given)
 
 
 def _vocab_file_beside(checkpoint) -> Path | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from research.telechat2.data.formats import read_text_lines
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
+from research.telechat2.text.messages import is_blank
 
 TOKENIZER = "TelechatTokenizer"
 
@@ -69,7 +70,7 @@ def prepare_prompts(config) -> str | list[str]:
 
     One word may name a UTF-8 text file of a prompt on each line, with ``\\n`` for a newline in it. Sets the
     model's ``pad_token_id`` to the tokenizer's where it is -1: MindFormers pads with the one and measures
-    with the other.
+    with the other. Has answers that a limit cuts inside a character end before it.
 
     Args:
         config: MindFormers' whole config (MindFormerConfig).
@@ -91,13 +92,14 @@ def prepare_prompts(config) -> str | list[str]:
     tokenizer = TelechatTokenizer(**section)
     settings = _with_defaults(config.model.model_config)
     check_vocabulary(tokenizer, section["vocab_file"], settings)
+    config.processor.tokenizer.whole_characters = True
     if settings["pad_token_id"] == -1:
         config.model.model_config.pad_token_id = tokenizer.pad_token_id
     limit = length_of_config(settings["max_decode_length"], settings["seq_length"])
     several = [prompts] if isinstance(prompts, str) else prompts
     for number, prompt in enumerate(several, 1):
         try:
-            _check(tokenizer(prompt)["input_ids"], *limit)
+            _check(prompt, tokenizer, *limit)
         except ValueError as error:
             raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
     return prompts
@@ -116,10 +118,10 @@ def _read(input_data) -> str | list[str]:
     return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
 
 
-def _check(ids: list[int], max_length: int, limited_by: str) -> None:
-    if not ids:
-        raise ValueError("it is empty; write it or remove the line.")
-    check_length(len(ids), max_length, limited_by)
+def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:
+    if is_blank(text):
+        raise ValueError("it is empty, or blanks only; write it or remove the line.")
+    check_length(len(tokenizer(text)["input_ids"]), max_length, limited_by)
 
 
 def _with_defaults(model_config) -> dict:

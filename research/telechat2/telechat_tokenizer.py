@@ -47,11 +47,12 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     ``vocab_file``: path of the SentencePiece model, or of the tokenizer.json of TeleChat v1 7B, which has no
     system prompt. ``add_bos_token``, ``add_eos_token``: whether
-    ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. The markers must be in the
-    vocabulary (ValueError); any other special token that is not maps to the model's unknown id, with one
-    warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the rest. Settings of
-    the base class (``padding_side``, ``model_max_length``, …) are passed on; any other is named in a
-    warning, since it has no effect.
+    ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. ``whole_characters``: whether decoded
+    text leaves out a last character of which tokens are missing, as an answer that is cut may have one. The
+    markers must be in the vocabulary (ValueError); any other special token that is not maps to the model's
+    unknown id, with one warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the
+    rest. Settings of the base class (``padding_side``, ``model_max_length``, …) are passed on; any other is
+    named in a warning, since it has no effect.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -71,6 +72,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         add_eos_token=False,
         clean_up_tokenization_spaces=False,
         additional_special_tokens=(),
+        whole_characters=False,
         **kwargs,
     ):
         self.vocab_file = str(vocab_file)
@@ -78,6 +80,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         self._literal = None if isinstance(self.sp_model, ByteLevelModel) else LiteralText(self.sp_model)
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
+        self.whole_characters = whole_characters
         markers = [bos_token, eos_token, pad_token, usr_token, bot_token, sys_token]
         if isinstance(self.sp_model, ByteLevelModel) and self.special_id(_text(sys_token)) is None:
             markers.remove(sys_token)
@@ -273,6 +276,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         self.check_ids(ids)
         parts = []
+        if self.whole_characters:
+            decoder = StreamDecoder(self, skip_special_tokens)
+            parts, ids = [decoder.put(index) for index in ids], []
         for is_control, run in groupby(ids, self._control_ids.__contains__):
             if is_control:
                 parts.extend(self._pieces[i] for i in run if not self.is_skipped(i, skip_special_tokens))

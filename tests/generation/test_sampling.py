@@ -163,11 +163,11 @@ def test_settings_that_are_none_are_refused(name, values):
 
 
 def test_settings_that_are_some_are_taken():
-    for given in (
+    for values in (
         {"temperature": 1}, {"temperature": 1e-9}, {"top_k": np.int64(3)}, {"top_p": 1}, {"top_p": 1e-9},
         {"repetition_penalty": np.float32(1.1)}, {"repetition_penalty": 0.5}, {"top_k": 10**9},
     ):  # fmt: skip
-        Sampling(**given)
+        Sampling(**values)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -175,7 +175,9 @@ def test_logits_that_are_no_numbers_are_refused(value):
     logits = np.zeros(7, np.float32)
     check_finite(logits, 1, 1)
     logits[3] = value
-    with pytest.raises(ValueError, match=r"token 4 of the answer of row 2 of 3 \(position 19\), . of 7") as told:
+    with pytest.raises(
+        ValueError, match=r"token 4 of the answer of row 2 of 3 \(position 19\), . of 7"
+    ) as told:
         check_finite(logits, 4, 19, row=1, rows=3)
     assert f"{int(math.isnan(value))} of 7 are NaN and {int(math.isinf(value))} infinite" in str(told.value)
 

@@ -9,8 +9,10 @@ SILENT_KEYS = frozenset({"name", "tool_call_id", "id", "type"})
 KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "weight"}) | SILENT_KEYS
 NOTHING = (None, "", [], {})  # values of a key that say no more than its absence
 _TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
-# Whatever prints nothing: white space of every script, and characters of no width.
-_BLANK = "".join(map(chr, (*range(0x21), *range(0x7F, 0xA1), 0xAD, 0x034F, 0x061C, 0x1680, 0x180E)))
+# Whatever prints nothing: white space of every script, and characters of no width. Other control characters
+# are text, if an odd one.
+_BLANK = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0"
+_BLANK += "".join(map(chr, (0xAD, 0x034F, 0x061C, 0x1680, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10))))
 _BLANK += "".join(map(chr, (*range(0x2000, 0x2010), *range(0x2028, 0x2030), *range(0x205F, 0x2070))))
 _BLANK += "\u115f\u1160\u2800\u3000\u3164\ufeff\uffa0"
 

@@ -1,0 +1,68 @@
+"""What a model said, and the streamer that hears it."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+STOPPED = "Ctrl-C"
+
+
+class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
+    """A person has stopped an answer."""
+
+
+@dataclass
+class Answer:
+    """What a model said: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
+
+    ``cut`` names what ended the answer before the model did, a limit of length or STOPPED; "" if it ended.
+    A character of which tokens are missing then is not in ``text``.
+    """
+
+    text: str
+    ids: list[int]
+    cut: str
+    seconds: float
+    seconds_to_first_token: float
+
+    def __str__(self) -> str:
+        """A line of figures for a person."""
+        later = self.seconds - self.seconds_to_first_token
+        speed = f", {(len(self.ids) - 1) / later:.1f} tokens/s" if later > 0 and len(self.ids) > 1 else ""
+        cut = f", cut off there by {self.cut}" if self.cut else ""
+        return f"[{len(self.ids)} tokens{cut}, the first after {self.seconds_to_first_token:.2f} s{speed}]"
+
+
+class Clock:
+    """A streamer of ``generate`` that notes when tokens arrive: first the prompts are put, then each step.
+
+    Of a single prompt it passes each token on, and ends the answer by Stopped after one where ``stop()``
+    is true.
+    """
+
+    def __init__(self, on_token=None, stop=None):
+        self.on_token, self.stop = on_token, stop
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def put(self, value):
+        """Take the prompts, or one step's tokens."""
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1 and np.ndim(value) == 0:
+            self.tokens.append(int(value))
+            if self.on_token is not None:
+                self.on_token(value)
+        if self.stop is not None and self.stop():
+            raise Stopped
+
+    def end(self):
+        """Nothing is held back."""
+
+    def total(self) -> float:
+        """Seconds from the prompts to the last token."""
+        return self.times[-1] - self.times[0]
+
+    def first(self) -> float:
+        """Seconds from the prompts to the first token, to the end if there is none."""
+        return self.times[min(1, len(self.times) - 1)] - self.times[0]
