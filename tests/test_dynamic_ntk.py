@@ -8,6 +8,7 @@ import torch
 from model_fixtures import PAD, RandomModel, generate, int32, prompts
 from rope_oracle import with_dynamic_ntk
 
+from research.telechat2.generation.answer import Clock, Stopped
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat_predict_utils import Predictor
 
@@ -53,6 +54,16 @@ def test_long_then_short_gives_the_short_answer(random, model):
     first = generate(model, [short], max_new_tokens=10)
     generate(model, [long], max_new_tokens=10)
     assert generate(model, [short], max_new_tokens=10) == first == [oracles_answer(random, short, 10, 16)]
+
+
+def test_an_answer_that_is_stopped_leaves_no_factor_behind(random, model):
+    """Ctrl-C in a long answer; then a short one, which takes the same blocks of the cache."""
+    long, short = prompts(2, VOCAB, 101, 6)
+    clock = Clock(stop=lambda: len(clock.tokens) == 3)
+    with pytest.raises(Stopped):
+        model.generate(np.array([long]), max_new_tokens=10, streamer=clock)
+    assert clock.tokens == oracles_answer(random, long, 3, 111)[-3:]
+    assert generate(model, [short], max_new_tokens=10) == [oracles_answer(random, short, 10, 16)]
 
 
 def test_max_length_limits_prompt_and_answer_together(random, model):

@@ -76,6 +76,25 @@ def test_blocks_used_again_leave_no_trace(use, randoms):
     assert found[0] == found[3]
 
 
+def test_weights_that_are_no_numbers_are_an_error(use, randoms):
+    """At the step that meets them: here the token that is drawn first has a broken embedding."""
+    (row,) = prompts(40, VOCAB, 9)
+    model = use(randoms[0])
+    first, second = oracle_generate(randoms[0], row, 2)[-2:]
+    assert first not in row
+    weight = model.model.tok_embeddings.embedding_weight
+    sound = weight.asnumpy().copy()
+    broken = sound.copy()
+    broken[first, 3] = np.nan
+    weight.set_data(Tensor(broken))
+    try:
+        with pytest.raises(ValueError, match=r"token 2 of the answer \(position 10\), 256 of 256 are NaN"):
+            generate(model, [row], max_new_tokens=4)
+    finally:
+        weight.set_data(Tensor(sound))
+    assert generate(model, [row], max_new_tokens=2) == [[*row, first, second]]
+
+
 def test_a_prompt_one_short_of_seq_length_gets_one_token(use, randoms):
     (row,) = prompts(30, VOCAB, SEQ_LENGTH - 1)
     expected = oracle_generate(randoms[2], row, 1)

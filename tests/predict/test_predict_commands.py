@@ -37,8 +37,10 @@ def test_the_command_answers_and_keeps_a_conversation(random, small_vocab, confi
     ]
     assert told.stdout == "".join(f"{text}\n" for text in texts)
     assert not any(tmp_path.iterdir())
-    config, numbers, chosen, *figures = told.stderr.splitlines()  # no warning, no note of the libraries
+    # and no warning, no note of the libraries
+    config, numbers, chosen, system, *figures = told.stderr.splitlines()
     assert numbers.startswith(f"model_config: taken from {random.weights}.config.json: rms_norm_eps 1e-05")
+    assert system.startswith("system text: 你是中国电信星辰语义大模型") and "--system" in system
     assert config == f"config: {config_file}" and chosen.startswith("prompt format: chat (none is recorded")
     assert len(figures) == 2 and all(line.startswith("[6 tokens, cut off there by --max") for line in figures)
 
@@ -79,6 +81,8 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
         (["--yaml_file", config_file, "--src_strategy_path_or_dir", "s"], "_or_dir s: .*/transform_ckpt.py"),
         (["--yaml_file", config_file, "--batch_size", "0"], "--batch_size is 0"),
         (["--yaml_file", typo, *vocab, *weights], "num_layer is read by nothing.*num_layers is there"),
+        (["--yaml_file", config_file, "--repetition_penalty", "nan"], "repetition_penalty is nan"),
+        (["--yaml_file", config_file, "--seed", "-1"], "--seed is -1"),
         (["--yaml_file", small, *vocab, *weights], "tokens, but the YAML's vocab_size is 500"),
         (["--yaml_file", ascend, *vocab, *weights], "Ascend"),
     ]
@@ -182,6 +186,8 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
     file.write_text("<_user>a<_bot>\n\n<_user>b<_bot>\n")
     with pytest.raises(ValueError, match="prompt 2 of 3: it is empty"):
         prepare(str(file))
+    with pytest.raises(ValueError, match="prompt 2 of 2: it is empty"):
+        prepare("a", "\u3000\u200b")
     # a token for each byte, as no piece holds it, after SentencePiece's space before the text
     assert prepare("\x01" * 28, max_decode_length=512, pad_token_id=3)[1] == 3
     with pytest.raises(ValueError, match=r"prompt 2 of 2: .* has 30 tokens, .* 30 \(the YAML's seq_length\)"):
