@@ -11,7 +11,7 @@ from research.telechat2.telechat_predict_chat import chat
 
 
 class Slow:
-    """Answers with the lengths of all messages, then, if asked to, with 200 slow characters."""
+    """Answers with the lengths of all messages, then, if asked to, 100 slow characters."""
 
     prompt_format = "chat"
 
@@ -27,7 +27,7 @@ class Slow:
     def ask(self, messages, on_text, stop):
         said = ""
         sizes = " ".join(f"{message['role'][0]}{len(message['content'])}" for message in messages)
-        for part in [f"<{sizes}>", *("~" * 200 if messages[-1]["content"].startswith("slow") else "")]:
+        for part in [f"<{sizes}>", *("~" * 100 if messages[-1]["content"].startswith("slow") else "")]:
             said += part
             on_text(part)
             time.sleep(0.01)

@@ -1,5 +1,6 @@
 """A person at a pseudo-terminal."""
 
+import codecs
 import os
 import pty
 import select
@@ -26,6 +27,7 @@ class Person:
         )  # fmt: skip
         os.close(terminal)
         self.seen, self._looked = "", 0
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def types(self, text: str) -> None:
         """Put ``text`` into the terminal, as fast as it takes it, and read the screen meanwhile."""
@@ -69,5 +71,5 @@ class Person:
             found = os.read(self.master, 1 << 16)
         except OSError:  # the other side is closed
             return False
-        self.seen += found.decode("utf-8", "replace")
+        self.seen += self._decode(found)
         return bool(found)

@@ -151,7 +151,8 @@ def test_answers_equal_the_oracles_token_by_token(predictor, random):
         streamed = []
         answer = predictor.ask(asked(text).messages, on_text=streamed.append)
         assert answer.ids == ids and len(ids) == NEW_TOKENS  # the last token of an answer cut off stays
-        assert "".join(streamed) == answer.text == predictor.tokenizer.decode(ids, skip_special_tokens=True)
+        exact = predictor.tokenizer.decode(ids, skip_special_tokens=True)
+        assert "".join(streamed) == answer.text == exact.rstrip("\ufffd")  # ends before a cut character
         assert answer.cut and "12 tokens, cut off there" in str(answer)
         assert 0 <= answer.seconds_to_first_token <= answer.seconds
 

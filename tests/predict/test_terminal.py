@@ -60,7 +60,7 @@ def test_what_is_typed_while_the_model_answers_is_whole(person):
     chat.sees(PROMPT)
     chat.sees("y" * 50)
     chat.types("\r")
-    chat.sees("<u4 a204 u6000>")
+    chat.sees("<u4 a104 u6000>")
     chat.sees(PROMPT)
     chat.types("/bye\r")
     assert chat.leaves() == 0
@@ -74,12 +74,12 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(person, tmp_path):
     chat.types("\x03")
     chat.sees("cut off there by Ctrl-C")
     chat.sees(PROMPT)
-    shown = len(chat.seen.split("slow\r\n")[1].split("\r\n")[0].removeprefix("\x1b[?2004l\r").rstrip("^C"))
     chat.types("ab\r")
-    assert 7 <= int(chat.sees(" u2>").split("<u4 a")[1]) <= 203  # what was shown is in the conversation
+    assert 7 <= int(chat.sees(" u2>").split("<u4 a")[1]) <= 103  # what was shown is in the conversation
     chat.sees(PROMPT)
-    assert shown
-    chat.types("half a line\x03")
+    chat.types("half a line")
+    chat.sees("half a line")  # readline waits for more
+    chat.types("\x03")
     chat.sees("Ctrl-C once more leaves")
     chat.sees(PROMPT)
     chat.asks("slow?", "~")  # a question between: it counts from the beginning
@@ -87,6 +87,8 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(person, tmp_path):
     chat.sees("~~~")
     chat.types("\x03")
     chat.sees(PROMPT)
+    chat.types("…")
+    chat.sees("…")
     chat.types("\x03")
     assert chat.leaves() == 130
     assert chat.seen.endswith("interrupted\r\n") and "Traceback" not in chat.seen

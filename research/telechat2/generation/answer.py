@@ -3,8 +3,6 @@
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 STOPPED = "Ctrl-C"
 
 
@@ -49,7 +47,7 @@ class Clock:
     def put(self, value):
         """Take the prompts, or one step's tokens."""
         self.times.append(time.perf_counter())
-        if len(self.times) > 1 and np.ndim(value) == 0:
+        if len(self.times) > 1 and not isinstance(value, list):
             self.tokens.append(int(value))
             if self.on_token is not None:
                 self.on_token(value)
