@@ -29,7 +29,7 @@ def said_by(random, tokenizer, prompt: list[int], count: int = NEW_TOKENS) -> st
 
 def answers_in(stdout: str) -> str:
     """What is between the launcher's notes, those of the processes and the figures."""
-    notes = ("Start ", "config: ", "vocabulary: ", "prompt format: ", "system text: ", "[")
+    notes = ("Start ", "config: ", "vocabulary: ", "prompt format: ", "system text: ", "model_config: ", "[")
     return "".join(line for line in stdout.splitlines(keepends=True) if not line.startswith(notes))
 
 
