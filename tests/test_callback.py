@@ -1,6 +1,7 @@
 """TelechatMonitor: counts steps that trained nothing, keeps and draws the losses, and reports on experts."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,6 +158,16 @@ def test_numbers_that_are_not_finite_are_kept_and_named_once(messages, output):
     assert [message.split()[1:4] for message in messages] == [["loss", "of", "step"], ["2", "is", "left"]]
     monitor.end(run_context(4, None))
     assert messages[-1].startswith("1 of 4 steps were left out")
+
+
+def test_a_full_disk_costs_the_numbers_and_not_the_training(output, capsys, monkeypatch):
+    monitor = trained(range(1, 2))
+    monitor.metrics.path = monitor.metrics.picture = Path("/dev/full/no")
+    for step in (2, 3):
+        monitor.step_end(run_context(step, wrapped(1.0)))
+    monitor.finish()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert monitor.steps == [1, 2, 3]
 
 
 def test_many_steps_are_drawn_as_means(tmp_path, monkeypatch):

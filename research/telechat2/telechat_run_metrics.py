@@ -7,8 +7,11 @@ resumed run begins with the lines of the run it continues, up to the step it sta
 
 import json
 import math
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from research.telechat2.telechat_files import atomic_write
@@ -72,14 +75,25 @@ class Metrics:
         with atomic_write(path) as temporary:
             text = "".join(f"{json.dumps(_writable(step))}\n" for step in before)
             temporary.write_text(text, encoding="utf-8")
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self.path, self._failed = path, False
         self._thread, self._drawn, self._took = None, time.monotonic(), 0.0
 
     def add(self, step: int, loss: float, **more: float | None) -> None:
         """Keep one step; ``more`` are further numbers of it."""
         self.steps.append(step)
         self.losses.append(loss)
-        self._file.write(f"{json.dumps(_writable({'step': step, 'loss': loss} | more))}\n")
+        with self._forgiven(), open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(_writable({'step': step, 'loss': loss} | more))}\n")
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        """Go on training when the file or the picture cannot be written, and say so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"warning: {self.folder}: steps or curve cannot be written: {error}", file=sys.stderr)
+            self._failed = True
 
     def draw_now_and_then(self) -> None:
         """Draw in a thread of its own, if the last picture is old enough."""
@@ -100,7 +114,8 @@ class Metrics:
 
     def _draw(self, count: int) -> None:
         began = time.monotonic()
-        draw_loss_curve(self.steps[:count], self.losses[:count], self.picture)
+        with self._forgiven():
+            draw_loss_curve(self.steps[:count], self.losses[:count], self.picture)
         self._took = time.monotonic() - began
 
 
