@@ -12,10 +12,10 @@ usage: bash scripts/msrun_launcher.sh COMMAND
   WORKERS         processes on all nodes together (8); 1 simply runs the command
   LOCAL_WORKERS   processes on this node (8)
   MASTER_ADDRESS  address of node 0 (127.0.0.1)
-  PORT            port of node 0 (8118)
+  PORT            port of node 0, which nothing else may use (8118)
   NODE_RANK       number of this node, from 0 (0)
   LOG_DIR         where worker_N.log is written (output/msrun_log)
-  JOIN            True: show the first worker's log, wait, and exit with the job's status;
+  JOIN            True: show what the first worker shows, wait, and exit with the job's status;
                   False: return at once, the job goes on in the background (False)
   TIMEOUT         seconds to wait until all nodes have joined (7200)
 TEXT
@@ -54,6 +54,11 @@ whole_number TIMEOUT "$timeout"
 ((workers >= 1)) || fail "WORKERS must be at least 1, got $workers."
 ((local_workers >= 1 && local_workers <= workers)) ||
     fail "LOCAL_WORKERS must lie between 1 and WORKERS ($workers), got $local_workers."
+((workers % local_workers == 0)) ||
+    fail "WORKERS is $workers, which nodes of LOCAL_WORKERS $local_workers each do not make up; give a multiple."
+((node < workers / local_workers || local_workers == workers)) ||
+    fail "NODE_RANK is $node, but $workers workers, $local_workers on each node, are nodes 0 to $((workers / local_workers - 1))."
+((port >= 1024 && port <= 65535)) || fail "PORT must lie between 1024 and 65535, got $port."
 
 # An array literal reads the string as a shell would, quotes included, but takes a bare newline for a space:
 # the README's command has one after its second line.
@@ -70,50 +75,129 @@ if ((workers == 1)); then
 fi
 
 command -v msrun >/dev/null || fail "msrun is not on the PATH: activate the environment in which mindspore is installed."
+first=$((node * local_workers))
+((local_workers == workers)) && first=0
+
+listens() { # port: whether a program answers there
+    (exec 3<>"/dev/tcp/$address/$1") 2>/dev/null || (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+# Node 0 opens the port; a second job there would wait for TIMEOUT seconds, and then name another reason.
+if ((first == 0)) && listens "$port"; then
+    for ((free = port + 1; free <= 65535; free++)); do
+        listens "$free" || break
+    done
+    fail "PORT $port of $address is in use, perhaps by another job; $free is free:" \
+        "give it as PORT, or end that job."
+fi
+
 log_dir=$log_dir${MF_LOG_SUFFIX:+_$MF_LOG_SUFFIX}
-mkdir -p "$log_dir" || fail "cannot create LOG_DIR $log_dir."
+{ mkdir -p "$log_dir" && [[ -w "$log_dir" ]] && : >>"$log_dir/msrun.log"; } 2>/dev/null ||
+    fail "cannot write into LOG_DIR $log_dir; give another one."
+exec 9>>"$log_dir/msrun.log"
+if command -v flock >/dev/null; then
+    flock -n 9 || fail "another job writes its logs into $log_dir; give another LOG_DIR."
+fi
 export LOG_MF_PATH=$log_dir/mindformers
 if [[ "${PLOG_REDIRECT_TO_OUTPUT:-}" == True ]]; then
     export ASCEND_PROCESS_LOG_PATH=$log_dir/plog
 fi
 bind_core=False # without NPUs msrun would pin every worker to a single core
 command -v npu-smi >/dev/null && bind_core=True
-first=$((node * local_workers))
-((local_workers == workers)) && first=0
+
+# run_mindformer.py and run_telechat.py show their own lines only, and a worker's log has everything.
+screen=""
+if [[ " ${command[*]} " =~ (run_mindformer|run_telechat)\.py && " ${command[*]} " != *" --verbose "* ]]; then
+    screen=$(cd "$log_dir" && pwd)/screen.log
+    : >"$screen"
+    export TELECHAT_SCREEN=$screen TELECHAT_FIRST_RANK=$first
+fi
+export TELECHAT_LOCAL_WORKERS=$local_workers
 
 run_workers() {
+    local tail_log=$first
+    [[ -n "$screen" ]] && tail_log=-2 # none of them
     msrun --bind_core=$bind_core --worker_num="$workers" --local_worker_num="$local_workers" \
         --master_addr="$address" --master_port="$port" --node_rank="$node" --log_dir="$log_dir" \
-        --join="$join" --tail_worker_log="$first" --cluster_time_out="$timeout" "${command[@]}"
+        --join="$join" --tail_worker_log="$tail_log" --cluster_time_out="$timeout" "${command[@]}"
 }
 
 if [[ "$join" == False ]]; then
     run_workers
     status=$?
     ((status == 0)) || fail "msrun could not start the job (status $status)."
-    echo "started $local_workers workers in the background;" \
-        "follow them with: tail -f $log_dir/worker_$first.log"
+    shown=worker_$first.log
+    [[ -n "$screen" ]] && shown=screen.log
+    echo "started $local_workers workers in the background; follow them with: tail -f $log_dir/$shown"
+    [[ -n "$screen" ]] && echo "all that a worker writes is in $log_dir/worker_N.log"
     exit 0
 fi
 
 # What a worker finds wrong it leaves here, and it is said once for all of them.
 errors=$(mktemp -d) || fail "cannot create a temporary directory."
 export TELECHAT_ERRORS=$errors
+
+# When a worker has failed msrun ends the others, and waits for its scheduler, which waits for all workers.
+end_scheduler() {
+    local process
+    until grep -q "exit with exception" "$log_dir/msrun.log" 2>/dev/null; do sleep 2; done
+    sleep 3
+    for process in /proc/[0-9]*; do
+        if { tr '\0' '\n' <"$process/environ" | grep -cxF -e "TELECHAT_ERRORS=$errors" -e MS_ROLE=MS_SCHED; } 2>/dev/null |
+            grep -qx 2; then
+            kill "${process#/proc/}" 2>/dev/null
+        fi
+    done
+}
+
+helpers=()
+end_scheduler >/dev/null 2>&1 9>&- &
+helpers+=($!)
+if [[ -n "$screen" ]]; then
+    tail -n +1 -f "$screen" 2>/dev/null 9>&- &
+    helpers+=($!)
+fi
 interrupted=False
 trap 'interrupted=True' INT # msrun ends the workers
-run_workers 2>"$log_dir/msrun.log"
-status=$?
+if [[ -n "$screen" ]]; then
+    run_workers >>"$log_dir/msrun.log" 2>&1
+    status=$?
+    sleep 1 # tail looks once a second
+else
+    run_workers 2>>"$log_dir/msrun.log"
+    status=$?
+fi
+kill "${helpers[@]}" 2>/dev/null
+wait "${helpers[@]}" 2>/dev/null
+
+worker_logs=()
+for ((rank = first; rank < first + local_workers; rank++)); do
+    [[ -f "$log_dir/worker_$rank.log" ]] && worker_logs+=("$log_dir/worker_$rank.log")
+done
+
+say_why() {
+    local found signal
+    if compgen -G "$errors/rank_*" >/dev/null; then
+        # Sentences may have several lines; what other workers say as well is left out.
+        awk '/^error:/ { shown = !seen[$0]++ } shown' "$errors"/rank_*
+        return
+    fi
+    signal=$(grep -oE "Error code: -[0-9]+" "$log_dir/msrun.log" | grep -oE "[0-9]+" | head -n 1)
+    if [[ -n "$signal" ]]; then
+        [[ "$signal" == 9 ]] && signal="9, perhaps for want of memory"
+        echo "error: a worker was ended by signal $signal; the logs are in $log_dir:"
+    else
+        echo "error: a worker failed; the last errors found in $log_dir:"
+    fi
+    found=$(grep -hE "^error:|Error: |CRITICAL|can't open file" "${worker_logs[@]}" /dev/null | sort -u | tail -n 5)
+    echo "${found:-$(tail -n 5 "${worker_logs[0]:-$log_dir/msrun.log}")}"
+}
+
 if [[ $interrupted == True ]]; then
     echo "interrupted: the workers are ended; their logs are in $log_dir" >&2
     status=130
 elif ((status != 0)); then
-    if compgen -G "$errors/rank_*" >/dev/null; then
-        # Sentences may have several lines; what other workers say as well is left out.
-        awk '/^error:/ { shown = !seen[$0]++ } shown' "$errors"/rank_* >&2
-    else
-        echo "error: a worker failed; the last errors found in $log_dir:" >&2
-        grep -hE "^error:|Error: |CRITICAL" "$log_dir"/worker_*.log | sort -u | tail -n 5 >&2
-    fi
+    say_why >&2
 fi
 rm -rf "$errors"
 exit $status

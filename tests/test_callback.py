@@ -196,7 +196,7 @@ def pipeline(monkeypatch, stages: int, rank: int, size: int) -> None:
     monkeypatch.setattr(telechat_compat.ms.context, "get_auto_parallel_context", settings.get)
     for name, value in (("get_real_rank", rank), ("get_real_group_size", size)):
         monkeypatch.setattr(telechat_compat, name, lambda value=value: value)
-    monkeypatch.setattr(telechat_compat, "is_main_rank", lambda: rank == 0)
+    monkeypatch.setattr(telechat_callback, "get_real_rank", lambda: rank)
     monkeypatch.setattr(telechat_callback, "is_main_rank", lambda: rank == 0)
 
 

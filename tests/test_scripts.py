@@ -1,11 +1,15 @@
 """The shell scripts: the launcher's positional contract, and an environment that is set up once."""
 
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,13 @@ def test_a_wrong_number_of_arguments_shows_the_usage(fake_bin, tmp_path, count):
             [COMMAND, "2", "4", "127.0.0.1", "8118", "0", "l", "True", "60"],
             "LOCAL_WORKERS must lie between 1",
         ),
+        ([COMMAND, "10", "8", "127.0.0.1", "8118", "0", "l", "True", "60"], "WORKERS is 10, which nodes of"),
+        (
+            [COMMAND, "16", "8", "127.0.0.1", "8118", "2", "l", "True", "60"],
+            "NODE_RANK is 2, .* nodes 0 to 1",
+        ),
+        ([COMMAND, "2", "80", "logs", "True", "60"], "PORT must lie between 1024 and 65535, got 80"),
+        ([COMMAND, "2", "99999", "logs", "True", "60"], "PORT must lie .* got 99999"),
         (["python 'open", "2"], "COMMAND is not a command line"),
         (["", "2"], "COMMAND is empty"),
     ],
@@ -112,7 +123,105 @@ def test_a_wrong_number_of_arguments_shows_the_usage(fake_bin, tmp_path, count):
 def test_wrong_arguments_are_sentences(fake_bin, tmp_path, words, message):
     result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin)
     assert (result.returncode, result.stdout) == (1, "")
-    assert message in result.stderr
+    assert re.search(message, result.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]  # nothing was started or made
+
+
+@pytest.fixture
+def port():
+    """A port that a program listens on, as an earlier job's scheduler does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield str(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("join", ["True", "False"])
+def test_a_port_in_use_is_named_with_a_free_one(fake_bin, tmp_path, port, join):
+    result = bash(LAUNCHER, COMMAND, "2", port, "logs", join, "60", cwd=tmp_path, path=fake_bin)
+    assert (result.returncode, result.stdout) == (1, "")
+    free = re.fullmatch(f"error: PORT {port} of 127.0.0.1 is in use.*; (\\d+) is free: .*\n", result.stderr)
+    with socket.create_server(("127.0.0.1", int(free[1]))):
+        pass  # it is
+    assert not (tmp_path / "logs").exists()
+
+
+def test_another_node_does_not_open_the_port(fake_bin, tmp_path, port):
+    words = ["16", "8", "127.0.0.1", port, "1", "logs", "True", "60"]
+    assert bash(LAUNCHER, COMMAND, *words, cwd=tmp_path, path=fake_bin).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "below_a_file", "in_use"])
+def test_logs_that_cannot_be_written_are_an_error(fake_bin, tmp_path, free_port, kind):
+    logs = tmp_path / "logs"
+    logs.mkdir() if kind == "in_use" else logs.touch()
+    given = logs / "x" if kind == "below_a_file" else logs
+    words = [COMMAND, "2", free_port, str(given), "True", "60"]
+    with open(logs / "msrun.log" if kind == "in_use" else os.devnull, "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin)
+    assert (result.returncode, result.stdout) == (1, "") and str(given) in result.stderr
+
+
+@pytest.fixture
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+RUN = "python run_mindformer.py --config a.yaml"
+
+
+def test_the_screen_shows_the_first_workers_lines(fake_bin, tmp_path, free_port):
+    """Our commands write them into TELECHAT_SCREEN; msrun's own words and the worker's log stay in files."""
+    executable(
+        fake_bin / "msrun",
+        """\
+        #!/bin/bash
+        echo "Start worker process"
+        for line in config: "step 1/2" "step 2/2"; do echo "$line" >>"$TELECHAT_SCREEN"; done
+        echo "first rank $TELECHAT_FIRST_RANK, $TELECHAT_LOCAL_WORKERS here: $*" >>"$TELECHAT_SCREEN"
+        """,
+    )
+    words = ["16", "8", "127.0.0.1", free_port, "1", "logs", "True", "60"]
+    result = bash(LAUNCHER, RUN, *words, cwd=tmp_path, path=fake_bin)
+    lines = result.stdout.splitlines()
+    assert lines[:3] == ["config:", "step 1/2", "step 2/2"] and len(lines) == 4, result.stderr
+    assert lines[3].startswith("first rank 8, 8 here: ") and "--tail_worker_log=-2" in lines[3]
+    assert "Start worker process" in (tmp_path / "logs" / "msrun.log").read_text()
+    verbose = bash(LAUNCHER, f"{RUN} --verbose", *words, cwd=tmp_path, path=fake_bin)
+    assert verbose.stdout == "Start worker process\n"
+
+
+def test_in_the_background_the_screen_is_a_file(fake_bin, tmp_path, free_port):
+    result = bash(LAUNCHER, RUN, "2", free_port, "logs", "False", "60", cwd=tmp_path, path=fake_bin)
+    assert "follow them with: tail -f logs/screen.log\n" in result.stdout
+
+
+DYING = """\
+    #!/bin/bash
+    # a worker has ended; msrun waits for the scheduler, which waits for the worker
+    echo "[ERROR] Worker process 123 exit with exception. Error code: {code}." >&2
+    MS_ROLE=MS_SCHED sleep 100
+    exit 1
+    """
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "said"),
+    [("1", "ValueError: no such rank", "a worker failed.*ValueError: no such rank"),
+     ("-9", "step 3", "ended by signal 9, perhaps for want of memory.*step 3")],
+)  # fmt: skip
+def test_a_dead_worker_ends_the_job_without_the_schedulers_hours(
+    fake_bin, tmp_path, free_port, code, log, said
+):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "worker_1.log").write_text(f"{log}\n")
+    (tmp_path / "logs" / "worker_7.log").write_text("RuntimeError: of an earlier job with more workers\n")
+    executable(fake_bin / "msrun", DYING.format(code=code))
+    began = time.monotonic()
+    words = [COMMAND, "2", "1", "127.0.0.1", free_port, "1", "logs", "True", "60"]
+    result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin)
+    assert result.returncode == 1 and time.monotonic() - began < 40
+    assert re.search(said, result.stderr, re.DOTALL) and "earlier job" not in result.stderr
 
 
 def test_the_readme_command_keeps_its_quotes_and_loses_its_bare_newline(fake_bin, tmp_path):

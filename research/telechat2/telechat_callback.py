@@ -10,18 +10,20 @@ from research.telechat2.telechat_compat import (
     Callback,
     MindFormerModuleType,
     MindFormerRegister,
+    get_real_rank,
     get_tensorboard_writer,
-    is_loss_rank,
     is_main_rank,
     library_logger,
     logger,
     loss_monitor,
+    loss_rank,
     mean_over_parts,
     output_directory,
     pipeline_place,
 )
 from research.telechat2.telechat_run_metrics import Metrics
 from research.telechat2.telechat_run_progress import Progress
+from research.telechat2.telechat_run_screen import launcher_shows, repeat_for_launcher
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
@@ -54,7 +56,7 @@ class TelechatMonitor(Callback):
         self.untrained_steps = self.overflows = self.initial_step = 0
         self.each, self.not_finite = 1, False
         self.expert_loads: dict[int, Parameter] = {}
-        self.reports = is_loss_rank()
+        self.reports = get_real_rank() == loss_rank()
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
         self.step_began = time.monotonic()
@@ -70,7 +72,9 @@ class TelechatMonitor(Callback):
         if self.reports:
             self.metrics = Metrics(output_directory(), self.initial_step, self.history)
         total = _total_steps(params, monitor, self.initial_step)
-        if total and (self.reports or is_main_rank()):
+        if self.reports:
+            repeat_for_launcher(True)
+        if total and (self.reports or (is_main_rank() and not launcher_shows(loss_rank()))):
             _print_begin(self.initial_step, total, monitor)
             self.progress = Progress(self.initial_step + 1, total)
         self.step_began = time.monotonic()
@@ -127,6 +131,8 @@ class TelechatMonitor(Callback):
             self.progress.close()
         if self.metrics:
             self.metrics.finish()
+        if self.reports and not is_main_rank():
+            repeat_for_launcher(False)  # the first worker says how it ends
 
 
 def _total_steps(params, monitor, initial_step: int) -> int:

@@ -79,9 +79,9 @@ __all__ = [
     "default_transformer_config",
     "find_graph_again",
     "get_logger",
+    "get_real_rank",
     "get_tensorboard_writer",
     "is_cpu",
-    "is_loss_rank",
     "is_main_rank",
     "is_predict_run",
     "join_processes",
@@ -135,11 +135,11 @@ def pipeline_place() -> tuple[int, int]:
     return get_real_rank() // max(1, get_real_group_size() // stages), stages
 
 
-def is_loss_rank() -> bool:
-    """Whether this process is the one that reports the loss: one that computes it, where not all do."""
+def loss_rank() -> int:
+    """The process that reports the loss: the first, or of a pipeline one of the stage that computes it."""
     if pipeline_place()[1] == 1 or ms.get_auto_parallel_context("pipeline_scheduler") == "zero_bubble_v":
-        return is_main_rank()
-    return get_real_rank() == get_real_group_size() - 1
+        return 0
+    return get_real_group_size() - 1
 
 
 def loss_monitor(run_params):

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Warnings of MindFormers and MindSpore about what this plugin chooses or replaces; they stay in the log.
@@ -100,23 +100,32 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def shown_by_launcher(verbose: bool) -> Iterator[None]:
-    """In a worker of msrun, repeat what is printed in the launcher's file; elsewhere nothing."""
-    path = os.environ.get("TELECHAT_SCREEN")
-    if verbose or not path or os.environ.get("MS_ROLE") != "MS_WORKER" or not _is_shown():
-        yield
-        return
+    """In the first worker of a node, repeat what is printed in the launcher's file; elsewhere nothing."""
     before = sys.stdout, sys.stderr
-    with open(path, "a", buffering=1, encoding="utf-8") as screen:
-        sys.stdout, sys.stderr = (Both(screen, stream) for stream in before)
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
+    if not verbose and os.environ.get("RANK_ID") == os.environ.get("TELECHAT_FIRST_RANK", "0"):
+        repeat_for_launcher(True)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
-def _is_shown() -> bool:
-    """Whether this is the first worker of its node, whose lines the launcher shows."""
-    return os.environ.get("RANK_ID", "0") == os.environ.get("TELECHAT_FIRST_RANK", "0")
+def repeat_for_launcher(on: bool) -> None:
+    """Begin or end to repeat in the launcher's file what this worker of msrun prints, if it is one."""
+    path = os.environ.get("TELECHAT_SCREEN")
+    if not path or os.environ.get("MS_ROLE") != "MS_WORKER":
+        return
+    if on and not isinstance(sys.stdout, Both):
+        screen = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        sys.stdout, sys.stderr = Both(screen, sys.stdout), Both(screen, sys.stderr)
+    elif not on and isinstance(sys.stdout, Both):
+        sys.stdout, sys.stderr = sys.stdout.log, sys.stderr.log
+
+
+def launcher_shows(rank: int) -> bool:
+    """Whether the launcher of this node has the worker of that rank."""
+    first, count = (os.environ.get(f"TELECHAT_{name}", "0") for name in ("FIRST_RANK", "LOCAL_WORKERS"))
+    return 0 <= rank - int(first) < int(count)
 
 
 @contextmanager
@@ -129,7 +138,8 @@ def own_lines(output_dir: str, verbose: bool, hidden: re.Pattern = EXPECTED) -> 
         OSError: the log cannot be written.
     """
     if verbose or "MS_ROLE" in os.environ:
-        with _shown_warnings(sys.stdout.screen if isinstance(sys.stdout, Both) else None, hidden):
+        screen = sys.stdout.screen if isinstance(sys.stdout, Both) else None
+        with _shown_warnings(screen, hidden) if screen else nullcontext():
             yield
         return
     path = Path(output_dir) / "log" / "run.log"
@@ -145,9 +155,6 @@ def own_lines(output_dir: str, verbose: bool, hidden: re.Pattern = EXPECTED) -> 
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        sys.stdout = sys.stderr = log  # the loggers of the libraries keep the streams of their import
-        import research.telechat2.telechat_compat  # noqa: F401
-
         sys.stdout, sys.stderr = (Both(screen, log) for screen in screens)
         with _shown_warnings(screens[1], hidden):
             yield
@@ -177,17 +184,20 @@ def _kept(stream, descriptor: int):
 
 @contextmanager
 def _shown_warnings(screen, hidden: re.Pattern) -> Iterator[None]:
-    """Show the warnings of MindFormers and of MindSpore's Python code on ``screen``; None: on none."""
-    if screen is None:
-        yield
-        return
+    """Import MindFormers; show of what it and MindSpore's Python code log the warnings on ``screen``."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream.log for stream in streams)  # which the libraries' loggers keep
     from mindspore.log import _get_logger
 
     from research.telechat2.telechat_compat import get_logger
 
+    sys.stdout, sys.stderr = streams
     handler = _Warnings(screen, hidden)
     loggers = _get_logger(), get_logger()
     for logger in loggers:
+        for other in logger.handlers:
+            if isinstance(stream := getattr(other, "stream", None), Both):  # imported before
+                other.setStream(stream.log)
         logger.addHandler(handler)
     try:
         yield
