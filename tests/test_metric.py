@@ -48,19 +48,48 @@ def test_evaluation_is_the_oracles_mean_over_tokens(model, batch_size):
     assert TelechatPerplexity.latest == found
 
 
-def test_rows_beyond_one_chunk_and_large_logits_count():
-    """Two thirds of 600 equal logits of 1e4: the loss is log 600 exactly, with no overflow."""
-    tokens = np.zeros((1, 601), np.int32)
-    mask = (np.arange(601) % 3 > 0).astype(np.float32)[None]
+def test_a_batch_hands_two_numbers_to_the_host(model, monkeypatch):
+    ids, labels = records()
+    outputs = model.build(seq_length=12)(int32(ids), int32(labels))
+    handed, original = [], Tensor.asnumpy
+    monkeypatch.setattr(
+        Tensor, "asnumpy", lambda tensor: handed.append(original(tensor).nbytes) or original(tensor)
+    )
+    TelechatPerplexity().update(*outputs)
+    assert handed == [4, 4]
+
+
+def test_tokens_are_counted_one_by_one_beyond_what_float32_can_count():
+    """2**24 and 1 are 2**24 in float32; so are the losses, one of which is then lost."""
     metric = TelechatPerplexity()
-    metric.update(Tensor(np.full((1, 601, 600), 1e4, np.float32)), Tensor(tokens), Tensor(mask))
-    assert metric.eval() == {
-        "loss": pytest.approx(math.log(600), abs=1e-12), "PPL": pytest.approx(600), "tokens": 400
-    }  # fmt: skip
+    for tokens in (2**24, 1, 1):
+        metric.update(np.float32(2 * tokens), np.float32(tokens))
+    assert metric.eval() == {"loss": 2.0, "PPL": pytest.approx(math.exp(2.0)), "tokens": 2**24 + 2}
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(total):
+    metric = TelechatPerplexity()
+    metric.update(Tensor([3.0]), Tensor([2.0]))
+    with pytest.raises(ValueError, match=f"the loss is {total} after 2 evaluation batches"):
+        metric.update(Tensor([total]), Tensor([2.0]))
+
+
+def test_a_stage_without_the_losses_has_no_result(capsys):
+    """Of a pipeline's stages but the last, the model returns activations."""
+    metric = TelechatPerplexity()
+    metric.has_losses, metric.last_rank = False, 15
+    metric.update(Tensor(np.full((16, 128), np.nan, np.float32)))
+    assert metric.eval() == {} and "log of rank 15" in capsys.readouterr().out
 
 
 def test_data_without_trained_tokens_has_no_loss():
     metric = TelechatPerplexity()
-    metric.update(np.zeros((1, 3, 5)), np.zeros((1, 3), np.int32), np.array([[1, 0, 0]]))
+    metric.update(Tensor([0.0]), Tensor([1e-8]))
     with pytest.raises(ValueError, match="hold no trained token"):
         metric.eval()
+
+
+def test_data_without_labels_are_named():
+    with pytest.raises(ValueError, match="no column labels"):
+        TelechatPerplexity().update(np.zeros((1, 3, 5)), np.zeros((1, 3)), np.zeros((1, 3)))

@@ -109,7 +109,9 @@ class TelechatForCausalLM(PreTrainedModel):
     Returns:
         Training: the loss ``[1]``, the sum over trained tokens divided by their number (0 if there are none),
         and with experts the auxiliary losses of all layers.
-        Evaluation: logits ``[B, S, V]`` float32, tokens and the mask of trained tokens ``[B, S]``.
+        Evaluation: the sum of the losses of the trained tokens ``[1]`` and their number ``[1]``, float32, on
+        a cluster those of the global batch. Without labels logits ``[B, S, V]`` float32, tokens and the mask
+        of trained tokens ``[B, S]``, as MindFormers' own metrics take them.
         Prediction: logits float32, ``[B, V]`` of the last tokens with a cache, else ``[B*S, V]``.
     """
 
@@ -168,6 +170,8 @@ class TelechatForCausalLM(PreTrainedModel):
             return self._logits(self.gather(hidden, last_token, 0))
         if self.training:
             return self._loss(input_ids, labels)
+        if labels is not None:
+            return self._sums(input_ids, labels)[:2]
         logits = self._logits(self.model(input_ids)[0])
         if self.predicting:
             return logits
@@ -182,7 +186,8 @@ class TelechatForCausalLM(PreTrainedModel):
             return self.cast(self.not_equal(input_ids, self.pad_token_id), ms.float32)
         return self.cast(self.not_equal(labels, self.ignore_token_id), ms.float32)
 
-    def _loss(self, input_ids, labels):
+    def _sums(self, input_ids, labels):
+        """The trained tokens' losses added up ``[1]``, their number ``[1]``, the layers' auxiliary losses."""
         batch_size, length = input_ids.shape
         first, last, step = (0, 1), (batch_size, length), (1, 1)
         tokens = self.slice(input_ids, (0, 0), (batch_size, length - 1), step)
@@ -194,6 +199,10 @@ class TelechatForCausalLM(PreTrainedModel):
             self.reshape(self.slice(targets, first, last, step), (-1,)),
             self.reshape(self.slice(trained, first, last, step), (-1,)),
         )
+        return total, count, balance_loss
+
+    def _loss(self, input_ids, labels):
+        total, count, balance_loss = self._sums(input_ids, labels)
         if self.calculate_per_token_loss:
             if self.has_experts:
                 total = self.add(self.reshape(total, (1,)), balance_loss * count)

@@ -7,9 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from research.telechat2.telechat_compat import MindFormerModuleType, MindFormerRegister
-
-_ROWS = 128  # logits taken to float64 at once: 128 x 131072 of them are 128 MB
+from research.telechat2.telechat_compat import MindFormerModuleType, MindFormerRegister, process_group
 
 
 @MindFormerRegister.register(MindFormerModuleType.METRIC)
@@ -17,8 +15,11 @@ class TelechatPerplexity(nn.Metric):
     """Sum of the losses of all trained tokens divided by their number, and the exponential of it.
 
     It does not depend on how records are batched, which the mean of batch means (MindFormers'
-    PerplexityMetric) does where batches hold different numbers of trained tokens. In data parallel runs the
-    tokens of all processes count.
+    PerplexityMetric) does where batches hold different numbers of trained tokens. The device sends two
+    numbers a batch; they are added up here in double precision and whole numbers.
+
+    In data parallel runs the tokens of all processes count. With pipeline stages the last one has the losses,
+    and the others no result.
     """
 
     latest: ClassVar[dict | None] = None  # what ``eval`` last returned: MindFormers only logs it
@@ -26,48 +27,81 @@ class TelechatPerplexity(nn.Metric):
     def __init__(self):
         super().__init__()
         self.data_parallel = ms.get_auto_parallel_context("parallel_mode") == "data_parallel"
+        processes, rank, _ = process_group()
+        last = processes - processes // ms.get_auto_parallel_context("pipeline_stages")
+        self.last_rank, self.has_losses, self.reports = processes - 1, rank >= last, rank == last
         self.clear()
 
     def clear(self):
         """Forget the tokens so far."""
-        self.total, self.count = 0.0, 0
+        self.total, self.count, self.batches = 0.0, 0, 0
 
-    def update(self, *inputs):
-        """Add a batch: logits ``[B, S, V]``, tokens ``[B, S]``, and the mask ``[B, S]`` of trained tokens.
-
-        The logits of a position are held against the token of the next.
-        """
-        logits, tokens, mask = (value.asnumpy() if isinstance(value, Tensor) else value for value in inputs)
-        trained = mask[:, 1:].astype(bool)
-        targets = tokens[:, 1:][trained]
-        predictions = np.argwhere(trained)
-        for start in range(0, len(targets), _ROWS):
-            records, positions = predictions[start : start + _ROWS].T
-            rows = logits[records, positions].astype(np.float64)
-            rows -= rows.max(axis=-1, keepdims=True)
-            of_targets = rows[np.arange(len(rows)), targets[start : start + _ROWS]]
-            self.total += float((np.log(np.exp(rows).sum(axis=-1)) - of_targets).sum())
-        self.count += len(targets)
-
-    def eval(self):
-        """``{"loss": nats per trained token, "PPL": its exponential, "tokens": trained tokens}``.
+    def update(self, *outputs):
+        """Add a batch: the sum of the losses of its trained tokens, and their number, of one element each.
 
         Raises:
-            ValueError: no token was trained.
+            ValueError: the sum is not finite, or the model returns something else.
         """
-        total, count = self.total, self.count
+        self.batches += 1
+        if not self.has_losses:
+            return  # of this stage the model returns what it gives to the next one
+        if len(outputs) != 2:
+            raise ValueError(
+                "the evaluation data have no column labels, from which the model takes what is trained; set "
+                "eval_dataset.input_columns: ['input_ids', 'labels']."
+            )
+        total, count = (
+            (value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)).item() for value in outputs
+        )
+        self.total += total
+        self.count += round(count)
+        if not self.data_parallel:  # where all processes are to raise it: at the end
+            self._check_finite()
+
+    def eval(self):
+        """``{"loss": nats per trained token, "PPL": its exponential, "tokens": trained tokens}``, printed.
+
+        Raises:
+            ValueError: no token was trained, or the loss is not finite.
+        """
+        if not self.has_losses:
+            print(f"evaluation: its result is in the log of rank {self.last_rank}", flush=True)
+            return {}
         if self.data_parallel:
-            sums = ops.AllReduce()(Tensor([total, count], ms.float32)).asnumpy()
-            total, count = float(sums[0]), round(float(sums[1]))
-        if count == 0:
+            self.total, self.count = _of_all_processes(self.total, self.count)
+            self._check_finite()
+        if self.count == 0:
             raise ValueError(
                 "the evaluation data hold no trained token: every label is ignored. Prepare them with "
                 "telechat_preprocess.py, which refuses such records."
             )
-        loss = total / count
-        type(self).latest = {
+        loss = self.total / self.count
+        found = {
             "loss": loss,
             "PPL": math.exp(loss) if loss < math.log(1e300) else math.inf,
-            "tokens": count,
+            "tokens": self.count,
         }
-        return self.latest
+        type(self).latest = found
+        if self.reports:
+            print(
+                f"evaluation: loss {loss:.4f} (nats per trained token), perplexity {found['PPL']:.4f}, "
+                f"over {self.count:,} trained tokens",
+                flush=True,
+            )
+        return found
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(self.total):
+            raise ValueError(
+                f"the loss is {self.total} after {self.batches} evaluation batches, so the logits are not "
+                "finite: the weights hold infinite values or NaN (look for the step at which training "
+                "overflowed), or compute_dtype float16 overflows (use bfloat16 or float32)."
+            )
+
+
+def _of_all_processes(total: float, count: int) -> tuple[float, int]:
+    """The sums over all processes, exact: what travels are the numbers' bits, as no device adds doubles."""
+    bits = np.concatenate([np.array([total]).view(np.int32), np.array([count]).view(np.int32)])
+    rows = ops.AllGather()(Tensor(bits)).asnumpy().reshape(-1, 4)
+    totals, counts = rows[:, :2].copy().view(np.float64), rows[:, 2:].copy().view(np.int64)
+    return float(totals.sum()), int(counts.sum())

@@ -20,6 +20,7 @@ from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.plan.check import check as check_plan
+from research.telechat2.run.evaluation import prepare_evaluation
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_predict_plan import processes_of_run
@@ -112,6 +113,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
+        prepare_evaluation(config, training=training)
         check_dataset(config, "eval")
     fit_dataset_workers(config)
     carry_out = partial(_show_and_carry_out, path=path, verbose=verbose)
@@ -242,6 +244,8 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
     if config.run_mode.startswith("predict"):
         config.input_data = prepare_prompts(config)
     import research.telechat2.telechat_register  # noqa: F401 registers the classes that YAMLs name
+    from research.telechat2.compat.evaluation import evaluating_on
+    from research.telechat2.run.evaluation_data import evaluation_data
     from research.telechat2.telechat_compat import (
         Trainer,
         build_context,
@@ -260,7 +264,7 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
     try:
         with naming_target(config.context.device_target):
             build_context(config)
-        with naming_data(), _own_loader(source), _watched(training):
+        with naming_data(), evaluating_on(evaluation_data), _own_loader(source), _watched(training):
             return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}{_save_traceback(config.output_dir)}") from error
@@ -331,7 +335,6 @@ def _run_task(trainer, config) -> list | None:
             _finish_monitor()
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=weights or False)
-        _print_evaluation()
     else:
         return _predict(trainer, config, weights)
     return None
@@ -343,19 +346,6 @@ def _finish_monitor() -> None:
 
     if TelechatMonitor.latest:
         TelechatMonitor.latest.finish()
-
-
-def _print_evaluation() -> None:
-    """Say plainly what MindFormers only logs; nothing where the YAML names another metric."""
-    from research.telechat2.telechat_compat import is_main_rank
-    from research.telechat2.telechat_metric import TelechatPerplexity
-
-    if (found := TelechatPerplexity.latest) and is_main_rank():
-        print(
-            f"evaluation: loss {found['loss']:.4f} (nats per trained token), perplexity {found['PPL']:.4f}, "
-            f"over {found['tokens']:,} trained tokens",
-            flush=True,
-        )
 
 
 def _predict(trainer, config, weights: str | None) -> list:

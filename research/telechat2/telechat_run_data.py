@@ -36,7 +36,7 @@ def check_dataset(config: dict, which: str) -> None:
     if loader.get("type", "MindDataset") != "MindDataset":
         print(f"{which} data: not checked, its data_loader is a {loader['type']}", flush=True)
         return
-    files = _record_files(loader, which)
+    files = files_of_loader(loader, which)
     model = (config.get("model") or {}).get("model_config") or {}
     limits = {key: model.get(key) for key in ("seq_length", "vocab_size")}
     start_ids = sorted(model.get("document_start_ids") or [])
@@ -67,10 +67,10 @@ def check_dataset(config: dict, which: str) -> None:
 def record_files(config: dict, which: str) -> list[Path]:
     """The MindRecord files of the ``train`` or ``eval`` data in MindFormers' order; none of other loaders."""
     loader = (config.get(f"{which}_dataset") or {}).get("data_loader") or {}
-    return _record_files(loader, which) if loader.get("type", "MindDataset") == "MindDataset" else []
+    return files_of_loader(loader, which) if loader.get("type", "MindDataset") == "MindDataset" else []
 
 
-def _record_files(loader: dict, which: str) -> list[Path]:
+def files_of_loader(loader: dict, which: str) -> list[Path]:
     """The MindRecord files that MindFormers reads for a data_loader; makes ``dataset_dir`` absolute."""
     if not (given := loader.get("dataset_dir") or loader.get("dataset_files")):
         raise ValueError(

@@ -116,6 +116,39 @@ def test_39b_exchanges_rows_of_experts_between_eight_devices():
     assert {row.phase: row.count for row in exchanges} == {"forward": 4, "backward": 4}
 
 
+def evaluation(name: str, place: str, in_training: bool):
+    """The compiled evaluation of a YAML, scaled down, for the first or the last stage of its pipeline."""
+    _, settings = read_settings(name, scaled(name), Path.cwd())
+    checked = check(settings)
+    return simulate(
+        "research.telechat2.plan.training_step:build_evaluation",
+        {"settings": settings, "in_training": in_training},
+        device_num=checked.device_num,
+        rank=checked.stages[{"first": 0, "last": -1}[place]].ranks[0],
+    )
+
+
+def test_39b_evaluates_with_experts_behind_a_pipeline_and_sequence_parallelism():
+    """In training it has a capacity, in evaluation none: rows go to their experts, however many there are."""
+    report = evaluation("finetune_telechat_39b_a12b.yaml", "last", in_training=False)
+    assert sum(found.kind == "AlltoAllV" for found in report.collectives) == 2
+    assert {found.phase for found in report.operators} == {"forward"}
+    assert not any("adam" in parameter.name for parameter in report.parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_training", [False, True])
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("name", CLUSTER)
+def test_every_plan_evaluates(name, place, in_training):
+    if in_training and "115b" in name:
+        with pytest.raises(CompilationError, match="pp_interleave_num 3"):
+            evaluation(name, place, in_training)
+        return
+    report = evaluation(name, place, in_training)
+    assert report.parameters and {found.phase for found in report.operators} == {"forward"}
+
+
 def test_what_is_not_one_graph_for_a_cluster_is_refused(tmp_path):
     _, settings = read_settings("finetune_telechat_tiny", {}, tmp_path)
     with pytest.raises(ValueError, match="but this run is of one device"):

@@ -1,1 +1,1 @@
-"""What depends on the version of MindFormers."""
+"""The only place that knows the MindFormers version."""
