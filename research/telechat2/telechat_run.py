@@ -113,8 +113,8 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_dataset(config, "train")
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
-        prepare_evaluation(config, training=training)
         check_dataset(config, "eval")
+        prepare_evaluation(config, training=training)
     fit_dataset_workers(config)
     carry_out = partial(_show_and_carry_out, path=path, verbose=verbose)
     if not training:
