@@ -176,12 +176,47 @@ def test_the_printed_command_resumes_with_the_losses_of_an_uninterrupted_run(sma
         shell=True, cwd=tmp_path, capture_output=True, timeout=600,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr[-3000:]
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
-    expected, found = (
-        [(m["step"], m["loss"], m["learning_rate"]) for m in map(json.loads, o)] for o in lines
-    )
+    expected, found = (metrics(tmp_path / name) for name in ("whole", "cut"))
     assert [step for step, *_ in expected] == list(range(1, 301))
     assert found == expected
+
+
+def metrics(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and learning rate of each step, in full precision."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["learning_rate"]) for line in lines]
+
+
+@pytest.mark.slow  # four trainings
+def test_positions_in_an_epoch_at_its_border_and_after_the_last(small_dataset, tmp_path):
+    """Six steps in three epochs; a longer run's learning rates are those of its own schedule, by hand."""
+    dataset, sizes = small_dataset
+    words = ["--train_dataset", dataset, "--batch_size", 2, "--checkpoint.save_interleaved_steps", 1]
+    words += ["--checkpoint.save_max", 9, *sizes]
+
+    def train(epochs, output, step=None):
+        more = ["--epochs", epochs, "--output_dir", output]
+        if step:
+            more += ["--resume_training", "True"]
+            more += ["--load_checkpoint", tmp_path / "whole" / "checkpoint" / f"iteration_{step:08d}"]
+        told = subprocess.run(finetune(*words, *more), cwd=tmp_path, capture_output=True, text=True)
+        return told.returncode, told.stdout + told.stderr
+
+    assert train(3, "whole")[0] == 0
+    expected = metrics(tmp_path / "whole")
+    for step, name in ((3, "within"), (2, "border")):
+        status, text = train(3, name, step)
+        assert status == 0, text[-3000:]
+        assert metrics(tmp_path / name)[-len(expected) + step :] == expected[step:]
+    status, text = train(3, "finished", 6)
+    assert status == 1 and "step 6, and 3 epochs of 2 steps are 6" in text
+    status, text = train(5, "finished", 6)
+    assert status == 0 and "had 6 steps and has 10 now" in text
+    # CosineWithWarmUpLR of 10 steps, int(0.05 * 10) = 0 of them warm-up, from 1e-3 to 1e-4
+    rates = [1e-4 + 9e-4 * 0.5 * (1 + np.cos(np.pi * step / 10)) for step in range(6, 10)]
+    found = metrics(tmp_path / "finished")
+    assert [step for step, *_ in found][-4:] == [7, 8, 9, 10]
+    np.testing.assert_allclose([rate for *_, rate in found][-4:], rates, rtol=1e-6)
 
 
 def test_a_record_with_no_trained_token_has_loss_0_and_is_counted(small_dataset, tmp_path):

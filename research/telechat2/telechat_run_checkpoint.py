@@ -136,7 +136,7 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
     a run's only rank, or ``path`` itself."""
     kind = checkpoint_kind(path)
     if kind == "iteration":
-        return latest_iteration(path), kind
+        return _latest(path), kind
     if parallel:
         return path, kind
     if kind == "ranks":
@@ -144,6 +144,16 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
     if kind.endswith("folder") and path.name.startswith("rank_"):
         return _newest(path, kind.split()[0]), kind.split()[0]
     return path, kind
+
+
+def _latest(path: Path) -> Path:
+    """The iteration that a ``checkpoint`` folder's tracker names, or ``path`` itself."""
+    try:
+        return latest_iteration(path)
+    except ValueError as error:
+        whole = whole_iterations(path)
+        hint = f": --load_checkpoint {whole[0]} is whole" if whole else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def check_weights(config: dict, source: Path, kind: str) -> bool:
@@ -241,7 +251,9 @@ def checkpoint_kind(path: Path) -> str:
         raise ValueError(
             f"{path} holds iterations, but no {TRACKER}, which names the last that was saved; {instead}."
         )
-    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.")
+    inside = path / "checkpoint"
+    hint = f" Did you mean {inside}?" if inside.is_dir() else ""
+    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
 
 
 def _no_checkpoint(config: dict, resume: bool | str) -> None:

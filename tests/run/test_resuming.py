@@ -200,3 +200,18 @@ def test_the_command_refuses_them_before_it_says_what_is_loaded(tmp_path, capsys
     with pytest.raises(ValueError, match="holds weights, but no common.json"):
         prepare(folder / "iteration_00000008")
     assert "optimizer" not in capsys.readouterr().out
+
+
+def test_a_folder_that_names_none_of_its_iterations_is_told_which_is_whole(tmp_path):
+    def prepare(path):
+        config = {"load_checkpoint": str(path), "resume_training": True, "checkpoint": {"prefix": "t"}}
+        prepare_checkpoint(config | {"output_dir": str(tmp_path / "out")}, training=True)
+
+    folder = tmp_path / "checkpoint"
+    whole = save_iteration(folder, 8)
+    for text in ("", "9", "eight"):  # emptied by a full disk, removed by hand, edited
+        (folder / "latest_checkpointed_iteration.txt").write_text(text)
+        with pytest.raises(ValueError, match=f"--load_checkpoint {whole} is whole"):
+            prepare(folder)
+    with pytest.raises(ValueError, match=f"Did you mean {folder}"):
+        prepare(tmp_path)
