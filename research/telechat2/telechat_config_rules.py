@@ -36,6 +36,10 @@ DEAD_KEYS = {
     "out_proj_has_bias": ("every TeleChat2 model has a bias on wo and w2", (True,)),
     "qkv_has_bias": ("no TeleChat2 model has a bias on wq and wk_v", (False,)),
     "parallel_optimizer": ("parallel.enable_parallel_optimizer decides on that", None),
+    "quant": ("weights are not quantized here", ("", None)),
+    "return_hidden_states": ("prediction returns logits", (False,)),
+    "input_sliced_sig": ("a record is shifted by one inside of the model", (False,)),
+    "npu_mem_size": ("MindIE's own configuration decides on that", None),
     "router_dense_type": ("the router is computed in float32", ("float32",)),
 }  # fmt: skip
 # Keys of MindFormers' models for what is not in this one.

@@ -211,10 +211,14 @@ def load_predictor(
         config["model"]["model_config"]["use_past"] = use_past
     if use_parallel is not None:
         config["use_parallel"] = use_parallel
+    named = (
+        "--vocab_file_path" if vocab_file else f"{yaml_file}: processor.tokenizer.vocab_file",
+        "--checkpoint_path" if checkpoint else f"{yaml_file}: load_checkpoint",
+    )
     checkpoint = checkpoint or config.get("load_checkpoint")
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
-    _check_files(yaml_file, vocab_file, checkpoint)
+    _check_files(yaml_file, vocab_file, checkpoint, named)
     taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file))
     settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):
@@ -294,17 +298,17 @@ def _section(config: dict, *names: str) -> dict:
     return config
 
 
-def _check_files(yaml_file, vocab_file, checkpoint) -> None:
-    """Refuse what is missing before the slow imports."""
+def _check_files(yaml_file, vocab_file, checkpoint, named: tuple[str, str]) -> None:
+    """Refuse what is missing before the slow imports; ``named``: what names the two paths."""
     if not vocab_file:
         raise ValueError(f"{yaml_file} names no vocab_file; give --vocab_file_path tokenizer.model.")
     if not checkpoint:
         raise ValueError(
             f"{yaml_file} names no load_checkpoint; give --checkpoint_path, or the answers are noise."
         )
-    for flag, path in (("--vocab_file_path", vocab_file), ("--checkpoint_path", checkpoint)):
+    for name, path in zip(named, (vocab_file, checkpoint), strict=True):
         if not Path(path).exists():
-            raise ValueError(f"{flag} {path} does not exist.")
+            raise ValueError(f"{name} {path} does not exist.")
 
 
 def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:

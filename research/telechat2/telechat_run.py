@@ -93,7 +93,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
     apply_overrides(config, overrides, TEMPLATE)
-    for note in check_settings(config, register=register, source=path.name):
+    for note in check_settings(config, register=register, source=path.name, here=True):
         print(f"note: {note}", flush=True)
     prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
@@ -257,7 +257,10 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
     )
 
     if config.remote_save_url and not check_in_modelarts():
-        raise ValueError("--remote_save_url only works on the ModelArts platform; leave it out here.")
+        raise ValueError(
+            f"remote_save_url is {config.remote_save_url}, but results are uploaded on "
+            "ModelArts only; remove it from the command or the YAML."
+        )
     set_output_path(config.output_dir)
     hush_loaders()
     print_configs_to(sys.stdout.log if isinstance(sys.stdout, Both) else None)

@@ -50,6 +50,7 @@ def share_model(config: dict) -> None:
         return
     plan = prediction_plan(config, processes_of_run())
     if plan is None:
+        config.pop("parallel_config", None)  # which means nothing without use_parallel
         return
     if plan and config.get("seed", 0) is None:
         raise ValueError(

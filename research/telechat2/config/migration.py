@@ -59,7 +59,7 @@ def _without_effect(place: str, key: str, reason: str) -> str:
 def _noted(settings: dict) -> Iterator[str]:
     for path, keys in _NOTED.items():
         for place, section in sections_at(settings, path):
-            for key in keys.keys() & section.keys():
+            for key in [key for key in keys if key in section]:
                 del section[key]
                 yield _without_effect(place, key, keys[key])
     for which in ("train", "eval"):  # the same section once more
@@ -143,3 +143,14 @@ def _to_change(settings: dict) -> Iterator[str]:
             )
     if settings.get("use_legacy") is False:
         yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
+
+
+def missing_files(settings: dict) -> Iterator[str]:
+    """Files beside a YAML that its release does not have, or that were not copied along."""
+    for place, ascend in sections_at(settings, "context.ascend_config"):
+        path = ascend.get("parallel_speed_up_json_path")
+        if isinstance(path, str) and path and not Path(path).expanduser().is_file():
+            yield (
+                f"{place}.parallel_speed_up_json_path names {path}, but there is no such file here; remove "
+                "the line (MindFormers' release has no such file either), or copy the file."
+            )

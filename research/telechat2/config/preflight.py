@@ -4,10 +4,12 @@ from pathlib import Path
 
 from research.telechat2.config.foreign_code import settle_classes
 from research.telechat2.config.key_check import read_keys
-from research.telechat2.config.migration import leave_out
+from research.telechat2.config.migration import leave_out, missing_files
 
 
-def check_settings(settings: dict, *, register: Path | None = None, source: object = "the YAML") -> list[str]:
+def check_settings(
+    settings: dict, *, register: Path | None = None, source: object = "the YAML", here: bool = False
+) -> list[str]:
     """Read all settings by their kinds, and refuse foreign code and what nothing reads, all at once.
 
     Args:
@@ -15,6 +17,7 @@ def check_settings(settings: dict, *, register: Path | None = None, source: obje
             has no effect is taken out, text that is a number becomes one.
         register: see settle_classes.
         source: the file, for the message.
+        here: the run is started now, so that the files it reads must be on this machine.
 
     Returns:
         A note for each setting that has no effect.
@@ -25,6 +28,7 @@ def check_settings(settings: dict, *, register: Path | None = None, source: obje
     notes, problems = leave_out(settings)
     problems += settle_classes(settings, register)
     problems += read_keys(settings)
+    (problems if here else notes).extend(missing_files(settings))
     refuse(problems, source)
     return notes
 

@@ -1,0 +1,148 @@
+"""YAMLs of MindFormers v1.6.0 and of the torch release's fork: planned as they are, or one list of lines."""
+
+import ast
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+from migration_keys import CHANGE, NOTED, USED, keys
+
+from research.telechat2.config.preflight import check_settings
+from research.telechat2.plan.check import check
+from research.telechat2.plan.command import plan
+from research.telechat2.plan.settings import read_with_notes
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+FILES = sorted((SHARED / "data" / "migration").glob("*.yaml"))
+SPEC = SHARED / "spec" / "existing_implementation.md"
+needs_files = pytest.mark.skipif(not FILES, reason="the public YAMLs are not here")
+TABLES = {"finetune": ("11.1", "11.2"), "predict": ("11.2", "11.3"), "parallel": ("11.3", "11.4")}
+
+
+def published() -> dict[str, dict]:
+    """Every YAML by its name: the files, and those that the specification lists key by key."""
+    found = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
+    for kind, (start, end) in TABLES.items() if SPEC.is_file() else ():
+        text = SPEC.read_text(encoding="utf-8")
+        text = text[text.index(f"### {start}") : text.index(f"### {end}")]
+        rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+        for column, size in enumerate(rows[0][1:], 1):
+            found[f"{kind}_{size.strip()}"] = _settings([(row[0], _cell(row, column)) for row in rows[2:]])
+    return found
+
+
+def _cell(row: list[str], column: int) -> str:
+    """``(all)`` in the first column: the same for all."""
+    return row[1].replace("(all)", "").strip() if "(all)" in row[1] else row[column].strip()
+
+
+def _settings(rows: list[tuple[str, str]]) -> dict:
+    settings: dict = {}
+    for key, cell in rows:
+        if cell in ("-", ""):
+            continue
+        *sections, last = re.sub(r"\[(\d)\]", r".\1", key.strip().strip("`")).split(".")
+        target = settings
+        for name in sections:
+            target = target.setdefault(name, {})
+        target[last] = ast.literal_eval(cell)
+    settings["callbacks"] = [settings["callbacks"][i] for i in sorted(settings.get("callbacks", {}))] or None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def keys_of(value: object, place: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return set().union(*(keys_of(inner, f"{place}.{key}".lstrip(".")) for key, inner in value.items()))
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return set().union(*(keys_of(item, f"{place}[]") for item in value))
+    return {re.sub(r"^(train|eval)_dataset_task\.dataset_config\.", r"\1_dataset.", place)}
+
+
+YAMLS = published()
+
+
+@needs_files
+def test_the_table_has_every_key_once():
+    tables = [keys(USED), keys(NOTED), {key for name in YAMLS for key in keys_of(YAMLS[name])} & set(CHANGE)]
+    found = set().union(*(keys_of(settings) for settings in YAMLS.values()))
+    missing = {key for key in found if not any(key.startswith(change) for change in CHANGE)}
+    assert missing - tables[0] - tables[1] == set()
+    assert (tables[0] | tables[1]) - found == set()
+    assert not tables[0] & tables[1]
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_keys_are_used_or_noted_as_the_table_says(name):
+    settings = deepcopy(YAMLS[name])
+    settings.get("model", {}).get("model_config", {}).pop("pet_config", None)
+    before = keys_of(settings)
+    notes = check_settings(settings)
+    after = keys_of(settings) | {key for key in before if key.endswith("auto_register")}  # by type alone
+    assert before - after <= keys(NOTED), "left out and not in the table"
+    assert not after & (keys(NOTED) - {"layer_decay", "lr_scale_factor"}) - {"eval_callbacks[].type"}
+    for key in before - after:
+        what = "ObsMonitor" if key.startswith("eval_callbacks") else key.split(".Auto")[0]
+        assert any(note.startswith(what) or what in note for note in notes), key
+    for key in before & set(CHANGE):
+        assert any(note.startswith(key) and CHANGE[key] in note for note in notes)
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if "lora" not in name])
+def test_it_is_planned_as_it_is(name, tmp_path):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(YAMLS[name]), encoding="utf-8")
+    report = plan(str(path), {}, estimated=True)
+    model = YAMLS[name]["model"]["model_config"]
+    if "finetune" in name:
+        sizes = YAMLS[name]["parallel_config"]
+        devices = sizes["data_parallel"] * sizes["model_parallel"] * sizes["pipeline_stage"]
+        assert f"devices       {devices:,} =" in report
+        # known to the check alone
+        noted = check(read_with_notes(str(path), {}, Path.cwd())[1]).notes
+        assert any("layer_decay" in note for note in noted)
+    else:
+        devices = YAMLS[name]["parallel_config"]["model_parallel"]
+        assert f"devices       {devices if YAMLS[name]['use_parallel'] else 1} " in report
+    assert f"{model['seq_length']:,} tokens" in report or f"sequences x {model['seq_length']:,}" in report
+    assert "note: model.model_config.pretrain_seqlen has no effect" in report
+
+
+@needs_files
+def test_adapters_are_one_line():
+    path = next(path for path in FILES if "lora" in path.name)
+    with pytest.raises(ValueError, match="pet_config asks for lora, .* remove pet_config") as refused:
+        plan(str(path), {})
+    assert "\n" not in str(refused.value)
+
+
+@needs_files
+def test_what_must_change_is_listed_at_once():
+    """A run on this machine: the file of speed-ups that no release has, and whatever else is wrong."""
+    settings = yaml.safe_load((SHARED / "data/migration/finetune_telechat_39b_a12b.yaml").read_text())
+    settings["model"]["model_config"] |= {"out_proj_has_bias": False, "pet_config": {"pet_type": "lora"}}
+    settings["context"]["deterministic"] = "ON"
+    with pytest.raises(ValueError, match="4 settings are to be changed") as refused:
+        check_settings(settings, here=True)
+    for line in ("parallel_speed_up.json", "out_proj_has_bias", "pet_config", "train_precision_sync: True"):
+        assert line in str(refused.value)
+
+
+def test_the_parallel_model_needs_no_auto_register():
+    settings = {
+        "model": {"arch": {"type": "ParallelTelechatForCausalLM"}, "model_config": {"type": "TelechatConfig"}}
+    }
+    assert check_settings(settings) == []
+
+
+def test_a_callback_that_is_no_more_is_noted_and_others_stay():
+    settings = {"callbacks": [{"type": "MFLossMonitor"}, {"type": "ObsMonitor"}], "eval_callbacks": []}
+    assert "ObsMonitor" in check_settings(settings)[0]
+    assert settings["callbacks"] == [{"type": "MFLossMonitor"}]
+
+
+@pytest.mark.parametrize("url", ["obs://bucket/x", "s3://bucket/x"])
+def test_an_address_to_upload_to_is_no_placeholder(url):
+    settings = {"remote_save_url": url}
+    assert check_settings(settings) == [] and settings == {"remote_save_url": url}
