@@ -187,7 +187,7 @@ def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
             Segment(text, special, trained and not in_result and not (has_results and text.isspace()))
         )
         in_result &= not (special and text == closing)
-    return [Segment(USER, True, marked[0].trained), *marked]
+    return [Segment(USER, True, bool(marked) and marked[0].trained), *marked]
 
 
 def _answer(message: dict, number: int, pieces) -> list[Segment]:

@@ -184,7 +184,8 @@ def load_predictor(
         yaml_file: a predict YAML. The next three default to what it says.
         vocab_file: tokenizer.model; if the YAML names none either, that beside the weights.
         checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
-        prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
+        prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
+            the release whose vocabulary it is.
             Which it is and why is printed on standard error.
         max_length: most tokens of prompt and answer together, at most ``seq_length``; by default that if
             ``generation`` has ``max_new_tokens``, else the YAML's ``max_decode_length``.
@@ -223,12 +224,12 @@ def load_predictor(
     settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
-    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint)
     from mindspore import set_seed
 
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
     tokenizer = TelechatTokenizer(str(vocab_file))
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
     parallel = plan is not None or _section(config, "model", "arch").get("type") == PARALLEL_MODEL
     _set_context(_section(config, "context"), device_id)
     model_config = _model_config(settings)
@@ -281,14 +282,17 @@ def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int
     return max_length, "--max_length"
 
 
-def choose_prompt_format(given: str | None, checkpoint) -> tuple[str, str]:
-    """The prompt format to use, and why."""
+def choose_prompt_format(given: str | None, checkpoint, tokenizer) -> tuple[str, str]:
+    """The prompt format to use, and why: by default that of the release which the vocabulary is of."""
     if given:
         return given, "as asked for"
     record = telechat_prompt_format.record_of(checkpoint)
     if record is not None:
         return telechat_prompt_format.find(checkpoint), f"recorded in {record}"
-    return "chat", f"none is recorded with {checkpoint}: give --prompt_format plain if it was tuned in that"
+    reason = f"none is recorded with {checkpoint}: give --prompt_format plain if it was tuned in that"
+    if tokenizer.release_format != "chat":
+        reason = f"the vocabulary is that of TeleChat v1; {reason}"
+    return tokenizer.release_format, reason
 
 
 def _section(config: dict, *names: str) -> dict:

@@ -55,7 +55,8 @@ def read_sources(
         yaml_file: a predict YAML, plain or parallel; the next two default to what it says.
         checkpoint: weights of any layout, torch or MindSpore.
         vocab_file: tokenizer.model, or the folder that it is in.
-        prompt_format: "chat" or "plain"; by default the one recorded with the checkpoint, else "chat".
+        prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
+            the release whose vocabulary it is.
         world_size: NPUs; by default as ``world_size_of`` says.
 
     The prompt format and why it was chosen go to standard error.
@@ -84,9 +85,9 @@ def read_sources(
         print(f"model_config: {line}", file=sys.stderr)
     world_size = world_size or world_size_of(config, yaml_file)
     model_config = model_config_of(config, yaml_file, world_size)
-    _check_vocabulary(model_config, vocab_file)
+    tokenizer = _checked_tokenizer(model_config, vocab_file)
     _check_weights(model_config, checkpoint, world_size)
-    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint)
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
     print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
     return Sources(yaml_file, config, model_config, checkpoint, vocab_file, prompt_format, world_size)
 
@@ -138,10 +139,12 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
         raise ValueError(f"{yaml_file}: {error}") from error
 
 
-def _check_vocabulary(model_config, vocab_file: Path) -> None:
+def _checked_tokenizer(model_config, vocab_file: Path):
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
-    check_vocabulary(TelechatTokenizer(vocab_file), vocab_file, vars(model_config))
+    tokenizer = TelechatTokenizer(vocab_file)
+    check_vocabulary(tokenizer, vocab_file, vars(model_config))
+    return tokenizer
 
 
 def _check_weights(model_config, checkpoint: Path, world_size: int) -> None:

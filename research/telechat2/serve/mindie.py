@@ -117,7 +117,7 @@ class MindIETelechatTokenizer(TelechatTokenizer):
 
     Args:
         vocab_file: tokenizer.model.
-        prompt_format: "chat" or "plain".
+        prompt_format: "chat", "plain" or "v1"; by default that of the vocabulary's release.
         chat_template: MindIE wants one to be there; conversations are rendered by our own renderer, for which
             markers in a message are text.
         settings: as in TelechatTokenizer; what MindFormers asks of tokenizers of other kinds is dropped.
@@ -125,11 +125,11 @@ class MindIETelechatTokenizer(TelechatTokenizer):
 
     FILE_LIST = ["tokenizer_config.json"]
 
-    def __init__(self, vocab_file, prompt_format="chat", chat_template="telechat", **settings):
+    def __init__(self, vocab_file, prompt_format=None, chat_template="telechat", **settings):
         for name in ("use_fast", "trust_remote_code"):
             settings.pop(name, None)
         super().__init__(vocab_file, **settings)
-        self.prompt_format = check(prompt_format)
+        self.prompt_format = check(prompt_format or self.release_format)
         self.chat_template = chat_template
 
     def apply_chat_template(self, conversation, *, chat_template_kwargs=None, **settings):
@@ -139,4 +139,5 @@ class MindIETelechatTokenizer(TelechatTokenizer):
             self._warned.add(name)
             logger.warning("a client's chat setting %s has no meaning for TeleChat2 and is ignored", name)
         known = {name: asked[name] for name in _CHAT_SETTINGS if name in asked}
-        return encode(render(conversation, prompt_format=self.prompt_format, **known), self)[0]
+        segments = render(conversation, prompt_format=self.prompt_format, allow_empty=True, **known)
+        return encode(segments, self)[0]

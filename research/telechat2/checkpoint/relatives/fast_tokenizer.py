@@ -2,18 +2,18 @@
 
 transformers' own conversion of such a model makes its digits and line ends "added tokens", before and after
 which it puts spaces that SentencePiece does not. Here they are cut out of the text, after the one space that
-begins it, and the pieces between are merged in the order of their scores, as SentencePiece does.
+begins it, and the pieces between are merged in the order of their scores, as SentencePiece does. U+2581 that
+somebody types is read as a blank, as SentencePiece alone reads it: tokenizer.json cannot tell them apart.
 """
 
 import json
 import re
 from pathlib import Path
 
-from research.telechat2.telechat_chat import TOOL_TAGS
+from research.telechat2.text.literal import MARKERS, TOOL_TAGS
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece's types of pieces
+_NORMAL, _USER_DEFINED = 1, 4  # SentencePiece's types of pieces
 _SPACE = "▁"
-MARKERS = ("<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>")
 
 
 def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str, ...]]:
@@ -35,7 +35,9 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
         raise ValueError(
             f"{vocab_file} has no {', '.join(lacking)}; expected the tokenizer.model of a TeleChat model"
         )
-    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    # Those of TeleChat v1 12B are ordinary pieces; here, too, they are special (see text/literal.py).
+    markers = sorted({*MARKERS, *TOOL_TAGS} & pieces.keys(), key=pieces.get)
+    symbols = [p.piece for p in model.pieces if p.type == _USER_DEFINED and p.piece not in markers]
     bpe, exact = _bpe(model, pieces, symbols)
     spelled_out = [] if exact else [symbol for symbol in symbols if set(symbol) != {"_"} and len(symbol) > 1]
     notes = [f"tokenizer.json reads {s} and {len(spelled_out) - 1} more as text" for s in spelled_out[:1]]
@@ -43,11 +45,7 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            _added(pieces[token], token, special=token in MARKERS)
-            for token in sorted({*MARKERS, *TOOL_TAGS} & pieces.keys(), key=pieces.get)
-            if model.pieces[pieces[token]].type == _CONTROL
-        ],
+        "added_tokens": [_added(pieces[token], token, special=token in MARKERS) for token in markers],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [

@@ -3,6 +3,7 @@
 import yaml
 
 from research.telechat2.checkpoint.relatives.description import Description, model_section
+from research.telechat2.text.literal import marker_id
 
 YAMLS = ("predict.yaml", "finetune.yaml")
 # What the YAMLs leave to the config.json beside the weights, see config/release.py.
@@ -46,7 +47,7 @@ def _llama_tokenizer(vocabulary: bytes) -> dict | None:
         raise ValueError(
             f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
         ) from None
-    if all(model.is_control(model.piece_to_id(marker)) for marker in ("<_user>", "<_bot>")):
+    if all(marker_id(model, marker) is not None for marker in ("<_user>", "<_bot>")):
         return None
     start, end, unknown = (
         model.id_to_piece(index) for index in (model.bos_id(), model.eos_id(), model.unk_id())
