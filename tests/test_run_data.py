@@ -125,11 +125,14 @@ def test_data_that_cannot_be_read_is_refused(records, tmp_path):
         ({"run_mode": "eval"}, "no data: give --eval_dataset_dir"),
         ({"use_parallel": True}, "Give --parallel.parallel_mode 0 --parallel.full_batch False"),
         ({"use_parallel": True, "parallel.parallel_mode": 0}, "this is a single process"),
-        ({"runner_config.gradient_accumulation_steps": 2}, "accumulates no gradients .* larger --batch_size"),
+        (
+            {"runner_config.gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps is 2, .* batch_size higher",
+        ),
         (
             {"runner_config.gradient_accumulation_steps": 2, "use_parallel": True}
             | {"parallel_config.pipeline_stage": 2, "context.device_target": "Ascend"},
-            "with pipeline stages .* larger parallel_config.micro_batch_num",
+            "micro_batch_num is 1, less than pipeline_stage 2",
         ),
         ({"model.model_config.seq_length": 31}, "the model's seq_length is 31"),
     ],

@@ -21,6 +21,7 @@ from research.telechat2.config.optimization import check_optimization, with_floa
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.plan.check import check as check_plan
 from research.telechat2.run.evaluation import prepare_evaluation
+from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
 from research.telechat2.telechat_predict_plan import processes_of_run
@@ -46,7 +47,6 @@ from research.telechat2.telechat_run_predict import (
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
-    is_data_parallel,
     leave_section_in_data_parallel,
 )
 from research.telechat2.telechat_run_screen import (
@@ -100,14 +100,18 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     mode = _check_task(config, path)
     weights = _settle_numbers(config, path, overrides)
     training = mode in TRAINING
+    check_npus(config)
     if mode == "predict":
         share_model(config)
     else:
-        _check_devices(config)
+        check_cpu_plan(config)
     if mode.startswith("predict"):
         check_vocab_file(config)
     if training:
         _check_training(config)
+    if mode in (*TRAINING, "eval"):
+        check_processes(config)
+    if training:
         leave_sinks_on_cpus(config)
         config["optimizer"] = with_float_fields(config["optimizer"])
         check_dataset(config, "train")
@@ -178,22 +182,6 @@ def _check_task(config: dict, path: Path) -> str:
             "nothing to predict: give --predict_data PROMPT…, or a text file with a prompt on each line."
         )
     return mode
-
-
-def _check_devices(config: dict) -> None:
-    """Refuse what several processes cannot do on CPUs, before each fails in its own way."""
-    if not config.get("use_parallel") or (config.get("context") or {}).get("device_target") != "CPU":
-        return
-    if not is_data_parallel(config):
-        raise ValueError(
-            "use_parallel on CPUs is data parallelism only: MindSpore slices models for Ascend alone. Give "
-            "--parallel.parallel_mode 0 --parallel.full_batch False, or --use_parallel False."
-        )
-    if "MS_ROLE" not in os.environ:  # set by msrun
-        raise ValueError(
-            "use_parallel is set, but this is a single process: start several with "
-            'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N, or give --use_parallel False.'
-        )
 
 
 def _check_training(config: dict) -> None:

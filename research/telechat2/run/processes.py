@@ -1,8 +1,86 @@
-"""Which of a run's processes this is, before they have met."""
+"""The processes of a run: which of them this is, and whether they are those that the settings ask for."""
 
 import os
+import re
+from pathlib import Path
+
+from research.telechat2.telechat_run_saving import is_data_parallel
+
+LAUNCHER = 'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N'
+# What launchers set: msrun, mpirun, a rank table; and a simulation, which needs none.
+LAUNCHED_BY = ("MS_ROLE", "OMPI_COMM_WORLD_SIZE", "RANK_TABLE_FILE", "MS_SIMULATION_LEVEL")
 
 
 def is_first_process() -> bool:
     """Whether this process speaks, locks and writes for all: rank 0, or the only one; never the scheduler."""
     return os.environ.get("MS_ROLE") != "MS_SCHED" and os.environ.get("RANK_ID", "0") == "0"
+
+
+def check_cpu_plan(config: dict) -> None:
+    """Refuse what several processes cannot do on CPUs, before each fails in its own way.
+
+    Args:
+        config: the raw YAML with overrides.
+
+    Raises:
+        ValueError: ``use_parallel`` on CPUs is other than data parallelism.
+    """
+    if config.get("use_parallel") and _target(config) == "CPU" and not is_data_parallel(config):
+        raise ValueError(
+            "use_parallel on CPUs is data parallelism only: MindSpore slices models for Ascend alone. Give "
+            "--parallel.parallel_mode 0 --parallel.full_batch False, or --use_parallel False."
+        )
+
+
+def check_processes(config: dict) -> None:
+    """Refuse to train or evaluate with other processes than ``use_parallel`` says: MindSpore would wait.
+
+    Args:
+        config: the raw YAML with overrides.
+
+    Raises:
+        ValueError: ``use_parallel`` without a launcher, or several processes without ``use_parallel``.
+    """
+    several = int(os.environ.get("MS_WORKER_NUM", "1")) if "MS_ROLE" in os.environ else 1
+    if several > 1 and not config.get("use_parallel"):
+        raise ValueError(
+            f"use_parallel is False, so the run takes 1 device, not {several}: each process would do "
+            "the same. Give --use_parallel True, or start the command without the launcher."
+        )
+    if config.get("use_parallel") and not any(os.environ.get(name) for name in LAUNCHED_BY):
+        raise ValueError(
+            f"use_parallel is True, but this is a single process: start several with {LAUNCHER}, "
+            "or give --use_parallel False."
+        )
+
+
+def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
+    """Refuse a process that has no NPU of its own, where the machine's NPUs can be counted.
+
+    Raises:
+        ValueError: more processes on this machine than NPUs, or a ``device_id`` beyond them.
+    """
+    if _target(config) != "Ascend" or os.environ.get("MS_SIMULATION_LEVEL"):
+        return
+    if visible := os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""):
+        count, named = len(visible.split(",")), f"ASCEND_RT_VISIBLE_DEVICES={visible} leaves"
+    else:
+        count = sum(bool(re.fullmatch(r"davinci\d+", path.name)) for path in devices.glob("davinci*"))
+        named = "this machine has"
+    if not count:
+        return  # MindSpore says what is missing
+    launched = "MS_ROLE" in os.environ
+    workers = int(os.environ.get("TELECHAT_LOCAL_WORKERS", "0")) if launched else 0
+    if workers > count:
+        raise ValueError(
+            f"{workers} workers are started here, but {named} {count} NPUs; start at most {count}."
+        )
+    device = (config.get("context") or {}).get("device_id") or 0
+    if not launched and isinstance(device, int) and device >= count:
+        raise ValueError(
+            f"context.device_id is {device}, but {named} {count} NPUs, 0 to {count - 1}; give --device_id."
+        )
+
+
+def _target(config: dict) -> str:
+    return (config.get("context") or {}).get("device_target", "Ascend")
