@@ -157,16 +157,33 @@ if [[ -n "$screen" ]]; then
     tail -n +1 -f "$screen" 2>/dev/null 9>&- &
     helpers+=($!)
 fi
-interrupted=False
-trap 'interrupted=True' INT # msrun ends the workers
+# Ctrl-C: a training finishes its step and saves; a second one, or one at another task, has msrun end the workers.
+interrupted=False ended=False
+interrupt() {
+    if [[ $interrupted == False && -e "$errors/trains" ]]; then
+        : >"$errors/stop"
+        echo "Ctrl-C: this step is finished, and a checkpoint saved. Ctrl-C again: the end, at once." >&2
+    else
+        ended=True
+        kill -INT -- "-$job" 2>/dev/null
+    fi
+    interrupted=True
+}
+set -m # msrun in a process group of its own, which a terminal's Ctrl-C does not reach
 if [[ -n "$screen" ]]; then
-    run_workers >>"$log_dir/msrun.log" 2>&1
-    status=$?
-    sleep 1 # tail looks once a second
+    run_workers >>"$log_dir/msrun.log" 2>&1 &
 else
-    run_workers 2>>"$log_dir/msrun.log"
-    status=$?
+    run_workers 2>>"$log_dir/msrun.log" &
 fi
+job=$!
+set +m
+trap interrupt INT
+while :; do
+    wait "$job"
+    status=$?
+    kill -0 "$job" 2>/dev/null || break # or a signal came
+done
+[[ -n "$screen" ]] && sleep 1 # tail looks once a second
 kill "${helpers[@]}" 2>/dev/null
 wait "${helpers[@]}" 2>/dev/null
 
@@ -194,7 +211,11 @@ say_why() {
 }
 
 if [[ $interrupted == True ]]; then
-    echo "interrupted: the workers are ended; their logs are in $log_dir" >&2
+    if compgen -G "$errors/rank_*" >/dev/null; then
+        say_why >&2 # the save has failed
+    elif [[ $ended == True ]] || ((status != 0)); then
+        echo "interrupted: the workers are ended; their logs are in $log_dir" >&2
+    fi
     status=130
 elif ((status != 0)); then
     say_why >&2

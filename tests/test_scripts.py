@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -222,6 +223,54 @@ def test_a_dead_worker_ends_the_job_without_the_schedulers_hours(
     result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin)
     assert result.returncode == 1 and time.monotonic() - began < 40
     assert re.search(said, result.stderr, re.DOTALL) and "earlier job" not in result.stderr
+
+
+WAITING = """\
+    #!/bin/bash
+    # a training, if its first worker has said so, saves and ends when the file "stop" is there
+    trap 'echo "ended by msrun" >>"$TELECHAT_SCREEN"; exit 0' INT
+    {begins}
+    echo "first step" >>"$TELECHAT_SCREEN"
+    until [[ -e $TELECHAT_ERRORS/stop ]]; do sleep 0.1; done
+    {saves}
+    """
+SAVES = 'echo "saved" >>"$TELECHAT_SCREEN"'
+FAILS = 'echo "error: the disk is full" >"$TELECHAT_ERRORS/rank_0"; exit 1'
+HANGS = "while :; do sleep 0.1; done"
+
+
+@pytest.mark.parametrize(
+    ("begins", "saves", "times", "shown", "said"),
+    [
+        ('touch "$TELECHAT_ERRORS/trains"', SAVES, 1, "saved", None),
+        ('touch "$TELECHAT_ERRORS/trains"', FAILS, 1, "first step", "error: the disk is full"),
+        ('touch "$TELECHAT_ERRORS/trains"', HANGS, 2, "ended by msrun", "the workers are ended"),
+        ("", SAVES, 1, "ended by msrun", "the workers are ended"),  # no training, or none yet
+    ],
+)
+def test_ctrl_c_lets_a_training_save_and_ends_all_else(
+    fake_bin, tmp_path, free_port, begins, saves, times, shown, said
+):
+    executable(fake_bin / "msrun", WAITING.format(begins=begins, saves=saves))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    words = ["bash", str(LAUNCHER), RUN, "2", free_port, "logs", "True", "60"]
+    environment = os.environ | {"PATH": f"{fake_bin}:/usr/bin:/bin", "TMPDIR": str(temporary)}
+    launcher = subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    screen = tmp_path / "logs" / "screen.log"
+    while not (screen.exists() and "first step" in screen.read_text()):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    for _ in range(times):
+        os.killpg(launcher.pid, signal.SIGINT)  # a terminal's, to the launcher and all in its group
+        time.sleep(0.5)
+    stdout, stderr = launcher.communicate(timeout=30)
+    assert launcher.returncode == 130 and stdout.splitlines()[-1] == shown
+    assert (said in stderr) if said else "ended" not in stderr
+    assert not any(temporary.iterdir())
 
 
 def test_the_readme_command_keeps_its_quotes_and_loses_its_bare_newline(fake_bin, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from saved_iterations import save_iteration
 
-from research.telechat2.run.stopping import STOP, Interrupted, resuming_command, stopping
+from research.telechat2.run.stopping import STOP, Interrupted, StopRequest, resuming_command, stopping
 from research.telechat2.run.training import farewell
 
 
@@ -72,3 +72,37 @@ def test_an_interrupted_run_says_what_is_saved(tmp_path):
         assert said.endswith(f"--load_checkpoint {iteration} --resume_training True")
         parallel = farewell(config | {"use_parallel": True}, stop, ["run_mindformer.py"])
         assert "resume with" not in parallel and f"--load_checkpoint {iteration}" in parallel
+
+
+def test_the_processes_of_a_node_stop_after_the_same_step(tmp_path, monkeypatch):
+    """The launcher asks during step 4; the first process ends it before, the other after."""
+    variables = {"TELECHAT_ERRORS": str(tmp_path), "MS_WORKER_NUM": "2", "TELECHAT_LOCAL_WORKERS": "2"}
+    for name, value in (variables | {"MS_ROLE": "MS_WORKER"}).items():
+        monkeypatch.setenv(name, value)
+    first, second = StopRequest(), StopRequest()
+
+    def ends(process, rank, step):
+        monkeypatch.setenv("RANK_ID", rank)
+        return process.is_due(step)
+
+    monkeypatch.setenv("RANK_ID", "0")
+    first.begin()
+    assert (tmp_path / "trains").exists() and first.saves
+    assert not ends(first, "0", 3) and not ends(second, "1", 3)
+    assert not ends(second, "1", 4)
+    (tmp_path / "stop").touch()
+    assert not ends(first, "0", 4)
+    assert not ends(second, "1", 5) and not ends(first, "0", 5)
+    assert ends(second, "1", 6) and ends(first, "0", 6)
+    assert first.by_launcher and first.requested
+
+
+def test_several_nodes_have_no_folder_in_common(tmp_path, monkeypatch):
+    variables = {"TELECHAT_ERRORS": str(tmp_path), "MS_WORKER_NUM": "16", "TELECHAT_LOCAL_WORKERS": "8"}
+    for name, value in (variables | {"MS_ROLE": "MS_WORKER", "RANK_ID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    process = StopRequest()
+    process.begin()
+    (tmp_path / "stop").touch()
+    assert not process.is_due(4) and not process.is_due(9)
+    assert [path.name for path in tmp_path.iterdir()] == ["stop"]

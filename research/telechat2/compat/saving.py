@@ -69,7 +69,7 @@ class CheckpointMonitor(_CheckpointMonitor):
     def on_train_begin(self, run_context):
         """From now on Ctrl-C waits for the end of a step."""
         super().on_train_begin(run_context)
-        STOP.saves = True
+        STOP.begin()
 
     def on_train_step_begin(self, run_context):
         """Take SIGINT back from MindSpore's data set, whose handler ends the process."""
@@ -80,7 +80,7 @@ class CheckpointMonitor(_CheckpointMonitor):
         """Save where a checkpoint is due; after Ctrl-C end the run, which saves the last step."""
         super().on_train_step_end(run_context)
         STOP.steps = run_context.original_args().cur_step_num
-        if STOP.requested:
+        if STOP.is_due(STOP.steps):
             run_context.request_stop()
 
     def _save_megatron_ckpt_file_format(self, cb_params):

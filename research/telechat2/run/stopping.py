@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from research.telechat2.run.processes import is_first_process
+from research.telechat2.telechat_files import atomic_write
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 5.0  # seconds in which a run ends by itself after a second Ctrl-C
 
@@ -27,6 +30,7 @@ class StopRequest:
 
     Attributes:
         requested: by a first Ctrl-C.
+        by_launcher: the processes of a node stop together; none may leave with an error meanwhile.
         left: the handler has raised Interrupted; MindSpore's import makes an ImportError of it.
         saves: whether a step is trained now, after which a checkpoint can be saved.
         steps: done so far by this run.
@@ -34,7 +38,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.requested = self.left = False
+        self.requested = self.by_launcher = self.left = False
         self.saves = False
         self.steps = 0
         self.saved: Path | None = None
@@ -50,6 +54,28 @@ class StopRequest:
             raise Interrupted
         self.requested = True
 
+    def begin(self) -> None:
+        """A step is trained from now on: Ctrl-C, here or at the launcher, saves it."""
+        self.saves = True
+        if (folder := _launcher_folder()) and is_first_process():
+            (folder / "trains").touch()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run stops after ``step``, which has ended.
+
+        The launcher writes a file; the first process answers with the step after which all stop. It is the
+        one after the next: no other process can end that before the first has begun it.
+        """
+        if (folder := _launcher_folder()) is None:
+            return self.requested
+        agreed = folder / "stop_after"
+        if is_first_process() and (folder / "stop").exists() and not agreed.exists():
+            with atomic_write(agreed) as temporary:
+                temporary.write_text(str(step + 2), encoding="utf-8")
+        if agreed.exists() and step >= int(agreed.read_text(encoding="utf-8")):
+            self.requested = self.by_launcher = True
+        return self.requested
+
     def listen(self) -> None:
         """Handle the signals, in the main thread; others get none."""
         if threading.current_thread() is threading.main_thread():
@@ -58,6 +84,13 @@ class StopRequest:
 
 
 STOP = StopRequest()
+
+
+def _launcher_folder() -> Path | None:
+    """Where the launcher waits for its workers, if all processes of the run are this node's."""
+    folder = os.environ.get("TELECHAT_ERRORS")
+    alone = os.environ.get("TELECHAT_LOCAL_WORKERS") == os.environ.get("MS_WORKER_NUM")
+    return Path(folder) if folder and alone and os.environ.get("MS_ROLE") == "MS_WORKER" else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A training from its checked settings to its end: locked, resumed at the right record, interruptible."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -60,6 +61,9 @@ def train(
             if stop.left or isinstance(error, KeyboardInterrupt):
                 raise Interrupted(farewell(config, stop, sys.argv)) from None
             raise
+        if stop.by_launcher:
+            print(farewell(config, stop, sys.argv), flush=True)
+            sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
             raise Interrupted(farewell(config, stop, sys.argv))
 
@@ -127,5 +131,9 @@ def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
     begun = "the last step is saved in" if stop.saved else "the last checkpoint is"
     text = f"interrupted after {stop.steps} steps of this run; {begun} {latest}"
     if config.get("use_parallel"):
-        return f"{text}\nresume by the same command with --load_checkpoint {latest} --resume_training True"
+        on_cpus = (config.get("context") or {}).get("device_target") == "CPU"
+        resume = "" if on_cpus else " --resume_training True"
+        latest = latest / "rank_0" if on_cpus and (latest / "rank_0").is_dir() else latest  # the whole model
+        what = "start from its weights (on CPUs parallel runs cannot be resumed)" if on_cpus else "resume"
+        return f"{text}\n{what} by the same command with --load_checkpoint {shlex.quote(str(latest))}{resume}"
     return f"{text}\nresume with: {resuming_command(argv, latest)}"
