@@ -32,6 +32,7 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
+from mindformers.pipeline.text_generation_pipeline import TextGenerationPipeline
 from mindformers.tools.logger import get_logger
 from mindformers.tools.logger import logger as library_logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
@@ -52,6 +53,7 @@ from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCel
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
+from research.telechat2.generation.padding import Rows, pad_rows
 from research.telechat2.generation.sampling import Sampling, check_finite, next_token, row_generators
 from research.telechat2.telechat_chunks import read_in_chunks
 from research.telechat2.telechat_pool import check_pool
@@ -323,12 +325,40 @@ def find_graph_again(cell: nn.Cell, phase: str, inputs: dict) -> None:
         cell.last_shapes[phase] = shapes
 
 
+def _ids_of(value) -> set:
+    return set(value) if isinstance(value, list | tuple) else {value}
+
+
+_preprocess_by_library = TextGenerationPipeline.preprocess
+
+
+def _preprocess_rows(self, inputs, **parameters):
+    """Prompts of the pipeline for a model of ours: rows of their own lengths, without padding.
+
+    The pipeline pads by the tokenizer's padding id, and ``generate`` measures by the model's.
+    """
+    if not isinstance(self.network, PreTrainedModel) or isinstance(inputs, dict):
+        return _preprocess_by_library(self, inputs, **parameters)
+    special = parameters.get("add_special_tokens", True)
+    prompts = [inputs] if isinstance(inputs, str) else inputs
+    return {
+        "input_ids": Rows(
+            list(self.tokenizer(prompt, return_tensors=None, add_special_tokens=special)["input_ids"])
+            for prompt in prompts
+        )
+    }
+
+
+TextGenerationPipeline.preprocess = _preprocess_rows
+
+
 class PreTrainedModel(_PreTrainedModel):
     """MindFormers' model, whose next tokens are chosen by rules of our own: see generation/sampling.py."""
 
     def generate(self, input_ids, generation_config=None, *args, seed=None, **kwargs):
         """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
 
+        ``input_ids`` may be Rows: then no id is taken for padding, whatever ``pad_token_id`` is.
         ``longest`` ``[B]``: tokens that prompt and answer of each row may have, if it is not just what
         ``max_new_tokens`` or ``max_length`` says; see RequestLengths. ``seed``: of sampling; None goes on
         with NumPy's global random numbers.
@@ -337,6 +367,12 @@ class PreTrainedModel(_PreTrainedModel):
             ValueError: a setting of sampling is none, the blocks of the cache may run out, or the logits
                 of a step are no numbers.
         """
+        if isinstance(input_ids, Rows):
+            preferred = (kwargs.get("pad_token_id"), self.config.pad_token_id)
+            ends = _ids_of(kwargs.get("eos_token_id")) | _ids_of(self.config.eos_token_id)
+            input_ids, kwargs["pad_token_id"] = pad_rows(
+                input_ids, [padding for padding in preferred if padding not in ends]
+            )
         settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
         settings.update(**kwargs)
         self.sampling = Sampling.of(settings)

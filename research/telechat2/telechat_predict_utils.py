@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.formats import Conversation
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary
 from research.telechat2.generation.answer import STOPPED, Answer, Clock, Stopped
+from research.telechat2.generation.padding import Rows
 from research.telechat2.telechat_chat import encode, render
 from research.telechat2.telechat_pool import check_pool
 from research.telechat2.telechat_predict_group import Group
@@ -104,14 +104,12 @@ class Predictor:
         self.check(prompts)
         single = len(prompts) == 1
         clock = Clock(on_token if single else None, stop if single else None)
-        longest = max(len(ids) for ids in prompts)
-        padding = self.tokenizer.pad_token_id  # the config's may be -1, "none": no length could be told by it
-        padded = [ids + [padding] * (longest - len(ids)) for ids in prompts]
+        padding = self.tokenizer.pad_token_id
         settings = self.generation | {"max_new_tokens": self._room_of_all(prompts), "pad_token_id": padding}
         if not self.model.config.extend_by_prompt:
             settings["longest"] = [len(ids) + self._room(ids) for ids in prompts]
         try:
-            outputs = self.model.generate(np.array(padded, np.int32), streamer=clock, **settings)
+            outputs = self.model.generate(Rows(prompts), streamer=clock, **settings)
         except Stopped:
             return [self._answer(clock.tokens, STOPPED, clock)]
         answers = []
@@ -220,6 +218,7 @@ def load_predictor(
     vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint, named)
+    check_answering_vocabulary(vocab_file, checkpoint)
     taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file))
     settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):

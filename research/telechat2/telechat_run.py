@@ -19,6 +19,7 @@ from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.config.preflight import check_settings
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary, check_data_vocabulary
 from research.telechat2.plan.check import check as check_plan
 from research.telechat2.run.evaluation import prepare_evaluation
 from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
@@ -34,7 +35,7 @@ from research.telechat2.telechat_run_config import (
     resolve_config,
     resolve_folder,
 )
-from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers
+from research.telechat2.telechat_run_data import check_dataset, fit_dataset_workers, record_files
 from research.telechat2.telechat_run_end import add_monitor, print_end, print_plan
 from research.telechat2.telechat_run_keys import TEMPLATE
 from research.telechat2.telechat_run_log import hush_loaders
@@ -107,6 +108,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_cpu_plan(config)
     if mode.startswith("predict"):
         check_vocab_file(config)
+        check_answering_vocabulary(config["processor"]["tokenizer"]["vocab_file"], weights)
     if training:
         _check_training(config)
     if mode in (*TRAINING, "eval"):
@@ -115,9 +117,11 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         leave_sinks_on_cpus(config)
         config["optimizer"] = with_float_fields(config["optimizer"])
         check_dataset(config, "train")
+        check_data_vocabulary(record_files(config, "train"), weights)
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
         check_dataset(config, "eval")
+        check_data_vocabulary(record_files(config, "eval"), weights)
         prepare_evaluation(config, training=training)
     fit_dataset_workers(config)
     carry_out = partial(_show_and_carry_out, path=path, verbose=verbose)

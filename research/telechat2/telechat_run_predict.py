@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from research.telechat2.data.formats import read_text_lines
+from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
 from research.telechat2.text.messages import is_blank
@@ -84,8 +85,9 @@ def prepare_prompts(config) -> str | list[str]:
     """
     prompts = _read(config.input_data)
     section = dict(config.processor.tokenizer)
-    if section.pop("type", None) != TOKENIZER:
-        print(f"prompts not checked: the tokenizer is no {TOKENIZER}", flush=True)
+    if (kind := section.pop("type", None)) != TOKENIZER:
+        check_pieces(section.get("vocab_file"), _with_defaults(config.model.model_config))
+        print(f"prompts not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
         return prompts
     section.pop("auto_register", None)
     from research.telechat2.telechat_tokenizer import TelechatTokenizer

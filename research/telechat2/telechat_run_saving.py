@@ -7,8 +7,10 @@ from research.telechat2.checkpoint.relatives.reading import read_json
 from research.telechat2.checkpoint.relatives.written import trained_config
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.sources import latest_iteration
+from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
 from research.telechat2.plan.settings import model_config, section_of, with_defaults
 from research.telechat2.telechat_prompt_format import write_json
+from research.telechat2.telechat_run_data import record_files
 
 # the section `checkpoint:` -> the callback CheckpointMonitor
 MONITOR_KEYS = {
@@ -121,6 +123,8 @@ def record_config(config: dict, weights: str | None) -> None:
     fields = model_config(config, with_defaults(config, "parallel_config"))
     source = config_beside(Path(weights).expanduser()) if weights else None
     content = trained_config(fields, read_json(source) if source else None, from_scratch=not weights)
+    if config.get("train_dataset") and (vocabulary := data_vocabulary(record_files(config, "train"))):
+        content[HASH_KEY] = vocabulary
     folder = checkpoint_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, content)

@@ -14,6 +14,7 @@ import yaml
 
 from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary
 from research.telechat2.serve import settings
 from research.telechat2.serve.flat import flat_files
 from research.telechat2.telechat_files import fsync
@@ -85,6 +86,7 @@ def read_sources(
         print(f"model_config: {line}", file=sys.stderr)
     world_size = world_size or world_size_of(config, yaml_file)
     model_config = model_config_of(config, yaml_file, world_size)
+    check_answering_vocabulary(vocab_file, checkpoint)
     tokenizer = _checked_tokenizer(model_config, vocab_file)
     _check_weights(model_config, checkpoint, world_size)
     prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)

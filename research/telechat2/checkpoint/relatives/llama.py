@@ -39,6 +39,7 @@ from research.telechat2.checkpoint.relatives.tokenizer_files import (
     companions,
     exported_tokenizer,
     generation_config,
+    vocabulary_notes,
 )
 from research.telechat2.checkpoint.relatives.yamls import yaml_files
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
@@ -97,7 +98,7 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
         notes.append(
             f"{' and '.join(yamls)} run this model; {CONFIG} and tokenizer go along with the weights"
         )
-        notes += lost_ids(description)
+        notes += [*vocabulary_notes(along, plan.sizes.vocab_size), *lost_ids(description)]
     return run_job(Job(source, sources, files, back, "ms", beside, notes=tuple(notes)), folder, options)
 
 

@@ -11,7 +11,7 @@ from research.telechat2.checkpoint.sizes import TelechatSizes
 _WITHOUT_EFFECT = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"),
     *("initializer_range", "use_cache", "attention_dropout", "unk_token_id", "pretraining_tp", "auto_map"),
-    *("max_sequence_length", "output_attentions", "output_hidden_states", "return_dict"),
+    *("tokenizer_sha256", "max_sequence_length", "output_attentions", "output_hidden_states", "return_dict"),
 }
 _READ = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

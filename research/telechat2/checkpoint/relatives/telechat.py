@@ -4,7 +4,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.relatives.description import describe_telechat, lost_ids
 from research.telechat2.checkpoint.relatives.reading import read_json
-from research.telechat2.checkpoint.relatives.tokenizer_files import GENERATION, companions
+from research.telechat2.checkpoint.relatives.tokenizer_files import GENERATION, companions, vocabulary_notes
 from research.telechat2.checkpoint.relatives.yamls import yaml_files
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.table import Side
@@ -23,6 +23,7 @@ def telechat_files(
     """
     files = companions(config.parent)
     notes = (f"{', '.join(files)} go along too",) if files else ()
+    notes += vocabulary_notes(files, sizes.vocab_size)
     content = read_json(config)
     if content is None:
         return files, notes

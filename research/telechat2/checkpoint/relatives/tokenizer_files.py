@@ -33,6 +33,22 @@ def companions(
     return {file.name: file.read_bytes() for file in files}
 
 
+def vocabulary_notes(files: dict[str, bytes], vocab_size: int) -> tuple[str, ...]:
+    """Notes on a tokenizer.model that goes along with weights of ``vocab_size`` rows."""
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=files[MODEL]).get_piece_size()
+    except (KeyError, RuntimeError):  # none, or no SentencePiece
+        return ()
+    if pieces <= vocab_size:
+        return ()
+    return (
+        f"warning: {MODEL} has {pieces} pieces, but the embedding {vocab_size} rows; prediction and training "
+        "refuse this vocabulary",
+    )
+
+
 def exported_tokenizer(
     folder: Path, vocab_file: Path | None, description: Description, prompt_format: str | None
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:

@@ -18,10 +18,13 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
     """
     section = {key: value for key, value in model_section(description).items() if key not in _OF_CONFIG}
     finetune, predict = dict(section), dict(section)
-    if description.origin == "llama" and "pad_token_id" not in finetune:
-        finetune["pad_token_id"] = -1  # no token is padding, and all that no label excludes are trained
+    if description.origin == "llama":
         end = predict.get("eos_token_id", 0)
-        predict["pad_token_id"] = end[0] if isinstance(end, list) else end  # fills up a batch
+        ends = end if isinstance(end, list) else [end]
+        padding = finetune.get("pad_token_id", -1)
+        if padding < 0 or padding in ends:
+            finetune["pad_token_id"] = -1  # no token is padding, and all that no label excludes are trained
+            predict["pad_token_id"] = ends[0]  # lengths do not depend on it, see generation/padding.py
     sections = {"finetune": {"model": {"model_config": finetune}}}
     sections["predict"] = {"model": {"model_config": predict}}
     if description.origin == "llama" and vocabulary is not None and (own := _llama_tokenizer(vocabulary)):

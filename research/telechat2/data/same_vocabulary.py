@@ -1,0 +1,166 @@
+"""Whether data, weights and tokenizer are of one vocabulary: by hash, or by pieces where files are there.
+
+Ids of another vocabulary train and answer without an error as long as they are below ``vocab_size``.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from research.telechat2.checkpoint.relatives.reading import read_json
+from research.telechat2.checkpoint.sizes import CONFIG, config_beside
+from research.telechat2.telechat_prompt_format import manifest_path
+
+MODEL = "tokenizer.model"
+HASH_KEY = "tokenizer_sha256"  # in the config.json of what was trained here
+
+
+def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> None:
+    """Compare the vocabulary that MindRecord files were made with, and that of the weights.
+
+    Files without a manifest, and weights without a tokenizer or a record of it, are not compared.
+
+    Raises:
+        ValueError: two vocabularies; with the files that say so.
+    """
+    made = [(file, tokenizer) for file in files if (tokenizer := _tokenizer_of(file)).get("sha256")]
+    for file, tokenizer in made[1:]:
+        first_file, first = made[0]
+        if not _same(tokenizer, first["sha256"], _existing(first)):
+            raise ValueError(
+                f"{first_file} and {file} were made with two vocabularies ({first.get('path')} and "
+                f"{tokenizer.get('path')}), whose ids mean different text: prepare all data with one "
+                "tokenizer.model."
+            )
+    if not made or weights is None:
+        return
+    file, tokenizer = made[0]
+    digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
+    if digest and not _same(tokenizer, digest, beside):
+        raise ValueError(
+            f"{file} was made with {tokenizer.get('path')} ({_short(tokenizer['sha256'])}), but the weights "
+            f"{weights} belong to another vocabulary ({_short(digest)}, {where}): its ids mean different "
+            "text. Prepare the data again with the tokenizer.model of these weights, or load the weights that "
+            "belong to the data."
+        )
+
+
+def check_answering_vocabulary(vocab_file: str | Path, weights: str | Path | None) -> None:
+    """Compare the vocabulary of a prediction with that of the weights, where something tells it.
+
+    Raises:
+        ValueError: they are two.
+    """
+    if weights is None or Path(vocab_file).suffix != ".model":
+        return
+    digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
+    own = {"sha256": sha256(vocab_file), "path": str(vocab_file)}
+    if digest and not _same(own, digest, beside):
+        raise ValueError(
+            f"{vocab_file} ({_short(own['sha256'])}) is not the vocabulary of the weights {weights} "
+            f"({_short(digest)}, {where}); give the tokenizer.model that they were trained with."
+        )
+
+
+def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
+    """Compare a SentencePiece vocabulary of another kind, such as a Llama's, with ``model_config``.
+
+    Raises:
+        ValueError: more pieces than the embedding has rows, or an ordinary piece begins or ends answers.
+    """
+    model = _load(Path(vocab_file)) if vocab_file and Path(vocab_file).is_file() else None
+    if model is None:
+        return
+    size, rows = model.get_piece_size(), settings["vocab_size"]
+    if size > rows:
+        raise ValueError(
+            f"{vocab_file} has {size} pieces, but the model's vocab_size is {rows}; this is another model's "
+            "vocabulary."
+        )
+    for name, own in (("bos_token_id", model.bos_id()), ("eos_token_id", model.eos_id())):
+        given = settings[name] if isinstance(settings[name], list) else [settings[name]]
+        for index in given:
+            if not isinstance(index, int) or index == own or not 0 <= index < size:
+                continue  # none, or a token that is added to the vocabulary
+            piece = model.id_to_piece(index)
+            marked = (
+                model.is_control(index) or model.is_unknown(index) or re.fullmatch(r"[<\[].*[>\]]", piece)
+            )
+            if not marked or model.is_byte(index):
+                raise ValueError(
+                    f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}, and its "
+                    f"own is {own}; correct {name} in the YAML and in config.json, or give the vocabulary of "
+                    "this model."
+                )
+
+
+def data_vocabulary(files: Iterable[Path]) -> str | None:
+    """The hash of the vocabulary that MindRecord files were made with; None where no manifest says it."""
+    hashes = (_tokenizer_of(file).get("sha256") for file in files)
+    return next(filter(None, hashes), None)
+
+
+def vocabulary_of_weights(path: Path) -> tuple[str | None, Path | None, str]:
+    """Hash, file and place of the vocabulary that weights belong to; None where nothing tells it."""
+    config = config_beside(path)
+    recorded = (read_json(config) or {}).get(HASH_KEY) if config else None
+    folder = config.parent if config and config.name == CONFIG else path if path.is_dir() else path.parent
+    beside = folder / MODEL
+    if isinstance(recorded, str):
+        same = beside.is_file() and sha256(beside) == recorded
+        return recorded, beside if same else None, f"recorded in {config}"
+    if beside.is_file():
+        return sha256(beside), beside, str(beside)
+    return None, None, ""
+
+
+def sha256(path: str | Path) -> str:
+    """The hash of a file, as manifests have it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenizer_of(file: Path) -> dict:
+    path = manifest_path(file)
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8")).get("tokenizer") if path.is_file() else None
+    except (ValueError, AttributeError):  # check_dataset reports it
+        return {}
+    return tokenizer if isinstance(tokenizer, dict) else {}
+
+
+def _same(tokenizer: dict, digest: str, other: Path | None) -> bool:
+    """Whether a tokenizer is that of ``digest``, or one of the same pieces where both files are there."""
+    if tokenizer["sha256"] == digest:
+        return True
+    own = _existing(tokenizer)
+    return own is not None and other is not None and _pieces(own) == _pieces(other)
+
+
+def _existing(tokenizer: dict) -> Path | None:
+    path = Path(tokenizer.get("path") or "")
+    return path if path.is_file() and sha256(path) == tokenizer["sha256"] else None
+
+
+def _load(path: Path):
+    """A SentencePiece vocabulary; None if the file is another's."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        return None
+
+
+def _pieces(path: Path) -> list:
+    model = _load(path)
+    if model is None:
+        return [sha256(path)]
+    size = model.get_piece_size()
+    return [(model.id_to_piece(i), model.is_control(i), model.get_score(i)) for i in range(size)]
+
+
+def _short(digest: str) -> str:
+    return f"sha256 {digest[:12]}…"
