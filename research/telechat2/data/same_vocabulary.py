@@ -41,9 +41,9 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
     if digest and not _same(tokenizer, digest, beside):
         raise ValueError(
             f"{file} was made with {tokenizer.get('path')} ({_short(tokenizer['sha256'])}), but the weights "
-            f"{weights} belong to another vocabulary ({_short(digest)}, {where}): its ids mean different "
-            "text. Prepare the data again with the tokenizer.model of these weights, or load the weights that "
-            "belong to the data."
+            f"{weights} belong to another vocabulary ({_short(digest)}, {where}): its ids mean other "
+            "text. Prepare the data again with the tokenizer.model of these weights, or load the weights "
+            "that belong to the data."
         )
 
 
@@ -90,8 +90,8 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
             )
             if not marked or model.is_byte(index):
                 raise ValueError(
-                    f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}, and its "
-                    f"own is {own}; correct {name} in the YAML and in config.json, or give the vocabulary of "
+                    f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}; its "
+                    f"own is {own}. Correct {name} in the YAML and in config.json, or give the vocabulary of "
                     "this model."
                 )
 
