@@ -18,8 +18,7 @@ def pad_rows(rows: Sequence[Sequence[int]], preferred: Sequence[int | None] = ()
 
     Args:
         rows: ids, at least one in each row.
-        preferred: ids to pad with, the best first; those that cannot be are passed over. MindFormers'
-            repetition penalty counts the padding as said, so those that are never an answer come first.
+        preferred: ids to pad with, the best first; those that cannot be are passed over.
 
     Returns:
         The array ``[B, longest]`` int32, and the id that it is padded with, which no row ends with.
