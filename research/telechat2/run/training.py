@@ -2,8 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -50,7 +50,7 @@ def train(
         Interrupted: after Ctrl-C, with what is saved and the command that resumes.
     """
     first = is_first_process()
-    with only_training_in(Path(config["output_dir"])) if first else nullcontext(), stopping() as stop:
+    with _locked(config) if first else nullcontext(), stopping() as stop:
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
@@ -66,6 +66,16 @@ def train(
             sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
             raise Interrupted(farewell(config, stop, sys.argv))
+
+
+@contextmanager
+def _locked(config: dict) -> Iterator[None]:
+    """Hold the output folder, and that of the checkpoints where it lies elsewhere."""
+    output, saves = Path(config["output_dir"]), checkpoint_folder(config)
+    with ExitStack() as stack:
+        for folder in [output] if saves.is_relative_to(output.absolute()) else [output, saves]:
+            stack.enter_context(only_training_in(folder))
+        yield
 
 
 def leave_sinks_on_cpus(config: dict) -> None:
@@ -84,6 +94,7 @@ def _prepare(config: dict) -> Training:
     record = describe_training(config, record_files(config, "train"))
     check = _check_position(config, record) if config.get("resume_training") else None
     steps = record.total_steps
+    _check_sinks(record)
     for note in check_schedule_length(config, steps) if steps else []:
         print(f"note: {note}", flush=True)
     if sizes := known_sizes(config):
@@ -94,6 +105,24 @@ def _prepare(config: dict) -> Training:
         if warning:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     return Training(record, check)
+
+
+def _check_sinks(record: TrainingRecord) -> None:
+    """Steps that fill no sink are not trained; a run of none cannot start."""
+    if record.total_steps is None or not record.sink_size:
+        return
+    steps, size = record.steps_per_epoch * record.epochs, record.sink_size
+    if steps < size:
+        raise ValueError(
+            f"runner_config.sink_size is {size}, and the run has {steps} steps ({record.epochs} epochs of "
+            f"{record.steps_per_epoch}): no sink is full, and nothing would be trained; lower sink_size."
+        )
+    if steps > record.total_steps:
+        print(
+            f"note: the last {steps - record.total_steps} of {steps} steps are not trained: they fill no "
+            f"sink of runner_config.sink_size {size}",
+            flush=True,
+        )
 
 
 def _check_position(config: dict, record: TrainingRecord) -> Callable[[int, int, int, float], None]:

@@ -1,0 +1,87 @@
+"""A training before it starts: its folders, its sinks, and whether it goes on at the right record."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from saved_iterations import RECORD, save_iteration
+
+from research.telechat2.run import training
+from research.telechat2.run.training import leave_sinks_on_cpus, train
+
+
+def settings(folder: Path, **changes) -> dict:
+    return {"output_dir": str(folder / "out"), "checkpoint": {"prefix": "t"}} | changes
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Trainings whose data need not exist: the record of the saved iterations, with changes."""
+
+    def describe(**changes):
+        record = replace(RECORD, **changes)
+        monkeypatch.setattr(training, "describe_training", lambda config, files: record)
+        monkeypatch.setattr(training, "record_files", lambda config, which: [])
+        monkeypatch.setattr(training, "record_config", lambda *given: None)
+
+    return describe
+
+
+def test_a_cpu_has_no_sinks(capsys):
+    """MindFormers multiplies the epochs by the sinks of each; MindSpore then trains whole epochs on a CPU."""
+    for runner, target, expected in (
+        ({"sink_mode": True}, "CPU", False),
+        ({}, "CPU", False),  # MindFormers' default is True
+        ({"sink_mode": True}, "Ascend", True),
+        ({"sink_mode": False}, "CPU", False),
+    ):
+        config = {"runner_config": runner, "context": {"device_target": target}}
+        leave_sinks_on_cpus(config)
+        assert config["runner_config"]["sink_mode"] is expected
+    assert capsys.readouterr().out.count("sink_mode") == 2
+
+
+def test_the_trainer_is_given_the_record_and_the_check(described, tmp_path):
+    described()
+    iteration = save_iteration(tmp_path / "checkpoint", 8)
+    found = []
+    config = settings(tmp_path, load_checkpoint=str(iteration), resume_training=True)
+    train(config, lambda config, source, training: found.append(training))
+    (given,) = found
+    assert given.record == RECORD
+    given.check(8, 5, 1, 1.0)  # as the open data says
+    with pytest.raises(ValueError, match="steps of an epoch: 5 -> 7"):
+        given.check(8, 7, 1, 1.0)
+    with pytest.raises(ValueError, match="records of a step .*: 1 -> 2"):
+        given.check(8, 5, 2, 1.0)
+
+
+@pytest.mark.parametrize("key", ["ignore_data_skip", "data_skip_steps"])
+def test_data_is_not_skipped_otherwise_in_a_run_that_resumes(described, tmp_path, key):
+    described()
+    iteration = save_iteration(tmp_path / "checkpoint", 8)
+    config = settings(tmp_path, load_checkpoint=str(iteration), resume_training=True, **{key: 3})
+    with pytest.raises(ValueError, match=f"{key} is 3"):
+        train(config, lambda *given: pytest.fail("started"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sinks_that_are_not_full(described, tmp_path, capsys):
+    described(sink_size=4)
+    train(settings(tmp_path), lambda *given: None)
+    assert "the last 3 of 15 steps are not trained" in capsys.readouterr().out
+    described(sink_size=16)
+    with pytest.raises(ValueError, match="sink_size is 16, and the run has 15 steps"):
+        train(settings(tmp_path), lambda *given: pytest.fail("started"))
+
+
+def test_checkpoints_elsewhere_are_one_trainings_too(described, tmp_path):
+    described()
+    elsewhere = {"checkpoint": {"prefix": "t", "save_path": str(tmp_path / "saves")}}
+
+    def second(*given):
+        other = settings(tmp_path / "other", **elsewhere)
+        with pytest.raises(ValueError, match=f"another training is writing into {tmp_path / 'saves'}"):
+            train(other, lambda *given: pytest.fail("started"))
+
+    train(settings(tmp_path, **elsewhere), second)
