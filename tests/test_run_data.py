@@ -127,7 +127,7 @@ def test_data_that_cannot_be_read_is_refused(records, tmp_path):
         ({"use_parallel": True, "parallel.parallel_mode": 0}, "this is a single process"),
         (
             {"runner_config.gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps is 2, .* batch_size higher",
+            "gradient_accumulation_steps is 2, .*batch_size higher",
         ),
         (
             {"runner_config.gradient_accumulation_steps": 2, "use_parallel": True}

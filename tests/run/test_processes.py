@@ -16,7 +16,7 @@ def no_launcher(monkeypatch):
 
 @pytest.mark.parametrize("context", [{"device_target": "Ascend"}, {"device_target": "CPU"}, {}])
 def test_use_parallel_without_a_launcher_is_refused_on_every_target(context):
-    with pytest.raises(ValueError, match="use_parallel is True.* msrun_launcher.sh .* --use_parallel False"):
+    with pytest.raises(ValueError, match="use_parallel is True.*msrun_launcher.sh .* --use_parallel False"):
         check_processes({"use_parallel": True, "context": context})
 
 
