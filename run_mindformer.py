@@ -4,10 +4,13 @@ Any further ``--section.key value`` overrides that key of the YAML.
 """
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent)  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
 from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402

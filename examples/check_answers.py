@@ -8,12 +8,15 @@ token up to and including ``<_end>`` is the one that was trained.
 """
 
 import argparse
+import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
 from research.telechat2.telechat_run_config import resolve_config  # noqa: E402

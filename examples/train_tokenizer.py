@@ -8,10 +8,13 @@ conversation repeats, becomes a dozen tokens. Ids 0 to 389 (markers, digits, res
 of the released vocabulary.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 import argparse  # noqa: E402
 import io  # noqa: E402

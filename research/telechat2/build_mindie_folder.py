@@ -8,10 +8,13 @@ The folder needs MindFormers, not this plugin; the weights stay where they are.
 """
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
 from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402

@@ -1,9 +1,12 @@
 """Convert a MindSpore checkpoint of TeleChat2 to torch weights (Hugging Face's names)."""
 
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 import argparse  # noqa: E402
 

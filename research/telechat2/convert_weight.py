@@ -4,10 +4,13 @@ With --qkv_concat or --tensor_parallel to the layouts of parallel inference; a M
 layout can be given as well then, with --pre_ckpt_path.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 import argparse  # noqa: E402
 

@@ -1,10 +1,13 @@
 """Train or fine-tune a TeleChat2 model with a few arguments; run_mindformer.py takes all of MindFormers'."""
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.telechat_cli import run as run_command  # noqa: E402
 from research.telechat2.telechat_run import TRAINING, VERBOSE, run  # noqa: E402

@@ -13,10 +13,13 @@ Answers go to standard output, figures to standard error. Several processes shar
 import argparse
 import io
 import os
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
 from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402

@@ -9,11 +9,13 @@ As a command it shows what a model is trained on:
     python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
 """
 
+import runpy
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 import argparse
 import os

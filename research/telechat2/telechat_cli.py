@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from research.telechat2.common.environment import PACKAGES, VERSIONS, remedy
+
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and end the process: 0 on success, 1 for a mistake a user can mend, 130 for Ctrl-C.
@@ -23,6 +25,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         _report(f"error: {error}")
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in {**PACKAGES, **VERSIONS}:
+            raise
+        _report(f"error: {package}: not installed in this Python ({sys.executable}); {remedy()}.")
         sys.exit(1)
     sys.exit(0)
 

@@ -1,10 +1,13 @@
 """Check a training plan before a single NPU is rented: its rules at once, its graph by compiling it here."""
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.plan.command import plan  # noqa: E402
 from research.telechat2.telechat_cli import run  # noqa: E402

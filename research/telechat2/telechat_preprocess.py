@@ -1,9 +1,12 @@
 """Command: turn jsonl files of conversations and texts into MindRecord training data."""
 
+import runpy
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from anywhere
+if __name__ == "__main__":
+    runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 import argparse  # noqa: E402
 

@@ -1,0 +1,1 @@
+"""What all of the plugin stands on; it imports nothing of it."""
