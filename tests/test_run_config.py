@@ -12,6 +12,7 @@ from research.telechat2.telechat_run_config import (
     read_config,
     resolve_config,
     resolve_folder,
+    value_word,
 )
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -161,3 +162,36 @@ def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
     (tmp_path / "e.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"e\.yaml is not valid YAML"):
         read_config(tmp_path / "e.yaml")
+
+
+def test_numbers_are_those_of_yaml_1_2_and_a_key_stands_once(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("a: 1e-5\nb: '1e-5'\nc: [1E3, -2.5e-1]\nd: 1e5x\n", encoding="utf-8")
+    assert read_config(path) == {"a": 1e-5, "b": "1e-5", "c": [1000.0, -0.25], "d": "1e5x"}
+    path.write_text("seed: 1\nmodel:\n  model_config: {}\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the key seed stands twice, first in line 1"):
+        read_config(path)
+    path.write_text("model:\n  model_config: {a: 1}\n  model_config: {b: 2}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the key model_config stands twice, first in line 2"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        False,
+        3,
+        1e-5,
+        [8, 8],
+        {"a": True, "b": "1f1b", "c": None},
+        "text",
+        "True",
+        "3",
+        "",
+        [[1], []],
+    ],
+)
+def test_a_value_is_written_as_it_is_read(value):
+    assert parse_value(value_word(value)) == value

@@ -132,9 +132,22 @@ def check_fields(config) -> None:
     Raises:
         ValueError: with the values.
     """
+    _check_booleans(config)
     _check_sizes(config)
     _check_choices(config)
     _check_rest(config)
+
+
+def _check_booleans(config) -> None:
+    """The text "False" would be taken for true."""
+    for name in (
+        "tie_word_embeddings", "extend_by_prompt", "use_past", "qkv_concat", "is_dynamic",
+        "use_flash_attention", "do_sample", "disable_lazy_inline",
+    ):  # fmt: skip
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; it must be True or False, without quotes."
+            )
 
 
 def _check_sizes(config) -> None:

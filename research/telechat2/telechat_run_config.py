@@ -94,6 +94,41 @@ def resolve_folder(name: str, cwd: Path, checkout: Path = CHECKOUT) -> Path:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which makes no Python objects; with numbers of YAML 1.2, and no key twice.
+
+    YAML 1.1 reads ``1e-5`` as text, and of a key that stands twice the last wins without a word.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark, f"the key {name} stands twice, first in line "
+                    f"{seen[name]}; remove one", key.start_mark,
+                )  # fmt: skip
+            seen[name] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> object:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, or a section has a key twice.
+    """
+    return yaml.load(text, _Loader)
+
+
 def read_config(path: Path) -> dict:
     """Read a YAML and the chain of files it names in ``base_config``; the file's own keys win.
 
@@ -106,7 +141,7 @@ def read_config(path: Path) -> dict:
         OSError: a file of the chain cannot be read.
     """
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        own = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(own, dict):
@@ -161,7 +196,7 @@ def parse_value(text: str) -> object:
         return text.lower() == "true"
     if text[0] in "[{\"'":
         try:
-            return yaml.safe_load(text)
+            return load_yaml(text)
         except yaml.YAMLError:
             return text
     return text

@@ -3,13 +3,11 @@
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.serve import settings
 from research.telechat2.serve.folder import dump_json, dump_yaml, model_config_of, world_size_of
 from research.telechat2.telechat_files import atomic_write
-from research.telechat2.telechat_run_config import read_config, shipped_configs
+from research.telechat2.telechat_run_config import load_yaml, read_config, shipped_configs
 
 _ENTRY = f'''"""The file that MindFormers loads: settings, tokenizer and model of the installed plugin."""
 
@@ -75,7 +73,7 @@ def _only_yaml(folder: Path) -> Path:
 
 def _read_copy(yaml_file: Path) -> dict:
     """A YAML with its bases, which for the copy of a shipped file are those of the plugin."""
-    own = yaml.safe_load(yaml_file.read_text(encoding="utf-8"))
+    own = load_yaml(yaml_file.read_text(encoding="utf-8"))
     base = own.get("base_config") if isinstance(own, dict) else None
     if not isinstance(base, str) or (yaml_file.parent / base).is_file():
         return read_config(yaml_file)
