@@ -4,9 +4,12 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from research.telechat2.common.environment import PACKAGES, VERSIONS, remedy
@@ -42,6 +45,31 @@ def _report(sentence: str) -> None:
         Path(folder, f"rank_{os.environ.get('RANK_ID', os.getpid())}").write_text(f"{sentence}\n", "utf-8")
     else:
         print(sentence, file=sys.stderr)
+
+
+@contextmanager
+def interrupt_afterwards(what: str) -> Iterator[None]:
+    """Hold Ctrl-C back while ``what`` is done, which would crash in the middle: KeyboardInterrupt follows it.
+
+    So it is while MindSpore is imported: its C++ code ends the process when a module half done is left.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
+    interrupted = []
+
+    def note(*_) -> None:
+        if not interrupted:
+            print(f"interrupted; ending as soon as {what}", file=sys.stderr, flush=True)
+        interrupted.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

@@ -16,6 +16,7 @@ from research.telechat2.telechat_cli import run  # noqa: E402
 def main() -> None:
     """Parse the arguments and run."""
     from research.telechat2.data import engines, job
+    from research.telechat2.data.report_words import LANGUAGES
     from research.telechat2.telechat_chat import TRAIN_ON
 
     parser = argparse.ArgumentParser(
@@ -87,8 +88,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument(
         "--report",
-        action="store_true",
-        help="also write a page with statistics and samples: .mindrecord.html",
+        nargs="?",
+        const="en",
+        default="",
+        choices=LANGUAGES,
+        help="also write a page with statistics and samples: .mindrecord.html, in English or Chinese (zh)",
     )
     args = parser.parse_args()
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from data_lines import chat, write_lines
+from data_lines import chat, plain_lines, write_lines
 
 from research.telechat2.data import engines, preparing, sources, spool, writing
 from research.telechat2.data.job import Options
@@ -58,7 +58,7 @@ def expected(corpus, small_vocab, tmp_path_factory) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         small_parts.__wrapped__(patch)
         folder = tmp_path_factory.mktemp("expected") / "out"
-        result = prepare(str(corpus), small_vocab, folder, OPTIONS, workers=1, html_report=True)
+        result = prepare(str(corpus), small_vocab, folder, OPTIONS, workers=1, html_report="en")
     counts = result["counts"]
     assert counts["lines"] == 239 and len(result["files"]) >= 3
     assert counts["lines"] == counts["conversations"] + counts["texts"] + sum(counts["skipped"].values())
@@ -70,7 +70,7 @@ def expected(corpus, small_vocab, tmp_path_factory) -> dict[str, bytes]:
 def test_any_number_of_workers_gives_the_same_bytes(
     small_parts, corpus, small_vocab, expected, tmp_path, workers
 ):
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=workers, html_report=True)
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=workers, html_report="en")
     assert contents(tmp_path / "out") == expected
 
 
@@ -110,7 +110,7 @@ def test_killed_before_any_write_and_continued_the_bytes_are_the_same(
         allowed[0] = kills % 7 + kills // 7  # sometimes it gets on, sometimes it is killed at once
         try:
             prepare(
-                str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=1, html_report=True, resume=True
+                str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=1, html_report="en", resume=True
             )
             break
         except Killed:
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     sources.BATCH_BYTES, spool.SEGMENT_BATCHES, spool.BUCKET_TOKENS = 1500, 3, 2000
     options = Options(max_length=63, seed=7, records_per_file=40, bad_lines="skip")
     corpus, vocab, out = sys.argv[1:]
-    preparing.prepare(corpus, vocab, out, options, workers=2, html_report=True, resume=True)
+    preparing.prepare(corpus, vocab, out, options, workers=2, html_report="en", resume=True)
 """
 
 
@@ -198,7 +198,7 @@ def test_an_engine_that_cannot_be_used_deletes_nothing(stopped, corpus, small_vo
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="--engine ray needs Ray, which is not installed; install it with"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="ray", resume=True)
-    prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, html_report=True)
+    prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, html_report="en")
     assert contents(stopped) == expected
 
 
@@ -216,7 +216,7 @@ def test_a_disk_that_fails_is_a_sentence_and_the_run_can_go_on(
     ):
         patch.setattr(FileWriter, "commit", full)
         prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report=True)
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report="en")
     assert contents(tmp_path / "out") == expected
 
 
@@ -228,7 +228,7 @@ def test_ctrl_c_says_how_to_go_on(small_parts, corpus, small_vocab, expected, tm
         patch.setattr(preparing, "_part", interrupted)
         prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)
     assert capsys.readouterr().err.endswith("stopped; the same command with --resume continues\n")
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report=True)
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report="en")
     assert contents(tmp_path / "out") == expected
 
 
@@ -256,3 +256,30 @@ def test_a_ray_cluster_of_two_workers_gives_the_same_bytes(corpus, small_vocab, 
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
+
+
+def test_an_interrupt_while_mindspore_is_imported_ends_without_a_crash(small_vocab, tmp_path):
+    """It is imported when the first records are written; the run goes on with --resume."""
+    write_lines(tmp_path / "d.jsonl", plain_lines(3))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [
+        sys.executable,
+        str(CHECKOUT / "research/telechat2/telechat_preprocess.py"),
+        "--input_dataset_file",
+        "d.jsonl",
+        "--max_length",
+        "60",
+    ]
+    command += ["--vocab_file_path", str(small_vocab), "--output_path", "out"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"TMPDIR": str(scratch)}, text=True, stderr=subprocess.PIPE
+    )
+    while "/mindspore/" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "--resume" in said
+    assert not list(scratch.iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".dataset.mindrecord.partial"]

@@ -39,7 +39,7 @@ def test_the_page_shows_samples_with_their_masks_and_the_counts(small_vocab, tmp
     lines = [chat(tags, tags), {"text": "a fox"}, "", *plain_lines(3)]
     write_lines(tmp_path / "d.jsonl", lines)
     result = prepare(
-        tmp_path / "d.jsonl", small_vocab, tmp_path / "out", Options(max_length=200), html_report=True
+        tmp_path / "d.jsonl", small_vocab, tmp_path / "out", Options(max_length=200), html_report="en"
     )
     page = Page((tmp_path / "out" / "dataset.mindrecord.html").read_text(encoding="utf-8"))
     assert not page.open
@@ -51,7 +51,8 @@ def test_the_page_shows_samples_with_their_masks_and_the_counts(small_vocab, tmp
     counts = result["counts"]
     for number in ("trained_tokens", "padding_tokens"):
         assert f"{counts[number]:,}" in page.cells
-    assert page.cells[page.cells.index("blank line") :][:3] == ["blank line", "1", "d.jsonl:3"]
+    assert page.cells[page.cells.index("blank line") + 3] == "d.jsonl:3"
+    assert page.cells[page.cells.index("blank line") :][:3] == ["blank line", "1", "16.67%"]
     assert str(tmp_path / "d.jsonl") in page.cells
 
 
@@ -73,3 +74,19 @@ def test_the_manifest_tells_lengths_formats_and_what_a_model_needs(small_vocab, 
     assert entry["bytes"] == (tmp_path / "d.jsonl").stat().st_size
     stored = counts["tokens"] + counts["repeated_tokens"] + counts["padding_tokens"]
     assert stored == counts["records"] * 51
+
+
+def test_the_page_speaks_chinese_and_names_the_lines_of_its_samples(small_vocab, tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["", {"text": "a fox"}, "{"])
+    (tmp_path / "b.json").write_text(json.dumps(plain_lines(3)))
+    data = [tmp_path / "a.jsonl", tmp_path / "b.json"]
+    options = Options(max_length=200, bad_lines="skip")
+    prepare(data, small_vocab, tmp_path / "out", options, html_report="zh")
+    text = (tmp_path / "out" / "dataset.mindrecord.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open and "<html lang=zh>" in text and "训练数据" in text
+    assert page.cells[page.cells.index("空行") :][:4] == ["空行", "1", "16.67%", "a.jsonl:1"]
+    assert page.cells[page.cells.index("跳过的行") + 1] == "2 (33.33%)"
+    for place, said in (("a.jsonl:2", "a fox"), ("b.json:1", "dog 0"), ("b.json:3", "dog 2")):
+        sample = text.split(f"<p>{place}: ")[1].split("<p>")[0]
+        assert f"<mark>{said}" in sample

@@ -9,7 +9,9 @@ from data_lines import encoded, plain_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.telechat2.data import sources, vocabulary
+from research.telechat2.data import json_values, sources, vocabulary
+from research.telechat2.data.job import Options
+from research.telechat2.data.preparing import prepare
 from research.telechat2.data.sources import Batch, Source, find, input_files, read_batches
 
 
@@ -51,6 +53,87 @@ def test_directories_in_a_directory_are_not_entered(tmp_path):
     (tmp_path / "a.jsonl").touch()
     assert input_files(tmp_path) == [tmp_path / "a.jsonl"]
     assert [path.name for path in input_files(tmp_path / "**" / "*.jsonl")] == ["a.jsonl", "b.jsonl"]
+
+
+ITEMS = [{"instruction": "甲", "output": "[1]\n\\"}, {"text": "▁\u2028"}, {"a": [{}, 1.50, None]}]
+
+
+def read(path, content: bytes) -> list:
+    path.write_bytes(content)
+    return [json.loads(line) for line in lines_of(Source(path)) if line.strip()]
+
+
+@pytest.mark.parametrize("indent", [None, 1, "\t"])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_a_json_array_is_read_item_by_item(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(json_values, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 50)
+    for name in ("a.json", "b.jsonl", "c.JSON", "d.txt", "e.ndjson"):
+        for before in (b"", b"\xef\xbb\xbf", b" \n"):
+            text = before + json.dumps(ITEMS, indent=indent, ensure_ascii=False).encode()
+            assert read(tmp_path / name, text) == ITEMS
+            assert read(tmp_path / name, text + b"\n" + text) == ITEMS * 2  # as cat joins two
+    assert read(tmp_path / "a.json", b" [ ] ") == [] == read(tmp_path / "a.json", b"[]")
+    apart = b"\n".join(json.dumps(item, indent=indent).encode() for item in ITEMS)
+    assert read(tmp_path / "a.json", apart) == ITEMS  # objects one after the other, over several lines or not
+    (tmp_path / "p.json.gz").write_bytes(gzip.compress(json.dumps(ITEMS).encode()))
+    assert [json.loads(line) for line in lines_of(Source(tmp_path / "p.json.gz"))] == ITEMS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}, {"b": 2}', "a.json ends within its array, after item 2"),
+        (b'[{"a": 1}, {"b": }]', "a.json, item 2: not JSON"),
+        (b'[{"a": 1} {"b": 2}]', "a.json: '{' stands behind item 1; expected a comma"),
+        (b'[{"a": 1}, ]', "a.json, item 2: not JSON"),
+        (b'[{"a": "\xff"}]', "a.json: not UTF-8"),
+        (b'{\n"a": 1\n', "a.json, item 1: not JSON"),
+    ],
+)
+def test_an_array_that_is_broken_is_named_with_its_item(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "a.json", content)
+
+
+def test_problems_of_an_array_name_the_item(small_vocab, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([*plain_lines(2), {"input": "q"}]))
+    with pytest.raises(ValueError, match="a.json, item 3: output is missing"):
+        prepare(tmp_path / "a.json", small_vocab, tmp_path / "out", Options(max_length=100))
+
+
+def test_a_directory_reads_all_endings_and_names_the_rest(tmp_path, capsys):
+    for name in ("A.JSONL", "b.ndjson", "C.Jsonl.GZ"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.json").write_text("[]")
+    (tmp_path / "e.json").write_text('{"input": "q", "output": "a"}')
+    (tmp_path / "f.JSON").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"splits": {"train": 3}}')
+    (tmp_path / "part.parquet").touch()
+    (tmp_path / ".hidden.jsonl").touch()
+    found = [path.name for path in input_files(tmp_path)]
+    assert sorted(found) == ["A.JSONL", "C.Jsonl.GZ", "b.ndjson", "d.json", "e.json", "f.JSON"]
+    said = capsys.readouterr().err
+    assert "not read: dataset_infos.json, part.parquet" in said and "hidden" not in said
+
+
+def test_byte_order_marks_at_the_joins_of_files_are_taken_off(small_vocab):
+    words = vocabulary.load(small_vocab)
+    bom = b"\xef\xbb\xbf"
+    marked = [bom + json.dumps(line).encode() for line in plain_lines(3)] + [bom]
+    result = encoded(words, *marked, bad_lines="error")
+    assert result.tokens.tolist() == encoded(words, *plain_lines(3)).tokens.tolist()
+    assert result.counts["skipped"] == {"blank line": 1}
+
+
+def test_a_packed_file_by_another_name_is_told_so(tmp_path, small_vocab):
+    for name, start, said in (
+        ("a.jsonl", gzip.compress(b"{}"), "packed by gzip: give it a name in .gz"),
+        ("b.jsonl", "{}".encode("utf-16"), "UTF-16"),
+    ):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=f"not UTF-8 .*{said}"):
+            prepare(tmp_path / name, small_vocab, tmp_path / "out", Options(max_length=100))
 
 
 def test_zstandard_is_missed_before_a_run_begins(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Questions of files, and conversations: what is asked, printed, forgotten and refused."""
 
+import gzip
 import json
 
 import pytest
@@ -58,6 +59,58 @@ def test_questions_of_a_jsonl_file(tmp_path, predictor):
     file.write_text('{"messages": [}\n')
     with pytest.raises(ValueError, match=r"q.jsonl, line 1: not JSON"):
         read_questions(file)
+
+
+def test_a_test_set_needs_no_answers(tmp_path):
+    """Empty, blank, missing, or under the names that test sets give them."""
+    asks = [{"role": "user", "content": "q"}]
+    lines = [
+        *({"instruction": "q", "input": "", "output": ""}, {"instruction": "q"}, {"input": "q"}),
+        *({"input": "q", "output": None}, {"instruction": "q", "output": "a", "id": 3}),
+        *({"messages": [*asks, {"role": "assistant", "content": text}]} for text in ("", " ", None)),
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
+        {"instruction": "q", "answer": "a", "reference": ["b"], "label": False, "response": "c"},
+        {"input": "<_user>q<_bot>a<_end>"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert [asked.messages for asked in read_questions(file)] == [asks] * len(lines)
+    for line, said in (
+        ({"instruction": "q", "context": "c"}, "has context beside instruction"),
+        ({"messages": [{"role": "user", "content": "\u3000"}]}, "message 1 is an empty question"),
+        ({"text": "t"}, "has the keys text; expected a conversation"),
+    ):
+        file.write_text(json.dumps(line))
+        with pytest.raises(ValueError, match=f"q.jsonl, line 1: {said}"):
+            read_questions(file)
+    file.write_text(json.dumps({"instruction": "q", "context": "c"}))
+    assert read_questions(file, ignored={"context"})[0].messages == asks
+
+
+def test_question_files_are_read_as_data_are(tmp_path):
+    lines = [{"input": f"q{i}", "output": "a"} for i in range(3)]
+    text = "\n".join(map(json.dumps, lines))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.NDJSON").write_text(text)
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    (tmp_path / "q.JSONL").write_text(text.replace("\n", "\n\ufeff"))
+    (tmp_path / "q.json").write_text(json.dumps(lines, indent=1))
+    (tmp_path / "q.txt").write_text("q0\n\ufeffq1\n\u3000\nq2")
+    (tmp_path / "q.txt.gz").write_bytes(gzip.compress(b"q0\r\nq1\nq2\n"))
+    for name in ("folder", "q.jsonl.gz", "q.JSONL", "q.json", "q.txt", "q.txt.gz"):
+        found = read_questions(tmp_path / name, system="")
+        assert [q.messages[1]["content"] for q in found] == ["q0", "q1", "q2"], name
+        assert all(q.messages[0] == {"role": "system", "content": ""} for q in found)
+    (tmp_path / "list.txt").write_text("[1] means?\n[{")
+    assert len(read_questions(tmp_path / "list.txt")) == 2
+
+
+def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_question():
+    predictor = Scripted(max_length=9)
+    chat(predictor, None, ["\ufeffb\n"])
+    assert predictor.heard == ["b"]
 
 
 def test_answers_are_printed_with_their_questions(limits, capsys):

@@ -60,8 +60,17 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # uint32
     lengths: np.ndarray  # int32, tokens of each item; negative for a text, which may be split
     copies: np.ndarray  # int32, how often each item is taken
+    places: np.ndarray  # int64, where each item was read: see place_of
     counts: dict[str, Counter]
     problems: list[Problem]  # the first EXAMPLES of each reason
+
+
+_LINE_BITS = 40
+
+
+def place_of(place: int) -> tuple[int, int]:
+    """The number of an item's file, from 0, and its line there, from 1."""
+    return place >> _LINE_BITS, place & ((1 << _LINE_BITS) - 1)
 
 
 class _Item(NamedTuple):
@@ -143,6 +152,7 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
     trained: list[bool] = []
     lengths: list[int] = []
     taken: list[int] = []
+    places: list[int] = []
     for item in items:
         try:
             fitting, length = _fitting(item, table, settings)
@@ -157,12 +167,18 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
         trained += fitting.trained
         lengths.append(-length if isinstance(item.parsed, Text) else length)
         taken.append(item.copies)
+        places.append((batch.file << _LINE_BITS) + item.line)
     tokens = _joined([table.arrays[run] for run in runs], trained)
     weights = np.repeat(taken, np.abs(lengths)) if taken else np.zeros(0, int)  # of each token
     counts["totals"]["tokens"] = int(weights.sum())
     counts["totals"]["trained_tokens"] = int(weights[tokens >= TRAINED].sum())
     return Encoded(
-        tokens, np.array(lengths, np.int32), np.array(taken, np.int32), counts, sum(problems.values(), [])
+        tokens,
+        np.array(lengths, np.int32),
+        np.array(taken, np.int32),
+        np.array(places, np.int64),
+        counts,
+        sum(problems.values(), []),
     )
 
 

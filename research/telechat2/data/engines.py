@@ -17,7 +17,7 @@ from research.telechat2.data import encoding
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.sources import Batch
 from research.telechat2.data.vocabulary import Vocabulary
-from research.telechat2.telechat_cli import quiet_libraries
+from research.telechat2.telechat_cli import interrupt_afterwards, quiet_libraries
 
 ENGINES = ("processes", "ray")
 _AHEAD = 2  # batches per worker that are under way; more would only take memory
@@ -134,8 +134,9 @@ def ray_cores() -> int:
 
 def _ray():
     quiet_libraries()
-    import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
-    import ray
+    with interrupt_afterwards("MindSpore and Ray are loaded"):
+        import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
+        import ray
 
     if not ray.is_initialized():
         package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines

@@ -1,13 +1,15 @@
 """The page that ``--report`` writes: counts, lengths, masks, and samples as the model sees them."""
 
+from collections.abc import Callable, Iterator
 from html import escape
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from research.telechat2.data.encoding import TRAINED
-from research.telechat2.data.report import summary
+from research.telechat2.data.encoding import TRAINED, place_of
+from research.telechat2.data.report_words import word
 from research.telechat2.data.spool import Spool, starts_of
 from research.telechat2.data.vocabulary import Vocabulary
 from research.telechat2.telechat_files import atomic_write
@@ -24,20 +26,35 @@ mark { background: #c8ecc9; color: #123 } b { color: #8a4fb0; font-weight: 600 }
 """
 
 
-def write(path: Path, manifest: dict, spool: Spool, words: Vocabulary) -> None:
+class Sample(NamedTuple):
+    """An item of the data set: its tokens, uint32 (see encoding), and where it was read."""
+
+    tokens: np.ndarray
+    file: str
+    line: int
+
+
+def write(path: Path, manifest: dict, spool: Spool, words: Vocabulary, language: str) -> None:
     """Write the page for a finished data set; the samples are drawn from its spool."""
-    samples = list(islice(_samples(spool), SAMPLES))
+    samples = list(islice(_samples(spool, [entry["path"] for entry in manifest["inputs"]]), SAMPLES))
     with atomic_write(path) as temporary:
-        temporary.write_text(page(manifest, samples, words), encoding="utf-8")
+        temporary.write_text(page(manifest, samples, words, language), encoding="utf-8")
 
 
-def page(manifest: dict, samples: list[np.ndarray], words: Vocabulary) -> str:
-    """Return the page; ``samples`` are the tokens of items, uint32 (see encoding)."""
+def page(manifest: dict, samples: list[Sample], words: Vocabulary, language: str = "en") -> str:
+    """Return the page in a language (``report_words.LANGUAGES``)."""
+
+    def say(english: str) -> str:
+        return word(english, language)
+
+    def heading(english: str) -> str:
+        return f"<h2>{say(english)}</h2>"
+
     counts = manifest["counts"]
     inputs = [[f["path"], f["bytes"], f["weight"], f["sha256"][:12]] for f in manifest["inputs"]]
-    said = summary({"output": manifest["files"][0]["name"], **manifest})
+    lines = counts["lines"]
     skipped = [
-        [reason, number, "; ".join(counts["skipped_lines"][reason][:3])]
+        [say(reason), number, f"{number / lines:.2%}", "; ".join(counts["skipped_lines"][reason][:3])]
         for reason, number in counts["skipped"].items()
     ]
     stored = {
@@ -46,43 +63,86 @@ def page(manifest: dict, samples: list[np.ndarray], words: Vocabulary) -> str:
         "repeated at splits": counts["repeated_tokens"],
         "padding": counts["padding_tokens"],
     }
+    unused = [[name, number] for name, number in counts["unused_fields"].items()]
     return "\n".join(
         [
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>Training data</title>"
+            f"<!doctype html><html lang={language}><meta charset=utf-8><title>{say('Training data')}</title>"
             f"<style>{_STYLE}</style>",
-            f"<h1>Training data</h1><pre>{escape(said)}</pre>",
-            "<h2>Inputs</h2>" + _table(["file", "bytes", "weight", "sha256"], inputs),
-            "<h2>Formats</h2>" + _bars(counts["by_format"]),
-            "<h2>Skipped lines</h2>" + (_table(["reason", "lines", "first"], skipped) if skipped else "none"),
-            "<h2>Tokens in the records</h2>" + _bars(stored, trained="trained"),
-            "<h2>Lengths</h2><p>Conversations and texts, by tokens, up to</p>" + _bars(manifest["lengths"]),
-            "<h2>Samples</h2><p>Trained tokens are <mark>green</mark>, special ones <b>violet</b>.</p>",
-            *(_sample(tokens, words) for tokens in samples),
+            f"<h1>{say('Training data')}</h1>",
+            heading("Result") + _table([], [[say(name), value] for name, value in _result(manifest)]),
+            heading("Inputs") + _table(list(map(say, ("file", "bytes", "weight", "sha256"))), inputs),
+            heading("Formats") + _bars(counts["by_format"]),
+            heading("Skipped lines")
+            + (_table(list(map(say, ("reason", "lines", "share", "first"))), skipped) or say("none")),
+            heading("Fields that are not used")
+            + (_table(list(map(say, ("field", "lines"))), unused) or say("none")),
+            heading("Tokens in the records")
+            + _bars({say(name): number for name, number in stored.items()}, trained=say("trained")),
+            heading("Lengths")
+            + f"<p>{say('Conversations and texts, by tokens, up to')}</p>"
+            + _bars(manifest["lengths"]),
+            heading("Samples") + f"<p>{say('Trained tokens are')} <mark>{say('green')}</mark>, "
+            f"{say('special ones')} <b>{say('violet')}</b>.</p>",
+            *(_sample(sample, words, say) for sample in samples),
             "</html>\n",
         ]
     )
 
 
-def _samples(spool: Spool):
+def _result(manifest: dict) -> list[tuple[str, object]]:
+    """Name and value of what a run did; what did not happen is left out."""
+    counts = manifest["counts"]
+    skipped, size = sum(counts["skipped"].values()), manifest["max_length"] + 1
+    texts = {
+        "texts": counts["texts"],
+        "further copies, by the weights of the files": counts["copies_by_weight"],
+        "cut at a turn border to fit a record": counts["truncated"],
+        "turns do not alternate": counts["out_of_turn"],
+        "text that the vocabulary changes": counts["changed_text"],
+        "special-token text (such as <_end>), encoded as text": counts["with_special_text"],
+    }
+    padding = counts["padding_tokens"] / (counts["records"] * size)
+    return [
+        ("lines read", counts["lines"]),
+        ("lines skipped", f"{skipped:,} ({skipped / counts['lines']:.2%})"),
+        ("conversations", counts["conversations"]),
+        *((name, number) for name, number in texts.items() if number),
+        ("records", counts["records"]),
+        ("tokens of a record", size),
+        ("tokens", counts["tokens"]),
+        ("padding", f"{padding:.2%}"),
+        ("prompt format", manifest["prompt_format"]),
+    ]
+
+
+def _samples(spool: Spool, files: list[str]) -> Iterator[Sample]:
     """Some items of the first bucket, which holds them at random."""
-    for tokens, lengths in islice(spool.windows(0), 1):
+    for tokens, lengths, places in islice(spool.windows(0), 1):
         starts = starts_of(lengths)
         for i in np.random.default_rng(0).permutation(len(lengths)).tolist():
-            yield tokens[starts[i] : starts[i + 1]]
+            file, line = place_of(int(places[i]))
+            yield Sample(tokens[starts[i] : starts[i + 1]], Path(files[file]).name, line)
 
 
-def _sample(tokens: np.ndarray, words: Vocabulary) -> str:
+def _sample(sample: Sample, words: Vocabulary, say: Callable[[str], str]) -> str:
+    tokens = sample.tokens
     shown = tokens[:_SAMPLE_TOKENS]
     parts = []
     for span in words.spans((shown & ~TRAINED).tolist(), (shown >= TRAINED).tolist()):
         text = f"<b>{escape(span.text)}</b>" if span.special else escape(span.text)
         parts.append(f"<mark>{text}</mark>" if span.trained else text)
     trained = int((tokens >= TRAINED).sum())
-    more = f" … {len(tokens) - len(shown):,} tokens more" if len(tokens) > len(shown) else ""
-    return f"<p>{len(tokens):,} tokens, {trained:,} trained</p><pre>{''.join(parts)}{more}</pre>"
+    more = f" … {len(tokens) - len(shown):,} {say('tokens more')}" if len(tokens) > len(shown) else ""
+    return (
+        f"<p>{escape(sample.file)}:{sample.line}: {len(tokens):,} {say('tokens')}, {trained:,} "
+        f"{say('trained')}</p><pre>{''.join(parts)}{more}</pre>"
+    )
 
 
 def _table(heads: list[str], rows: list[list]) -> str:
+    """A table, "" without rows."""
+    if not rows:
+        return ""
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>"
 

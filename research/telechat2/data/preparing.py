@@ -38,12 +38,13 @@ def prepare(
     workers: int | None = None,
     engine: str = "processes",
     resume: bool = False,
-    html_report: bool = False,
+    html_report: str = "",
 ) -> dict:
     """Turn conversations and texts into records of ``max_length + 1`` tokens; return the manifest.
 
     ``workers``: processes that encode, None for as many as there are cores (of the cluster, with the engine
-    "ray"). ``resume``: continue a run that was stopped, or begin when there is none.
+    "ray"). ``html_report``: the language of a page of statistics and samples (en, zh), "" for none.
+    ``resume``: continue a run that was stopped, or begin when there is none.
 
     Raises ValueError for options and inputs that cannot be used, lines that are refused, an empty data set,
     an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
@@ -110,7 +111,7 @@ def _leave(job: Job, created: list[Path]) -> None:
             parent.rmdir()
 
 
-def _make(job: Job, workers: int | None, engine: str, html_report: bool) -> None:
+def _make(job: Job, workers: int | None, engine: str, html_report: str) -> None:
     """Fill the run's folder with all that is to be moved out."""
     text_bytes = sum(source.text_bytes() * source.weight for source in job.found)
     store = Spool(job.folder, text_bytes, job.options.seed)
@@ -123,7 +124,7 @@ def _make(job: Job, workers: int | None, engine: str, html_report: bool) -> None
     if html_report:
         from research.telechat2.data import html_report as page
 
-        page.write(writing.report_file(job.folder / job.target.name), manifest, store, job.words)
+        page.write(writing.report_file(job.folder / job.target.name), manifest, store, job.words, html_report)
     write_json(job.folder / "moves.json", manifests.moves(job.target, manifest))
 
 
@@ -240,7 +241,7 @@ def _chain(first: list, rest: Iterator[list]) -> Iterator[list]:
 
 def _shuffled(store: Spool, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
     for bucket in range(store.buckets):
-        for number, (tokens, lengths) in enumerate(store.windows(bucket)):
+        for number, (tokens, lengths, _) in enumerate(store.windows(bucket)):
             rng = np.random.default_rng([seed, _SHUFFLE_STREAM, bucket, number])
             yield from packing.records(tokens, lengths, capacity, rng)
 

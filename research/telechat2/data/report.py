@@ -5,11 +5,12 @@ def summary(result: dict) -> str:
     """Return what ``prepare`` did, in lines for a reader."""
     counts = result["counts"]
     skipped = counts["skipped"]
+    share = f" ({sum(skipped.values()) / counts['lines']:.2%})" if skipped else ""
     total = counts["records"] * (result["max_length"] + 1)
     texts = f"+ {counts['texts']:,} texts " if counts["texts"] else ""
     lines = [
         f"read {counts['lines']:,} lines = {counts['conversations']:,} conversations {texts}written "
-        f"+ {sum(skipped.values()):,} skipped"
+        f"+ {sum(skipped.values()):,} skipped{share}"
     ]
     first = {reason: where[0] for reason, where in counts["skipped_lines"].items()}
     lines += [f"  skipped {n:,}: {reason} (first: {first[reason]})" for reason, n in skipped.items()]

@@ -56,6 +56,7 @@ class Batch(NamedTuple):
     first_line: int  # from 1
     lines: list[bytes]
     unit: str = "line"  # or item
+    file: int = 0  # which of all files
 
 
 class FileState(NamedTuple):
@@ -187,7 +188,7 @@ def read_batches(
     a packed file is broken or cut short, or a line is no line.
     """
     number = 0
-    for source in sources:
+    for index, source in enumerate(sources):
         with open(source.path, "rb", buffering=0) as file:
             raw = _Counting(file)
             told = 0
@@ -196,7 +197,7 @@ def read_batches(
                 advance(raw.position - told)
                 told = raw.position
                 if number >= skip:
-                    yield Batch(number, source.path, source.weight, first_line, lines, unit)
+                    yield Batch(number, source.path, source.weight, first_line, lines, unit, index)
                 number += 1
                 first_line += len(lines)
             while raw.read(BATCH_BYTES):

@@ -76,6 +76,7 @@ class Spool:
         tokens = np.concatenate([batch.tokens for batch in batches])
         lengths = np.concatenate([batch.lengths for batch in batches])
         copies = np.concatenate([batch.copies for batch in batches])
+        places = np.concatenate([batch.places for batch in batches])
         taken = np.repeat(np.arange(len(lengths)), copies)  # items, once for each copy
         bucket = np.random.default_rng([self.seed, _BUCKET_STREAM, self.segments]).integers(
             self.buckets, size=len(taken)
@@ -87,8 +88,9 @@ class Spool:
         with atomic_write(self._path(self.segments, "tokens")) as temporary, open(temporary, "wb") as file:
             # one by one: in memory, the copies would take as many times the space as the weight says
             file.writelines(tokens[starts[i] : starts[i + 1]] for i in order.tolist())
-        with atomic_write(self._path(self.segments, "lengths")) as temporary:
-            lengths[order].tofile(temporary)
+        for name, values in (("lengths", lengths), ("places", places)):
+            with atomic_write(self._path(self.segments, name)) as temporary:
+                values[order].tofile(temporary)
         write_json(
             self._path(self.segments, "json"),
             {**totals._asdict(), "items": items.tolist(), "tokens": sizes.tolist()},
@@ -96,13 +98,14 @@ class Spool:
         self._shares.append((items, sizes))
         return totals
 
-    def windows(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (tokens, lengths) of a bucket, some BUCKET_TOKENS at a time."""
-        kept: list[tuple[np.ndarray, np.ndarray]] = []
+    def windows(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield (tokens, lengths, places) of a bucket, some BUCKET_TOKENS at a time; see Encoded."""
+        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         size = 0
         for segment, (items, sizes) in enumerate(self._shares):
             tokens = self._read(segment, "tokens", np.uint32, sizes, bucket)
-            kept.append((tokens, self._read(segment, "lengths", np.int32, items, bucket)))
+            lengths = self._read(segment, "lengths", np.int32, items, bucket)
+            kept.append((tokens, lengths, self._read(segment, "places", np.int64, items, bucket)))
             size += len(tokens)
             if size >= BUCKET_TOKENS:
                 yield _merged(kept)
@@ -111,7 +114,7 @@ class Spool:
             yield _merged(kept)
 
     def _read(self, segment: int, name: str, dtype, shares: np.ndarray, bucket: int) -> np.ndarray:
-        offset = int(shares[:bucket].sum()) * 4
+        offset = int(shares[:bucket].sum()) * np.dtype(dtype).itemsize
         return np.fromfile(
             self._path(segment, name), dtype, count=int(shares[bucket]), offset=offset
         )  # fmt: skip
@@ -125,6 +128,5 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(abs(lengths), dtype=np.int64)])
 
 
-def _merged(kept: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    tokens, lengths = zip(*kept, strict=True)
-    return np.concatenate(tokens), np.concatenate(lengths)
+def _merged(kept: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    return tuple(np.concatenate(arrays) for arrays in zip(*kept, strict=True))

@@ -19,6 +19,7 @@ import numpy as np
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.data.encoding import TRAINED
+from research.telechat2.telechat_cli import interrupt_afterwards
 from research.telechat2.telechat_files import fsync
 
 IGNORED_LABEL = -100
@@ -104,8 +105,9 @@ def count_documents(input_ids: np.ndarray, start_ids: list[int]) -> int:
 
 def write_records(path: Path, records: Iterable[dict], advance=lambda _: None) -> None:
     """Write records to ``path`` and its index, and have them on the disk. OSError when that fails."""
-    from mindspore.mindrecord import FileWriter
-    from mindspore.mindrecord.common.exceptions import MindRecordException
+    with interrupt_afterwards("MindSpore is loaded"):
+        from mindspore.mindrecord import FileWriter
+        from mindspore.mindrecord.common.exceptions import MindRecordException
 
     records = iter(records)
     column = {"type": "int32", "shape": [-1]}

@@ -1,0 +1,147 @@
+"""Fields that a format does not use: metadata pass and are counted, text that would be lost is an error."""
+
+import json
+
+import pytest
+from data_lines import bot, chat, encoded, items, trained_texts, user, write_lines
+
+from research.telechat2.data import formats, vocabulary
+from research.telechat2.data.fields import METADATA
+from research.telechat2.data.formats import parse, parse_line
+from research.telechat2.data.job import Options
+from research.telechat2.data.preparing import prepare
+from research.telechat2.data.report import summary
+from research.telechat2.telechat_chat import conversation_text
+
+CONVERSATIONS = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+ALPACA = {"instruction": "q", "input": "", "output": "a"}
+PLAIN = {"input": "q", "output": "a"}
+LINES = [chat("q", "a"), CONVERSATIONS, ALPACA, PLAIN, {"text": "t"}, {"dialog": [user("q"), bot("a")]}]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("context", "a long text"), ("summary", "s"), ("system_prompt", "s"), ("title", "t")),
+        *(("reasoning", "r"), ("chosen", "a"), ("rejected", [bot("b")]), ("images", ["a.png"])),
+        *(("image", "b.png"), ("audios", ["a"]), ("persona", {"name": "x"}), ("knowledge", ["k"])),
+        *(("function_call", {"name": "f"}), ("answers", [1])),
+    ],
+)  # fmt: skip
+def test_text_that_would_be_lost_is_an_error_that_names_it(line, name, value):
+    with pytest.raises(formats.UnusableLine, match=f"has {name} beside .*--ignore_fields {name}"):
+        parse(json.dumps(line | {name: value}))
+    kind, parsed = parse(json.dumps(line | {name: value}), frozenset({name}))
+    assert parsed.unused == (name,)
+    assert parsed._replace(unused=()) == parse(json.dumps(line))[1]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_what_says_nothing_or_holds_no_text_passes(line):
+    nothing = {
+        "context": "",
+        "images": [],
+        "history_": None,
+        "thought": " \n",
+        "meta_x": {},
+        "input_": "\u3000",
+    }
+    assert parse(json.dumps(line | nothing))[1].unused == ()
+    assert parse(json.dumps(line)[:-1] + ', "context": NaN}')[1].unused == ()  # as pandas writes it
+    numbers = {"length_ratio": 0.5, "multiturn": True, "counts": {"a": 1}}
+    assert parse(json.dumps(line | numbers))[1].unused == tuple(numbers)
+    metadata = {name: "x" for name in METADATA} | {
+        "conversation_id": "1",
+        "createdAt": "now",
+        "Source-Id": ["x"],
+    }
+    assert set(parse(json.dumps(metadata | line))[1].unused) == metadata.keys()
+
+
+def test_fields_of_a_message_are_looked_at_too():
+    def line(**more):
+        return json.dumps({"messages": [user("q"), bot("a", **more)]})
+
+    for name, value in {
+        **{"reasoning_content": "r", "thought": "t", "refusal": "no", "audio": {"id": "1"}, "images": ["a"]},
+        **{"function_call": {"name": "f", "arguments": "{}"}, "mask": 1, "annotations": [{"url": "u"}]},
+    }.items():
+        with pytest.raises(formats.UnusableLine, match=f"message 2 has {name}"):
+            parse(line(**{name: value}))
+        assert parse(line(**{name: value}), frozenset({name}))[1].unused == (name,)
+    assert parse(line(refusal=None, tool_calls=[], annotations=[]))[1].unused == ()
+    assert parse(line(timestamp="now", id="1", model="m"))[1].unused == ("timestamp", "model")
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "markdown": "**a**"}]
+    with pytest.raises(ValueError, match="message 2 has markdown"):
+        parse_line(json.dumps({"conversations": turns}))
+
+
+def test_preference_data_of_no_known_format_are_named_as_such():
+    for line in ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"question": "q", "response_chosen": "a"}):
+        with pytest.raises(ValueError, match="chosen.*: preference data"):
+            parse(json.dumps(line))
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag", "desirable"])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_an_answer_labelled_as_bad_is_never_trained(line, name):
+    for value in (False, "false", "False"):
+        for ignored in (frozenset(), frozenset({name})):
+            with pytest.raises(formats.UnusableLine, match=f"has {name} '?[Ff]alse") as caught:
+                parse(json.dumps(line | {name: value}), ignored)
+            assert caught.value.reason == formats.NOT_TRAINED
+    assert parse(json.dumps(line | {name: True})) == parse(json.dumps(line))
+    with pytest.raises(ValueError, match=f"has {name} 'positive'"):
+        parse(json.dumps(line | {name: "positive"}))
+    assert parse(json.dumps(line | {name: 3}), frozenset({name}))[1].unused == (name,)
+
+
+@pytest.mark.parametrize("name", ["weight", "loss", "loss_weight", "train"])
+def test_the_marks_of_answers_have_many_names(small_vocab, name):
+    words = vocabulary.load(small_vocab)
+
+    def line(first, second):
+        turns = [("human", "q1", {}), ("gpt", "a1", {name: first}), ("human", "q2", {name: 0}),
+                 ("gpt", "a2", {name: second})]  # fmt: skip
+        return {"conversations": [{"from": who, "value": text, **more} for who, text, more in turns]}
+
+    for no, yes in ((0, 1), (False, True), (0.0, 1.0)):
+        (tokens,) = items(encoded(words, line(no, yes)))
+        assert trained_texts(tokens, words) == ["a2<_end>"]
+    for value in (0.5, 2, "0", [0]):
+        with pytest.raises(ValueError, match=f"message 2 has {name} .*expected 0"):
+            parse(json.dumps(line(value, 1)))
+    whole = encoded(words, chat("q", "a", **{name: 0}), chat("q", "a", **{name: 1}), bad_lines="error")
+    assert len(whole.lengths) == 1 and whole.counts["skipped"] == {formats.WEIGHT_0: 1}
+    assert not any(problem.fatal for problem in whole.problems)
+
+
+def test_marks_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="weight 0 and loss True"):
+        parse(json.dumps({"messages": [user("q"), bot("a", weight=0, loss=True)]}))
+
+
+def test_an_empty_system_text_is_one_in_every_format():
+    default = "<_system>你是中国电信星辰语义大模型"
+    for line in (CONVERSATIONS, ALPACA, {"dialog": [user("q"), bot("a")]}):
+        for system, start in (("", "<_system>\n<_user>"), ("s", "<_system>s\n<_user>"), (None, default)):
+            text = conversation_text(parse_line(json.dumps(line | {"system": system})).render())
+            assert text.startswith(start)
+    messages = [{"role": "system", "content": ""}, user("q"), bot("a")]
+    text = conversation_text(parse_line(json.dumps({"messages": messages})).render())
+    assert text.startswith("<_system>\n<_user>")
+
+
+def test_fields_are_counted_in_the_output_and_named_line_by_line(small_vocab, tmp_path):
+    lines = [chat("q", "a", source="x", id=3), PLAIN | {"source": "y"}, PLAIN | {"context": "c"}]
+    data = write_lines(tmp_path / "d.jsonl", lines)
+    options = Options(max_length=200, ignore_fields="context, absent")
+    result = prepare(data, small_vocab, tmp_path / "out", options)
+    assert result["counts"]["unused_fields"] == {"absent": 0, "context": 1, "id": 1, "source": 2}
+    assert result["options"]["ignore_fields"] == "context, absent"
+    assert "1 context" in summary(result) and "2 source" in summary(result)
+    lines = [PLAIN | {"title": "t"}, PLAIN, PLAIN | {"context": "c"}]
+    write_lines(data, lines)
+    with pytest.raises(ValueError, match=r"line 1: has title .*2 of 3 lines .*d.jsonl:3 \(context\)"):
+        prepare(data, small_vocab, tmp_path / "other", Options(max_length=200))
