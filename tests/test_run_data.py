@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from research.telechat2.telechat_run import run
+from research.telechat2.telechat_run_config import read_config, resolve_config
 from research.telechat2.telechat_run_data import check_dataset
 
 LENGTH = 32  # records hold one id more
@@ -42,10 +44,11 @@ def copied(records, folder, manifest=None):
     return folder / "dataset.mindrecord"
 
 
-def test_data_without_manifest_is_compared_by_its_first_record(records, capsys):
+def test_data_without_manifest_is_compared_by_its_records(records, capsys):
     check_dataset(settings(records), "train")
+    assert "1 of them without manifest), 2 records of 33 ids, all checked" in capsys.readouterr().out
     check_dataset(settings(records / "dataset.mindrecord", seq_length=64), "train")
-    assert "1 of them without manifest: first records checked" in capsys.readouterr().out
+    assert "sequences of 32 tokens, fewer than the model's seq_length of 64" in capsys.readouterr().out
     with pytest.raises(ValueError, match="records of 33 ids, .* but the model's seq_length is 31"):
         check_dataset(settings(records, seq_length=31), "train")
     with pytest.raises(
@@ -60,7 +63,7 @@ def test_the_manifest_says_what_the_first_record_may_not_show(records, tmp_path,
     manifest = {"max_length": LENGTH, "tokenizer": {"vocab_size": 1000}}
     file = copied(records, tmp_path / "data", manifest)
     check_dataset(settings(file, vocab_size=1000), "train")
-    assert "first record" not in capsys.readouterr().out
+    assert "without manifest" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs a vocabulary of 1000 tokens"):
         check_dataset(settings(file.parent, vocab_size=999), "train")
     for content, message in (("{", "is not JSON"), ("[1]", "holds a JSON list")):
@@ -96,11 +99,55 @@ def test_more_documents_in_a_record_than_the_model_keeps_apart_are_refused(recor
     file = copied(records, tmp_path / "data", said)
     packed = settings(file)
     check_dataset(packed, "train")  # one text, however many conversations are in it
-    packed["model"]["model_config"]["document_start_ids"] = [6]  # of which the manifest counts none
-    check_dataset(packed, "train")
+    packed["model"]["model_config"]["document_start_ids"] = [6]
+    with pytest.raises(ValueError, match=r"begin with the ids \[4\], but the model's .* is \[6\]"):
+        check_dataset(packed, "train")
     packed["model"]["model_config"]["document_start_ids"] = [4]
     with pytest.raises(ValueError, match="records of 129 documents, but the model keeps 128 apart"):
         check_dataset(packed, "train")
+
+
+def test_a_manifest_of_other_data_is_named(records, tmp_path):
+    file = copied(records, tmp_path / "data", {"files": [{"name": "dataset.mindrecord", "records": 3}]})
+    with pytest.raises(ValueError, match="holds 2 records, but its manifest .* says 3"):
+        check_dataset(settings(file), "train")
+
+
+def test_columns_that_the_model_does_not_take_are_named(records):
+    config = settings(records)
+    for columns in (["labels", "input_ids"], ["input_ids", "attention_mask"]):
+        config["train_dataset"]["input_columns"] = columns
+        with pytest.raises(
+            ValueError, match=f"input_columns is .*{columns[0]}.*{columns[1]}.* but the model"
+        ):
+            check_dataset(config, "train")
+    config["train_dataset"] |= {"input_columns": ["input_ids", "labels"], "eod_reset": True}
+    with pytest.raises(ValueError, match="eod_reset is True"):
+        check_dataset(config, "train")
+
+
+def test_a_file_without_labels_is_named(tmp_path):
+    from mindspore.mindrecord import FileWriter
+
+    writer = FileWriter(str(tmp_path / "ids.mindrecord"), 1)
+    writer.add_schema({"input_ids": {"type": "int32", "shape": [-1]}}, "x")
+    writer.write_raw_data([{"input_ids": np.arange(4, 4 + LENGTH + 1, dtype=np.int32)}])
+    writer.commit()
+    with pytest.raises(ValueError, match="has the columns input_ids, but none named labels"):
+        check_dataset(settings(tmp_path), "train")
+    alone = settings(tmp_path)
+    alone["train_dataset"]["input_columns"] = ["input_ids"]
+    check_dataset(alone, "train")
+
+
+def test_records_that_a_plan_cannot_split_are_refused(records, capsys):
+    """Sequences of 32 tokens, each split over 64 devices by sequence parallelism."""
+    config = read_config(resolve_config("finetune_telechat_7b_32k", Path.cwd()))
+    config["train_dataset"]["data_loader"]["dataset_dir"] = str(records)
+    config["model"]["model_config"] |= {"num_heads": 64, "hidden_size": 4096}
+    config["parallel_config"] |= {"data_parallel": 1, "model_parallel": 64}
+    with pytest.raises(ValueError, match="sequences of 32 tokens, which this plan cannot split"):
+        check_dataset(config, "train")
 
 
 def test_data_that_cannot_be_read_is_refused(records, tmp_path):

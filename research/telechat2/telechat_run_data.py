@@ -7,22 +7,23 @@ reads ids beyond the embedding without a word.
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
-from research.telechat2.data.writing import count_documents
+from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
+from research.telechat2.plan.check import check
+from research.telechat2.run.records import COLUMNS, check_steps, counted, read_rows
+from research.telechat2.run.training_record import count_records, device_num
 from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
 from research.telechat2.telechat_prompt_format import manifest_path
-
-COLUMNS = ("input_ids", "labels")
+from research.telechat2.telechat_run_saving import is_data_parallel
 
 
 def check_dataset(config: dict, which: str) -> None:
-    """Refuse a data set that is missing, incomplete, or prepared for another model; print what is checked.
+    """Refuse a data set that is missing, incomplete, or not this model's; print what is checked.
 
-    Each MindRecord file is compared by its manifest, which telechat_preprocess.py wrote; by its first record
-    where it has none. Records may be shorter than the model's ``seq_length``, not longer.
+    Each MindRecord file is compared by its manifest, which telechat_preprocess.py wrote, and by its records:
+    by all of them, or by evenly spaced ones where there are many. Records may be shorter than the model's
+    ``seq_length``, not longer.
 
     Args:
         config: the settings.
@@ -37,31 +38,127 @@ def check_dataset(config: dict, which: str) -> None:
         print(f"{which} data: not checked, its data_loader is a {loader['type']}", flush=True)
         return
     files = files_of_loader(loader, which)
+    columns = _input_columns(section, which)
     model = (config.get("model") or {}).get("model_config") or {}
-    limits = {key: model.get(key) for key in ("seq_length", "vocab_size")}
-    start_ids = sorted(model.get("document_start_ids") or [])
-    unchecked = [key for key, limit in limits.items() if limit is None]
+    rules = _rules(model, section)
+    unchecked = [key for key in ("seq_length", "vocab_size") if model.get(key) is None]
     if unchecked:
         print(f"{which} data: not compared with the model, whose YAML states no {', '.join(unchecked)}")
-    without_manifest = 0
-    for file in files:
-        if not Path(f"{file}.db").is_file():
-            raise ValueError(
-                f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
-                f"or prepare the data again with telechat_preprocess.py."
-            )
-        manifest = _manifest(file)
-        found = _prepared_for(manifest)
-        if None in found.values():
-            without_manifest += 1
-            first = _from_first_record(file)
-            found |= {key: first[key] for key, value in found.items() if value is None}
-        _compare(file, found, limits)
-        if start_ids:
-            documents = _documents_per_record(file, manifest, start_ids)
-            _compare_documents(file, documents, model.get("max_documents", MAX_DOCUMENTS))
-    how = f", {without_manifest} of them without manifest: first records checked" if without_manifest else ""
-    print(f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how})", flush=True)
+    manifests = {file: _checked_manifest(file, rules) for file in files}
+    rows, records = read_rows(files, columns)
+    seen = check_records(rows, rules)
+    told = max((manifest.get("documents_per_record", 0) for manifest in manifests.values()), default=0)
+    if rules.start_ids:
+        documents = max(told, seen.documents)
+        _compare_documents(files[0].parent, documents, model.get("max_documents", MAX_DOCUMENTS))
+    elif told > 1:
+        print(
+            f"{which} data: up to {told} conversations of a record see each other, as "
+            f"document_start_ids is []",
+            flush=True,
+        )
+    _check_shorter(config, seen.length, which)
+    without = sum(not manifest for manifest in manifests.values())
+    how = f", {without} of them without manifest" if without else ""
+    read = "all" if seen.records == records else f"{seen.records:,} of them, evenly spaced,"
+    print(
+        f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how}), "
+        f"{counted(records)} of {seen.length:,} ids, {read} checked",
+        flush=True,
+    )
+    if seen.untrained:
+        print(
+            f"{which} data: {seen.untrained:,} of {seen.records:,} records have no trained token, "
+            f"{seen.first_untrained} the first",
+            flush=True,
+        )
+    for note in check_steps(config, records) if which == "train" else []:
+        print(f"{which} data: {note}", flush=True)
+
+
+def _input_columns(section: dict, which: str) -> tuple[str, ...]:
+    """The columns that the model is given, in its order.
+
+    Raises:
+        ValueError: others than it takes.
+    """
+    columns = tuple(section.get("input_columns") or COLUMNS)
+    if columns not in (COLUMNS, COLUMNS[:1]):
+        raise ValueError(
+            f"{which}_dataset.input_columns is {list(columns)}, but the model takes {list(COLUMNS)} in this "
+            f"order (or input_ids alone, of which all but padding is trained); set it so."
+        )
+    if section.get("eod_reset"):
+        raise ValueError(
+            f"{which}_dataset.eod_reset is {section['eod_reset']}, which gives the model position ids "
+            f"and masks "
+            f"in the labels' place; remove it, and set model.model_config.document_start_ids to keep packed "
+            f"documents apart."
+        )
+    return columns
+
+
+def _rules(model: dict, section: dict) -> Rules:
+    return Rules(
+        seq_length=model.get("seq_length"),
+        vocab_size=model.get("vocab_size"),
+        ignored=model.get("ignore_token_id", -100),
+        pad=model.get("pad_token_id", 3),
+        one_length=not section.get("dynamic_batch"),
+        start_ids=tuple(sorted(model.get("document_start_ids") or [])),
+    )
+
+
+def _checked_manifest(file: Path, rules: Rules) -> dict:
+    """A file's manifest, compared with the model and with the index; empty where there is none."""
+    if not Path(f"{file}.db").is_file():
+        raise ValueError(
+            f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
+            f"or prepare the data again with telechat_preprocess.py."
+        )
+    manifest = _manifest(file)
+    _compare(file, manifest, rules)
+    starts = manifest.get("document_start_ids")
+    if rules.start_ids and starts is not None and sorted(starts) != list(rules.start_ids):
+        raise ValueError(
+            f"{file} was prepared with documents that begin with the ids {sorted(starts)}, but the model's "
+            f"document_start_ids is {list(rules.start_ids)}, by which it would not keep them apart: set "
+            f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may "
+            f"see each "
+            f"other."
+        )
+    parts = {part.get("name"): part.get("records") for part in manifest.get("files") or []}
+    told, found = parts.get(file.name, manifest.get("records")), count_records([file])
+    if None not in (told, found) and told != found:
+        raise ValueError(
+            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says "
+            f"{told:,}: they "
+            f"are not of one preparation. Copy all files of the data again, or delete the manifest."
+        )
+    return manifest
+
+
+def _check_shorter(config: dict, length: int, which: str) -> None:
+    """Print that records are shorter than seq_length; refuse it where the plan cannot split them."""
+    seq_length = ((config.get("model") or {}).get("model_config") or {}).get("seq_length")
+    if seq_length is None or length - 1 == seq_length:
+        return
+    print(
+        f"{which} data: records of {length:,} ids give sequences of {length - 1:,} tokens, fewer than the "
+        f"model's seq_length of {seq_length:,} (which takes {seq_length + 1:,} ids)",
+        flush=True,
+    )
+    if not config.get("use_parallel"):
+        return
+    model = config["model"] | {"model_config": config["model"]["model_config"] | {"seq_length": length - 1}}
+    try:
+        check(config | {"model": model}, device_num() if is_data_parallel(config) else None)
+    except ValueError as error:
+        raise ValueError(
+            f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this "
+            f"plan cannot "
+            f"split: {error} (Or prepare the data with --max_length {seq_length}.)"
+        ) from error
 
 
 def record_files(config: dict, which: str) -> list[Path]:
@@ -116,63 +213,13 @@ def _manifest(file: Path) -> dict:
     return manifest
 
 
-def _prepared_for(manifest: dict) -> dict:
-    """``seq_length`` and ``vocab_size`` that the data was prepared for; None where the manifest is silent."""
-    vocab_size = (manifest.get("tokenizer") or {}).get("vocab_size")
-    return {"seq_length": manifest.get("max_length"), "vocab_size": vocab_size}
-
-
-def _documents_per_record(file: Path, manifest: dict, start_ids: list[int]) -> int:
-    """Documents of a record at most: as the manifest says, if it means the same ones, else counted."""
-    if "documents_per_record" in manifest and sorted(manifest.get("document_start_ids") or []) == start_ids:
-        return manifest["documents_per_record"]
-    print(f"{file}: reading all records, to count the documents of each", flush=True)
-    return max(count_documents(record["input_ids"], start_ids) for record in _records(file))
-
-
-def _records(file: Path) -> Iterator[dict]:
-    """All records of a MindRecord file."""
-    from mindspore.mindrecord import FileReader
-
-    reader = FileReader(str(file))
-    yield from reader.get_next()
-    reader.close()
-
-
-def _from_first_record(file: Path) -> dict:
-    """The least ``seq_length`` and ``vocab_size`` that a file's first record needs."""
-    try:
-        with closing(_records(file)) as records:
-            record = next(records)
-    except (RuntimeError, StopIteration) as error:
-        raise ValueError(
-            f"{file} is not readable as MindRecord, or empty: damaged, cut short, or something else. Copy it "
-            f"again with its .db, or prepare the data again."
-        ) from error
-    missing = [name for name in COLUMNS if name not in record]
-    if missing:
-        raise ValueError(
-            f"{file} has the columns {', '.join(sorted(record))}, expected {' and '.join(COLUMNS)}; prepare "
-            f"the data with telechat_preprocess.py."
-        )
-    ids = record["input_ids"]
-    return {"seq_length": len(ids) - 1, "vocab_size": int(ids.max()) + 1}
-
-
-def _compare(file: Path, found: dict, limits: dict) -> None:
-    length, seq_length = found["seq_length"], limits["seq_length"]
-    if seq_length is not None and length > seq_length:
-        raise ValueError(
-            f"{file} holds records of {length + 1} ids, for sequences of {length} tokens, but the model's "
-            f"seq_length is {seq_length}: prepare the data with --max_length {seq_length}, or set "
-            f"--model.model_config.seq_length {length}."
-        )
-    if limits["vocab_size"] is not None and found["vocab_size"] > limits["vocab_size"]:
-        raise ValueError(
-            f"{file} needs a vocabulary of {found['vocab_size']} tokens, but the model's vocab_size is "
-            f"{limits['vocab_size']}: prepare the data with this model's tokenizer.model, or use the YAML of "
-            f"the model whose tokenizer it was."
-        )
+def _compare(file: Path, manifest: dict, rules: Rules) -> None:
+    """The model with what the data was prepared for, of which the records may not use all."""
+    length, vocab_size = manifest.get("max_length"), (manifest.get("tokenizer") or {}).get("vocab_size")
+    if None not in (length, rules.seq_length) and length > rules.seq_length:
+        raise ValueError(too_long(file, length, rules.seq_length))
+    if None not in (vocab_size, rules.vocab_size) and vocab_size > rules.vocab_size:
+        raise ValueError(too_many_tokens(file, vocab_size, rules.vocab_size))
 
 
 def _compare_documents(file: Path, documents: int, limit: int) -> None:

@@ -1,0 +1,179 @@
+"""What a record must be, wherever it comes from: ids of the vocabulary, and labels that are the ids.
+
+The model moves the labels by one itself. Records of other programs may hold them moved already, mark what is
+not trained by another number, or belong to another vocabulary: all of that trains without a word.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from research.telechat2.data.writing import count_documents
+
+_PREPARE = "prepare the data with telechat_preprocess.py"
+
+
+class Row(NamedTuple):
+    """A record: ``number`` counts from 0 within ``file``; labels None where the data has none."""
+
+    file: str
+    number: int
+    input_ids: np.ndarray
+    labels: np.ndarray | None
+
+
+class Rules(NamedTuple):
+    """What the model takes; None: not known.
+
+    ``ignored``: the label of a token that is not trained. ``pad``: the id that is not trained without labels.
+    ``one_length``: whether all records must be equally long. ``start_ids``: of which documents are counted.
+    """
+
+    seq_length: int | None
+    vocab_size: int | None
+    ignored: int = -100
+    pad: int = 3
+    one_length: bool = True
+    start_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Seen:
+    """What the records were: how many, their ids, those without any trained token, documents at most."""
+
+    records: int = 0
+    length: int = 0
+    untrained: int = 0
+    first_untrained: str = ""
+    documents: int = 0
+
+
+def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
+    """Look through records.
+
+    Raises:
+        ValueError: a record breaks a rule, or none of them has a trained token; names file and record.
+    """
+    seen = Seen()
+    for row in rows:
+        where = f"{row.file}, record {row.number}"
+        _check_form(where, row)
+        length = len(row.input_ids)
+        _check_length(row, where, length, seen, rules)
+        _check_ids(where, row.input_ids, rules.vocab_size)
+        seen.records, seen.length = seen.records + 1, max(length, seen.length)
+        if rules.start_ids:
+            seen.documents = max(seen.documents, count_documents(row.input_ids, list(rules.start_ids)))
+        if not _trained(where, row, rules):
+            seen.untrained += 1
+            seen.first_untrained = seen.first_untrained or where
+    if seen.records and seen.untrained == seen.records:
+        raise ValueError(
+            f"none of the {seen.records:,} records read has a trained token ({seen.first_untrained} is the "
+            f"first): every label is {rules.ignored}, ignore_token_id. Label what is to be trained by "
+            f"its id; "
+            f"{_PREPARE}."
+        )
+    return seen
+
+
+def _check_form(where: str, row: Row) -> None:
+    for name, values in (("input_ids", row.input_ids), ("labels", row.labels)):
+        if values is None:
+            continue
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(
+                f"{where}: {name} is {values.dtype} of shape {list(values.shape)}, expected whole numbers in "
+                f"one row, such as int32 [seq_length + 1]; {_PREPARE}."
+            )
+    if row.labels is not None and len(row.labels) != len(row.input_ids):
+        raise ValueError(
+            f"{where}: {len(row.input_ids)} input_ids, but {len(row.labels)} labels; each id needs one. "
+            f"{_PREPARE[0].upper()}{_PREPARE[1:]}."
+        )
+
+
+def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -> None:
+    if rules.seq_length is not None and length - 1 > rules.seq_length:
+        raise ValueError(too_long(row.file, length - 1, rules.seq_length))
+    if length < 2:
+        raise ValueError(f"{where}: {length} ids, but a record needs two, one to read and one to predict.")
+    if rules.one_length and seen.records and length != seen.length:
+        raise ValueError(
+            f"{where}: {length} ids, but the records before it have {seen.length}: all of a data set must be "
+            f"equally long. Fill the shorter ones with the pad id and the label {rules.ignored}, or "
+            f"{_PREPARE}."
+        )
+
+
+def _check_ids(where: str, ids: np.ndarray, vocab_size: int | None) -> None:
+    if ids.min() < 0:
+        position = int(ids.argmin())
+        raise ValueError(
+            f"{where}: id {ids[position]} at position {position} is no token; ids begin at 0. Only "
+            f"labels may "
+            f"be negative: fill input_ids with the pad id."
+        )
+    if vocab_size is not None and ids.max() >= vocab_size:
+        position = int(ids.argmax())
+        found = f"{where}: id {ids[position]} at position {position}"
+        raise ValueError(too_many_tokens(found, int(ids[position]) + 1, vocab_size))
+
+
+def too_long(file, tokens: int, seq_length: int) -> str:
+    """The sentence about records of more tokens than the model takes."""
+    return (
+        f"{file} holds records of {tokens + 1} ids, for sequences of {tokens} tokens, but the model's "
+        f"seq_length is {seq_length}: prepare the data with --max_length {seq_length}, or set "
+        f"--model.model_config.seq_length {tokens}."
+    )
+
+
+def too_many_tokens(what, needed: int, vocab_size: int) -> str:
+    """The sentence about data of a larger vocabulary than the model has."""
+    return (
+        f"{what} needs a vocabulary of {needed} tokens, but the model's vocab_size is {vocab_size}: prepare "
+        f"the data with this model's tokenizer.model, or use the YAML of the model whose tokenizer it was."
+    )
+
+
+def _trained(where: str, row: Row, rules: Rules) -> int:
+    """How many tokens of a record are trained; the first never is, as nothing stands before it."""
+    ids, labels = row.input_ids, row.labels
+    if labels is None:
+        return int((ids[1:] != rules.pad).sum())
+    trained = labels != rules.ignored
+    trained[0] = False
+    wrong = np.flatnonzero(trained & (labels != ids))
+    if len(wrong):
+        raise ValueError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules)}")
+    return int(trained.sum())
+
+
+def _wrong_labels(ids, labels, trained, wrong, rules: Rules) -> str:
+    """Why labels that are not the ids are wrong, in a sentence with the remedy."""
+    for moved, fits in (
+        ("next", (labels[:-1] == ids[1:])[trained[:-1]]),
+        ("previous", (labels[1:] == ids[:-1])[trained[1:]]),
+    ):
+        if len(fits) and fits.all():
+            return (
+                f"labels are input_ids moved by one (each is the {moved} id), but the model moves "
+                f"them itself "
+                f"and would learn the wrong token. Give labels[i] = input_ids[i] where i is trained, else "
+                f"{rules.ignored}, with seq_length + 1 ids in a record."
+            )
+    position = int(wrong[0])
+    found = (
+        f"label {labels[position]} at position {position}, where input_ids has {ids[position]}: a "
+        f"label is the id itself where it is trained, else {rules.ignored} (ignore_token_id)."
+    )
+    marks = np.unique(labels[wrong])
+    if len(marks) == 1 and len(wrong) > 1:
+        mark = marks[0]
+        return (
+            f"{found} If {mark} marks what is not trained, set --model.model_config.ignore_token_id {mark}."
+        )
+    return f"{found} In this record {len(wrong):,} differ. Correct them, or {_PREPARE}."
