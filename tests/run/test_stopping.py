@@ -23,6 +23,24 @@ def test_the_first_asks_for_the_end_of_the_step_and_the_second_ends():
     assert issubclass(Interrupted, KeyboardInterrupt)  # exit status 130
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_closed_terminal_saves_unless_the_run_was_started_to_outlive_it(alone):
+    """nohup ignores SIGHUP; one of several processes never stops alone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if alone else signal.SIG_DFL)
+    try:
+        with stopping(alone) as stop:
+            stop.saves = True
+            expected = signal.SIG_IGN if alone else signal.SIG_DFL
+            assert signal.getsignal(signal.SIGHUP) == expected and not stop.requested
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stopping() as stop:
+            stop.saves = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_where_nothing_can_be_saved_the_first_ends():
     with stopping(), pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGINT)
@@ -70,6 +88,10 @@ def test_an_interrupted_run_says_what_is_saved(tmp_path):
         said = farewell(config, stop, ["run_mindformer.py"])
         assert f"the last step is saved in {iteration}" in said
         assert said.endswith(f"--load_checkpoint {iteration} --resume_training True")
+        done = save_iteration(tmp_path / "checkpoint", 15)
+        stop.saved = done
+        assert "resume" not in (last := farewell(config, stop, ["x.py"])) and "all 15 steps" in last
+        stop.saved = iteration
         parallel = farewell(config | {"use_parallel": True}, stop, ["run_mindformer.py"])
         assert "resume with" not in parallel and f"--load_checkpoint {iteration}" in parallel
 

@@ -1,7 +1,8 @@
 """Ctrl-C in a training: the first finishes the step and saves, the second ends at once.
 
 MindSpore handles SIGINT itself while a graph runs, by sending the process SIGTERM: so both are handled here,
-and a scheduler that ends a job by SIGTERM gets its checkpoint too.
+and a scheduler that ends a job, or a terminal that is closed, leaves a checkpoint too. One of several
+processes never stops alone, for the others would wait for it: they agree on a step, by the launcher's folder.
 """
 
 import atexit
@@ -17,7 +18,7 @@ from pathlib import Path
 from research.telechat2.run.processes import is_first_process
 from research.telechat2.telechat_files import atomic_write
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 5.0  # seconds in which a run ends by itself after a second Ctrl-C
 
 
@@ -38,6 +39,7 @@ class StopRequest:
     """
 
     def __init__(self):
+        self.signals: list[int] = []
         self.requested = self.by_launcher = self.left = False
         self.saves = False
         self.steps = 0
@@ -77,10 +79,9 @@ class StopRequest:
         return self.requested
 
     def listen(self) -> None:
-        """Handle the signals, in the main thread; others get none."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                signal.signal(number, self.ask)
+        """Handle the signals that are not ignored, where this process may stop alone."""
+        for number in self.signals:
+            signal.signal(number, self.ask)
 
 
 STOP = StopRequest()
@@ -94,13 +95,14 @@ def _launcher_folder() -> Path | None:
 
 
 @contextmanager
-def stopping() -> Iterator[StopRequest]:
-    """Handle Ctrl-C by ``STOP``, new for each training."""
+def stopping(alone: bool = True) -> Iterator[StopRequest]:
+    """Handle Ctrl-C by ``STOP``, new for each training; not in one of several processes, nor in a thread."""
     STOP.__init__()
-    if threading.current_thread() is not threading.main_thread():
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield STOP
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    STOP.signals = [number for number, handler in before.items() if handler != signal.SIG_IGN]  # nohup
     STOP.listen()
     ends = os.pipe()
     os.set_blocking(ends[1], False)
@@ -113,8 +115,8 @@ def stopping() -> Iterator[StopRequest]:
         ended.set()
         signal.set_wakeup_fd(wakeup)
         os.close(ends[1])
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in STOP.signals:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 def _answer_signals(received: int, ended: threading.Event) -> None:
@@ -138,7 +140,8 @@ def _answer_signals(received: int, ended: threading.Event) -> None:
 
 
 def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that is closed
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def resuming_command(argv: list[str], folder: Path) -> str:

@@ -1,5 +1,6 @@
 """A training from its checked settings to its end: locked, resumed at the right record, interruptible."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,12 @@ from research.telechat2.run.processes import is_first_process
 from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
 from research.telechat2.run.space import check_space, checkpoint_bytes, kept_checkpoints
 from research.telechat2.run.stopping import Interrupted, StopRequest, resuming_command, stopping
-from research.telechat2.run.training_record import TrainingRecord, describe_training, read_record
+from research.telechat2.run.training_record import (
+    TrainingRecord,
+    describe_training,
+    device_num,
+    read_record,
+)
 from research.telechat2.telechat_run_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.telechat_run_data import record_files
 from research.telechat2.telechat_run_saving import checkpoint_folder, record_config, refuse_overwriting
@@ -50,7 +56,7 @@ def train(
         Interrupted: after Ctrl-C, with what is saved and the command that resumes.
     """
     first = is_first_process()
-    with _locked(config) if first else nullcontext(), stopping() as stop:
+    with _locked(config) if first else nullcontext(), stopping(_is_alone(config)) as stop:
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
@@ -66,6 +72,11 @@ def train(
             sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
             raise Interrupted(farewell(config, stop, sys.argv))
+
+
+def _is_alone(config: dict) -> bool:
+    """Whether the run is this process."""
+    return not config.get("use_parallel") or ("MS_ROLE" not in os.environ and device_num() == 1)
 
 
 @contextmanager
@@ -159,6 +170,9 @@ def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
         return f"interrupted after {stop.steps} steps of this run; no checkpoint is saved"
     begun = "the last step is saved in" if stop.saved else "the last checkpoint is"
     text = f"interrupted after {stop.steps} steps of this run; {begun} {latest}"
+    record = read_record(latest)
+    if record and record.total_steps and record.step >= record.total_steps:
+        return f"{text}\nall {record.total_steps} steps of the run are done"
     if config.get("use_parallel"):
         on_cpus = (config.get("context") or {}).get("device_target") == "CPU"
         resume = "" if on_cpus else " --resume_training True"
