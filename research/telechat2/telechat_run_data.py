@@ -12,10 +12,9 @@ from pathlib import Path
 from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
 from research.telechat2.plan.check import check
 from research.telechat2.run.records import COLUMNS, check_steps, counted, read_rows
-from research.telechat2.run.training_record import count_records, device_num
+from research.telechat2.run.training_record import count_records, device_num, is_data_parallel
 from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
 from research.telechat2.telechat_prompt_format import manifest_path
-from research.telechat2.telechat_run_saving import is_data_parallel
 
 
 def check_dataset(config: dict, which: str) -> None:

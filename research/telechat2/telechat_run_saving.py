@@ -9,6 +9,7 @@ from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.sources import latest_iteration
 from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
 from research.telechat2.plan.settings import model_config, section_of, with_defaults
+from research.telechat2.run.training_record import is_data_parallel
 from research.telechat2.telechat_prompt_format import write_json
 from research.telechat2.telechat_run_data import record_files
 
@@ -39,12 +40,6 @@ def leave_section_in_data_parallel(config: dict) -> None:
         if callback.get("type") == "CheckpointMonitor":
             callback.update({"checkpoint_format": "safetensors"} | settings)
     print("checkpoint: data parallel, so each rank saves the whole model into checkpoint/rank_*", flush=True)
-
-
-def is_data_parallel(config: dict) -> bool:
-    """Whether ranks are copies of each other: MindSpore's parallel_mode 0."""
-    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in (0, "data_parallel", "DATA_PARALLEL")
 
 
 def refuse_overwriting(config: dict) -> None:

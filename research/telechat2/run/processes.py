@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from research.telechat2.telechat_run_saving import is_data_parallel
+from research.telechat2.run.training_record import is_data_parallel
 
 LAUNCHER = 'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N'
 # What launchers set: msrun, mpirun, a rank table; and a simulation, which needs none.

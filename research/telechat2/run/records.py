@@ -10,9 +10,9 @@ from research.telechat2.run.training_record import (
     count_records,
     device_num,
     global_batch_size,
+    is_data_parallel,
     steps_per_epoch,
 )
-from research.telechat2.telechat_run_saving import is_data_parallel
 
 # At most so much is read before a run, which takes two seconds or three: evenly spaced records.
 MAX_RECORDS = 10_000

@@ -129,13 +129,19 @@ def device_num() -> int:
     return 1
 
 
+def is_data_parallel(config: dict) -> bool:
+    """Whether ranks are copies of each other: MindSpore's parallel_mode 0."""
+    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
+    return bool(config.get("use_parallel")) and mode in _DATA_PARALLEL
+
+
 def global_batch_size(config: dict, devices: int) -> int:
     """Records of a step, of all devices together, as MindFormers counts them."""
     runner, plan = (config.get(name) or {} for name in ("runner_config", "parallel_config"))
     batch = runner.get("batch_size") or 1
     if not config.get("use_parallel"):
         return batch
-    if (config.get("parallel") or {}).get("parallel_mode", 1) in _DATA_PARALLEL:
+    if is_data_parallel(config):
         return batch * devices
     stages = plan.get("pipeline_stage") or 1
     times = plan.get("micro_batch_num") if stages > 1 else runner.get("gradient_accumulation_steps")
@@ -148,7 +154,7 @@ def steps_per_epoch(config: dict, records: int, batch: int, devices: int) -> int
     parallel = config.get("parallel") or {}
     shards = 1
     if config.get("use_parallel"):
-        if parallel.get("parallel_mode", 1) in _DATA_PARALLEL:
+        if is_data_parallel(config):
             shards = devices
         elif not parallel.get("full_batch", True):
             return None
