@@ -325,8 +325,9 @@ def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
         found, expected = getattr(tokenizer, name), settings[name]
         if found != expected and (name, expected) != ("pad_token_id", -1):
             raise ValueError(
-                f"the YAML's {name} is {expected}, but in {vocab_file} it is {found}; correct model_config, "
-                f"or use the vocabulary of this model."
+                f"the model's {name} is {expected}, but in {vocab_file} it is {found}; correct it in the "
+                "YAML's model_config or the config.json beside the weights, whichever states it, or use the "
+                "vocabulary of this model."
             )
 
 

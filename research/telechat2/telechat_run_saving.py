@@ -1,6 +1,7 @@
 """Where a run saves its checkpoints and answers, and the refusal to save over those of another."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from research.telechat2.checkpoint.relatives.reading import read_json
@@ -11,7 +12,6 @@ from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
 from research.telechat2.plan.settings import model_config, section_of, with_defaults
 from research.telechat2.run.training_record import is_data_parallel
 from research.telechat2.telechat_prompt_format import write_json
-from research.telechat2.telechat_run_data import record_files
 
 # the section `checkpoint:` -> the callback CheckpointMonitor
 MONITOR_KEYS = {
@@ -106,19 +106,20 @@ def checkpoint_folder(config: dict) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def record_config(config: dict, weights: str | None) -> None:
+def record_config(config: dict, weights: str | None, data: Iterable[Path] = ()) -> None:
     """Write the config.json of what this run trains into its checkpoint folder, so that the numbers stay.
 
     Args:
         config: the settings, ``model_config`` as settled with ``weights``; template not needed.
         weights: what the run begins with; None: random weights.
+        data: the MindRecord files that it trains on.
     """
     if section_of(config, "model.model_config").get("type") != "TelechatConfig":
         return
     fields = model_config(config, with_defaults(config, "parallel_config"))
     source = config_beside(Path(weights).expanduser()) if weights else None
     content = trained_config(fields, read_json(source) if source else None, from_scratch=not weights)
-    if config.get("train_dataset") and (vocabulary := data_vocabulary(record_files(config, "train"))):
+    if vocabulary := data_vocabulary(data):
         content[HASH_KEY] = vocabulary
     folder = checkpoint_folder(config)
     folder.mkdir(parents=True, exist_ok=True)

@@ -192,7 +192,7 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
     assert prepare("\x01" * 28, max_decode_length=512, pad_token_id=3)[1] == 3
     with pytest.raises(ValueError, match=r"prompt 2 of 2: .* has 30 tokens, .* 30 \(the YAML's seq_length\)"):
         prepare("a", "\x01" * 29)
-    with pytest.raises(ValueError, match="the YAML's eos_token_id is 5, but in .*tokenizer.model it is 2"):
+    with pytest.raises(ValueError, match="the model's eos_token_id is 5, but in .*tokenizer.model it is 2"):
         prepare("a", eos_token_id=5)
 
 

@@ -60,7 +60,7 @@ def train(
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
-            record_config(config, weights)
+            record_config(config, weights, record_files(config, "train"))
             training = _prepare(config) if first else Training(describe_training(config, []), None)
             carry_out(config, source, training)
         except BaseException as error:

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from research.telechat2.checkpoint.relatives.stated import settle_with
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.serve import settings
 from research.telechat2.serve.folder import dump_json, dump_yaml, model_config_of, world_size_of
@@ -36,6 +37,7 @@ def finish_folder(folder: Path) -> str:
     config = _read_copy(yaml_file)
     check_settings(config, source=yaml_file)
     settings.check_predict_yaml(config, yaml_file)
+    notes = settle_with(config["model"]["model_config"], config.get("load_checkpoint"), str(yaml_file))
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(
         config, checkpoint=config.get("load_checkpoint") or "",
@@ -56,6 +58,7 @@ def finish_folder(folder: Path) -> str:
     return (
         f"{folder}: wrote config.json and {settings.ENTRY}.py, and completed {yaml_file.name}.\n"
         + (f"Set in {yaml_file.name}: {left}.\n" if left else "")
+        + "".join(f"model_config: {note}\n" for note in notes)
         + "MindIE wants chmod 750 for the folder and 640 for its files.\n"
     )
 
