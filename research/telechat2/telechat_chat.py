@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.text import exact_json
 from research.telechat2.text.literal import TOOL_TAGS
-from research.telechat2.text.messages import check_messages, joined, short
+from research.telechat2.text.messages import checked, short
 
 START, END, USER, BOT, SYSTEM = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>"
 # What the chat template says when a conversation brings no system message.
@@ -90,9 +90,7 @@ def render(
     telechat_prompt_format.check(prompt_format)
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
-    if isinstance(messages, list):
-        messages = joined(messages)
-    check_messages(messages, add_generation_prompt if allow_empty is None else allow_empty)
+    messages = checked(messages, add_generation_prompt if allow_empty is None else allow_empty)
     everything = train_on == "everything"
     answers = trained_answers(messages, train_on)
     pieces = _text_with_tags if tool_tags_in_content else _literal

@@ -136,9 +136,9 @@ def name_system_texts(predictor: Predictor, conversations: list[Conversation], g
 
     ``given``: that of --system, "" for an empty one, None for none.
     """
-    if predictor.prompt_format == "plain":
-        return  # which has none
-    firsts = joined(asked.messages[0] for asked in conversations)
+    if predictor.prompt_format != "chat":
+        return  # the others have none
+    firsts = [joined(asked.messages[0], 1) for asked in conversations]
     texts = [first["content"] if first["role"] == "system" else None for first in firsts]
     sources = (
         (

@@ -4,7 +4,7 @@ import re
 
 from research.telechat2 import telechat_chat
 from research.telechat2.text import exact_json
-from research.telechat2.text.messages import is_blank, joined
+from research.telechat2.text.messages import is_blank
 
 _TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
 _CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
@@ -17,11 +17,11 @@ _SHAREGPT_ROLES = {
 
 
 def from_messages(data: dict) -> tuple[list[dict], list[dict] | None]:
-    """OpenAI's: (messages, tools). A content given as text parts is their text, joined."""
+    """OpenAI's: (messages, tools)."""
     tools = data.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
-    return joined(_list(data, "messages")), tools
+    return _list(data, "messages"), tools
 
 
 def from_dialog(data: dict) -> tuple[list[dict], None]:

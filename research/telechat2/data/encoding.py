@@ -143,8 +143,9 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
     copies = _copies(batch, settings.seed)
     for line, (content, times) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
         try:
-            items.append(_parsed(content, line, times, table, settings))
-            counts["unused_fields"].update(items[-1].parsed.unused)
+            items.append(item := _parsed(content, line, times, table, settings))
+            if item.parsed.unused:
+                counts["unused_fields"].update(item.parsed.unused)
         except UnusableLine as error:
             note(error, line)
     table.encode()
@@ -162,7 +163,8 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, settings: Settings) -> En
         counts["totals"]["truncated"] += fitting is not item
         _count(fitting, length, counts)
         counts["totals"]["with_special_text"] += not table.with_marker.isdisjoint(fitting.runs)
-        counts["totals"]["changed_text"] += not table.changed.isdisjoint(fitting.runs)
+        if table.changed:
+            counts["totals"]["changed_text"] += not table.changed.isdisjoint(fitting.runs)
         runs += fitting.runs
         trained += fitting.trained
         lengths.append(-length if isinstance(item.parsed, Text) else length)

@@ -2,7 +2,7 @@
 
 from collections.abc import Set
 
-from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, is_blank
+from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, is_blank, joined
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
 METADATA = (
@@ -172,10 +172,15 @@ _PLAIN_KEYS = frozenset({"role", "content"})
 def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> object:
     """A message with what the renderer knows; the names of what may go are added to ``unused``.
 
+    A content that is a list of text parts becomes one text.
+
     Raises:
         ValueError: a field whose text would be lost, or a mark that is none.
     """
-    if not isinstance(message, dict) or message.keys() == _PLAIN_KEYS:
+    if type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str:
+        return message
+    message = joined(message, number)
+    if not isinstance(message, dict):
         return message
     where = f"message {number} "
     if ignored and not ignored.isdisjoint(message):

@@ -33,11 +33,13 @@ _FORMATS = {
 }
 _EXPECTED = "input and output, or messages, or system and dialog"
 _JUDGED = frozenset(fields.JUDGEMENTS + fields.MASKS)
+_USED = {kind: used | _JUDGED for kind, used in _FORMATS.items()}
 # Fields of a test set that say what the answer should be; a question has no use for them.
 _OF_A_TEST = frozenset(
     {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
     | {*("label", "labels", "gold", "ideal", "response", "completion", "solution", "ground_truth")}
 )
+_BOM = b"\xef\xbb\xbf"
 _STARTS = {
     **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16"),
     b"\x1f\x8b": "packed by gzip: give it a name in .gz, or unpack it",
@@ -122,7 +124,7 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def decode_line(line: bytes) -> str:
     """Decode a line of a file; a byte order mark before it, as files that are joined have, is taken off."""
     try:
-        return line.decode("utf-8-sig")
+        return line.removeprefix(_BOM).decode()
     except UnicodeDecodeError as error:
         is_known = next((name for start, name in _STARTS.items() if line.startswith(start)), "")
         remedy = f" (it seems to be {is_known})" if is_known else ""
@@ -203,7 +205,7 @@ def _parsed(data: object, ignored: Set[str]) -> tuple[str, Conversation | Text]:
     kind = _kind(data)
     _check_marks(data)
     try:
-        unused += fields.check_unused(data, _FORMATS[kind] | _JUDGED, beside=f" beside {kind}")
+        unused += fields.check_unused(data, _USED[kind], beside=f" beside {kind}")
         parsed = _CONVERSIONS[kind](data)
         if isinstance(parsed, Conversation):
             messages = [

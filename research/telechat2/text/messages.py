@@ -1,7 +1,5 @@
 """What messages may be, their roles, contents and order: the renderer checks each conversation by this."""
 
-from collections.abc import Iterable
-
 ROLES = ("system", "user", "assistant", "bot", "tool")
 ANSWERS = ("assistant", "bot")
 # Keys of a message that name or link things the template does not print.
@@ -22,18 +20,15 @@ def is_blank(text: str) -> bool:
     return not text.strip(_BLANK)
 
 
-def joined(messages: Iterable) -> list:
-    """Messages whose contents are lists of OpenAI's text parts, with their texts joined; others as they are.
+def joined(message: object, number: int) -> object:
+    """A message whose content is a list of OpenAI's text parts, with their texts joined; others as they are.
 
     Raises:
-        ValueError: a part is no text; message and part are named.
+        ValueError: a part is no text; the message, by its ``number`` from 1, and the part are named.
     """
-    return [
-        message
-        if not isinstance(message, dict) or not isinstance(message.get("content"), list)
-        else {**message, "content": _text_of_parts(message["content"], number)}
-        for number, message in enumerate(messages, 1)
-    ]
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": _text_of_parts(message["content"], number)}
 
 
 def _text_of_parts(parts: list, number: int) -> str:
@@ -50,43 +45,50 @@ def _text_of_parts(parts: list, number: int) -> str:
     return "".join(texts)
 
 
-def check_messages(messages, allow_empty: bool) -> None:
-    """Check a conversation. ``allow_empty``: nothing of it is trained, so its messages may say nothing.
+def checked(messages, allow_empty: bool) -> list[dict]:
+    """Check a conversation, and return it with contents that are strings, not parts.
+
+    ``allow_empty``: nothing of it is trained, so its messages may say nothing.
 
     Raises:
         ValueError: what cannot be rendered, or not be trained; the message is named.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages are {short(messages)}; expected a list of at least one message")
-    open_calls: list[str | None] = []  # ids of the calls that wait for a result, None for those without
-    previous = None
+    answer: dict = {}  # the last one
+    open_calls: list[str | None] | None = []  # ids of its calls that wait for a result; None: not counted yet
+    previous, found = None, []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is {short(message)}; expected a dict with role and content")
         where = f"message {number}"
         if not _is_simple(message):
+            message = joined(message, number)
             _check_message(message, where, allow_empty)
         role = message["role"]
         if role == "system" and number > 1:
             raise ValueError(f"{where} has role 'system'; a system message must be the first one")
         if role == "tool":
+            open_calls = _calls_of(answer) if open_calls is None else open_calls
             _close_call(message, open_calls, where)
         elif role in ANSWERS:
-            open_calls = _calls_of(message)
+            answer, open_calls = message, None
             if previous in ANSWERS and not allow_empty and not _answers_rightly(messages, number):
                 raise ValueError(
                     f"{where} has role {role!r} as the one before it has: an answer to no question would be "
                     f'trained; correct the role, join the two, or give this one "weight": 0'
                 )
         previous = role
-    if not any(message["role"] == "user" for message in messages):
+        found.append(message)
+    if not any(message["role"] == "user" for message in found):
         raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
+    return found
 
 
 def check_question(messages: list[dict]) -> None:
     """ValueError if the last message is a question that asks nothing."""
     last = messages[-1]
-    if last["role"] == "user" and is_blank(joined([last])[0]["content"]):
+    if last["role"] == "user" and is_blank(joined(last, len(messages))["content"]):
         raise ValueError(f"message {len(messages)} is an empty question; expected some text to answer")
 
 
