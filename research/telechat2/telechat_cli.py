@@ -1,18 +1,23 @@
 """What every command shares: how it ends for a user's mistake, and how it keeps the libraries quiet."""
 
-import atexit
 import logging
+import math
 import os
-import shutil
-import signal
 import sys
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from research.telechat2.common.environment import PACKAGES, VERSIONS, remedy
+from research.telechat2.common.interrupts import (
+    STATUS,
+    half_imported,
+    interrupted,
+    leave,
+    listening,
+    temporary_folder,
+    tolerating,
+)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -21,21 +26,35 @@ def run(main: Callable[[], None]) -> None:
     ``ValueError`` and ``OSError`` are the errors a user can cause (see the house rules); anything else
     is a defect of ours and keeps its traceback.
     """
-    try:
-        main()
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        _report(f"error: {error}")
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in {**PACKAGES, **VERSIONS}:
-            raise
-        _report(f"error: {package}: not installed in this Python ({sys.executable}); {remedy()}.")
-        sys.exit(1)
+    with listening():
+        try:
+            main()
+        except KeyboardInterrupt as interrupt:
+            _end_interrupted(str(interrupt))
+        except Exception as error:
+            if interrupted():  # an import that Ctrl-C has broken off raises what it likes
+                _end_interrupted()
+            _report(f"error: {_sentence(error)}")
+            sys.exit(1)
     sys.exit(0)
+
+
+def _sentence(error: Exception) -> str:
+    """What a user's mistake says; what is none is raised again."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    package = (getattr(error, "name", None) or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in {**PACKAGES, **VERSIONS}:
+        return f"{package}: not installed in this Python ({sys.executable}); {remedy()}."
+    raise error
+
+
+def _end_interrupted(sentence: str = "") -> None:
+    sentence = sentence or "interrupted"
+    if half_imported():  # what such a library does at the end, fails
+        leave(sentence)
+    print(sentence, file=sys.stderr)
+    sys.exit(STATUS)
 
 
 def _report(sentence: str) -> None:
@@ -53,22 +72,10 @@ def interrupt_afterwards(what: str) -> Iterator[None]:
 
     So it is while MindSpore is imported: its C++ code ends the process when a module half done is left.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's affair
-        return
-    interrupted = []
-
-    def note(*_) -> None:
-        if not interrupted:
-            print(f"interrupted; ending as soon as {what}", file=sys.stderr, flush=True)
-        interrupted.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with tolerating(math.inf, f"interrupted; ending as soon as {what}") as pressed:
         yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
-    if interrupted:
+        count = pressed()
+    if count:
         raise KeyboardInterrupt
 
 
@@ -81,8 +88,7 @@ def quiet_libraries() -> None:
     warnings, which have a logger of their own.
     """
     os.environ.setdefault("GLOG_v", "3")
-    scratch = tempfile.mkdtemp(prefix="telechat_")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    scratch = temporary_folder("telechat_")
     os.environ.setdefault("LOG_MF_PATH", scratch)
     os.environ.setdefault("MS_OM_PATH", scratch)
     # MindFormers names its logger after its log directory, and sets its level anew when it is imported.

@@ -5,11 +5,8 @@ answers of a prediction, the graph of a failed compilation. All of it is steered
 or into a temporary one, so that nothing else appears where a user works.
 """
 
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 import traceback
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -17,6 +14,7 @@ from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.relatives.stated import settle_with
+from research.telechat2.common.interrupts import temporary_folder
 from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary, check_data_vocabulary
@@ -210,9 +208,7 @@ def prepare_environment(output_dir: str, register: Path) -> None:
     os.environ.setdefault("MS_OM_PATH", str(output / "log"))  # MindSpore's rank_N/om of a failed compilation
     os.environ["REGISTER_PATH"] = str(register)
     if "OM_MODULES_CACHE" not in os.environ:
-        cache = tempfile.mkdtemp(prefix="telechat_modules_")
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-        os.environ["OM_MODULES_CACHE"] = cache
+        os.environ["OM_MODULES_CACHE"] = temporary_folder("telechat_modules_")
     for folder in (str(register), str(CHECKOUT)):
         if folder not in sys.path:
             sys.path.append(folder)

@@ -1,6 +1,5 @@
 """A conversation at a terminal with a predictor that needs no model: it says what it was asked, slowly."""
 
-import os
 import sys
 import time
 
@@ -37,7 +36,6 @@ class Slow:
 
 
 def main() -> None:
-    os.close(os.open(os.ttyname(0), os.O_RDWR))  # the leader of a session: its terminal sends it Ctrl-C
     terminal = Terminal(history_file())
     chat(Slow(), None, terminal.lines(), terminal)
 

@@ -12,7 +12,7 @@ PROMPT = "> "
 
 
 class Person:
-    """Starts a command whose standard input and error (and output, unless told) are a terminal.
+    """Starts a command whose standard input and error (and output, unless told) are a terminal of its own.
 
     ``seen``: all that stood on the screen so far, control sequences included.
     """
@@ -22,8 +22,8 @@ class Person:
         clean = {key: value for key, value in os.environ.items() if key not in ("INPUTRC", "TERM")}
         environment = clean | {"TERM": "xterm", "XDG_STATE_HOME": str(cwd / "state")} | environment
         self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=terminal, stdout=stdout or terminal, stderr=terminal,
-            cwd=cwd, env=environment, start_new_session=True,
+            ["setsid", "--ctty", *map(str, command)], stdin=terminal, stdout=stdout or terminal,
+            stderr=terminal, cwd=cwd, env=environment,
         )  # fmt: skip
         os.close(terminal)
         self.seen, self._looked = "", 0

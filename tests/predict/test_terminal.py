@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,34 @@ def test_answers_go_to_a_pipe_and_the_person_still_has_readline(person):
     chat.types("/quit\r")
     assert chat.leaves() == 0
     assert chat.process.stdout.read() == b"<u5000>\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_model_compiles_and_answers(random, small_vocab, config_file, tmp_path):
+    """MindSpore takes SIGINT to itself while a graph runs, and turns it into SIGTERM."""
+    script = Path(__file__).resolve().parents[2] / "research" / "telechat2" / "run_telechat_predict.py"
+    command = [sys.executable, script, "--yaml_file", config_file, "--vocab_file_path", small_vocab]
+    command += ["--checkpoint_path", random.weights, "--max_new_tokens", 200]
+    (tmp_path / "tmp").mkdir()
+    chat = Person(command, tmp_path, TMPDIR=str(tmp_path / "tmp"))
+    chat.sees("TeleChat2: ", 120)
+    chat.sees(PROMPT)
+    for again in ("once", "twice", "thrice"):
+        chat.types(f"{again}\r")
+        chat.sees(f"{again}\r\n")
+        time.sleep(0.5)
+        chat.types("\x03")
+        chat.sees("cut off there by Ctrl-C", 60)
+        chat.sees(PROMPT)
+    chat.asks("/new", "")
+    chat.asks("to the end", "tokens, cut off there by the YAML")
+    chat.types("and again\r")
+    time.sleep(0.5)
+    chat.types("\x03")
+    time.sleep(0.1)
+    chat.types("\x03")
+    assert chat.leaves() == 130
+    assert "Traceback" not in chat.seen and os.listdir(tmp_path / "tmp") == []
 
 
 def lines_of(monkeypatch, *typed: str) -> list[str]:

@@ -7,7 +7,6 @@ without a word. So while the model answers, the terminal keeps what is typed and
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import unicodedata
@@ -16,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from pathlib import Path
 
+from research.telechat2.common.interrupts import interrupted, prompting, tolerating
 from research.telechat2.text.messages import is_blank
 
 HELP = """\
@@ -61,12 +61,13 @@ class Terminal:
         """
         while True:
             try:
-                text = self._question()
+                with prompting():
+                    text = self._question()
             except EOFError:
                 print(file=sys.stderr)
                 return
             except KeyboardInterrupt:
-                if self.stopped:
+                if self.stopped or interrupted():
                     raise
                 self.stopped = True
                 _note("(Ctrl-C once more leaves, and so does /exit)", before="\n")
@@ -91,17 +92,12 @@ class Terminal:
             KeyboardInterrupt: the second Ctrl-C.
         """
 
-        def stop(*_):
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            with _typing_kept() if self._readline else nullcontext():
-                yield lambda: self.stopped
-        finally:
-            signal.signal(signal.SIGINT, before)
+        with tolerating(1) as pressed:
+            try:
+                with _typing_kept() if self._readline else nullcontext():
+                    yield lambda: pressed() > 0
+            finally:
+                self.stopped = pressed() > 0
 
     def _question(self) -> str:
         """One line, or several that belong together."""

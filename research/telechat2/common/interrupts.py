@@ -1,0 +1,190 @@
+"""Ctrl-C in a command: it ends with status 130 and leaves no temporary folder, whatever it is doing.
+
+MindSpore handles SIGINT itself while a graph runs, by sending the process SIGTERM, which would kill it: so
+both mean Ctrl-C. No handler of Python runs while C++ compiles or runs a graph: there a thread ends the
+process. An import of C++ that is interrupted may raise another error, or leave what crashes at the very end.
+"""
+
+import atexit
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+STATUS = 130
+_PATIENCE = 2.0  # seconds after which a Ctrl-C that no handler has heard ends the process
+_SLACK = 1.0  # seconds that the watching thread may be late
+_folders: list[str] = []
+
+
+class _Interrupts:
+    """What the running command was asked.
+
+    Attributes:
+        count: how often its handler was called, since ``tolerating`` began or the command.
+        tolerated: how often it may be without ending the command.
+        answer: what is said to the first.
+        leaving: whether it was called more often.
+        pressed, heard: when Ctrl-C was pressed, and when the handler was called last; seconds.
+    """
+
+    def __init__(self):
+        self.count, self.tolerated, self.leaving, self.answer = 0, 0, False, ""
+        self.pressed: list[float] = []
+        self.heard = -math.inf
+        self.process = os.getpid()
+
+    def ask(self, number, frame) -> None:
+        """The handler.
+
+        Raises:
+            KeyboardInterrupt: the command ends.
+        """
+        if os.getpid() != self.process:  # a child, which has only inherited it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.heard = time.monotonic()
+        self.count += 1
+        if self.count > self.tolerated:
+            self.leaving = True
+            raise KeyboardInterrupt
+        if self.count == 1 and self.answer:
+            print(self.answer, file=sys.stderr, flush=True)
+
+    def ask_at_a_prompt(self, number, frame) -> None:
+        """The handler while a person types: raises KeyboardInterrupt, which need not end the command."""
+        self.heard = time.monotonic()
+        raise KeyboardInterrupt
+
+    def watch(self, received: int, numbers: list[int]) -> None:
+        """End the process where no handler can: its main thread is in C++."""
+        while data := os.read(received, 16):
+            if times := sum(byte in numbers for byte in data):
+                self.pressed += [time.monotonic()] * times
+                timer = threading.Timer(_PATIENCE, self._leave_unheard)
+                timer.daemon = True
+                timer.start()
+        os.close(received)
+
+    def _leave_unheard(self) -> None:
+        unheard = sum(pressed > self.heard + _SLACK for pressed in self.pressed)
+        if unheard > max(0, self.tolerated - self.count):
+            leave()
+
+
+_command: _Interrupts | None = None
+
+
+def leave(sentence: str = "interrupted") -> NoReturn:
+    """End the process at once; its temporary folders go, and nothing else is tidied up."""
+    with suppress(Exception):  # a terminal that is gone
+        print(sentence, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(STATUS)
+
+
+def half_imported(library: str = "mindspore") -> bool:
+    """Whether an import of ``library`` was broken off: its parts are there, and it is not."""
+    return library not in sys.modules and any(name.startswith(f"{library}.") for name in sys.modules)
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C ends the command, though another error may tell of it."""
+    return _command is not None and _command.leaving
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Handle Ctrl-C while a command runs in the main thread; elsewhere nothing is done."""
+    global _command
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _command = _Interrupts()
+    atexit.register(_skip_the_rest, _command)  # registered first, called last
+    numbers = [signal.SIGINT]
+    if "MS_ROLE" not in os.environ:  # msrun ends its workers by SIGTERM
+        numbers += [signal.SIGTERM, signal.SIGHUP]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup, or `&`
+    before = {number: signal.signal(number, _command.ask) for number in numbers}
+    ends = os.pipe()
+    os.set_blocking(ends[1], False)
+    wakeup = signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+    threading.Thread(target=_command.watch, args=(ends[0], numbers), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        os.close(ends[1])
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _skip_the_rest(command: _Interrupts) -> None:
+    """End here what was interrupted: what Python still does would crash in a library half imported."""
+    if command.leaving and os.getpid() == command.process:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(STATUS)
+
+
+@contextmanager
+def tolerating(times: float, answer: str = "") -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C be pressed so often before it ends the command; yields how often it was, since this began.
+
+    ``answer``: what is printed when it is pressed first.
+
+    Raises:
+        KeyboardInterrupt: it was pressed once more.
+    """
+    command = _command or _Interrupts()
+    command.count, command.tolerated, command.answer = 0, times, answer
+    with _handling(command.ask):
+        try:
+            yield lambda: command.count
+        finally:
+            command.count, command.tolerated, command.answer = 0, 0, ""
+
+
+@contextmanager
+def prompting() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt without ending the command, while a person types."""
+    command = _command or _Interrupts()
+    command.tolerated = math.inf
+    with _handling(command.ask_at_a_prompt):
+        try:
+            yield
+        finally:
+            command.tolerated = 0
+
+
+@contextmanager
+def _handling(handler: Callable) -> Iterator[None]:
+    """Handle SIGINT, which MindSpore may have taken, by ``handler``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)  # None: MindSpore's
+
+
+def temporary_folder(prefix: str) -> str:
+    """A new folder that is removed when this process ends, by Ctrl-C too."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    _folders.append(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
