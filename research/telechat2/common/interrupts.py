@@ -148,6 +148,9 @@ def tolerating(times: float, answer: str = "") -> Iterator[Callable[[], int]]:
     Raises:
         KeyboardInterrupt: it was pressed once more.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # signals are the main thread's affair
+        return
     command = _command or _Interrupts()
     command.count, command.tolerated, command.answer = 0, times, answer
     with _handling(command.ask):
@@ -172,9 +175,6 @@ def prompting() -> Iterator[None]:
 @contextmanager
 def _handling(handler: Callable) -> Iterator[None]:
     """Handle SIGINT, which MindSpore may have taken, by ``handler``."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
