@@ -65,6 +65,7 @@ def test_the_matrix_of_data_batch_and_position(position, data, batch, recorded):
     ("changes", "told"),
     [
         ({"seed": 7}, "seed: 0 -> 7"),
+        ({"records": 4}, r"num_samples.: 5 -> 4"),  # the same data, of which less is read
         ({"shuffle": False}, "shuffle: True -> False"),
         ({"sink_size": 3}, "sink_size: 3, and step 8 lies within a sink"),
         ({"global_batch_size": 4, "devices": 4}, "1 -> 4"),

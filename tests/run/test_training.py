@@ -1,5 +1,6 @@
 """A training before it starts: its folders, its sinks, and whether it goes on at the right record."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,3 +86,16 @@ def test_checkpoints_elsewhere_are_one_trainings_too(described, tmp_path):
             train(other, lambda *given: pytest.fail("started"))
 
     train(settings(tmp_path, **elsewhere), second)
+
+
+def test_a_full_disk_is_named_wherever_it_is_found(described, tmp_path):
+    """Before the first checkpoint something small is written, whose error may not say where."""
+    described()
+
+    def fails(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        OSError, match=f"the disk of {tmp_path / 'out'} is full, .* are free: .*No space left"
+    ):
+        train(settings(tmp_path), fails)

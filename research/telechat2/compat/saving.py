@@ -98,7 +98,7 @@ class CheckpointMonitor(_CheckpointMonitor):
         folder = Path(self._directory)
         before = set(folder.iterdir())
         try:
-            with _naming_failure(folder, _bytes_of([cb_params.train_network])):
+            with _naming_failure(folder, _bytes_of([cb_params.train_network]), _make_room(folder.parent)):
                 super().save_checkpoint(cb_params)
         except BaseException:
             for path in set(folder.iterdir()) - before:
@@ -118,8 +118,11 @@ def saving(folder: Path, needed: int) -> Iterator[None]:
     """
     tracker = folder.parent / TRACKER
     said = tracker.read_text(encoding="utf-8") if tracker.is_file() else None
+    kept = "no earlier one is there; make room, and start again"
+    if said and said.strip():
+        kept = f"iteration {said.strip()} is kept; {_make_room(folder.parent)}"
     try:
-        with _naming_failure(folder, needed):
+        with _naming_failure(folder, needed, kept):
             yield
     except BaseException:
         if get_real_rank() == 0:
@@ -139,26 +142,26 @@ def _restore(tracker: Path, said: str | None) -> None:
 
 
 @contextmanager
-def _naming_failure(folder: Path, needed: int) -> Iterator[None]:
+def _naming_failure(folder: Path, needed: int, kept: str) -> Iterator[None]:
     """Refuse to save what cannot fit; a failure of the disk is an OSError with the path and the bytes."""
-    _check_room(folder, needed)
+    if (free := free_bytes(folder)) < needed:
+        raise OSError(
+            f"the disk of {folder} is full: the checkpoint needs {gigabytes(needed)}, and {gigabytes(free)} "
+            f"are free; {kept}."
+        )
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or "os error" in str(error) or free_bytes(folder) < needed:
             raise OSError(
                 f"the checkpoint {folder} could not be saved: {str(error).strip()} It needs "
-                f"{gigabytes(needed)}, and {gigabytes(free_bytes(folder))} are free. Earlier ones are kept."
+                f"{gigabytes(needed)}, and {gigabytes(free_bytes(folder))} are free; {kept}."
             ) from error
         raise
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    if (free := free_bytes(folder)) < needed:
-        raise OSError(
-            f"the disk of {folder} is full: the checkpoint needs {gigabytes(needed)}, and {gigabytes(free)} "
-            "are free. Make room and resume from the last one; earlier checkpoints are kept."
-        )
+def _make_room(folder: Path) -> str:
+    return f"make room, and resume with --load_checkpoint {folder} --resume_training True"
 
 
 def _bytes_of(cells) -> int:

@@ -65,6 +65,8 @@ def _differing(saved: TrainingRecord | None, common: dict, now: TrainingRecord) 
             f"data: {saved.records} records, hash {saved.data[:12]} -> {now.records} records, hash "
             f"{now.data[:12]}"
         )
+    elif None not in (saved.records, now.records) and saved.records != now.records:
+        lines.append(f"records of an epoch (num_samples): {saved.records} -> {now.records}")
     for name, title in (
         ("steps_per_epoch", "steps of an epoch"),
         ("global_batch_size", "records of a step (batch_size, times devices and accumulated batches)"),

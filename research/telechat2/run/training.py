@@ -1,5 +1,6 @@
 """A training from its checked settings to its end: locked, resumed at the right record, interruptible."""
 
+import errno
 import os
 import shlex
 import sys
@@ -14,7 +15,13 @@ from research.telechat2.config.optimization import check_schedule_length
 from research.telechat2.run.lock import only_training_in
 from research.telechat2.run.processes import is_first_process
 from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
-from research.telechat2.run.space import check_space, checkpoint_bytes, kept_checkpoints
+from research.telechat2.run.space import (
+    check_space,
+    checkpoint_bytes,
+    free_bytes,
+    gigabytes,
+    kept_checkpoints,
+)
 from research.telechat2.run.stopping import Interrupted, StopRequest, resuming_command, stopping
 from research.telechat2.run.training_record import (
     TrainingRecord,
@@ -66,12 +73,21 @@ def train(
         except BaseException as error:
             if stop.left or isinstance(error, KeyboardInterrupt):
                 raise Interrupted(farewell(config, stop, sys.argv)) from None
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise _full_disk(Path(config["output_dir"]), error) from error
             raise
         if stop.by_launcher:
             print(farewell(config, stop, sys.argv), flush=True)
             sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
             raise Interrupted(farewell(config, stop, sys.argv))
+
+
+def _full_disk(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"the disk of {error.filename or folder} is full, {gigabytes(free_bytes(folder))} are free: {error}. "
+        "Make room, or give another --output_dir."
+    )
 
 
 def _is_alone(config: dict) -> bool:

@@ -27,7 +27,7 @@ class TrainingRecord:
     Attributes:
         step: steps done.
         steps_per_epoch: of a pass over the data; None: not known before MindSpore has opened the data.
-        records: of the data set; None: not counted.
+        records: that a pass over the data reads; None: not counted.
         data: a hash of the data; None: not read.
         global_batch_size: records of a step, of all devices together.
         devices: processes.
@@ -99,6 +99,8 @@ def describe_training(config: dict, files: list[Path]) -> TrainingRecord:
     dataset = config.get("train_dataset") or {}
     loader = dataset.get("data_loader") or {}
     records = count_records(files) if files else None
+    if records is not None:
+        records = min(records, loader.get("num_samples") or records)
     on_cpu = (config.get("context") or {}).get("device_target") == "CPU"
     sinks = runner.get("sink_mode", True) and not on_cpu
     sink_size = (runner.get("sink_size") or 1) if sinks else 0
