@@ -101,7 +101,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def _read(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         return check(content["prompt_format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -204,7 +204,7 @@ def _manifest(file: Path) -> dict:
     manifest = {}
     if path.is_file():
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); correct or delete it.") from error
     if not isinstance(manifest, dict):

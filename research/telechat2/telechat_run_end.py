@@ -136,7 +136,7 @@ def _vocabulary(data: Path) -> Path | None:
         sorted(data.glob(f"*.mindrecord{MANIFEST_SUFFIX}")) if data.is_dir() else [manifest_path(data)]
     )
     try:
-        told = json.loads(manifests[0].read_text(encoding="utf-8"))["tokenizer"]
+        told = json.loads(manifests[0].read_text(encoding="utf-8-sig"))["tokenizer"]
         name, expected = Path(told["path"]), told["sha256"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

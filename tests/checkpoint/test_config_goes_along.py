@@ -56,3 +56,14 @@ def test_a_file_as_target_takes_no_config_into_its_folder(hf, tmp_path):
         "small.safetensors",
         "small.safetensors.manifest.json",
     ]
+
+
+def test_byte_order_marks_in_the_files_beside_weights_are_read_over(tmp_path):
+    write_hf_folder(tmp_path / "hf", SIZES, seed=0, shards=2)
+    convert_to_mindspore(tmp_path / "hf", tmp_path / "plain")
+    for file in (tmp_path / "hf").glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(list((tmp_path / "hf").glob("*.json"))) >= 2
+    convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
+    plain, found = (tmp_path / name / "model.safetensors" for name in ("plain", "ms"))
+    assert found.read_bytes() == plain.read_bytes()

@@ -132,7 +132,7 @@ def sizes_beside(path: Path) -> TelechatSizes | None:
     if file is None:
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error})") from None
     if not isinstance(config, dict):

@@ -132,7 +132,7 @@ def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
 def _read_index(file: Path) -> dict[str, set[str]]:
     """The index of a sharded checkpoint, turned round: file name -> names of its tensors."""
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(file.read_text(encoding="utf-8-sig"))["weight_map"]
         pairs = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pairs = []

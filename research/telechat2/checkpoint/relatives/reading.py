@@ -14,7 +14,7 @@ def read_json(file: Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error})") from None
     if not isinstance(content, dict):
