@@ -180,7 +180,7 @@ def test_numbers_in_a_list_are_read_too(tmp_path):
         (f"{MODEL}.num_layers", None, "num_layers is None; it must be a whole number"),
         (f"{MODEL}.compute_dtype", 32, "compute_dtype is 32; it must be text"),
         (f"{MODEL}.do_sample", "true", "do_sample is 'true'; .*: True"),
-        ("output_dir", 5, "output_dir is 5; it must be text"),
+        ("output_dir", 5, "output_dir is 5; it must be text, in quotes: '5'"),
         ("train_dataset.data_loader.num_samples", "5", "num_samples is '5'; .*: 5"),
         ("seed", 1.5, "seed is 1.5; it must be a whole number"),
     ],
@@ -197,6 +197,9 @@ def test_every_field_of_the_model_has_a_kind():
 
 
 def test_absent_sections_are_fine():
-    config = {"seed": 1, "checkpoint": {}, "context": {"device_id": 0}, "load_checkpoint": None}
+    config = {"seed": 1, "context": {"device_id": 0}, "load_checkpoint": None}
     before = deepcopy(config)
-    assert check_settings(config) == [] and config == before
+    empty = {"checkpoint": None, "callbacks": None, "moe_config": None, "metric": None}
+    nested = {"parallel": {"pipeline_config": None}, "model": {"model_config": None}}
+    read = config | empty | deepcopy(nested)
+    assert check_settings(read) == [] and read == before | {"parallel": {}, "model": {}}

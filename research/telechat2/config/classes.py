@@ -28,8 +28,8 @@ _WARM_RESTARTS = table(
     "warmup_epochs:whole|null"
 )
 _ADAMW = (
-    "learning_rate:real betas:reals eps:real weight_decay:real use_fused:bool amsgrad:bool maximize:bool "
-    "swap:bool "
+    "learning_rate:real|section betas:reals eps:real weight_decay:real|section use_fused:bool "
+    "amsgrad:bool maximize:bool swap:bool "
 )
 _WRAPPER = (
     "use_clip_grad:bool max_grad_norm:real scale_sense:real|section local_norm:bool "

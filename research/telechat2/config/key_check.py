@@ -95,8 +95,8 @@ def _read_section(section: dict, known: dict[str, str], place: str) -> list[str]
 def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
     problems = []
     for key in section.keys() & known.keys():
-        if section[key] is None and known[key] == "section|null":
-            del section[key]  # as if it were not there; MindSpore takes no null
+        if section[key] is None and known[key].startswith(("section", "list")):
+            del section[key]  # `checkpoint:` with nothing behind it: as if it were not there
             continue
         try:
             section[key] = read_value(known[key], section[key])

@@ -83,4 +83,6 @@ def _hint(kinds: list[str], value: object) -> str:
         number = _number(str(value))
         if number is not None and number == int(number):
             return f": {int(number)}"
+    if kinds == ["text"] and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f", in quotes: '{value}'"
     return ""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import inf
 from pathlib import Path
 
 from research.telechat2.plan.check import check
@@ -44,6 +45,9 @@ def plan(
         ValueError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
     """
     _refuse_arguments(json_file, picture, dry, rank, output_dir)
+    for name, number in (("--device_num", device_num), ("--search", search_gb)):
+        if number is not None and not 0 < number < inf:
+            raise ValueError(f"{name} is {number}; it must be above 0.")
     path, settings, notes = read_with_notes(config_name, changes, Path.cwd())
     asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
     if is_prediction(settings):
