@@ -46,6 +46,7 @@ def leave_out(settings: dict) -> tuple[list[str], list[str]]:
         A note for each such setting, and a sentence for each that must be changed.
     """
     notes = [*_noted(settings), *_callbacks(settings), *_texts_for_nothing(settings)]
+    notes += _recomputation_on_cpus(settings)
     problems = []
     for found, problem in _dead_model_keys(settings):
         (problems if problem else notes).append(found)
@@ -78,6 +79,17 @@ def _callbacks(settings: dict) -> Iterator[str]:
         settings[name] = [
             callback for callback, kind in zip(listed, types, strict=True) if kind not in _CALLBACKS
         ]
+
+
+def _recomputation_on_cpus(settings: dict) -> Iterator[str]:
+    """MindSpore fails to compile it there ("Graph cycle exists"); it saves memory and changes no number."""
+    if not any(context.get("device_target") == "CPU" for _, context in sections_at(settings, "context")):
+        return
+    for place, recompute in sections_at(settings, "recompute_config"):
+        for key in ("recompute", "select_recompute", "select_comm_recompute"):
+            if recompute.get(key):
+                del recompute[key]
+                yield f"{place}.{key} is left out: it changes no number, and MindSpore has none on CPUs."
 
 
 def _texts_for_nothing(settings: dict) -> Iterator[str]:
