@@ -3,6 +3,7 @@
 import os
 import re
 
+from research.telechat2.common.memory import check_host_memory
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of
 from research.telechat2.telechat_kernel_rules import check_cpu_dtypes, check_paged_kernels
 
@@ -51,6 +52,10 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
         check_paged_kernels(config)
     if not on_cpu:
         check_memory(config, shared, context.get("max_device_memory", "58GB"))
+    else:
+        weights, cache = (shared * size for size in memory_of_rank(config, shared))
+        parts = {"weights": weights, "the cache": cache, "rotary tables": shared * _rotary_bytes(config)}
+        check_host_memory(parts, "num_blocks, seq_length or the model's sizes")
     return plan if settings.get("use_parallel") else None
 
 
@@ -104,6 +109,11 @@ def memory_of_rank(config, ranks: int) -> tuple[int, int]:
     weights = (shared // ranks + whole) * _width(config.param_init_type)
     cache = layers * 2 * keys // ranks * config.num_blocks * config.block_size * _width(config.compute_dtype)
     return weights, cache if config.use_past else 0
+
+
+def _rotary_bytes(config) -> int:
+    """The tables of cosines and sines, float32, one row a position."""
+    return 2 * 4 * config.seq_length * (config.hidden_size // config.num_heads)
 
 
 def _width(dtype) -> int:

@@ -20,6 +20,7 @@ from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary, check_data_vocabulary
 from research.telechat2.plan.check import check as check_plan
 from research.telechat2.run.evaluation import prepare_evaluation
+from research.telechat2.run.memory import check_training_memory
 from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.telechat_parallel_sections import check_parallel_sections
@@ -195,6 +196,8 @@ def _check_training(config: dict) -> None:
     checked = check_plan(config, processes_of_run() if "MS_ROLE" in os.environ else None)
     for note in checked.notes:
         print(f"note: {note}", flush=True)
+    if (config.get("context") or {}).get("device_target") == "CPU":
+        check_training_memory(config, processes_of_run())
 
 
 def prepare_environment(output_dir: str, register: Path) -> None:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from research.telechat2.checkpoint.sources import latest_iteration
+from research.telechat2.run.training_record import is_data_parallel
 from research.telechat2.telechat_prompt_format import MANIFEST_SUFFIX, manifest_path
 from research.telechat2.telechat_run_config import CHECKOUT, SHIPPED
 from research.telechat2.telechat_run_metrics import NAME, find_metrics
-from research.telechat2.telechat_run_saving import checkpoint_folder, is_data_parallel
+from research.telechat2.telechat_run_saving import checkpoint_folder
 
 MONITOR = "TelechatMonitor"
 DEGREES = ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage")

@@ -9,6 +9,7 @@ from research.telechat2.data.vocabulary import Vocabulary
 
 TOO_LONG = ("skip", "truncate", "error")
 BAD_LINES = ("error", "skip")
+LONGEST_RECORD = 12_000_000  # tokens; MindSpore 2.9 writes them, and fails at 16 million (128 MB)
 
 
 class Options(NamedTuple):
@@ -32,6 +33,11 @@ class Options(NamedTuple):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
+        if self.max_length > LONGEST_RECORD:
+            raise ValueError(
+                f"max_length is {self.max_length:,}, but a record of MindRecord holds at most "
+                f"{LONGEST_RECORD:,} tokens; give the model's seq_length, such as 8192"
+            )
         choices = {"train_on": telechat_chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

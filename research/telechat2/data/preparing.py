@@ -9,6 +9,7 @@ bytes it would have given.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from research.telechat2.data.spool import Spool, Totals
 from research.telechat2.telechat_cli import quiet_libraries
 from research.telechat2.telechat_prompt_format import write_json
 
+MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
 _SHUFFLE_STREAM = 3  # of random numbers
 
 
@@ -53,6 +55,11 @@ def prepare(
     engines.check(engine)
     if workers is not None and workers < 1:
         raise ValueError(f"workers are {workers}; expected at least 1")
+    if engine == "processes" and workers and workers > MOST_WORKERS:
+        raise ValueError(
+            f"workers are {workers:,}, each a process of this machine, which has {os.cpu_count()} cores; "
+            f"expected at most {MOST_WORKERS}"
+        )
     target = writing.output_file(output_path)
     folder = writing.partial_folder(target)
     if not (folder / "moves.json").is_file():
