@@ -4,6 +4,7 @@ import pytest
 from saved_iterations import save_iteration
 
 from research.telechat2.telechat_run_checkpoint import checkpoint_kind, prepare_checkpoint
+from research.telechat2.telechat_run_end import saved_checkpoint
 from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
@@ -108,3 +109,17 @@ def test_data_parallel_runs_save_without_the_section():
     ):
         leave_section_in_data_parallel(config)
         assert config["checkpoint"]["save_max"] == 5
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_what_a_run_has_saved_is_named_in_every_format(tmp_path, suffix):
+    """CheckpointMonitor keeps several files in a folder, of which a command reads the one it is given."""
+    config = {"output_dir": str(tmp_path)}
+    assert saved_checkpoint(config) is None
+    folder = tmp_path / "checkpoint" / "rank_0"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").touch()
+    assert saved_checkpoint(config) is None
+    for step in ("1_2", "1_10", "1_9"):
+        (folder / f"t_rank_0-{step}.{suffix}").touch()
+    assert saved_checkpoint(config) == folder / f"t_rank_0-1_10.{suffix}"

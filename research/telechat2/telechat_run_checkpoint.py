@@ -142,7 +142,7 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
     if kind == "ranks":
         path, kind = path / "rank_0", f"{_only_rank(path)} folder"
     if kind.endswith("folder") and path.name.startswith("rank_"):
-        return _newest(path, kind.split()[0]), kind.split()[0]
+        return newest_file(path, kind.split()[0]), kind.split()[0]
     return path, kind
 
 
@@ -331,7 +331,7 @@ def _only_rank(path: Path) -> str:
     return "safetensors" if any((path / "rank_0").glob("*.safetensors")) else "ckpt"
 
 
-def _newest(folder: Path, suffix: str) -> Path:
+def newest_file(folder: Path, suffix: str) -> Path:
     """The file of the highest epoch and step in a ``rank_*`` folder: ``prefix_rank_0-<epoch>_<step>.…``."""
     steps = {}
     for path in folder.glob(f"*.{suffix}"):

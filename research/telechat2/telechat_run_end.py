@@ -11,6 +11,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.sources import latest_iteration
 from research.telechat2.run.training_record import is_data_parallel
 from research.telechat2.telechat_prompt_format import MANIFEST_SUFFIX, manifest_path
+from research.telechat2.telechat_run_checkpoint import newest_file
 from research.telechat2.telechat_run_config import CHECKOUT, SHIPPED
 from research.telechat2.telechat_run_metrics import NAME, find_metrics
 from research.telechat2.telechat_run_saving import checkpoint_folder
@@ -83,14 +84,18 @@ def print_end(config: dict, path: Path, overrides: dict) -> None:
 
 
 def saved_checkpoint(config: dict) -> Path | None:
-    """What a command is given to read the weights of this run: a folder; None: nothing was saved."""
+    """What a command is given to read the weights of this run; None: nothing was saved."""
     folder = checkpoint_folder(config)
     if config.get("checkpoint"):
         return latest_iteration(folder) if any(folder.glob("iteration_*")) else None
-    ranks = [path for path in sorted(folder.glob("rank_*")) if any(path.glob("*.safetensors"))]
+    kinds = {".safetensors", ".ckpt"}
+    saved = {rank: {path.suffix for path in rank.iterdir()} & kinds for rank in sorted(folder.glob("rank_*"))}
+    ranks = [rank for rank, found in saved.items() if found]
     if not ranks:
         return None
-    return ranks[0] if is_data_parallel(config) or len(ranks) == 1 else folder
+    if is_data_parallel(config) or len(ranks) == 1:
+        return newest_file(ranks[0], saved[ranks[0]].pop()[1:])
+    return folder
 
 
 def next_command(config: dict, path: Path, overrides: dict, saved: Path) -> tuple[str, list[str]]:

@@ -31,6 +31,7 @@ from research.telechat2.run.training_record import (
 )
 from research.telechat2.telechat_run_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.telechat_run_data import record_files
+from research.telechat2.telechat_run_end import saved_checkpoint
 from research.telechat2.telechat_run_saving import checkpoint_folder, record_config, refuse_overwriting
 
 
@@ -192,7 +193,7 @@ def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
     if config.get("use_parallel"):
         on_cpus = (config.get("context") or {}).get("device_target") == "CPU"
         resume = "" if on_cpus else " --resume_training True"
-        latest = latest / "rank_0" if on_cpus and (latest / "rank_0").is_dir() else latest  # the whole model
+        latest = (saved_checkpoint(config) or latest) if on_cpus else latest  # a file of the whole model
         what = "start from its weights (on CPUs parallel runs cannot be resumed)" if on_cpus else "resume"
         return f"{text}\n{what} by the same command with --load_checkpoint {shlex.quote(str(latest))}{resume}"
     return f"{text}\nresume with: {resuming_command(argv, latest)}"
