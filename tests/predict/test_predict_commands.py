@@ -169,6 +169,8 @@ def test_run_mindformer_refuses_prompts_that_cannot_be_answered(random, small_vo
 
 
 def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
+    from mindformers.models.build_tokenizer import build_tokenizer
+
     from research.telechat2.telechat_compat import MindFormerConfig
     from research.telechat2.telechat_run_predict import prepare_prompts
 
@@ -176,7 +178,9 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
         tokenizer = {"type": "TelechatTokenizer", "vocab_file": str(small_vocab)}
         model = {"model_config": {"vocab_size": 600, "seq_length": 30} | model_config}
         config = MindFormerConfig(input_data=list(words), processor={"tokenizer": tokenizer}, model=model)
-        return prepare_prompts(config), config.model.model_config.pad_token_id
+        found = prepare_prompts(config)
+        assert build_tokenizer(config.processor.tokenizer).whole_characters  # answers end before a cut one
+        return found, config.model.model_config.pad_token_id
 
     file = tmp_path / "prompts.txt"
     file.write_text("<_user>第一\\n？<_bot>\r\n<_user>b<_bot>", encoding="utf-8")
