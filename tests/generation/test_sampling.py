@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from research.telechat2.generation import sampling as rules
 from research.telechat2.generation.sampling import (
     Sampling,
     check_finite,
@@ -66,6 +67,21 @@ def test_what_is_left_to_draw_is_what_transformers_leaves(
     assume(np.abs(cumulated - top_p).min() > 1e-9)  # nearer the two may round to different sides
     expected = oracle(logits, tokens, sampling)
     np.testing.assert_allclose(scores_of(logits, tokens, sampling), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_small_one(share, monkeypatch):
+    """Sorted from its head where that suffices, with thousands of tokens equally likely, and as a whole."""
+    random = np.random.default_rng(2)
+    for scores in (random.standard_normal(5000) * 3, random.integers(-4, 4, 5000) * 1.0, np.zeros(5000)):
+        found = []
+        for head in (64, 1024, 10**9):
+            monkeypatch.setattr(rules, "_HEAD", head)
+            found.append(np.flatnonzero(np.isfinite(rules.top_p(scores, share))))
+        np.testing.assert_array_equal(found[0], found[2])
+        np.testing.assert_array_equal(found[1], found[2])
+        likeliest = np.sort(softmax(scores))[::-1]
+        assert likeliest[: len(found[0])].sum() >= share - 1e-9 > likeliest[: len(found[0]) - 1].sum() - 2e-9
 
 
 def test_the_token_that_crosses_top_p_stays_and_1_is_off():

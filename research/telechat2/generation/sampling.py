@@ -13,6 +13,8 @@ import numpy as np
 
 from research.telechat2.telechat_sampling_rules import NEUTRAL, SAMPLING, check_sampling
 
+_HEAD = 1024  # likeliest tokens that most often have the share of top-p
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -134,12 +136,17 @@ def top_p(scores: np.ndarray, share: float) -> np.ndarray:
     """
     if share >= 1.0:
         return scores
-    kept = np.flatnonzero(scores > -np.inf)
-    order = kept[np.argsort(-scores[kept], kind="stable")]
-    shares = np.exp(scores[order] - scores[order[0]])
-    before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    ids = np.flatnonzero(scores > -np.inf)
+    shares = np.exp(scores[ids] - scores[ids].max())
+    wanted = share * shares.sum()
+    if len(ids) > _HEAD:  # to sort a whole vocabulary takes most of a step
+        least = np.partition(shares, -_HEAD)[-_HEAD]
+        if shares[shares >= least].sum() >= wanted:
+            ids, shares = ids[shares >= least], shares[shares >= least]
+    order = np.argsort(-shares, kind="stable")
+    before = np.concatenate([[0.0], np.cumsum(shares[order])[:-1]])
+    kept = ids[order[before < wanted]]
     filtered = np.full_like(scores, -np.inf)
-    kept = order[before < share * shares.sum()]
     filtered[kept] = scores[kept]
     return filtered
 
