@@ -155,3 +155,23 @@ def test_recomputation_is_left_out_on_cpus_alone():
     assert settings["recompute_config"] == {}
     settings = {"context": {"device_target": "Ascend"}, "recompute_config": {"recompute": [1, 0]}}
     assert check_settings(settings) == [] and settings["recompute_config"] == {"recompute": [1, 0]}
+
+
+@pytest.mark.parametrize("key", ["load_checkpoint", "vocab_file"])
+def test_a_missing_file_is_blamed_on_the_yaml_that_names_it(tmp_path, key):
+    from research.telechat2.telechat_predict_utils import load_predictor
+
+    path, there = tmp_path / "own.yaml", tmp_path / "there"
+    there.touch()
+    base = (
+        Path(__file__).resolve().parents[2] / "research/telechat2/telechat2-tiny/predict_telechat_tiny.yaml"
+    )
+    files = {"load_checkpoint": str(there), "vocab_file": str(there)} | {key: "nowhere"}
+    path.write_text(
+        f"base_config: {base}\nload_checkpoint: {files['load_checkpoint']}\n"
+        f"processor:\n  tokenizer:\n    vocab_file: {files['vocab_file']}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ValueError, match=rf"own\.yaml: .*{key} nowhere does not exist") as refused:
+        load_predictor(path)
+    assert "--" not in str(refused.value)
