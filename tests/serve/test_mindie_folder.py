@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(dense, experts, s
     cases = [
         ((foreign, dense.hf, small_vocab), "other.yaml: model.model_config.type is LlamaConfig"),
         ((uncached, dense.hf, small_vocab), "a.yaml: .*use_past is False"),
-        ((mistyped, dense.hf, small_vocab), "b.yaml: .*'num_layer'"),
+        ((mistyped, dense.hf, small_vocab), "b.yaml: .*num_layer is read by nothing"),
         ((small, dense.hf, small_vocab), "tokenizer.model has"),
         ((deep, dense.hf, small_vocab), f"{dense.hf}.*layer"),
         ((good, experts.hf, small_vocab), "expert"),

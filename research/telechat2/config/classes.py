@@ -198,20 +198,26 @@ GROUPS = {
             "mask_token:text tokenizer_class:text chat_template:text prompt_format:text auto_map:any"
         ),
         "MindIETelechatTokenizer": ANY,
-        "LlamaTokenizer": ANY,
-        "LlamaTokenizerFast": ANY,
+        **dict.fromkeys(
+            ("LlamaTokenizer", "LlamaTokenizerFast", "ChatGLM2Tokenizer", "ChatGLM3Tokenizer",
+             "ChatGLM4Tokenizer"), ANY,
+        ),
     },
-    # MindIE's are those of a folder that build_mindie_folder.py wrote.
+    # MindIE's are those of a folder that build_mindie_folder.py wrote; the others are MindFormers' own.
     "model": dict.fromkeys(
-        ("TelechatForCausalLM", "ParallelTelechatForCausalLM", "MindIETelechatForCausalLM"), ANY
+        ("TelechatForCausalLM", "ParallelTelechatForCausalLM", "MindIETelechatForCausalLM",
+         "LlamaForCausalLM", "ChatGLM2ForConditionalGeneration", "ChatGLM2WithPtuning2"), ANY,
     ),
-    "config": dict.fromkeys(("TelechatConfig", "MindIETelechatConfig"), ANY),
+    "config": dict.fromkeys(
+        ("TelechatConfig", "MindIETelechatConfig", "LlamaConfig", "ChatGLM2Config"), ANY
+    ),
 }  # fmt: skip
 # The plugin's classes: found without auto_register, under any of the names that YAMLs use for their modules.
 PLUGIN = (
     "MFTrainOneStepCell", "ParallelTelechatForCausalLM", "TelechatConfig", "TelechatForCausalLM",
     "TelechatMonitor", "TelechatPerplexity", "TelechatTokenizer",
 )  # fmt: skip
+TELECHAT_CONFIGS = ("TelechatConfig", "MindIETelechatConfig")
 # Where a class of a group is named; ``[]``: the section is a list of such sections.
 PLACES = {
     "trainer": "trainer",

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 
-from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES
+from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES, TELECHAT_CONFIGS
 from research.telechat2.config.kinds import read_value
 from research.telechat2.config.model_fields import model_kinds
 from research.telechat2.config.tables import SECTIONS
@@ -54,7 +54,7 @@ def sections_at(settings: dict, path: str) -> Iterator[tuple[str, dict]]:
 def _read_class(section: dict, group: str, place: str) -> list[str]:
     """A section whose ``type`` names its class; of a class of the user's own, nothing is known."""
     name = section.get("type")
-    if group == "config" and name in (None, *GROUPS[group]):
+    if group == "config" and name in (None, *TELECHAT_CONFIGS):
         return _read_model(section)
     if name not in GROUPS[group]:
         return _unknown_type(section, group, place)
