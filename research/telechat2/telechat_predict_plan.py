@@ -54,7 +54,7 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
         check_memory(config, shared, context.get("max_device_memory", "58GB"))
     else:
         weights, cache = (shared * size for size in memory_of_rank(config, shared))
-        parts = {"weights": weights, "the cache": cache, "rotary tables": shared * _rotary_bytes(config)}
+        parts = {"weights": weights, "the cache": cache, "rotary tables": shared * rotary_bytes(config)}
         check_host_memory(parts, "num_blocks, seq_length or the model's sizes")
     return plan if settings.get("use_parallel") else None
 
@@ -111,7 +111,7 @@ def memory_of_rank(config, ranks: int) -> tuple[int, int]:
     return weights, cache if config.use_past else 0
 
 
-def _rotary_bytes(config) -> int:
+def rotary_bytes(config) -> int:
     """The tables of cosines and sines, float32, one row a position."""
     return 2 * 4 * config.seq_length * (config.hidden_size // config.num_heads)
 

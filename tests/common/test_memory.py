@@ -4,6 +4,7 @@ import pytest
 
 from research.telechat2.common import memory
 from research.telechat2.common.memory import check_host_memory, host_memory
+from research.telechat2.config.optimization import check_optimization
 from research.telechat2.data.job import LONGEST_RECORD, Options
 from research.telechat2.data.preparing import MOST_WORKERS, prepare
 from research.telechat2.run.memory import check_training_memory
@@ -69,6 +70,20 @@ def test_the_shipped_yamls_for_cpus_fit_into_a_small_machine(monkeypatch):
             prediction_plan(settings, 2 if settings.get("use_parallel") else 1)
         else:
             check_training_memory(settings, 2)
+
+
+def test_a_sequence_that_no_table_holds():
+    with pytest.raises(ValueError, match="102.4 GB for rotary tables"):  # heads of 64: 512 bytes a position
+        check_training_memory(tiny("finetune_telechat_tiny.yaml", seq_length=200_000_000), 1)
+
+
+def test_epochs_that_mindspore_cannot_count():
+    settings = tiny("finetune_telechat_tiny.yaml")
+    settings["runner_config"]["epochs"] = 2**31 - 1
+    check_optimization(settings)
+    settings["runner_config"]["epochs"] = 99_999_999_999
+    with pytest.raises(ValueError, match="epochs is 99,999,999,999; .* 2,147,483,647"):
+        check_optimization(settings)
 
 
 @pytest.mark.parametrize("length", [LONGEST_RECORD + 1, 99_999_999])

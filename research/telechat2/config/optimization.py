@@ -11,6 +11,9 @@ _PEAKS = ("learning_rate", "base_lr")
 _ENDS = ("lr_end", "lr_end1", "lr_end2", "eta_min")
 
 
+MOST_EPOCHS = 2**31 - 1  # an int32
+
+
 def check_optimization(settings: dict) -> None:
     """Check the numbers of ``lr_schedule``, ``optimizer``, ``runner_wrapper``, ``runner_config`` and
     ``checkpoint``, and of the schedules of parameter groups.
@@ -34,6 +37,10 @@ def check_optimization(settings: dict) -> None:
     runner = _section(settings, "runner_config")
     for key in ("epochs", "batch_size", "gradient_accumulation_steps"):
         _count(f"runner_config.{key}", runner.get(key))
+    if (epochs := runner.get("epochs")) is not None and epochs > MOST_EPOCHS:
+        raise ValueError(
+            f"runner_config.epochs is {epochs:,}; MindSpore counts to {MOST_EPOCHS:,}. Lower it."
+        )
     if runner.get("sink_size") != -1:  # all steps of an epoch
         _count("runner_config.sink_size", runner.get("sink_size"))
     for key in ("save_interleaved_steps", "save_max"):

@@ -2,7 +2,7 @@
 
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.plan.settings import DEFAULTS, model_config
-from research.telechat2.telechat_predict_plan import memory_of_rank
+from research.telechat2.telechat_predict_plan import memory_of_rank, rotary_bytes
 
 _GRADIENT, _MOMENTS = 4, 8  # bytes of a parameter: float32, two of AdamW
 
@@ -21,5 +21,11 @@ def check_training_memory(config: dict, processes: int) -> None:
     settings.use_past = False
     weights = memory_of_rank(settings, 1)[0]
     parameters = weights / (2 if "16" in str(settings.param_init_type) else 4)
-    parts = {"weights": weights, "gradients": parameters * _GRADIENT, "moments": parameters * _MOMENTS}
-    check_host_memory({name: processes * size for name, size in parts.items()}, "the model's sizes")
+    parts = {
+        "weights": weights,
+        "gradients": parameters * _GRADIENT,
+        "moments": parameters * _MOMENTS,
+        "rotary tables": rotary_bytes(settings),
+    }
+    needed = {name: processes * size for name, size in parts.items()}
+    check_host_memory(needed, "seq_length or the model's sizes")
