@@ -70,13 +70,15 @@ def read_sources(
         print(f"note: {note}", file=sys.stderr)
     settings.check_predict_yaml(config, yaml_file)
     checkpoint = _existing(
-        checkpoint or config.get("load_checkpoint"), "--checkpoint_path", "load_checkpoint", yaml_file
+        checkpoint, config.get("load_checkpoint"), "--checkpoint_path", "load_checkpoint", yaml_file
     )
     vocab_file = _existing(
-        vocab_file or settings.section(config, "processor", "tokenizer").get("vocab_file"),
+        vocab_file, settings.section(config, "processor", "tokenizer").get("vocab_file"),
         "--vocab_file_path", "vocab_file", yaml_file,
     )  # fmt: skip
     vocab_file = vocab_file / "tokenizer.model" if vocab_file.is_dir() else vocab_file
+    if not vocab_file.is_file():
+        raise ValueError(f"{vocab_file} does not exist.")
     if vocab_file.suffix == ".json":
         raise ValueError(
             f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
@@ -94,12 +96,13 @@ def read_sources(
     return Sources(yaml_file, config, model_config, checkpoint, vocab_file, prompt_format, world_size)
 
 
-def _existing(path, flag: str, key: str, yaml_file: Path) -> Path:
-    if not path:
+def _existing(given, configured, flag: str, key: str, yaml_file: Path) -> Path:
+    """The path of a flag, else of the YAML's key; the message names the one that it comes from."""
+    if not (path := given or configured):
         raise ValueError(f"{yaml_file} names no {key}; give {flag}.")
     path = Path(path).expanduser().absolute()
     if not path.exists():
-        raise ValueError(f"{flag} {path} does not exist.")
+        raise ValueError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
     return path
 
 
