@@ -73,6 +73,24 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     assert (job.returncode, told, os.listdir(tmp_path)) == (0, "", [])
 
 
+def test_signals_of_child_processes_are_their_own(tmp_path):
+    """A pool is ended by SIGTERM: that is no Ctrl-C of the command, whose children fall silent."""
+    body = """
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(pool.map(abs, [-1, 2]), flush=True)
+    pool.join()
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.2)
+    child.terminate()
+    child.join()
+    time.sleep(2.5)
+    print(child.exitcode, flush=True)"""
+    out, told = start(body, tmp_path).communicate(timeout=20)
+    assert (out, told, os.listdir(tmp_path)) == ("[1, 2]\n-15\n", "", [])
+
+
 def test_what_may_be_stopped_goes_on(tmp_path):
     """The first stops what tolerates it, though no handler was called for long; a prompt goes on, too."""
     body = """

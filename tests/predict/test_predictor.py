@@ -352,7 +352,10 @@ def test_seed_and_device_are_the_yamls(random, small_vocab, tmp_path, monkeypatc
         file = write_yaml(tmp_path / "p.yaml", context=context, seed=seed, **content)
         load_predictor(file, small_vocab, random.weights)
         drawn.append(np.random.rand())
-    assert drawn[0] == drawn[1] != drawn[2]
+    for seed in (9, 9):
+        load_predictor(file, small_vocab, random.weights, seed=seed)  # wins over the YAML's
+        drawn.append(np.random.rand())
+    assert drawn[0] == drawn[1] != drawn[2] != drawn[3] == drawn[4] != drawn[0]
     assert told["device_id"] == 3 and told["jit_config"] == {"jit_level": "O2", "infer_boost": "off"}
     load_predictor(file, small_vocab, random.weights, device_id=1)
     assert told["device_id"] == 1

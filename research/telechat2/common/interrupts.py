@@ -47,10 +47,6 @@ class _Interrupts:
         Raises:
             KeyboardInterrupt: the command ends.
         """
-        if os.getpid() != self.process:  # a child, which has only inherited it
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         self.heard = time.monotonic()
         self.count += 1
         if self.count > self.tolerated:
@@ -81,6 +77,19 @@ class _Interrupts:
 
 
 _command: _Interrupts | None = None
+
+
+def _forget_in_child() -> None:
+    """Give a forked process Python's own handlers: its signals would be told to the parent's thread."""
+    if _command is not None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if getattr(signal.getsignal(number), "__self__", None) is _command:
+                own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, own)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)  # does nothing but in a command
 
 
 def leave(sentence: str = "interrupted") -> NoReturn:

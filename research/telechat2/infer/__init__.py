@@ -1,1 +1,1 @@
-"""The "front-end parallel" model: prediction by several processes, each with a slice of every matrix."""
+"""Prediction by several processes, each with a slice of every matrix; a person at a terminal."""
