@@ -57,10 +57,13 @@ setup_install() {  # checkout
     if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         return
     fi
-    if [[ ! -f "$stamp" && ! -f "$environment/$setup_ours" ]]; then
-        if setup_is_complete "$1"; then
-            return
-        fi
+    if [[ "$environment" -ef "$1/.venv" && -f "$environment/$setup_ours" ]]; then
+        : # made by this checkout
+    elif [[ -f "$stamp" && "$(<"$stamp")" == *" $1" ]]; then
+        : # filled for this checkout before, with the consent that it needed
+    elif setup_is_complete "$1"; then
+        return
+    else
         setup_ask "$environment"
     fi
     echo "installing what pyproject.toml names into $environment (minutes, the first time)"
@@ -98,9 +101,9 @@ setup_ask() {  # environment
             answer=no
         [[ "$answer" == [yY] || "$answer" == [yY][eE][sS] ]] && return
     fi
-    setup_fail "the active environment $1 was not made by this project and lacks its packages; nothing was" \
+    setup_fail "the active environment $1 was not made for this checkout and lacks packages of it; nothing was" \
         "installed. Run the command again with --yes to install them there, or after" \
-        "'${CONDA_PREFIX:+conda }deactivate' to have one made in $setup_checkout/.venv."
+        "'${CONDA_PREFIX:+conda }deactivate' for one in $setup_checkout/.venv."
 }
 
 setup_wants_cpu_torch() {

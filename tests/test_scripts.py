@@ -368,7 +368,9 @@ def test_nothing_is_installed_into_a_foreign_environment_unasked(copy, fake_bin,
     result, asked = setup(copy, fake_bin, **{kind: str(active)})
     assert (result.returncode, asked, [*active.iterdir()]) == (1, [], [])
     assert str(active) in result.stderr and "--yes" in result.stderr and str(copy / ".venv") in result.stderr
-    (active / "telechat2_installed").write_text("an earlier version, which was allowed in\n")
+    (active / "telechat2_installed").write_text("pins  - /another/checkout\n")
+    assert setup(copy, fake_bin, **{kind: str(active)})[1] == []  # one of its environments is not ours, too
+    (active / "telechat2_installed").write_text(f"earlier pins  - {copy}\n")  # it was allowed
     assert len(setup(copy, fake_bin, **{kind: str(active)})[1]) == 1
 
 
