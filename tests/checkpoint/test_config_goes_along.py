@@ -49,13 +49,17 @@ def test_another_config_is_not_overwritten(hf, tmp_path):
     assert [path.name for path in (tmp_path / "ms").iterdir()] == ["config.json"]
 
 
-def test_a_file_as_target_takes_no_config_into_its_folder(hf, tmp_path):
+def test_a_file_as_target_takes_a_config_of_its_own_name_along(hf, tmp_path):
+    """Its folder may hold other models; the numbers of this one stay with the file."""
     summary = convert_to_mindspore(hf, tmp_path / "models" / "small.safetensors")
-    assert "config.json" not in str(summary)
+    assert "goes along with the weights, as small.safetensors.config.json" in str(summary)
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
         "small.safetensors",
+        "small.safetensors.config.json",
         "small.safetensors.manifest.json",
     ]
+    config = (tmp_path / "models" / "small.safetensors.config.json").read_bytes()
+    assert config == (hf / "config.json").read_bytes()
 
 
 def test_byte_order_marks_in_the_files_beside_weights_are_read_over(tmp_path):
