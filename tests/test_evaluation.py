@@ -150,7 +150,7 @@ def words(folder, *more) -> list[str]:
     return [
         "python", str(CHECKOUT / "run_mindformer.py"), "--config", "finetune_telechat_tiny.yaml",
         "--run_mode", "eval", "--eval_dataset_dir", str(folder / "data"), "--load_checkpoint",
-        str(folder / "ms"), "--model.model_config.seq_length", str(LENGTH), *sizes, *more,
+        str(folder / "ms"), "--model.model_config.seq_length", str(LENGTH), *sizes, "--verbose", *more,
     ]  # fmt: skip
 
 
