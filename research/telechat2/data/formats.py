@@ -47,6 +47,8 @@ _STARTS = {
     b"PK\x03\x04": "a zip file: unpack it",
     b"PAR1": "a Parquet file: write it as jsonl",
 }
+_QUESTIONS = ("question", "prompt", "query", "problem")
+_ANSWERS = ("answer", "response", "completion", "solution", "target", "reply")
 NOT_TRAINED = "marked as not to be learnt"
 UNUSED = "with a field that is not used: "
 WEIGHT_0 = "left out by its own weight of 0"
@@ -253,9 +255,19 @@ def _kind(data: object) -> str:
         except ValueError as error:
             raise UnusableLine(reason, error) from error
         raise UnusableLine(
-            reason, f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text"
+            reason,
+            f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text{_renaming(data)}",
         )
     return kind
+
+
+def _renaming(data: dict) -> str:
+    """What to rename, where a line has a question and an answer under other names."""
+    question = next((name for name in _QUESTIONS if name in data), None)
+    answer = next((name for name in _ANSWERS if name in data), None)
+    if question and answer:
+        return f"; rename {question} to instruction and {answer} to output"
+    return "; rename conversation to messages" if isinstance(data.get("conversation"), list) else ""
 
 
 def _chat(convert: Callable, tool_tags_in_content: bool = False) -> Callable[[dict], Conversation]:
