@@ -79,7 +79,11 @@ first=$((node * local_workers))
 ((local_workers == workers)) && first=0
 
 listens() { # port: whether a program answers there
-    (exec 3<>"/dev/tcp/$address/$1") 2>/dev/null || (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+    local host
+    for host in "$address" 127.0.0.1; do
+        timeout 2 bash -c 'exec 3<>"/dev/tcp/$1/$2"' bash "$host" "$1" 2>/dev/null && return
+    done
+    return 1
 }
 
 # Node 0 opens the port; a second job there would wait for TIMEOUT seconds, and then name another reason.
@@ -98,6 +102,7 @@ exec 9>>"$log_dir/msrun.log"
 if command -v flock >/dev/null; then
     flock -n 9 || fail "another job writes its logs into $log_dir; give another LOG_DIR."
 fi
+: >"$log_dir/msrun.log" # what an earlier job left there is not of this one
 export LOG_MF_PATH=$log_dir/mindformers
 if [[ "${PLOG_REDIRECT_TO_OUTPUT:-}" == True ]]; then
     export ASCEND_PROCESS_LOG_PATH=$log_dir/plog

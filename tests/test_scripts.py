@@ -206,6 +206,15 @@ DYING = """\
     """
 
 
+def test_an_earlier_jobs_failure_is_not_this_ones(fake_bin, tmp_path, free_port):
+    """In the same LOG_DIR: its words must not end the new scheduler."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "msrun.log").write_text("Worker process 1 exit with exception. Error code: -9.\n")
+    executable(fake_bin / "msrun", "#!/bin/bash\nMS_ROLE=MS_SCHED sleep 6\n")
+    result = bash(LAUNCHER, RUN, "2", free_port, "logs", "True", "60", cwd=tmp_path, path=fake_bin)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("code", "log", "said"),
     [("1", "ValueError: no such rank", "a worker failed.*ValueError: no such rank"),
