@@ -162,12 +162,12 @@ def test_the_metrics_hold_every_step(trained):
     assert (cwd / "output" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_to_type_next_runs_as_pasted(trained):
+def test_the_command_to_type_next_runs_as_pasted(trained, tmp_path):
     """The sizes came from the command line, so that no predict YAML fits: it is the evaluation."""
     cwd, _ = trained
     lines = (cwd / "told.txt").read_text().splitlines()
     command = lines[next(i for i, line in enumerate(lines) if line.startswith("next, ")) + 1]
-    told = subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    told = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr[-3000:]
     assert re.search(r"^evaluation: loss [\d.]+ .* over 384 trained tokens$", told.stdout, re.MULTILINE)
     assert "mindformers/" not in told.stdout + told.stderr

@@ -121,19 +121,16 @@ def next_command(config: dict, path: Path, overrides: dict, saved: Path) -> tupl
 
 
 def _python(script: str, *words) -> list[str]:
-    """A command line for a script of this checkout, with short paths where the working directory allows."""
+    """A command line for a script of this checkout, with absolute paths: it is pasted anywhere."""
     file = CHECKOUT / script if (CHECKOUT / script).is_file() else CHECKOUT / SHIPPED / script
     active = shutil.which("python")
     python = (
         "python" if active and Path(active).absolute() == Path(sys.executable).absolute() else sys.executable
     )
-    return [python, *(_short(word) for word in (file, *words))]
-
-
-def _short(word) -> str:
-    if isinstance(word, Path) and word.is_absolute() and word.is_relative_to(Path.cwd()):
-        return str(word.relative_to(Path.cwd()))
-    return str(word)
+    return [
+        python,
+        *(str(word.absolute()) if isinstance(word, Path) else str(word) for word in (file, *words)),
+    ]
 
 
 def _vocabulary(data: Path) -> Path | None:
