@@ -171,7 +171,7 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
     system = pieces(messages[0]["content"]) if has_system else _literal(DEFAULT_SYSTEM)
     segments = [Segment(SYSTEM, special=True), *system]
     if tools:
-        lines = "".join(exact_json.dumps(_checked_tool(tool, i)) + "\n" for i, tool in enumerate(tools, 1))
+        lines = "".join(_tool_json(tool, i) + "\n" for i, tool in enumerate(tools, 1))
         segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
     return [*segments, *_literal("\n")]
 
@@ -250,13 +250,16 @@ def _call_json(call: dict, where: str) -> str:
 
 
 # ---------------------------------------------------------------------- checks
-def _checked_tool(tool, number: int) -> dict:
+def _tool_json(tool, number: int) -> str:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
             f'tool {number} is {short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
         )
-    return tool
+    try:
+        return exact_json.dumps(tool)
+    except ValueError as error:
+        raise ValueError(f"in tool {number} ({function['name']!r}), {error}") from error
 
 
 def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:

@@ -13,16 +13,25 @@ from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal
 from research.telechat2.telechat_chat import DEFAULT_SYSTEM
 from research.telechat2.telechat_predict_utils import Predictor
 from research.telechat2.telechat_sampling_rules import DRAWN_ONLY, NEUTRAL
-from research.telechat2.text.messages import is_blank, joined
+from research.telechat2.text.messages import (
+    BYTE_ORDER_MARK,
+    is_blank,
+    joined,
+    without_byte_order_marks,
+)
 
 
 def question(text: str, system: str | None = None) -> Conversation:
-    """A conversation of one question, after a system message if there is one, which may be empty."""
-    return Conversation([*_system(system), {"role": "user", "content": text}], None, "chat")
+    """A conversation of one question, after a system message if there is one, which may be empty.
+
+    ValueError for a byte order mark inside; those around are taken off.
+    """
+    content = without_byte_order_marks(text)
+    return Conversation([*_system(system), {"role": "user", "content": content}], None, "chat")
 
 
 def _system(system: str | None) -> list[dict]:
-    return [] if system is None else [{"role": "system", "content": system}]
+    return [] if system is None else [{"role": "system", "content": without_byte_order_marks(system)}]
 
 
 def read_questions(
@@ -31,16 +40,19 @@ def read_questions(
     """Conversations that wait for an answer: a question on each line of a text, or data as for training.
 
     Data are what ``telechat_preprocess.py`` reads: ``.jsonl``, ``.ndjson`` and ``.json``, packed or not, or a
-    directory of them. The last answer of a conversation is cut off, and need not be there; fields of a test
-    set that give it, and metadata, are left out, and counted on standard error. ``system`` is put before
-    those without one. ``ignored``: fields that count as absent.
+    directory of them; and a file of another name whose first line is a conversation in JSON. The last answer
+    of a conversation is cut off, and need not be there; fields of a test set that give it, and metadata, are
+    left out, and counted on standard error. ``system`` is put before those without one. ``ignored``: fields
+    that count as absent.
 
     Raises:
         ValueError: no question at all, or a line that is no conversation (file and line are named).
     """
-    if not _is_data(Path(path)):
-        lines = [line for _, line in formats.read_text_lines(path)]
-        questions = [question(line.rstrip("\r\n"), system) for line in lines if not is_blank(line)]
+    is_data = _is_data(Path(path))
+    if not is_data and (is_data := formats.holds_data(path)):
+        print(f"{path}: read as data, since its first line is a conversation in JSON", file=sys.stderr)
+    if not is_data:
+        questions = list(_read_text(path, system))
     else:
         files = [source.path for source in sources.find([path])]
         questions = [asked for file in files for asked in _read_data(file, system, ignored)]
@@ -54,6 +66,13 @@ def read_questions(
 
 def _is_data(path: Path) -> bool:
     return path.is_dir() or sources.DATA_FILE.search(path.name) is not None
+
+
+def _read_text(path: str | Path, system: str | None) -> Iterator[Conversation]:
+    for number, line in formats.read_text_lines(path):
+        if not is_blank(line):
+            with naming(path, number):
+                yield question(line.rstrip("\r\n"), system)
 
 
 def _read_data(file: Path, system: str | None, ignored: Set[str]) -> Iterator[Conversation]:
@@ -175,7 +194,7 @@ def chat(
     name_system_texts(predictor, [begin], system)
     messages, refused, label = list(start), 0, "compiling, which takes longest for the first answer"
     for line in lines:
-        text = line.strip().strip("\ufeff").strip()  # joined files have byte order marks between them
+        text = line.strip().strip(BYTE_ORDER_MARK).strip()  # joined files have them between
         command = COMMANDS.get(text.lower()) if text.startswith("/") else None
         if command == "/exit":
             break
@@ -187,6 +206,7 @@ def chat(
             continue
         with terminal.answering() if terminal else nullcontext() as stop:
             try:
+                text = without_byte_order_marks(text)
                 asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
             except ValueError as error:
                 print(f"(not asked: {error})", file=sys.stderr)

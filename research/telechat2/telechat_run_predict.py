@@ -1,15 +1,18 @@
 """What run_mindformer.py looks at before MindFormers predicts: vocabulary, and length of the prompts."""
 
 import inspect
+import re
 from pathlib import Path
 
-from research.telechat2.data.formats import read_text_lines
+from research.telechat2.data.formats import holds_data, read_text_lines
 from research.telechat2.data.same_vocabulary import check_pieces
+from research.telechat2.data.sources import DATA_FILE
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
-from research.telechat2.text.messages import is_blank
+from research.telechat2.text.messages import is_blank, without_byte_order_marks
 
 TOKENIZER = "TelechatTokenizer"
+_FILE_NAME = re.compile(r"[^\s<>?]+\.(txt|jsonl|ndjson|json)(\.(gz|zst))?", re.IGNORECASE)
 
 
 def check_vocab_file(config: dict) -> None:
@@ -83,7 +86,7 @@ def prepare_prompts(config) -> str | list[str]:
     Raises:
         ValueError: a prompt is empty or leaves no room for an answer, or the vocabulary is not the model's.
     """
-    prompts = _read(config.input_data)
+    prompts = _unmarked(_read(config.input_data))
     section = dict(config.processor.tokenizer)
     if (kind := section.pop("type", None)) != TOKENIZER:
         check_pieces(section.get("vocab_file"), _with_defaults(config.model.model_config))
@@ -117,8 +120,30 @@ def _read(input_data) -> str | list[str]:
     except (OSError, ValueError):  # too long for a name, or a zero byte in it
         is_file = False
     if not is_file:
+        if _FILE_NAME.fullmatch(words[0]):
+            raise ValueError(
+                f"--predict_data {words[0]} names a file that does not exist; give its path, or a prompt."
+            )
         return words[0]
+    if DATA_FILE.search(words[0]) or holds_data(words[0]):
+        raise ValueError(
+            f"--predict_data {words[0]} is data in JSON, but a text file with a prompt on each line is asked "
+            "as it is: run_telechat_predict.py --question_file asks its conversations."
+        )
     return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
+
+
+def _unmarked(prompts: str | list[str]) -> str | list[str]:
+    """Prompts without byte order marks around them; ValueError for one inside, with the prompt's number."""
+    if isinstance(prompts, str):
+        return without_byte_order_marks(prompts)
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(without_byte_order_marks(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
+    return found
 
 
 def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:

@@ -100,6 +100,11 @@ def test_the_plain_format_is_exported_for_models_tuned_in_it(tmp_path, small_voc
     text = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, tokenize=False)
     expected = conversation_text(render(CONVERSATION, prompt_format="plain", add_generation_prompt=True))
     assert text == expected == "<_start><_user>生抽与老抽的区别？<_bot>颜色<_end><_user>dog<_bot>"
+    for empty in ("", [], [{"type": "text", "text": ""}]):  # says nothing, as for the renderer
+        turns = [{"role": "system", "content": empty}, *CONVERSATION]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert text == expected
+        assert text == conversation_text(render(turns, prompt_format="plain", add_generation_prompt=True))
     with pytest.raises(Exception, match="no place for role system"):
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
     recorded = json.loads((tmp_path / "llama" / "prompt_format.json").read_text())

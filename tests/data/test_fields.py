@@ -97,7 +97,50 @@ def test_an_answer_labelled_as_bad_is_never_trained(line, name):
     assert parse(json.dumps(line | {name: 3}), frozenset({name}))[1].unused == (name,)
 
 
-@pytest.mark.parametrize("name", ["weight", "loss", "loss_weight", "train"])
+@pytest.mark.parametrize("name", ["Label", "KTO_TAG", "is-desirable", "is_good", "correct"])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_a_judgement_is_one_however_it_is_spelt(line, name):
+    with pytest.raises(formats.UnusableLine, match=f"has {name} False") as caught:
+        parse(json.dumps(line | {name: False}))
+    assert caught.value.reason == formats.NOT_TRAINED
+    assert parse(json.dumps(line | {name: True}))[1].render() == parse(json.dumps(line))[1].render()
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_true_and_absent_judgements_change_nothing(line):
+    for name in ("label", "kto_tag"):
+        for value in ("true", "True", 1, 1.0, None, "", [], float("nan")):
+            assert parse(json.dumps(line | {name: value})) == parse(json.dumps(line)), value
+    # a word that may mean something else
+    assert parse(json.dumps(line | {"correct": 3}))[1].unused == ("correct",)
+    assert parse(json.dumps(line | {"correct": False}), frozenset({"correct"}))[1].unused == ("correct",)
+
+
+def test_text_inside_parts_and_calls_is_not_lost_either():
+    def line(call=None, function=None, part=None):
+        calls = [{"id": "1", "type": "function", "index": 0, **(call or {}),
+                  "function": {"name": "f", "arguments": "{}", **(function or {})}}]  # fmt: skip
+        parts = [{"type": "text", "text": "q", **(part or {})}]
+        return json.dumps({"messages": [user(parts), bot("a", tool_calls=calls)]})
+
+    assert parse(line())[1].unused == ()
+    for where, more in (
+        ("message 2, tool call 1", "call"),
+        ("message 2, tool call 1", "function"),
+        ("message 1, part 1", "part"),
+    ):
+        with pytest.raises(formats.UnusableLine, match=f"{where} has result"):
+            parse(line(**{more: {"result": "42"}}))
+        assert parse(line(**{more: {"result": "42"}}), frozenset({"result"}))[1].unused == ("result",)
+        assert parse(line(**{more: {"result": None, "source": "x"}}))[1].unused == ("source",)
+    assert parse(line(part={"cache_control": {"type": "ephemeral"}, "annotations": []}))[1].unused
+    flat = {"name": "f", "arguments": {}, "thought": "t"}
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(flat)}]
+    with pytest.raises(formats.UnusableLine, match="message 2, tool call 1 has thought"):
+        parse(json.dumps({"conversations": turns}))
+
+
+@pytest.mark.parametrize("name", ["weight", "loss", "loss_weight", "train", "Weight", "LOSS_MASK"])
 def test_the_marks_of_answers_have_many_names(small_vocab, name):
     words = vocabulary.load(small_vocab)
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from research.telechat2.data.formats import parse, parse_line, read_lines
-from research.telechat2.telechat_chat import conversation_text
+from research.telechat2.telechat_chat import conversation_text, render
+from research.telechat2.text import exact_json
 
 
 def text_of(**data) -> str:
@@ -168,7 +169,7 @@ ERRORS = [
     ('{"system": "s", "input": "q", "output": "a"}', "has system beside input"),
     ('{"messages": [], "dialog": [1]}', "has dialog beside messages"),
     ('{"messages": {}}', "messages is a dict; expected a list"),
-    ('{"messages": [{"role": "user", "content": "q"}], "tools": "f"}', "tools are a str; expected a list"),
+    ('{"messages": [{"role": "user", "content": "q"}], "tools": "f"}', "tools are not JSON"),
     ('{"system": 1, "dialog": []}', "system is a int; expected a string"),
     (
         '{"input": "<_system>s<_user>q", "output": "a"}',
@@ -183,6 +184,25 @@ ERRORS = [
     ('{"input": "q", "output": ""}', "message 2 is an empty answer"),
     ('{"input": "<_user>q<_bot><_user>r", "output": "a"}', "message 2 is an empty answer"),
     ('{"input": "", "output": "a"}', "message 1 is an empty question"),
+    ('{"prompt": "q", "completion": "a"}', "rename prompt to instruction, completion to output"),
+    ('{"Instruction": "q", "Output": "a"}', "rename 'Instruction' to instruction, 'Output' to output"),
+    ('{"conversations": [{"role": "user", "content": "q"}]}', "it has role, content.*is called messages"),
+    ('{"messages": [{"from": "human", "value": "q"}]}', "has from and value.*call the list conversations"),
+    ('{"data": [{"instruction": "q"}]}', "data is a list; .*give the array alone"),
+    ('{"instruction": null, "input": "q", "output": "a"}', "instruction is a NoneType"),
+    ('{"instruction": "q", "output": "a"}{"text": "t"}', "Another value begins at character 36"),
+    ('{"instruction": "q", "output": "a"}\ufeff{}', r"byte order mark \(U\+FEFF\) .* character 36"),
+    ('{"instruction": "q", "output": "a"},', "Lines have no commas between them"),
+    ('{"text": "a"}\r{"text": "b"}', "carriage returns"),
+    ("{", "An object over several lines is read from a .json file"),
+    ("PK\3\4abc", "not JSON.*a zip file"),
+    ("version https://git-lfs.github.com/spec/v1", "not JSON.*Git LFS"),
+    (
+        json.dumps(
+            {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f", "x": float("nan")}]}
+        ),
+        r"in tool 1 \('f'\), it holds NaN",
+    ),
 ]
 
 
@@ -192,9 +212,55 @@ def test_what_cannot_be_used_is_an_error(line, message):
         parse_line(line).render()
 
 
+@pytest.mark.parametrize("absent", ["null", "NaN"])
+def test_a_table_of_several_formats_has_empty_columns(absent):
+    columns = ("messages", "dialog", "conversations", "instruction", "input", "output", "text", "system")
+
+    def line(**filled):
+        return (
+            "{"
+            + ", ".join(f'"{key}": {json.dumps(filled[key]) if key in filled else absent}' for key in columns)
+            + "}"
+        )
+
+    for filled, kind in (
+        ({"text": "t"}, "text"),
+        ({"instruction": "q", "output": "a"}, "instruction"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "conversations",
+        ),
+    ):
+        assert parse(line(**filled)) == parse(json.dumps(filled))
+        assert parse(line(**filled))[0] == kind
+
+
+def test_tools_may_be_json_in_a_string():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"maximum": 0.1}}}]
+    as_list = parse_line(json.dumps({"messages": turns, "tools": tools})).render()
+    assert parse_line(json.dumps({"messages": turns, "tools": json.dumps(tools)})).render() == as_list
+    without = parse_line(json.dumps({"messages": turns})).render()
+    for none in ("", "[]", "null"):
+        assert parse_line(json.dumps({"messages": turns, "tools": none})).render() == without
+
+
+def test_what_is_nested_too_deeply_is_an_error():
+    deep = []
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        exact_json.dumps({"x": deep})
+    with pytest.raises(ValueError, match=r"tool 1 \('f'\).*nested too deeply"):
+        render([{"role": "user", "content": "q"}], [{"name": "f", "x": deep}], add_generation_prompt=True)
+
+
 def test_lines_are_those_of_the_file_and_utf_8(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"a": "x\xe2\x80\xa8y"}\r\n\n{"b": 1}')
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("\ufeff\ufeff{}\ufeff\r\n\ufeff\n{}\ufeff", encoding="utf-8")
+    assert [line for _, line in read_lines(marked)] == ["{}\r\n", "\n", "{}"]
     assert [(n, line.strip()) for n, line in read_lines(file)] == [
         (1, '{"a": "x\u2028y"}'),
         (2, ""),

@@ -150,11 +150,16 @@ def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
     for name in ("a.jsonl", "deep/b.jsonl", "deep/c.jsonl"):
         (tmp_path / name).touch()
     mixture = tmp_path / "mixture.json"
+    (tmp_path / "inner.json").write_text('{"a.jsonl": 1}')
     mixture.write_text('{"a.jsonl": 0.5, "deep": 2}')
     found = [(source.path.name, source.weight) for source in find([mixture])]
     assert found == [("a.jsonl", 0.5), ("b.jsonl", 2.0), ("c.jsonl", 2.0)]
     for content, message in (
-        ("", "mixture.json is no mixture: not JSON"),
+        ("", "mixture.json is empty"),
+        ('{"train": [{"instruction": "q", "output": "a"}]}', "train is a list.*give the array alone"),
+        ('{"a": {"file_name": "a.jsonl"}}', "a is an object"),
+        ('{"deep\\\\b.jsonl": 1}', "does not exist.*write / for"),
+        ('{"inner.json": 1}', "names .*inner.json, .*mixtures do not nest"),
         ("{}", "mixture.json is no mixture; expected"),
         ('{"a.jsonl": 0}', r"gives a.jsonl the weight 0; expected a number in \(0, 1000\]"),
         ('{"a.jsonl": 1, "deep": 2, "a.jsonl": 1}', "gives a.jsonl 2 weights; expected one: write their sum"),

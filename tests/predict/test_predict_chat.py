@@ -8,7 +8,7 @@ from predict_model import QUESTIONS, asked
 
 from research.telechat2 import telechat_chat, telechat_predict_utils
 from research.telechat2.data.formats import Conversation, parse_line
-from research.telechat2.telechat_predict_chat import answer_all, chat, read_questions
+from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_questions
 
 
 def test_questions_of_a_text_file(tmp_path):
@@ -72,6 +72,11 @@ def test_a_test_set_needs_no_answers(tmp_path):
         {"instruction": "q", "answer": "a", "reference": ["b"], "label": False, "response": "c"},
         {"input": "<_user>q<_bot>a<_end>"},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+        # marks and text of an answer that is cut off
+        *({"instruction": "q", "output": "a", name: value} for name, value in (("weight", 0), ("loss", 0.7))),
+        *({"instruction": "q", "output": "a", "kto_tag": value} for value in (False, "x")),
+        {"messages": [*asks, {"role": "assistant", "content": "a", "reasoning_content": "r", "weight": 0.5}]},
+        {"messages": [{**asks[0], "loss": False}, {"role": "assistant", "content": "a", "images": ["b"]}]},
     ]
     file = tmp_path / "q.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -88,7 +93,7 @@ def test_a_test_set_needs_no_answers(tmp_path):
     assert read_questions(file, ignored={"context"})[0].messages == asks
 
 
-def test_question_files_are_read_as_data_are(tmp_path):
+def test_question_files_are_read_as_data_are(tmp_path, capsys):
     lines = [{"input": f"q{i}", "output": "a"} for i in range(3)]
     text = "\n".join(map(json.dumps, lines))
     folder = tmp_path / "folder"
@@ -103,6 +108,14 @@ def test_question_files_are_read_as_data_are(tmp_path):
         found = read_questions(tmp_path / name, system="")
         assert [q.messages[1]["content"] for q in found] == ["q0", "q1", "q2"], name
         assert all(q.messages[0] == {"role": "system", "content": ""} for q in found)
+    for name, content in (
+        ("data.txt", text),
+        ("data", json.dumps(lines)),
+        ("data.csv", json.dumps(lines, indent=1)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert [q.messages[0]["content"] for q in read_questions(tmp_path / name)] == ["q0", "q1", "q2"]
+        assert "read as data" in capsys.readouterr().err
     (tmp_path / "list.txt").write_text("[1] means?\n[{")
     assert len(read_questions(tmp_path / "list.txt")) == 2
 
@@ -111,6 +124,22 @@ def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_question():
     predictor = Scripted(max_length=9)
     chat(predictor, None, ["\ufeffb\n"])
     assert predictor.heard == ["b"]
+
+
+def test_byte_order_marks_of_questions_are_taken_off_or_named(tmp_path, capsys):
+    file = tmp_path / "q.txt"
+    file.write_text("\ufeff\ufeffq0\ufeff\r\nq1\n\ufeff", encoding="utf-8")
+    assert [q.messages[1]["content"] for q in read_questions(file, "\ufeffs")] == ["q0", "q1"]
+    assert read_questions(file, "\ufeffs")[0].messages[0]["content"] == "s"
+    assert question("\ufeffq").messages[0]["content"] == "q"
+    file.write_text("q0\nq1\ufeffq2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"q.txt, line 2: .*U\+FEFF.* character 3 "):
+        read_questions(file)
+    with pytest.raises(ValueError, match=r"U\+FEFF"):
+        question("a\ufeffb")
+    predictor = Scripted(max_length=9)
+    assert chat(predictor, None, ["a\ufeffb\n", "c\n"]) == 1
+    assert predictor.heard == ["c"] and "U+FEFF" in capsys.readouterr().err
 
 
 def test_answers_are_printed_with_their_questions(limits, capsys):

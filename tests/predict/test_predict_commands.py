@@ -196,6 +196,18 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
     assert prepare("\x01" * 28, max_decode_length=512, pad_token_id=3)[1] == 3
     with pytest.raises(ValueError, match=r"prompt 2 of 2: .* has 30 tokens, .* 30 \(the YAML's seq_length\)"):
         prepare("a", "\x01" * 29)
+    file.write_text("\ufeff<_user>a<_bot>\n\ufeff<_user>b<_bot>\ufeff\n", encoding="utf-8")
+    assert prepare(str(file), pad_token_id=3)[0] == ["<_user>a<_bot>", "<_user>b<_bot>"]
+    assert prepare("\ufeff<_user>a<_bot>", pad_token_id=3)[0] == "<_user>a<_bot>"
+    with pytest.raises(ValueError, match=r"prompt 2 of 2: .*U\+FEFF"):
+        prepare("a", "b\ufeffc")
+    for name in ("asks.jsonl", "asks.txt"):  # a prompt would be the JSON itself
+        (tmp_path / name).write_text('{"instruction": "q", "output": ""}\n')
+        with pytest.raises(ValueError, match=f"{name} is data in JSON.*--question_file"):
+            prepare(str(tmp_path / name))
+    with pytest.raises(ValueError, match="gone.txt names a file that does not exist"):
+        prepare(str(tmp_path / "gone.txt"))
+    assert prepare("what is a.txt ?", pad_token_id=3)[0] == "what is a.txt ?"
     with pytest.raises(ValueError, match="the model's eos_token_id is 5, but in .*tokenizer.model it is 2"):
         prepare("a", eos_token_id=5)
 

@@ -17,11 +17,8 @@ _SHAREGPT_ROLES = {
 
 
 def from_messages(data: dict) -> tuple[list[dict], list[dict] | None]:
-    """OpenAI's: (messages, tools)."""
-    tools = data.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
-    return _list(data, "messages"), tools
+    """OpenAI's: (messages, tools); tools may be JSON in a string, as tables need it."""
+    return _list(data, "messages"), _tools(data)
 
 
 def from_dialog(data: dict) -> tuple[list[dict], None]:
@@ -41,7 +38,12 @@ def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
         messages.append({"role": "system", "content": _string(data, "system")})
     for number, turn in enumerate(_list(data, "conversations"), len(messages) + 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"turn {number} of conversations lacks from or value; expected both")
+            is_messages = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+            remedy = "; a list of role and content is called messages" if is_messages else ""
+            raise ValueError(
+                f"turn {number} of conversations lacks from or value (it has {_keys(turn)}); expected "
+                f"both{remedy}"
+            )
         speaker = turn["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise ValueError(
@@ -52,12 +54,7 @@ def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _calls(turn["value"], number)}
         messages.append(message)
-    tools = data.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "tools are") if tools.strip() else None
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
-    return messages, tools
+    return messages, _tools(data)
 
 
 def from_alpaca(data: dict) -> tuple[list[dict], None]:
@@ -134,6 +131,15 @@ def _answer(data: dict) -> list[dict]:
     return [{"role": "assistant", "content": _string(data, "output")}]
 
 
+def _tools(data: dict) -> list[dict] | None:
+    tools = data.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "tools are") if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
+    return tools
+
+
 def _calls(value: object, number: int) -> list:
     calls = _json(value, f"turn {number} of conversations is a function call, but") if isinstance(
         value, str
@@ -148,11 +154,21 @@ def _json(text: str, what: str) -> object:
         raise ValueError(f"{what} not JSON ({error}); correct it") from error
 
 
+def _keys(value: object) -> str:
+    return ", ".join(value) or "no keys" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
 def _string(data: dict, key: str) -> str:
-    if not isinstance(data.get(key), str):
-        found = f"is a {type(data[key]).__name__}" if key in data else "is missing"
-        raise ValueError(f"{key} {found}; expected a string")
-    return data[key]
+    value = data.get(key)
+    if not isinstance(value, str):
+        found = f"is a {type(value).__name__}" if key in data else "is missing"
+        remedy = ""
+        if isinstance(value, (list, dict)):
+            is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+            remedy = " (of an object around the data give the array alone)" if is_rows else ""
+            remedy = remedy or " (a table is written row by row, a conversation as messages)"
+        raise ValueError(f"{key} {found}; expected a string{remedy}")
+    return value
 
 
 def _list(data: dict, key: str) -> list:

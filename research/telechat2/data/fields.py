@@ -1,8 +1,9 @@
 """Fields of a line that its format does not use: metadata pass and are counted, lost text is an error."""
 
 from collections.abc import Set
+from functools import lru_cache
 
-from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, is_blank, joined
+from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, TEXT_PARTS, is_blank, joined
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
 METADATA = (
@@ -34,11 +35,13 @@ METADATA = (
     *("red_pajama_subset", "unique_key", "status", "length", "len", "size", "chars", "tokens"),
     *("token_count", "num_tokens", "n_tokens", "word_count", "usage", "turns", "num_turns", "turn"),
     *("round", "rounds", "multiturn", "finish_reason", "logprobs", "review_result", "synthetic"),
-    *("lang_detect", "parallel_tool_calls", "tool_choice"),
+    *("lang_detect", "parallel_tool_calls", "tool_choice", "cache_control", "created_date"),
 )
 # What data sets call the mark of an answer that is not to be trained; 1 is as without.
 MASKS = ("weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
 JUDGEMENTS = ("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted")
+# These say the same where they are false; any other value may mean something else.
+VERDICTS = ("correct", "is_correct", "good", "is_good", "is_accepted", "is_chosen", "positive", "is_positive")
 
 _PREFERENCE = "preference data (DPO), of which this training knows no loss: keep the good answers alone"
 _MEDIA = "a text model neither sees nor hears it"
@@ -71,11 +74,25 @@ class LostText(ValueError):  # noqa: N818 (a line is at fault, not a programme)
         self.names = names
 
 
+@lru_cache(4096)
 def _same(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
 _METADATA = frozenset(map(_same, METADATA))
+_MASKS = frozenset(map(_same, MASKS))
+_JUDGEMENTS = frozenset(map(_same, JUDGEMENTS))
+_VERDICTS = frozenset(map(_same, VERDICTS))
+
+
+def is_mark(name: str) -> bool:
+    """Whether a field says if a line or an answer is trained; upper case, `_` and `-` do not matter."""
+    return _same(name) in _MASKS or _same(name) in _JUDGEMENTS
+
+
+def is_mask(name: str) -> bool:
+    """Whether a field is such a mark of a single answer."""
+    return _same(name) in _MASKS
 
 
 def without(data: dict, ignored: Set[str]) -> dict:
@@ -124,6 +141,11 @@ def says_something(value: object) -> bool:
     return value not in NOTHING and value == value and not (isinstance(value, str) and is_blank(value))
 
 
+def is_absent(value: object) -> bool:
+    """Whether a value is NaN, which is how pandas writes an absent one."""
+    return type(value) is float and value != value
+
+
 def _is_lost(name: str, value: object, strict: bool) -> bool:
     same = _same(name)
     if same in _REASONS:
@@ -144,17 +166,21 @@ def judgement(data: dict, ignored: Set[str]) -> None:
 
     Raises:
         ValueError: it does, or says something else than true and false. ``ignored`` does not help against
-            ``false`` itself.
+            ``false`` itself, but where the name may mean something else (``VERDICTS``).
     """
-    for name in JUDGEMENTS:
-        value = data.get(name)
-        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+    for name, value in data.items():
+        same = _same(name)
+        if same not in _JUDGEMENTS and (same not in _VERDICTS or name in ignored):
+            continue
+        said = value.strip().lower() if isinstance(value, str) else value
+        if said is False or said == "false":
+            other = f", or --ignore_fields {name} if it says something else" if same in _VERDICTS else ""
             raise ValueError(
                 f"has {name} {value!r}: it is an answer that is not to be learnt (KTO); remove the line, or "
-                f"leave such lines out with --bad_lines skip"
+                f"leave such lines out with --bad_lines skip{other}"
             )
-        is_text = isinstance(value, str) and value.strip().lower() != "true"
-        if name in data and name not in ignored and (is_text or value not in (None, True)):
+        is_known = not says_something(value) or said == "true" or (not isinstance(said, list) and said == 1)
+        if same in _JUDGEMENTS and name not in ignored and not is_known:
             raise ValueError(
                 f"has {name} {value!r}; expected true, or false for what is not to be learnt; if it says "
                 f"something else, leave it out knowingly: --ignore_fields {name}"
@@ -167,7 +193,11 @@ def weight_of(data: dict, where: str = "") -> int | None:
     Raises:
         ValueError: a value that is neither, or two that differ.
     """
-    found = {name: data[name] for name in MASKS if data.get(name) is not None}
+    found = {
+        name: value
+        for name, value in data.items()
+        if is_mask(name) and value is not None and value == value  # NaN is how pandas writes None
+    }
     for name, value in found.items():
         if isinstance(value, (str, list, dict)) or value not in (0, 1):
             raise ValueError(f"{where}has {name} {value!r}; expected 0 (not trained) or 1")
@@ -178,6 +208,9 @@ def weight_of(data: dict, where: str = "") -> int | None:
 
 
 _PLAIN_KEYS = frozenset({"role", "content"})
+_PART_KEYS = frozenset({"type", "text"})
+_CALL_KEYS = frozenset({"id", "type", "index", "function"})
+_FUNCTION_KEYS = frozenset({"name", "arguments"})
 
 
 def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> object:
@@ -186,19 +219,52 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
     A content that is a list of text parts becomes one text.
 
     Raises:
-        ValueError: a field whose text would be lost, or a mark that is none.
+        ValueError: a field whose text would be lost, in the message, its parts or its calls, or a mark that
+            is none.
     """
     if type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str:
         return message
-    message = joined(message, number)
     if not isinstance(message, dict):
         return message
     where = f"message {number} "
     if ignored and not ignored.isdisjoint(message):
         unused += [name for name in message if name in ignored and says_something(message[name])]
         message = without(message, ignored)
-    unused += check_unused(message, KNOWN_KEYS.union(MASKS), where, strict=True)
+    unused += _unused_inside(message, number, ignored)
+    message = joined(message, number)
+    masks = {name for name in message if is_mask(name)}
+    try:
+        unused += check_unused(message, KNOWN_KEYS | masks, where, strict=True)
+    except LostText as error:
+        if {"from", "value"} <= set(error.names):
+            raise ValueError(
+                f"{where}has from and value, as ShareGPT's turns have: call the list conversations, or "
+                f"write role and content"
+            ) from error
+        raise
     known = {name: message[name] for name in message if name in KNOWN_KEYS}
     known.pop("weight", None)
     weight = weight_of(message, where)
     return known if weight is None else {**known, "weight": weight}
+
+
+def _unused_inside(message: dict, number: int, ignored: Set[str]) -> list[str]:
+    """The same as ``check_unused`` of what stands in a message: parts of its content, calls of tools."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    inside = []
+    for i, part in enumerate(content if isinstance(content, list) else [], 1):
+        inside.append((part, _PART_KEYS, f"message {number}, part {i} "))
+    for i, call in enumerate(calls if isinstance(calls, list) else [], 1):
+        where = f"message {number}, tool call {i} "
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            inside += [(call, _CALL_KEYS, where), (function, _FUNCTION_KEYS, where)]
+        else:
+            inside.append((call, _CALL_KEYS | _FUNCTION_KEYS, where))
+    found = []
+    for data, used, where in inside:
+        if isinstance(data, dict) and not data.keys() <= used:
+            found += [name for name in data if name in ignored and says_something(data[name])]
+            if data.get("type") in (None, *TEXT_PARTS) or used is not _PART_KEYS:  # others are refused anyway
+                found += check_unused(without(data, ignored), used, where)
+    return found

@@ -10,6 +10,7 @@ Told apart by their keys, in this order:
     text, or data                          a text to pretrain on, trained whole
 """
 
+import json
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from research.telechat2 import telechat_chat
 from research.telechat2.data import conversions, fields, sources
 from research.telechat2.text import exact_json
-from research.telechat2.text.messages import ANSWERS, check_question
+from research.telechat2.text.messages import ANSWERS, BYTE_ORDER_MARK, check_question
 
 # The fields of each format; another one is metadata, or an error (see fields).
 _FORMATS = {
@@ -32,23 +33,25 @@ _FORMATS = {
     "data": {"data"},
 }
 _EXPECTED = "input and output, or messages, or system and dialog"
-_JUDGED = frozenset(fields.JUDGEMENTS + fields.MASKS)
-_USED = {kind: used | _JUDGED for kind, used in _FORMATS.items()}
+_UNMARKED = frozenset().union(*_FORMATS.values())  # a line of these fields alone has no mark
 # Fields of a test set that say what the answer should be; a question has no use for them.
 _OF_A_TEST = frozenset(
     {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
     | {*("label", "labels", "gold", "ideal", "response", "completion", "solution", "ground_truth")}
 )
-_BOM = b"\xef\xbb\xbf"
 _STARTS = {
     **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16"),
     b"\x1f\x8b": "packed by gzip: give it a name in .gz, or unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd: give it a name in .zst, or unpack it",
     b"PK\x03\x04": "a zip file: unpack it",
+    b"BZh": "packed by bzip2: unpack it",
+    b"\xfd7zXZ": "packed by xz: unpack it",
     b"PAR1": "a Parquet file: write it as jsonl",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file with git lfs pull, or download it",
+    b"<!DOCTYPE": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
 }
-_QUESTIONS = ("question", "prompt", "query", "problem")
-_ANSWERS = ("answer", "response", "completion", "solution", "target", "reply")
+_DECODER = json.JSONDecoder()
 NOT_TRAINED = "marked as not to be learnt"
 UNUSED = "with a field that is not used: "
 WEIGHT_0 = "left out by its own weight of 0"
@@ -123,10 +126,31 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         yield number, text
 
 
+def holds_data(path: str | Path) -> bool:
+    """Whether the first line of a text file is a conversation or text in JSON, or begins an array of them."""
+    for _, line in read_text_lines(path):
+        text = line.strip()
+        if not text:
+            continue
+        if text in ("[", "[{", "{"):
+            return True
+        try:
+            value, _ = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            return False
+        first = value[0] if isinstance(value, list) and value else value
+        return isinstance(first, dict) and not first.keys().isdisjoint(sources.LINE_KEYS)
+    return False
+
+
 def decode_line(line: bytes) -> str:
-    """Decode a line of a file; a byte order mark before it, as files that are joined have, is taken off."""
+    """Decode a line of a file; byte order marks around it, as files that are joined have, are taken off."""
     try:
-        return line.removeprefix(_BOM).decode()
+        text = line.decode()
+        if BYTE_ORDER_MARK not in text:
+            return text
+        content = text.rstrip("\r\n")
+        return content.strip(BYTE_ORDER_MARK) + text[len(content) :]
     except UnicodeDecodeError as error:
         is_known = next((name for start, name in _STARTS.items() if line.startswith(start)), "")
         remedy = f" (it seems to be {is_known})" if is_known else ""
@@ -152,23 +176,36 @@ def parse_line(line: str, ignored: Set[str] = frozenset()) -> Conversation:
 def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     """Parse a line of a test set: a conversation without its last answer, which may be empty or missing.
 
-    Fields that say what the answer should be are left out. ValueError when it is no conversation.
+    Fields that say what the answer should be, or whether it is trained, are left out. ValueError when it is
+    no conversation.
     """
     data = _read(line)
     if not isinstance(data, dict):
         return _conversation(*_parsed(data, ignored))
-    is_used = _OF_A_TEST & set().union(*_FORMATS.values())
-    data = fields.without(data, _OF_A_TEST - is_used)
-    if data.keys() & {"input", "instruction"}:
+    left_out = {name for name in data if name in _OF_A_TEST - _UNMARKED or fields.is_mark(name)}
+    data = fields.without(data, left_out)
+    if any(data.get(name) is not None for name in ("input", "instruction")):
         data["output"] = data.get("output") or ""
-    asked = _conversation(*_parsed(data, ignored))
-    messages = asked.messages
-    last = messages[-1] if messages else None
-    if isinstance(last, dict) and last.get("role") in ANSWERS:
-        asked = asked._replace(messages=messages[:-1])
+    asked = _conversation(*_parsed(data, ignored, is_question=True))
     asked.render(add_generation_prompt=True)  # checks the messages
     check_question(asked.messages)
     return asked
+
+
+def _without_answer(parsed: Conversation) -> Conversation:
+    """A conversation up to its last question, and without marks of what is trained."""
+    messages = parsed.messages
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") in ANSWERS:
+        messages = messages[:-1]
+    return parsed._replace(
+        messages=[
+            {name: value for name, value in message.items() if not fields.is_mask(name)}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    )
 
 
 def _conversation(kind: str, parsed: Conversation | Text) -> Conversation:
@@ -188,28 +225,56 @@ def parse(line: str, ignored: Set[str] = frozenset()) -> tuple[str, Conversation
 
 def _read(line: str) -> object:
     try:
-        return exact_json.loads(line)
+        data = exact_json.loads(line)
+        if isinstance(data, dict) and any(map(fields.is_absent, data.values())):
+            return {name: None if fields.is_absent(value) else value for name, value in data.items()}
+        return data
     except (ValueError, RecursionError) as error:
         raise UnusableLine(
-            "not JSON", f"not JSON ({error}); each line must be one complete JSON object"
+            "not JSON",
+            f"not JSON ({error}); each line must be one complete JSON object{_why_not_json(line, error)}",
         ) from error
 
 
-def _parsed(data: object, ignored: Set[str]) -> tuple[str, Conversation | Text]:
+def _why_not_json(line: str, error: ValueError | RecursionError) -> str:
+    """What a line seems to be that is no JSON, with the remedy; "" where nothing is known."""
+    start = line[:64].lstrip().encode(errors="replace")
+    if known := next((what for first, what in _STARTS.items() if start.startswith(first)), ""):
+        return f". The file seems to be {known}"
+    rest = line[getattr(error, "pos", len(line)) :].strip()
+    if "\0" in line:
+        return ". It holds NUL characters: the file is cut short, or UTF-16 without its mark"
+    if "\r" in line.strip("\r\n"):
+        return ". It holds carriage returns (\\r) alone, as old Macs end lines: write line feeds"
+    if not isinstance(error, json.JSONDecodeError) or not error.msg.startswith("Extra data"):
+        several = line.strip() in ("{", "[")
+        return ". An object over several lines is read from a .json file" if several else ""
+    if rest.startswith(BYTE_ORDER_MARK):
+        return (
+            f". A byte order mark (U+FEFF) stands at character {error.pos + 1}, as where files are joined "
+            f"without a line break: put one there"
+        )
+    if rest.startswith(("{", "[")):
+        return f". Another value begins at character {error.pos + 1}: put a line break before it"
+    return ". Lines have no commas between them: remove it" if rest == "," else ""
+
+
+def _parsed(data: object, ignored: Set[str], is_question: bool = False) -> tuple[str, Conversation | Text]:
     unused: list[str] = []
     if ignored and isinstance(data, dict):
         unused = [name for name in data if name in ignored and fields.says_something(data[name])]
-        try:
-            fields.judgement(data, ignored)
-        except ValueError as error:
-            raise UnusableLine(NOT_TRAINED, error) from error
+        if not is_question:
+            _check_judgement(data, ignored)
         data = fields.without(data, ignored)
     kind = _kind(data)
-    _check_marks(data)
+    marks = set() if data.keys() <= _UNMARKED else {name for name in data if fields.is_mark(name)}
+    if not is_question and not data.keys() <= _UNMARKED:
+        _check_marks(data)
     try:
-        unused += fields.check_unused(data, _USED[kind], beside=f" beside {kind}")
+        unused += fields.check_unused(data, _FORMATS[kind] | marks, beside=f" beside {kind}")
         parsed = _CONVERSIONS[kind](data)
         if isinstance(parsed, Conversation):
+            parsed = _without_answer(parsed) if is_question else parsed
             messages = [
                 fields.clean_message(message, number, ignored, unused)
                 for number, message in enumerate(parsed.messages, 1)
@@ -222,12 +287,17 @@ def _parsed(data: object, ignored: Set[str]) -> tuple[str, Conversation | Text]:
     return _NAMES.get(kind, kind), parsed._replace(unused=tuple(unused)) if unused else parsed
 
 
+def _check_judgement(data: dict, ignored: Set[str]) -> None:
+    try:
+        fields.judgement(data, ignored)
+    except ValueError as error:
+        raise UnusableLine(NOT_TRAINED, error) from error
+
+
 def _check_marks(data: dict) -> None:
     """Refuse a line that is marked as not to be trained, or with what is no mark."""
-    if data.keys().isdisjoint(_JUDGED):
-        return
+    _check_judgement(data, frozenset())
     try:
-        fields.judgement(data, frozenset())
         weight = fields.weight_of(data)
     except ValueError as error:
         raise UnusableLine(NOT_TRAINED, error) from error
@@ -248,7 +318,11 @@ def _kind(data: object) -> str:
             reason,
             f"holds a JSON {type(data).__name__}; expected an object with input and output, or messages",
         )
-    kind = next((key for key in _FORMATS if key in data), None)
+    kind = next((key for key in _FORMATS if data.get(key) is not None), None)
+    if kind is None:  # tables of several formats have the columns of all, null where they are not used
+        kind = next((key for key in _FORMATS if key in data), None)
+    if kind in ("input", "output") and "instruction" in data:
+        return "instruction"
     if kind is None:
         try:
             fields.check_preference(data)
@@ -256,18 +330,36 @@ def _kind(data: object) -> str:
             raise UnusableLine(reason, error) from error
         raise UnusableLine(
             reason,
-            f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text{_renaming(data)}",
+            f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text{_renamed(data)}",
         )
     return kind
 
 
-def _renaming(data: dict) -> str:
-    """What to rename, where a line has a question and an answer under other names."""
-    question = next((name for name in _QUESTIONS if name in data), None)
-    answer = next((name for name in _ANSWERS if name in data), None)
-    if question and answer:
-        return f"; rename {question} to instruction and {answer} to output"
-    return "; rename conversation to messages" if isinstance(data.get("conversation"), list) else ""
+# What other data sets call the fields of the formats.
+_OTHER_NAMES = {
+    **dict.fromkeys(("prompt", "question", "query", "problem"), "instruction"),
+    **dict.fromkeys(("response", "completion", "answer", "target", "solution"), "output"),
+    **dict.fromkeys(("system_prompt", "meta_instruction"), "system"),
+    "conversation": "messages (role and content) or conversations (from and value)",
+    "items": "conversations",
+    "dialogue": "dialog",
+    "content": "text",
+}
+
+
+def _renamed(data: dict) -> str:
+    """How to rename the keys of a line that has none of a format."""
+    pairs = [
+        f"{name} to {_OTHER_NAMES[name.strip().lower()]}"
+        for name in data
+        if name.strip().lower() in _OTHER_NAMES
+    ]
+    pairs += [
+        f"{name!r} to {name.strip().lower()}"
+        for name in data
+        if name.strip().lower() in _UNMARKED and name not in _UNMARKED
+    ]
+    return f"; rename {', '.join(pairs)}" if pairs else ""
 
 
 def _chat(convert: Callable, tool_tags_in_content: bool = False) -> Callable[[dict], Conversation]:

@@ -23,7 +23,7 @@ def is_one_value(path: Path, head: bytes) -> bool:
     So is one that begins with an array of objects, and a ``.json`` that begins with any array or an object,
     but where the first line is a whole value, and others follow.
     """
-    text = head.decode("utf-8-sig", "replace").lstrip()
+    text = head.decode("utf-8", "replace").lstrip(" \t\r\n\ufeff")
     is_json = ".json" in (suffix.lower() for suffix in path.suffixes)
     if not (text[:1] in ("[", "{") if is_json else _ARRAY_OF_OBJECTS.match(text)):
         return False
@@ -42,7 +42,7 @@ def items(path: Path, file: BinaryIO, longest: int) -> Iterator[bytes]:
         ValueError: an item that is not JSON, one of more than ``longest`` characters, a file that is cut
             short or not UTF-8; file and item are named.
     """
-    text = _Text(path, io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    text = _Text(path, io.TextIOWrapper(file, "utf-8", newline=""))
     number, in_array = 0, False
     while (character := text.peek()) or in_array:
         if not character:

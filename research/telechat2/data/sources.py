@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from research.telechat2.data import json_values
+from research.telechat2.text.messages import short
 
 DATA_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$", re.IGNORECASE)  # of a directory
 _MIXTURE_BYTES = 1 << 20  # a mixture is smaller
@@ -27,7 +28,7 @@ _ZSTANDARD = (
     "needs zstandard, which is not installed; install it with: pip install zstandard, or unpack the file "
     "with: unzstd {}"
 )
-_LINE_KEYS = frozenset(
+LINE_KEYS = frozenset(
     {*("messages", "dialog", "conversations", "instruction", "output", "text", "data"), "input"}
 )
 BATCH_BYTES = 1 << 20
@@ -146,7 +147,7 @@ def _is_single_object(path: Path) -> bool:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.keys().isdisjoint(_LINE_KEYS)
+    return isinstance(content, dict) and content.keys().isdisjoint(LINE_KEYS)
 
 
 def _listed(names: list[str]) -> str:
@@ -155,6 +156,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _mixture(path: Path) -> list[Source]:
+    if not path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip():
+        raise ValueError(f"{path} is empty; {_JSON_FILES}")
     try:
         # pairs, as a dict would keep the last weight of a path and lose the others
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
@@ -167,16 +170,31 @@ def _mixture(path: Path) -> list[Source]:
             raise ValueError(f"{path} gives {name} {times} weights; expected one: write their sum")
     sources = []
     for name, weight in content:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-            raise ValueError(
-                f"{path} gives {name} the weight {weight!r}; expected a number in (0, 1000]; {_JSON_FILES}"
-            )
+        _check_weight(path, name, weight)
         try:
             files = input_files(path.parent / name)
         except ValueError as error:
-            raise ValueError(f"{path}: {error} (paths in a mixture start from its own folder)") from error
+            slashes = "; write / for \\" if "\\" in name else ""
+            raise ValueError(
+                f"{path}: {error} (paths in a mixture start from its own folder{slashes})"
+            ) from error
+        if inner := next((file for file in files if _is_single_object(file)), None):
+            raise ValueError(f"{path} names {inner}, which is no data but an object; mixtures do not nest")
         sources += [Source(file, float(weight)) for file in files]
     return sources
+
+
+def _check_weight(path: Path, name: str, weight: object) -> None:
+    if isinstance(weight, (list, tuple)):  # an object is a tuple of pairs here
+        raise ValueError(
+            f"{path} is no mixture: {name} is {'a list' if isinstance(weight, list) else 'an object'}, "
+            f"and no weight; of an object around the data give the array alone, one conversation for "
+            f"each item; {_JSON_FILES}"
+        )
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
+        raise ValueError(
+            f"{path} gives {name} the weight {short(weight)}; expected a number in (0, 1000]; {_JSON_FILES}"
+        )
 
 
 def read_batches(

@@ -26,12 +26,19 @@ def loads(text: str) -> object:
 def dumps(value: object) -> str:
     """Write ``value`` on one line, as ``json.dumps`` does, with the digits that ``loads`` has read.
 
-    ValueError for NaN and Infinity, which JSON does not have.
+    ValueError for NaN and Infinity, which JSON does not have, and for what is nested too deeply.
     """
+    try:
+        return _dumps(value)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _dumps(value: object) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)}: {dumps(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)}: {_dumps(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(dumps, value)) + "]"
+        return "[" + ", ".join(map(_dumps, value)) + "]"
     if isinstance(value, Digits):
         return value.text
     if isinstance(value, float) and value - value != 0:

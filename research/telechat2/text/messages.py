@@ -6,13 +6,33 @@ ANSWERS = ("assistant", "bot")
 SILENT_KEYS = frozenset({"name", "tool_call_id", "id", "type"})
 KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "weight"}) | SILENT_KEYS
 NOTHING = (None, "", [], {})  # values of a key that say no more than its absence
-_TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
 # Whatever prints nothing: white space of every script, and characters of no width. Other control characters
 # are text, if an odd one.
 _BLANK = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0"
 _BLANK += "".join(map(chr, (0xAD, 0x034F, 0x061C, 0x1680, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10))))
 _BLANK += "".join(map(chr, (*range(0x2000, 0x2010), *range(0x2028, 0x2030), *range(0x205F, 0x2070))))
 _BLANK += "\u115f\u1160\u2800\u3000\u3164\ufeff\uffa0"
+
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def without_byte_order_marks(text: str) -> str:
+    """A question or prompt without the byte order marks around it, which belong to the file it is from.
+
+    Raises:
+        ValueError: one stands inside, where nobody sees it and the answer is another.
+    """
+    if BYTE_ORDER_MARK not in text:
+        return text
+    content = text.strip(BYTE_ORDER_MARK)
+    if BYTE_ORDER_MARK in content:
+        raise ValueError(
+            f"a byte order mark (U+FEFF) stands at character {text.index(BYTE_ORDER_MARK, 1) + 1} of "
+            f"{short(text)}, as where files are joined without a line break: put one there, or remove it"
+        )
+    return content
 
 
 def is_blank(text: str) -> bool:
@@ -34,7 +54,7 @@ def joined(message: object, number: int) -> object:
 def _text_of_parts(parts: list, number: int) -> str:
     texts = []
     for i, part in enumerate(parts, 1):
-        is_text = isinstance(part, dict) and part.get("type") in _TEXT_PARTS
+        is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
         if not is_text or not isinstance(part.get("text"), str):
             found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
             raise ValueError(

@@ -133,6 +133,7 @@ _PLAIN = (
         {{- '<_user>' + text(message.content) -}}
     {%- elif message.role in ('assistant', 'bot') and not message.tool_calls -%}
         {{- '<_bot>' + text(message.content or '') + '<_end>' -}}
+    {%- elif loop.first and message.role == 'system' and not text(message.content) -%}
     {%- else -%}
         {{- raise_exception('the plain prompt format has no place for '
                             + ('tool calls' if message.tool_calls else 'role ' + message.role)) -}}
