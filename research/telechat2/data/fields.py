@@ -17,25 +17,15 @@ METADATA = (
     *("kind", "type", "task_type", "task_name", "data_type", "topic", "topics", "tag", "tags"),
     *("subject", "level", "difficulty", "grade", "skill", "ability", "score", "scores", "rating"),
     *("ratings", "quality", "reward", "votes", "upvotes", "likes", "perplexity", "date", "time"),
-    *(
-        "datetime",
-        "timestamp",
-        "created",
-        "created_at",
-        "create_time",
-        "created_time",
-        "created_date",
-        "tree_state",
-        "generated_from",
-        "added",
-    ),
+    *("datetime", "timestamp", "created", "created_at", "create_time", "created_time", "added"),
+    *("created_date", "tree_state", "generated_from"),
     *("updated", "updated_at", "update_time", "modified", "year", "crawl_date", "version"),
     *("revision", "seed", "license", "licence", "licenses", "copyright", "rights", "meta"),
     *("metadata", "meta_data", "attributes", "hash", "md5", "sha1", "sha256", "checksum", "minhash"),
     *("red_pajama_subset", "unique_key", "status", "length", "len", "size", "chars", "tokens"),
     *("token_count", "num_tokens", "n_tokens", "word_count", "usage", "turns", "num_turns", "turn"),
     *("round", "rounds", "multiturn", "finish_reason", "logprobs", "review_result", "synthetic"),
-    *("lang_detect", "parallel_tool_calls", "tool_choice", "cache_control", "created_date"),
+    *("lang_detect", "parallel_tool_calls", "tool_choice", "cache_control"),
 )
 # What data sets call the mark of an answer that is not to be trained; 1 is as without.
 MASKS = ("weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
