@@ -60,6 +60,29 @@ def test_labels_moved_the_other_way_are_named():
         second(lambda ids, labels: (ids[1:], labels[:-1]), rules=RULES._replace(one_length=False))
 
 
+def padded(count: int, pad: int, is_trained: bool):
+    ids, labels = record(1, slice(0, None))
+    ids[len(ids) - count :] = pad
+    labels[len(ids) - count :] = pad if is_trained else IGNORED
+    return ids, labels
+
+
+@pytest.mark.parametrize("pad", [3, 0])
+def test_trained_padding_is_named(pad):
+    """``labels = input_ids.copy()`` before the padding was masked."""
+    rules = RULES._replace(pad=pad)
+    for count in (3, 9, 17):
+        with pytest.raises(
+            ValueError, match=f"record 1: the last {min(count, 16)} ids are {pad}, the pad id"
+        ):
+            check(record(0), padded(count, pad, True), rules=rules)
+        assert check(record(0), padded(count, pad, False), rules=rules).records == 2
+    assert check(record(0), padded(2, pad, True), rules=rules).records == 2  # an end that is the pad id
+    inside = record(1, slice(0, None))
+    inside[0][4:9] = inside[1][4:9] = pad
+    assert check(record(0), inside, rules=rules).records == 2
+
+
 def set_at(position, value, column):
     def change(ids, labels):
         (ids if column == "ids" else labels)[position] = value

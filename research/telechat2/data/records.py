@@ -12,6 +12,7 @@ import numpy as np
 
 from research.telechat2.data.writing import count_documents
 
+_LEAST_PADDING = 3  # one or two may end a text, where padding and end share an id
 _PREPARE = "prepare the data with telechat_preprocess.py"
 
 
@@ -149,7 +150,20 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     wrong = np.flatnonzero(trained & (labels != ids))
     if len(wrong):
         raise ValueError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules)}")
+    padding = _length_of_end(trained & (ids == rules.pad))
+    if padding >= _LEAST_PADDING:
+        raise ValueError(
+            f"{where}: the last {padding} ids are {rules.pad}, the pad id, and labelled as trained: "
+            f"the model would learn padding. Label them {rules.ignored} (ignore_token_id), or, if {rules.pad} is text, "
+            f"set --model.model_config.pad_token_id to the id that fills records."
+        )
     return int(trained.sum())
+
+
+def _length_of_end(flags: np.ndarray) -> int:
+    """How many flags are set at the end without a break."""
+    unset = np.flatnonzero(~flags)
+    return len(flags) - 1 - int(unset[-1]) if len(unset) else len(flags)
 
 
 def _wrong_labels(ids, labels, trained, wrong, rules: Rules) -> str:
