@@ -154,8 +154,8 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     if padding >= _LEAST_PADDING:
         raise ValueError(
             f"{where}: the last {padding} ids are {rules.pad}, the pad id, and labelled as trained: "
-            f"the model would learn padding. Label them {rules.ignored} (ignore_token_id), or, if {rules.pad} is text, "
-            f"set --model.model_config.pad_token_id to the id that fills records."
+            f"the model would learn padding. Label them {rules.ignored} (ignore_token_id), or, if "
+            f"{rules.pad} is text, set --model.model_config.pad_token_id to the id that fills records."
         )
     return int(trained.sum())
 
