@@ -51,13 +51,14 @@ def pair(request, tmp_path_factory):
     random = random_model(tmp_path_factory.mktemp("model"), *request.param)
     ids, labels = records(seed=1)
     model = random.build(seq_length=SEQ_LENGTH)
-    logits, tokens, mask = model(int32(ids), int32(labels))
+    logits, tokens, mask = model(int32(ids))
+    total, count = (part.item() for part in model(int32(ids), int32(labels)))
     loss, gradients = loss_and_gradients(model)(ids, labels)
     expected = oracle_loss(random.oracle, ids, labels)
     expected.backward()
     return SimpleNamespace(
         random=random, ids=ids, labels=labels, loss=loss, gradients=gradients, expected=expected.item(),
-        logits=logits.asnumpy(), tokens=tokens.asnumpy(), mask=mask.asnumpy(),
+        logits=logits.asnumpy(), tokens=tokens.asnumpy(), mask=mask.asnumpy(), total=total, count=count,
     )  # fmt: skip
 
 
@@ -68,12 +69,18 @@ def test_logits_equal_the_oracles(pair):
     assert pair.logits.dtype == np.float32
     np.testing.assert_allclose(pair.logits, expected, rtol=0, atol=2e-5)
     np.testing.assert_array_equal(pair.tokens, pair.ids)
-    np.testing.assert_array_equal(pair.mask, pair.labels != -100)
+    np.testing.assert_array_equal(pair.mask, pair.ids != PAD)
 
 
 def test_loss_equals_the_oracles(pair):
     assert pair.loss.shape == (1,)
     np.testing.assert_allclose(pair.loss[0], pair.expected, rtol=1e-5)
+
+
+def test_evaluation_adds_up_the_oracles_loss_and_counts_its_tokens(pair):
+    trained = np.count_nonzero(pair.labels[:, 1:] != -100)
+    assert pair.count == trained
+    np.testing.assert_allclose(pair.total, pair.expected * trained, rtol=1e-5)
 
 
 def test_every_gradient_equals_the_oracles(pair):
