@@ -184,6 +184,9 @@ def test_a_vocabulary_that_is_none_is_refused(tmp_path):
         vocabulary.load(tmp_path / "absent.model")
     with pytest.raises(ValueError, match="is a directory; give the path of the tokenizer.model in it"):
         vocabulary.load(tmp_path)
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(ValueError, match=r"empty.model \(0 bytes\) is not a SentencePiece model"):
+        vocabulary.load(tmp_path / "empty.model")
     (tmp_path / "bad.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"bad.model \(8 bytes\) is not a SentencePiece model"):
         vocabulary.load(tmp_path / "bad.model")

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 
 import pytest
 from data_lines import encoded, plain_lines
@@ -264,3 +265,12 @@ def test_a_file_without_line_breaks_is_no_jsonl(tmp_path, monkeypatch):
     path.write_bytes(b"[]\n" + b"x" * (2 << 20))
     with pytest.raises(ValueError, match="a.jsonl, line 2 is longer than 1 MB; jsonl has one conversation"):
         lines_of(Source(path))
+
+
+def test_what_is_no_file_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match="does not exist.*separated by blanks, not by commas"):
+        find([f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or device.*write its content to a file"):
+        find([tmp_path / "pipe"])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from predict_model import QUESTIONS, asked
@@ -116,6 +117,11 @@ def test_question_files_are_read_as_data_are(tmp_path, capsys):
         (tmp_path / name).write_text(content)
         assert [q.messages[0]["content"] for q in read_questions(tmp_path / name)] == ["q0", "q1", "q2"]
         assert "read as data" in capsys.readouterr().err
+    reads, writes = os.pipe()  # as a shell gives <(head q.txt)
+    os.write(writes, b"q0\nq1\n")
+    os.close(writes)
+    assert [q.messages[0]["content"] for q in read_questions(f"/dev/fd/{reads}")] == ["q0", "q1"]
+    os.close(reads)
     (tmp_path / "list.txt").write_text("[1] means?\n[{")
     assert len(read_questions(tmp_path / "list.txt")) == 2
 

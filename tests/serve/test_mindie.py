@@ -167,6 +167,9 @@ def test_a_conversation_is_rendered_by_the_one_renderer(tokenizer, small_tokeniz
     ]
     InputBuilder(tokenizer).make_context(0, message, chat_template_kwargs=asked)
     assert len(caplog.records) == 1
+    assert tokenizer.apply_chat_template(message, chat_template_kwargs={"tokenize": False})[0] == 6
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<_user>is <_end> special?<_bot>")
 
 
 def test_the_plain_format_is_rendered_where_a_model_was_tuned_in_it(small_vocab):

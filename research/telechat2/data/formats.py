@@ -127,7 +127,12 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def holds_data(path: str | Path) -> bool:
-    """Whether the first line of a text file is a conversation or text in JSON, or begins an array of them."""
+    """Whether the first line of a text file is a conversation or text in JSON, or begins an array of them.
+
+    Of a pipe nothing is read.
+    """
+    if not Path(path).is_file():
+        return False
     for _, line in read_text_lines(path):
         text = line.strip()
         if not text:

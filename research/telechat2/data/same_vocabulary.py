@@ -149,7 +149,8 @@ def _load(path: Path):
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return model if model.get_piece_size() else None
     except (RuntimeError, OSError):
         return None
 

@@ -101,7 +101,10 @@ def input_files(path: str | Path) -> list[Path]:
         if not files:
             raise ValueError(f"no file fits the pattern {path}; put it in quotes, and check it with ls")
         return files
-    raise ValueError(f"{path} does not exist; give a jsonl file or a directory of such")
+    if path.exists():
+        raise ValueError(f"{path} is a pipe or device, which is read once only; write its content to a file")
+    several = ": several paths are separated by blanks, not by commas" if "," in str(path) else ""
+    raise ValueError(f"{path} does not exist; give a jsonl file or a directory of such{several}")
 
 
 def find(paths: list[str | Path]) -> list[Source]:

@@ -34,6 +34,8 @@ class Vocabulary:
     def __init__(self, proto: bytes):
         self.proto = proto
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        if self.size == 0:
+            raise RuntimeError("it holds no pieces")
         self._special: dict[str, int | None] = {}
         self._literal = LiteralText(self.model)
         self._is_exact = self.model.decode(self.model.encode(_PROBE)) == _PROBE

@@ -7,7 +7,7 @@ each row, ``[B, 1]``; MindFormers' own ``generate``, which the model is written 
 import numpy as np
 
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
-from research.telechat2.telechat_chat import encode, render
+from research.telechat2.telechat_chat import conversation_text, encode, render
 from research.telechat2.telechat_compat import MindFormerModuleType, MindFormerRegister, logger
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_prompt_format import check
@@ -132,12 +132,15 @@ class MindIETelechatTokenizer(TelechatTokenizer):
         self.prompt_format = check(prompt_format or self.release_format)
         self.chat_template = chat_template
 
-    def apply_chat_template(self, conversation, *, chat_template_kwargs=None, **settings):
-        """Ids of a conversation. A client's settings that mean nothing here are named in a warning, once."""
+    def apply_chat_template(self, conversation, *, tokenize=True, chat_template_kwargs=None, **settings):
+        """Ids of a conversation, or its text with ``tokenize=False``.
+
+        A client's settings that mean nothing here are named in a warning, once.
+        """
         asked = {**settings, **(chat_template_kwargs or {})}
         for name in asked.keys() - set(_CHAT_SETTINGS) - self._warned:
             self._warned.add(name)
             logger.warning("a client's chat setting %s has no meaning for TeleChat2 and is ignored", name)
         known = {name: asked[name] for name in _CHAT_SETTINGS if name in asked}
         segments = render(conversation, prompt_format=self.prompt_format, allow_empty=True, **known)
-        return encode(segments, self)[0]
+        return encode(segments, self)[0] if tokenize else conversation_text(segments)

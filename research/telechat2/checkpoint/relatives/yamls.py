@@ -46,6 +46,8 @@ def _llama_tokenizer(vocabulary: bytes) -> dict | None:
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+        if model.get_piece_size() == 0:
+            raise RuntimeError("it holds no pieces")
     except RuntimeError as error:
         raise ValueError(
             f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
