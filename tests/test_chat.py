@@ -249,3 +249,17 @@ def test_show_prints_a_line_of_a_file(small_vocab, tmp_path):
     wrong = subprocess.run([*command, "--line", "2"], capture_output=True, text=True, cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == f"error: {data}, line 2: messages is a int; expected a list of messages\n"
+
+
+def test_show_goes_on_behind_a_line_that_is_left_out(small_vocab, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "d.jsonl"
+    lines = [{"instruction": "q1", "output": "a1", "weight": 0}, {"instruction": "q2", "output": "a2"}]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    words = ["telechat_chat.py", "show", "--vocab_file_path", str(small_vocab), str(data)]
+    monkeypatch.setattr(sys, "argv", words)
+    telechat_chat.main()
+    left_out, shown = capsys.readouterr().out.split("--- line 2: ")
+    assert left_out == "--- line 1: left out by its own weight of 0\n" and "⟦a2<_end>⟧" in shown
+    data.write_text(json.dumps(lines[0] | {"label": False}))
+    with pytest.raises(ValueError, match="line 1: has label False"):
+        telechat_chat.main()

@@ -300,11 +300,17 @@ def _show(args) -> None:
             if args.line not in (None, number) or not line.strip():
                 continue
             shown += 1
+            of = f" of {file}" if len(files) > 1 else ""
             with formats.naming(file, number):
-                _, parsed = formats.parse(line, job.ignored_fields(args.ignore_fields))
+                try:
+                    _, parsed = formats.parse(line, job.ignored_fields(args.ignore_fields))
+                except formats.UnusableLine as error:
+                    if error.reason != formats.WEIGHT_0:
+                        raise
+                    print(f"--- line {number}{of}: {error.reason}")
+                    continue
                 prompt_format = args.prompt_format or parsed.prompt_format
                 ids, mask = encode(parsed.render(prompt_format, args.train_on), words)
-            of = f" of {file}" if len(files) > 1 else ""
             print(f"--- line {number}{of}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
             print(coloured(ids, mask, words, colour))
     if not shown:

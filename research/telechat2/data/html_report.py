@@ -102,6 +102,8 @@ def _result(manifest: dict) -> list[tuple[str, object]]:
         "special-token text (such as <_end>), encoded as text": counts["with_special_text"],
     }
     padding = counts["padding_tokens"] / (counts["records"] * size)
+    prompt_formats = counts["by_prompt_format"]
+    mixed = ", ".join(f"{number:,} {name}" for name, number in prompt_formats.items())
     return [
         ("lines read", counts["lines"]),
         ("lines skipped", f"{skipped:,} ({skipped / counts['lines']:.2%})"),
@@ -111,7 +113,7 @@ def _result(manifest: dict) -> list[tuple[str, object]]:
         ("tokens of a record", size),
         ("tokens", counts["tokens"]),
         ("padding", f"{padding:.2%}"),
-        ("prompt format", manifest["prompt_format"]),
+        ("prompt format", manifest["prompt_format"] + (f" ({mixed})" if len(prompt_formats) > 1 else "")),
     ]
 
 

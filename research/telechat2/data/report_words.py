@@ -63,6 +63,7 @@ _BEGINNINGS = {
     "with a field that is not used: ": "含有未使用的字段：",
     "longer than a record of ": "比一条记录长：",
 }
+_ENDINGS = {" tokens": "个token", " within its first trained turn": "，第一个参与训练的轮次也放不下"}
 
 
 def word(english: str, language: str) -> str:
@@ -71,5 +72,8 @@ def word(english: str, language: str) -> str:
         return english
     for beginning, chinese in _BEGINNINGS.items():
         if english.startswith(beginning):
-            return chinese + english.removeprefix(beginning)
+            rest = english.removeprefix(beginning)
+            for ending, chinese_ending in _ENDINGS.items():
+                rest = rest.replace(ending, chinese_ending)
+            return chinese + rest
     return _CHINESE.get(english, english)

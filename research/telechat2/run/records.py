@@ -67,7 +67,7 @@ def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[
         if missing := [name for name in columns if name not in found]:
             raise ValueError(
                 f"{file} has the columns {', '.join(sorted(found))}, but none named {' and '.join(missing)}; "
-                f"prepare the data with telechat_preprocess.py."
+                f"prepare the data with telechat_preprocess.py{_without_labels(found)}."
             )
         data = ds.MindDataset(
             [str(file)], columns_list=list(columns), sampler=ds.SubsetSampler(numbers), num_parallel_workers=1
@@ -78,6 +78,12 @@ def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[
             yield Row(str(file), number, row[0], row[1] if len(row) > 1 else None)
     except RuntimeError as error:
         raise ValueError(_unreadable(file)) from error
+
+
+def _without_labels(found: list[str]) -> str:
+    if "input_ids" not in found:
+        return ""
+    return ", or, to train all but the padding, set train_dataset.input_columns: [input_ids]"
 
 
 def _unreadable(file: Path) -> str:
