@@ -237,7 +237,7 @@ def test_within_the_trained_length_the_tables_are_those_without_extension():
         ({"extend_method": "DYNAMIC_NTK", "use_past": True, "is_dynamic": False}, "set is_dynamic: True"),
         ({"extend_method": "DYNAMIC_NTK", "hidden_size": 64}, "head_dim is 2; DYNAMIC_NTK needs at least 4"),
         ({"base_seqlen": 0}, "base_seqlen is 0"),
-        ({"training_seqlen": 4096, "extend_method": "None"}, "exceeds max_position_embedding 4096"),
+        ({"training_seqlen": 4096, "extend_method": "None"}, "exceeds training_seqlen 4096"),
         (
             {"training_seqlen": 4096, "max_position_embedding": 8192},
             "max_position_embedding is 8192 and training_seqlen 4096",

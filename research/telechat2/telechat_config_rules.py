@@ -8,6 +8,7 @@ import difflib
 import logging
 
 from research.telechat2.checkpoint.sizes import feed_forward_width
+from research.telechat2.common.problems import check_all
 from research.telechat2.telechat_rope_rules import check_extension, complete_extension
 from research.telechat2.telechat_sampling_rules import check_sampling
 
@@ -126,16 +127,16 @@ def complete(values: dict) -> None:
         )
 
 
-def check_fields(config) -> None:
+def check_fields(config, *further: tuple) -> None:
     """Refuse sizes that do not divide, unknown choices, and what this version would have to ignore.
+
+    ``further``: checks that need sound sizes, as of check_all; their errors are raised with these.
 
     Raises:
         ValueError: with the values.
     """
-    _check_booleans(config)
-    _check_sizes(config)
-    _check_choices(config)
-    _check_rest(config)
+    check_all((_check_booleans, config), (_check_sizes, config))
+    check_all((_check_choices, config), (_check_rest, config), *further)
 
 
 def _check_booleans(config) -> None:

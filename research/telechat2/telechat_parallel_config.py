@@ -1,5 +1,6 @@
 """What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
 
+from research.telechat2.common.problems import check_all
 from research.telechat2.telechat_groups import check_groups
 from research.telechat2.telechat_pipeline import partition_of
 from research.telechat2.telechat_recompute import SELECTED, read_recompute
@@ -21,16 +22,15 @@ def check_plan(config) -> None:
         ValueError: sizes that do not divide, an impossible pipeline, or an option without effect.
     """
     section = config.parallel_config
-    _check_unsupported(config, section)
-    _check_model_parallel(config, section)
-    _check_context_parallel(config, section)
-    if config.use_past:
-        _check_prediction(config, section)
-    else:
-        _check_experts(config, section)
-    _check_interleave(config, section)
-    _check_pipeline(config, section)
-    _check_recompute(config, section.recompute)
+    check_all(
+        (_check_unsupported, config, section),
+        (_check_model_parallel, config, section),
+        (_check_context_parallel, config, section),
+        (_check_prediction if config.use_past else _check_experts, config, section),
+        (_check_interleave, config, section),
+        (_check_pipeline, config, section),
+        (_check_recompute, config, section.recompute),
+    )
 
 
 def check_cluster(config, devices: int, gradients_mean: bool) -> None:

@@ -4,6 +4,8 @@ The check of a plan obeys them, and a run before it starts: MindSpore would end 
 without a sentence.
 """
 
+from research.telechat2.common.problems import check_all
+
 _LEVELS = ("level1", "level2", "level3")
 
 
@@ -16,12 +18,13 @@ def check_parallel_sections(settings: dict) -> None:
     Raises:
         ValueError: with the values.
     """
-    _check_copies(settings.get("micro_batch_interleave_num"))
+    checks = [(_check_copies, settings.get("micro_batch_interleave_num"))]
     parallel = (settings.get("parallel") or {}) if settings.get("use_parallel") else {}
     if (pipeline := parallel.get("pipeline_config")) is not None:
-        _check_pipeline(pipeline)
+        checks.append((_check_pipeline, pipeline))
     if (optimizer := parallel.get("parallel_optimizer_config")) is not None:
-        _check_optimizer(optimizer)
+        checks.append((_check_optimizer, optimizer))
+    check_all(*checks)
 
 
 def _check_copies(copies) -> None:

@@ -22,6 +22,14 @@ def setting(text: str) -> tuple[str, object]:
     return key, parse_value(value)
 
 
+def gigabytes(text: str) -> float:
+    """``58`` or ``58GB``: an argparse type."""
+    try:
+        return float(text.strip().upper().removesuffix("GB"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory in GB; expected such as 58") from None
+
+
 def main() -> None:
     """Read the arguments and print what they ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,7 +51,7 @@ def main() -> None:
         "--estimate", action="store_true", help="memory, communication and speed by formulas, in seconds"
     )
     parser.add_argument(
-        "--search", type=float, metavar="GB", help="list the best plans for NPUs with this memory in GB"
+        "--search", type=gigabytes, metavar="GB", help="list the best plans for NPUs with this memory in GB"
     )
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the estimate: memory of each stage, and the schedule"

@@ -70,9 +70,10 @@ def check_extension(config) -> None:
             "it; choose another extend_method or leave scaling_factor at 1.0."
         )
     if method == "None" and config.max_position_embedding < config.seq_length:
+        trained = config.max_position_embedding
+        name = "training_seqlen" if config.training_seqlen == trained else "max_position_embedding"
         raise ValueError(
-            f"seq_length {config.seq_length} exceeds max_position_embedding "
-            f"{config.max_position_embedding}, the length the model was trained at; "
+            f"seq_length {config.seq_length} exceeds {name} {trained}, the length the model was trained at; "
             "choose an extend_method, or change one of the two."
         )
     _check_dynamic(config)

@@ -19,6 +19,7 @@ from research.telechat2.config.optimization import check_optimization, with_floa
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary, check_data_vocabulary
 from research.telechat2.plan.check import check as check_plan
+from research.telechat2.plan.settings import section_of
 from research.telechat2.run.evaluation import prepare_evaluation
 from research.telechat2.run.memory import check_training_memory
 from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
@@ -93,7 +94,8 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
     apply_overrides(config, overrides, TEMPLATE)
-    for note in check_settings(config, register=register, source=path.name, here=True):
+    plan = check_plan if config.get("run_mode") in TRAINING and _is_ours(config) else None
+    for note in check_settings(config, register=register, source=path.name, here=True, plan=plan):
         print(f"note: {note}", flush=True)
     prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
@@ -187,9 +189,15 @@ def _check_task(config: dict, path: Path) -> str:
     return mode
 
 
+def _is_ours(config: dict) -> bool:
+    """Whether the model is TeleChat2, and none of the user's own."""
+    section = section_of(config, "model.model_config")
+    return section.get("type", "TelechatConfig") == "TelechatConfig"
+
+
 def _check_training(config: dict) -> None:
     """The check of telechat_plan.py; of a model of the user's own, what is not about the model."""
-    if (config["model"].get("model_config") or {}).get("type", "TelechatConfig") != "TelechatConfig":
+    if not _is_ours(config):
         check_optimization(config)
         check_parallel_sections(config)
         return

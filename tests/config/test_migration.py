@@ -129,6 +129,43 @@ def test_what_must_change_is_listed_at_once():
         assert line in str(refused.value)
 
 
+@needs_files
+def test_the_rules_of_the_plan_are_in_the_same_list(tmp_path):
+    """Keys that nothing reads, adapters, schedule, copies, sizes, recomputation: what took one round each."""
+    settings = yaml.safe_load((SHARED / "data/migration/fork_lora_telechat_7b.yaml").read_text())
+    settings |= {"micro_batch_interleave_num": 2, "swap_config": {"swap": True}, "unheard_of": 1}
+    settings["lr_schedule"]["warmup_steps"] = 5
+    settings["parallel_config"]["model_parallel"] = 5
+    settings["recompute_config"]["recompute"] = [1, 2]
+    settings["model"]["model_config"]["attention_dropout_prob"] = 0.1
+    path = tmp_path / "lora.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match="8 settings are to be changed") as refused:
+        plan(str(path), {})
+    for named in (
+        "pet_config", "unheard_of", "warmup_steps 5", "micro_batch_interleave_num is 2", "swap is True",
+        "num_heads 32 is not divisible by parallel_config.model_parallel 5", "recompute is [1, 2]",
+        "attention_dropout_prob is 0.1",
+    ):  # fmt: skip
+        assert named in str(refused.value)
+
+
+def test_a_plan_alone_lists_all_that_it_breaks_and_a_wrong_kind_hides_what_follows_from_it(tmp_path):
+    changes = {"micro_batch_interleave_num": 2, "lr_schedule.warmup_steps": 5, "optimizer.eps": -1.0}
+    with pytest.raises(ValueError, match="2 settings are to be changed") as refused:
+        plan("finetune_telechat_7b", {k: changes[k] for k in list(changes)[::2]})
+    assert "micro_batch_interleave_num is 2" in str(refused.value) and "eps is -1.0" in str(refused.value)
+    with pytest.raises(ValueError, match="num_heads is 'many'") as refused:
+        plan("finetune_telechat_7b", {"model.model_config.num_heads": "many"})
+    assert "settings are" not in str(refused.value)
+
+
+def test_a_length_beyond_training_seqlen_is_named_as_the_yaml_names_it():
+    changes = {"model.model_config.training_seqlen": 4096, "model.model_config.extend_method": "None"}
+    with pytest.raises(ValueError, match="seq_length 8192 exceeds training_seqlen 4096"):
+        plan("finetune_telechat_7b", changes)
+
+
 def test_the_parallel_model_needs_no_auto_register():
     settings = {
         "model": {"arch": {"type": "ParallelTelechatForCausalLM"}, "model_config": {"type": "TelechatConfig"}}

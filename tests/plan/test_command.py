@@ -41,7 +41,7 @@ def test_a_search_for_other_npus_than_the_configs_lists_plans_and_one_without_re
     with pytest.raises(ValueError, match="no plan of 8 NPUs is found: .* do not fit"):
         plan("finetune_telechat_115b", {}, device_num=8, search_gb=60, json_file=tmp_path / "none.json")
     assert json.loads((tmp_path / "none.json").read_text())["search"]["plans"] == []
-    done = run(tmp_path, "--search", "1")
+    done = run(tmp_path, "--search", "1GB")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "devices  " in done.stdout
 
 

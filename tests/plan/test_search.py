@@ -63,9 +63,37 @@ def test_sequences_are_tried_whole_and_split_as_the_config_says():
 
 
 def test_a_model_that_fits_nowhere_is_said_to(found):
+    """113,282,916,352 parameters of 16 bytes, with gradient and moments, over 8 NPUs are 226 GB."""
     none = search(shipped("finetune_telechat_115b"), device_num=8, memory_gb=60)
     assert not none.plans
-    assert "Take more NPUs" in none.table()
+    assert none.least_bytes > 113_282_916_352 * 16 / 8
+    assert f"{none.least_bytes / 1e9:.1f} GB" in none.table() and "take more NPUs" in none.table()
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "named"),
+    [
+        ("finetune_telechat_7b", 512, ["micro_batch_num is 1, less than pipeline_stage", "batch of 8"]),
+        ("finetune_telechat_7b", 3, ["3 devices take part", "1, 2, 4 or a multiple of 8"]),
+        ("finetune_telechat_7b_32k", 1024, ["batch of 2 sequences, which no split of these NPUs divides"]),
+    ],
+)  # fmt: skip
+def test_npus_that_no_legal_plan_takes_are_told_the_rule(name, devices, named):
+    none = search(shipped(name), device_num=devices, memory_gb=60)
+    assert not none.plans and none.illegal == none.tried
+    for text in named:
+        assert text in none.table()
+    assert "more NPUs" not in none.table()
+    if devices == 512:  # the remedy
+        changes = {"runner_config.gradient_accumulation_steps": 64}
+        assert search(shipped(name, changes), device_num=devices, memory_gb=60).plans
+
+
+def test_a_plan_that_needs_more_than_max_device_memory_sets_that_too():
+    best = search(shipped("finetune_telechat_7b"), device_num=8, memory_gb=64).plans[0]
+    assert 58e9 < best.estimate.peak_bytes <= 64e9
+    pasted = estimate(shipped("finetune_telechat_7b", best.changes))
+    assert pasted.limit_gb == 64 and "DOES NOT FIT" not in pasted.table()
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,28 @@ MODEL = "model.model_config"
 _MOST_LISTED = 12  # names in a message
 
 
-def read_keys(settings: dict) -> list[str]:
-    """Read every value by its kind, in place; what is wrong, a sentence for each setting.
+def read_keys(settings: dict) -> tuple[list[str], list[str]]:
+    """Read every value by its kind, in place.
 
     Text that is a number becomes one where a number is expected: YAML 1.1 reads ``1e-5`` as text.
+
+    Returns:
+        A sentence for each key that nothing reads, which is taken out, and one for each value that is wrong.
     """
-    problems = []
+    unread, misread = [], []
     for path, known in SECTIONS.items():
         for place, section in sections_at(settings, path):
-            problems += _read_section(section, known, place)
+            misread += _read_values(section, known, place)
+            unread += _take_unread(section, known, place)
     for path, group in PLACES.items():
         for place, section in sections_at(settings, path):
-            problems += _read_class(section, group, place)
-    # A task's dataset_config is the data set's section once more.
+            for found, more in zip((unread, misread), _read_class(section, group, place), strict=True):
+                found += more
+    return _once(unread), _once(misread)
+
+
+def _once(problems: list[str]) -> list[str]:
+    """Without those of a task's dataset_config, which is the data set's section once more."""
     once = {problem.replace("_dataset_task.dataset_config", "_dataset") for problem in problems}
     return [problem for problem in dict.fromkeys(problems) if problem in once]
 
@@ -51,18 +60,20 @@ def sections_at(settings: dict, path: str) -> Iterator[tuple[str, dict]]:
     yield from found
 
 
-def _read_class(section: dict, group: str, place: str) -> list[str]:
-    """A section whose ``type`` names its class; of a class of the user's own, nothing is known."""
+def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[str]]:
+    """A section whose ``type`` names its class, as read_keys; of one of the user's own, nothing is known."""
     name = section.get("type")
     if group == "config" and name in (None, *TELECHAT_CONFIGS):
         return _read_model(section)
     if name not in GROUPS[group]:
-        return _unknown_type(section, group, place)
+        return [], _unknown_type(section, group, place)
     arguments = GROUPS[group][name]
     if arguments is None:
-        return []
+        return [], []
     extra = {"params": "texts"} if ".grouped[" in place else {}
-    return _read_section(section, arguments | OWN_KEYS | extra, place)
+    known = arguments | OWN_KEYS | extra
+    misread = _read_values(section, known, place)
+    return _take_unread(section, known, place), misread
 
 
 def _unknown_type(section: dict, group: str, place: str) -> list[str]:
@@ -75,21 +86,26 @@ def _unknown_type(section: dict, group: str, place: str) -> list[str]:
     ]
 
 
-def _read_model(section: dict) -> list[str]:
-    problems = []
+def _read_model(section: dict) -> tuple[list[str], list[str]]:
     kinds = model_kinds()
-    for key in section:
-        if key in OTHERS_KEYS:
-            problems.append(f"{MODEL}.{key}: this model does not have it. {OTHERS_KEYS[key]}. Remove {key}.")
-        elif key not in kinds and key not in LIBRARY_KEYS:
-            problems.append(_unread(key, section, list(kinds), f"{MODEL}."))
-    return problems + _read_values(section, kinds, MODEL)
+    misread = _read_values(section, kinds, MODEL)
+    others = [key for key in section if key in OTHERS_KEYS]
+    unread = [
+        f"{MODEL}.{key}: this model does not have it. {OTHERS_KEYS[key]}. Remove {key}." for key in others
+    ]
+    for key in others:
+        del section[key]
+    return unread + _take_unread(section, kinds, MODEL, LIBRARY_KEYS), misread
 
 
-def _read_section(section: dict, known: dict[str, str], place: str) -> list[str]:
+def _take_unread(section: dict, known: dict[str, str], place: str, others: tuple = ()) -> list[str]:
+    """Take out the keys that nothing reads; a sentence for each."""
     prefix = f"{place}." if place else ""
-    problems = [_unread(str(key), section, list(known), prefix) for key in section if key not in known]
-    return problems + _read_values(section, known, place)
+    keys = [key for key in section if key not in known and key not in others]
+    problems = [_unread(str(key), section, list(known), prefix) for key in keys]
+    for key in keys:
+        del section[key]
+    return problems
 
 
 def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:

@@ -7,6 +7,8 @@ lengths of the warm-up one is not read.
 from collections.abc import Iterator
 from math import isfinite
 
+from research.telechat2.common.problems import check_all
+
 _PEAKS = ("learning_rate", "base_lr")
 _ENDS = ("lr_end", "lr_end1", "lr_end2", "eta_min")
 
@@ -25,10 +27,15 @@ def check_optimization(settings: dict) -> None:
         ValueError: with the setting, its value, and what it must be.
     """
     scaled = bool(settings.get("lr_scale"))
+    checks = []
     for name, schedule in _schedules(settings):
-        _check_rates(name, schedule, scaled)
-        _check_lengths(name, schedule)
-    _check_optimizer(_section(settings, "optimizer"))
+        checks += [(_check_rates, name, schedule, scaled), (_check_lengths, name, schedule)]
+    checks += [(_check_optimizer, _section(settings, "optimizer")), (_check_runner, settings)]
+    check_all(*checks)
+
+
+def _check_runner(settings: dict) -> None:
+    """Numbers of the run around schedule and optimizer."""
     wrapper = _section(settings, "runner_wrapper")
     if wrapper.get("use_clip_grad"):
         _positive("runner_wrapper.max_grad_norm", wrapper.get("max_grad_norm"))

@@ -1,14 +1,21 @@
 """The one check of a YAML with its overrides, called by every command before anything else is done."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from research.telechat2.common.problems import noted_in, refuse
 from research.telechat2.config.foreign_code import settle_classes
 from research.telechat2.config.key_check import read_keys
 from research.telechat2.config.migration import leave_out, missing_files
 
 
 def check_settings(
-    settings: dict, *, register: Path | None = None, source: object = "the YAML", here: bool = False
+    settings: dict,
+    *,
+    register: Path | None = None,
+    source: object = "the YAML",
+    here: bool = False,
+    plan: Callable[[dict], object] | None = None,
 ) -> list[str]:
     """Read all settings by their kinds, and refuse foreign code and what nothing reads, all at once.
 
@@ -18,6 +25,8 @@ def check_settings(
         register: see settle_classes.
         source: the file, for the message.
         here: the run is started now, so that the files it reads must be on this machine.
+        plan: the check of what the settings come to, which the command makes later; called here only where
+            something is to be changed already, so that its errors are in the same list.
 
     Returns:
         A note for each setting that has no effect.
@@ -27,17 +36,11 @@ def check_settings(
     """
     notes, problems = leave_out(settings)
     problems += settle_classes(settings, register)
-    problems += read_keys(settings)
+    unread, misread = read_keys(settings)
+    problems += unread + misread
     (problems if here else notes).extend(missing_files(settings))
+    if plan and problems and not misread:
+        with noted_in(problems):
+            plan(settings)
     refuse(problems, source)
     return notes
-
-
-def refuse(problems: list[str], source: object) -> None:
-    """Raise one ValueError for all ``problems``, sentences; none for none."""
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise ValueError(f"{source}: {problems[0]}")
-    listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-    raise ValueError(f"{source}: {len(problems)} settings are to be changed:\n{listed}")

@@ -10,6 +10,7 @@ a run starts; here is added only what its Trainer and MindSpore's context decide
 from dataclasses import asdict, dataclass
 from math import prod
 
+from research.telechat2.common.problems import noted_in, refuse
 from research.telechat2.config.optimization import check_optimization
 from research.telechat2.plan.effects import without_effect
 from research.telechat2.plan.settings import DEFAULTS, model_config, section_of, with_defaults
@@ -101,21 +102,28 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
     Raises:
         ValueError: a rule is broken.
     """
-    kind = _kind(settings)
+    kind, found = _kind(settings), []
     if settings.get("run_mode", "train") in ("train", "finetune"):
-        check_optimization(settings)
-    check_parallel_sections(settings)
-    plan = _effective_plan(settings, kind)
-    config = model_config(settings, plan)
-    _check_kernels(settings, config)
-    if kind == "semi_auto":
-        devices = prod(plan[name] for name in _FACTORS)
-        _check_context(settings, config, device_num or devices)
-    elif device_num not in (None, 1) and kind == "single":
-        raise ValueError(f"use_parallel is False, so the run takes 1 device, not {device_num}.")
-    else:
-        devices = device_num or 1
-    batch = _batch(settings, plan, kind, devices)
+        with noted_in(found):
+            check_optimization(settings)
+    with noted_in(found):
+        check_parallel_sections(settings)
+    plan = config = batch = None
+    devices = device_num or 1
+    with noted_in(found):
+        plan = _effective_plan(settings, kind)
+        devices = prod(plan[name] for name in _FACTORS) if kind == "semi_auto" else devices
+    if plan:
+        with noted_in(found):
+            batch = _batch(settings, plan, kind, devices)
+        with noted_in(found):
+            config = model_config(settings, plan)
+    if config:
+        with noted_in(found):
+            _check_kernels(settings, config)
+        with noted_in(found):
+            _check_devices(settings, config, kind, device_num, devices)
+    refuse(found)
     named = {name: plan[name] for name in _FACTORS if plan[name] > 1 or name != "context_parallel"}
     factors = named if kind == "semi_auto" else {"processes": devices}
     return CheckedPlan(
@@ -128,6 +136,14 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
         stages=_stages(config, devices),
         notes=tuple(without_effect(settings, kind)),
     )
+
+
+def _check_devices(settings: dict, config, kind: str, device_num: int | None, devices: int) -> None:
+    """Whether ``device_num``, if that is known, and MindSpore's context fit a plan of ``devices``."""
+    if kind == "semi_auto":
+        _check_context(settings, config, device_num or devices)
+    elif device_num not in (None, 1) and kind == "single":
+        raise ValueError(f"use_parallel is False, so the run takes 1 device, not {device_num}.")
 
 
 def _check_kernels(settings: dict, config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
@@ -48,13 +49,12 @@ def plan(
     for name, number in (("--device_num", device_num), ("--search", search_gb)):
         if number is not None and not 0 < number < inf:
             raise ValueError(f"{name} is {number}; it must be above 0.")
-    path, settings, notes = read_with_notes(config_name, changes, Path.cwd())
+    checking = _check_of(device_num, search_gb)
+    path, settings, notes = read_with_notes(config_name, changes, Path.cwd(), checking)
     asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
     if is_prediction(settings):
         _refuse_of_prediction(path, [name for name, given in asked.items() if given])
-        checked = check_prediction(settings, device_num)
-    else:
-        checked = check(settings, None if search_gb is not None else device_num)  # others are searched for
+    checked = checking(settings)
     report = {"config": str(path), "check": checked.as_dict()} | ({"left_out": notes} if notes else {})
     texts = [f"config        {path}\n{checked.table()}" + "".join(f"\n\nnote: {note}" for note in notes)]
     if (estimated or picture) and not is_prediction(settings):
@@ -77,6 +77,17 @@ def plan(
         print("\n\n".join(texts[:-1]))
         raise ValueError(f"no plan of {device_num or checked.device_num} NPUs is found: {found.table()}")
     return "\n\n".join(texts)
+
+
+def _check_of(device_num: int | None, search_gb: float | None) -> Callable[[dict], object]:
+    """The check of settings of either kind, for the devices that there are."""
+
+    def checked(settings: dict) -> object:
+        if is_prediction(settings):
+            return check_prediction(settings, device_num)
+        return check(settings, None if search_gb is not None else device_num)  # others are searched for
+
+    return checked
 
 
 def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:

@@ -5,14 +5,18 @@ divide, and of each stage just so many layers are computed again that it fits. S
 split as the config's own ``context_parallel`` says.
 """
 
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from research.telechat2.common.problems import problems_of
 from research.telechat2.plan.check import check
 from research.telechat2.plan.estimate import Estimate, estimate_workload
+from research.telechat2.plan.estimate import memory_gb as max_memory_gb
 from research.telechat2.plan.hardware import NODE
 from research.telechat2.plan.memory import stage_memory
 from research.telechat2.plan.schedule import Schedule, schedule
@@ -42,12 +46,20 @@ class FoundPlan:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best plans, and how many were looked at, of these illegal, and of the legal ones too large."""
+    """The best plans, and how many were looked at, of these illegal, and of the legal ones too large.
+
+    ``broken``: of the illegal ones, the error that most of them have, but for its numbers. ``least_bytes``:
+    what the smallest of those too large takes of the NPU that is fullest; None where there is none.
+    ``batch``: sequences of a step, which every plan keeps.
+    """
 
     plans: tuple[FoundPlan, ...]
     tried: int
     illegal: int
     too_large: int
+    broken: str | None = None
+    least_bytes: int | None = None
+    batch: int = 0
 
     def as_dict(self) -> dict:
         """This result for JSON."""
@@ -71,10 +83,27 @@ class SearchResult:
         rows = [heads] + [_row(plan) for plan in self.plans]
         counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
         if not self.plans:
-            return counts + " Take more NPUs or a smaller model."
+            return " ".join([counts, *self._remedies()])
         words = self.plans[0].words()
         first = f"the first: {words}" if words else "the first is the config's own."
         return "\n".join([*table(rows), "", counts, first])
+
+    def _remedies(self) -> list[str]:
+        """What to change where no plan is found."""
+        if self.least_bytes:
+            return [
+                f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, with all layers computed "
+                "again: take more NPUs, or a smaller model or seq_length."
+            ]
+        kept = f"All plans keep the global batch of {self.batch} sequences"
+        if not self.broken:
+            return [f"{kept}, which no split of these NPUs divides; change the batch or the number of NPUs."]
+        larger = (
+            f"{kept}; give a larger one by --set, parallel_config.micro_batch_num in a pipeline or "
+            "runner_config.gradient_accumulation_steps without one, or take fewer NPUs."
+        )
+        found = [f"Most of them break this: {self.broken}"]
+        return [*found, larger] if "micro_batch_num" in self.broken else found
 
 
 def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -> SearchResult:
@@ -98,20 +127,36 @@ def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -
     workload(settings)  # what is not estimated at all is refused here, not counted as a plan
     plan = with_defaults(settings, "parallel_config")
     config = model_config(settings, plan | {"vocab_emb_dp": False})
-    plans, illegal, too_large, tried = [], 0, 0, 0
+    own_limit = max_memory_gb(section_of(settings, "context").get("max_device_memory", "58GB"))
+    plans, rules, too_large, tried = [], Counter(), [], 0
+    examples: dict[str, str] = {}
     for changes in _candidates(config, settings, device_num, checked.global_batch):
         tried += 1
         try:
             run, changes = _fitted(config, settings, changes, memory_gb * GB)
-        except ValueError:
-            illegal += 1
+        except ValueError as error:
+            problem = problems_of(error)[0]
+            rule = re.sub(r"\d+", "", problem)
+            rules[rule] += 1
+            examples.setdefault(rule, problem)
             continue
-        if run is None:
-            too_large += 1
+        if isinstance(run, int):
+            too_large.append(run)
             continue
-        plans.append(FoundPlan(_differences(changes, settings), estimate_workload(run)))
+        estimate = estimate_workload(run)
+        if estimate.peak_bytes > own_limit * GB:
+            changes = changes | {"context.max_device_memory": f"{memory_gb:g}GB"}
+        plans.append(FoundPlan(_differences(changes, settings), estimate))
     plans.sort(key=lambda plan: -plan.estimate.throughput.tokens_per_second)
-    return SearchResult(tuple(plans[:count]), tried, illegal, too_large)
+    return SearchResult(
+        plans=tuple(plans[:count]),
+        tried=tried,
+        illegal=rules.total(),
+        too_large=len(too_large),
+        broken=examples[rules.most_common(1)[0][0]] if rules else None,
+        least_bytes=min(too_large, default=None),
+        batch=checked.global_batch,
+    )
 
 
 def _differences(changes: dict[str, object], settings: dict) -> dict[str, object]:
@@ -183,8 +228,8 @@ def _offset(layers: int, stages: int, chunks: int) -> list | int:
     return table[0] if chunks == 1 else table
 
 
-def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Workload | None, dict]:
-    """The plan with as few layers computed again as fit; None where it does not fit at all.
+def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Workload | int, dict]:
+    """The plan with as few layers computed again as fit; where not even all suffice, the bytes it takes then.
 
     Raises:
         ValueError: the plan is not legal.
@@ -197,7 +242,7 @@ def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Worklo
         most = sum(row[stage] for row in run.layers)
         number = _fewest(run, stage, most, in_flight, limit)
         if number is None:
-            return None, changes
+            return _least(run, in_flight), changes
         numbers.append(number)
     changes = changes | {"recompute_config.recompute": numbers if any(numbers) else False}
     return _workload(config, settings, changes), changes
@@ -219,6 +264,13 @@ def _fewest(run: Workload, stage: int, most: int, in_flight: Schedule, limit: fl
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return low
+
+
+def _least(run: Workload, in_flight: Schedule) -> int:
+    """Bytes of the fullest device with all layers computed again."""
+    layers = [sum(row[stage] for row in run.layers) for stage in range(run.pp)]
+    again = replace(run, whole=first_layers("recompute", layers, run.layers))
+    return max(stage_memory(again, stage, in_flight).total for stage in range(run.pp))
 
 
 def _workload(config, settings: dict, changes: dict) -> Workload:

@@ -3,6 +3,7 @@
 The defaults here are MindFormers', of the release that pyproject.toml names; a test compares them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,12 +50,17 @@ def read_settings(name: str, changes: dict[str, object], cwd: Path) -> tuple[Pat
     return read_with_notes(name, changes, cwd)[:2]
 
 
-def read_with_notes(name: str, changes: dict[str, object], cwd: Path) -> tuple[Path, dict, list[str]]:
-    """``read_settings``, and a note for each setting that has no effect and was left out."""
+def read_with_notes(
+    name: str, changes: dict[str, object], cwd: Path, plan: Callable[[dict], object] | None = None
+) -> tuple[Path, dict, list[str]]:
+    """``read_settings``, and a note for each setting that has no effect and was left out.
+
+    ``plan``: see check_settings.
+    """
     path = resolve_config(name, cwd)
     settings = read_config(path)
     apply_overrides(settings, changes, TEMPLATE)
-    notes = check_settings(settings, source=path)
+    notes = check_settings(settings, source=path, plan=plan)
     return path, settings, notes
 
 
@@ -105,6 +111,5 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
     )
     experts = plain_section(section_of(settings, "moe_config"))
     config.moe = MoESettings.read(experts, config.intermediate_size)
-    check_fields(config)
-    rules.check_plan(config)
+    check_fields(config, (rules.check_plan, config))
     return config

@@ -1,0 +1,51 @@
+"""Several errors of one check as one error, so that nobody mends a file a line at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class SettingsError(ValueError):
+    """One error or several; ``found``: a sentence for each, none twice."""
+
+    def __init__(self, found: list[str], source: object = None):
+        """``source``: the file that messages name; None: none."""
+        self.found = tuple(dict.fromkeys(found))
+        at = f"{source}: " if source is not None else ""
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.found, 1))
+        one = len(self.found) == 1
+        super().__init__(
+            f"{at}{self.found[0]}" if one else f"{at}{len(self.found)} settings are to be changed:\n{listed}"
+        )
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """The sentences of an error."""
+    return list(error.found) if isinstance(error, SettingsError) else [str(error)]
+
+
+@contextmanager
+def noted_in(found: list[str]) -> Iterator[None]:
+    """Add a ValueError of the block to ``found`` instead of raising it."""
+    try:
+        yield
+    except ValueError as error:
+        found += problems_of(error)
+
+
+def refuse(found: list[str], source: object = None) -> None:
+    """Raise ``SettingsError`` if there are any."""
+    if found:
+        raise SettingsError(found, source)
+
+
+def check_all(*checks) -> None:
+    """Call every check, a tuple of a function and its arguments, also after one has raised a ValueError.
+
+    Raises:
+        ValueError: of all checks together.
+    """
+    found: list[str] = []
+    for check, *arguments in checks:
+        with noted_in(found):
+            check(*arguments)
+    refuse(found)
