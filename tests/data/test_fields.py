@@ -107,6 +107,27 @@ def test_a_judgement_is_one_however_it_is_spelt(line, name):
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_a_byte_order_mark_before_the_first_column_is_no_part_of_its_name(line):
+    """As a table has it that was read with another encoding than it was written in."""
+    first, *others = line
+    marked = {f"\ufeff{first}": line[first]} | {name: line[name] for name in others}
+    assert parse(json.dumps(marked)) == parse(json.dumps(line))
+    with pytest.raises(formats.UnusableLine, match="has label False"):
+        parse(json.dumps({"\ufefflabel": False} | line))
+    with pytest.raises(
+        ValueError, match=f"the key '{first}' stands there with a byte order mark and without"
+    ):
+        parse(json.dumps(marked | line))
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
+def test_a_number_that_is_no_mark_may_be_left_out(line):
+    with pytest.raises(ValueError, match="has loss 0.73; expected 0 .*--ignore_fields loss"):
+        parse(json.dumps(line | {"loss": 0.73}))
+    assert parse(json.dumps(line | {"loss": 0.73}), frozenset({"loss"}))[1].unused == ("loss",)
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
 def test_true_and_absent_judgements_change_nothing(line):
     for name in ("label", "kto_tag"):
         for value in ("true", "True", 1, 1.0, None, "", [], float("nan")):

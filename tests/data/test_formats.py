@@ -70,6 +70,15 @@ def test_one_newline_at_the_end_of_a_dialogs_system_is_dropped():
     assert text_of(dialog=dialog).startswith("<_system>你是中国电信星辰语义大模型")
 
 
+@pytest.mark.parametrize("before", ["", "\n", "<_start> ", "<_start>\n"])
+@pytest.mark.parametrize("behind", ["", "\n", "\r\n", "  "])
+def test_white_space_around_the_markers_of_an_older_line_is_no_text(before, behind):
+    expected = "<_start><_user>q<_bot>a <_end><_user> r<_bot>b\n<_end>"
+    older = f"{before}<_user>q<_bot>a <_end>{behind}<_user> r<_bot>b\n<_end>{behind}"
+    assert text_of(input=older) == expected
+    assert text_of(input=older.rpartition("b\n")[0], output="b\n") == expected
+
+
 def test_tool_tags_of_a_dialog_are_special():
     dialog = [{"role": "user", "content": "q"}, {"role": "bot", "content": "<tool_call>\n{}\n</tool_call>"}]
     segments = parse_line(

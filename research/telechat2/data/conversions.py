@@ -7,7 +7,7 @@ from research.telechat2.text import exact_json
 from research.telechat2.text.messages import is_blank
 
 _TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
-_CLOSING = re.compile(rf"{telechat_chat.END}\n?\Z")
+_CLOSING = re.compile(rf"{telechat_chat.END}\s*\Z")
 _SHAREGPT_ROLES = {
     **{name: "system" for name in ("system",)},
     **{name: "user" for name in ("human", "user")},
@@ -104,13 +104,14 @@ def non_empty(data: dict, key: str) -> str:
 def _turns(text: str) -> list[dict]:
     """Split ``input`` at its markers into user and assistant turns.
 
-    A leading `<_start>`, a missing first `<_user>`, `<_end>` at the end of an earlier answer and a closing
-    `<_bot>` are all ways people write the same; any other special text is text.
+    A leading `<_start>`, white space before the first marker, a missing first `<_user>`, `<_end>` at the end
+    of an earlier answer and a closing `<_bot>` are all ways people write the same; any other special text is
+    text.
     """
     text = text.removeprefix(telechat_chat.START)
     first, *rest = _TURN.split(text)
     turns = list(zip(rest[::2], rest[1::2], strict=True))
-    if first or not turns:
+    if first.strip() or not turns:
         turns.insert(0, (telechat_chat.USER, first))
     if turns[-1] == (telechat_chat.BOT, ""):
         turns.pop()

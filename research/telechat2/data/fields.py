@@ -3,7 +3,14 @@
 from collections.abc import Set
 from functools import lru_cache
 
-from research.telechat2.text.messages import KNOWN_KEYS, NOTHING, TEXT_PARTS, is_blank, joined
+from research.telechat2.text.messages import (
+    BYTE_ORDER_MARK,
+    KNOWN_KEYS,
+    NOTHING,
+    TEXT_PARTS,
+    is_blank,
+    joined,
+)
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
 METADATA = (
@@ -88,6 +95,27 @@ def is_mask(name: str) -> bool:
     return _same(name) in _MASKS
 
 
+def of_table(data: dict) -> dict:
+    """``data`` without what a table leaves in it: a byte order mark before the first column, NaN for nothing.
+
+    Raises:
+        ValueError: a key stands twice, with the mark and without.
+    """
+    if any(_is_nan(value) for value in data.values()):
+        data = {name: None if _is_nan(value) else value for name, value in data.items()}
+    if any(name[:1] == BYTE_ORDER_MARK for name in data):
+        names = [name.lstrip(BYTE_ORDER_MARK) for name in data]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} stands there with a byte order mark and without; keep one")
+        data = dict(zip(names, data.values(), strict=True))
+    return data
+
+
+def _is_nan(value: object) -> bool:
+    return type(value) is float and value != value
+
+
 def without(data: dict, ignored: Set[str]) -> dict:
     """``data`` without the fields that are to be ignored."""
     return {name: value for name, value in data.items() if name not in ignored}
@@ -132,11 +160,6 @@ def check_preference(data: dict) -> None:
 def says_something(value: object) -> bool:
     """Whether a field says more than its absence does; NaN is how pandas writes an absent one."""
     return value not in NOTHING and value == value and not (isinstance(value, str) and is_blank(value))
-
-
-def is_absent(value: object) -> bool:
-    """Whether a value is NaN, which is how pandas writes an absent one."""
-    return type(value) is float and value != value
 
 
 def _is_lost(name: str, value: object, strict: bool) -> bool:
@@ -193,7 +216,10 @@ def weight_of(data: dict, where: str = "") -> int | None:
     }
     for name, value in found.items():
         if isinstance(value, (str, list, dict)) or value not in (0, 1):
-            raise ValueError(f"{where}has {name} {value!r}; expected 0 (not trained) or 1")
+            raise ValueError(
+                f"{where}has {name} {value!r}; expected 0 (not trained) or 1; if it says something else, "
+                f"leave it out knowingly: --ignore_fields {name}"
+            )
     if len(set(found.values())) > 1:
         said = " and ".join(f"{name} {value!r}" for name, value in found.items())
         raise ValueError(f"{where}has {said}, which contradict each other; keep one")

@@ -231,9 +231,7 @@ def parse(line: str, ignored: Set[str] = frozenset()) -> tuple[str, Conversation
 def _read(line: str) -> object:
     try:
         data = exact_json.loads(line)
-        if isinstance(data, dict) and any(map(fields.is_absent, data.values())):
-            return {name: None if fields.is_absent(value) else value for name, value in data.items()}
-        return data
+        return fields.of_table(data) if isinstance(data, dict) else data
     except (ValueError, RecursionError) as error:
         raise UnusableLine(
             "not JSON",
