@@ -195,3 +195,93 @@ def test_a_base_of_the_yamls_own_is_recorded_with_its_length(tmp_path):
     record_config(config, str(tmp_path / "hf"))
     said = said_beside(tmp_path / "out" / "checkpoint").values
     assert (said["theta"], said["base_seqlen"], said["training_seqlen"]) == (1e6, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_attention_heads": 8}, r"n_head = 4 and num_attention_heads = 8"),
+        ({"num_hidden_layers": 5}, r"n_layer = 2 and num_hidden_layers = 5"),
+        ({"n_kv_heads": 4, "num_key_value_heads": 2}, r"num_key_value_heads = 2 and n_kv_heads = 4"),
+        ({"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
+        ({"embed_layernorm": True}, "embed_layernorm = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling 'linear'.*extend_method"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "5e5"}}, "rope_theta = '5e5'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+        ({"bos_token_id": [1, None]}, "bos_token_id"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan; expected a positive number"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_telechat_config_that_no_tensor_contradicts_is_refused_where_weights_are_read_directly(
+    tmp_path, changes, named
+):
+    from oracle import hf_config
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_config({}) | changes))
+    with pytest.raises(ValueError, match=named) as refused:
+        settle_with({}, tmp_path, "the YAML")
+    assert str(tmp_path / "config.json") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2, "num_attention_heads": 4}, {"logn": True}, {"rope_scaling": None},
+        {"hidden_act": "silu"}, {"apply_residual_connection_post_layernorm": False}, {"eos_token_id": [2, 5]},
+        {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, {"rope_parameters": {"rope_type": "default"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_telechat_config_may_say_beside(tmp_path, changes):
+    from oracle import hf_config
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_config({}) | changes))
+    section = {}
+    settle_with(section, tmp_path, "the YAML")
+    assert (section["rms_norm_eps"], section["eos_token_id"]) == (1e-5, 2) and "theta" not in section
+
+
+def test_a_base_in_a_section_is_read_as_transformers_5_does(tmp_path):
+    from oracle import hf_config
+
+    inner = {"rope_type": "default", "rope_theta": 500000.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps(hf_config({"rope_theta": 1e4, "rope_parameters": inner}))
+    )
+    assert said_beside(tmp_path).values["theta"] == 500000.0
+
+
+def test_an_empty_id_of_generation_config_leaves_that_of_config(tmp_path):
+    llama_beside(tmp_path, eos_token_id=7)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None, "bos_token_id": 3}))
+    values = said_beside(tmp_path / "x.safetensors").values
+    assert (values["eos_token_id"], values["bos_token_id"]) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    "said", [{"num_experts_per_tok": 4}, {"moe_config": {"expert_num": 16, "num_experts_chosen": 4}}], ids=str
+)
+def test_how_many_experts_take_a_token_shows_in_no_tensor(tmp_path, said):
+    from oracle import hf_config
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_config({"num_experts": 16}) | said))
+    open_, same, other = {"expert_num": 16}, {"expert_num": 16, "num_experts_chosen": 4}, {"expert_num": 16}
+    section = {}
+    notes = settle_with(section, tmp_path, "the YAML", open_)
+    assert open_ == same and "num_experts_chosen 4" in notes[0] and "num_experts_chosen" not in section
+    settle_with({}, tmp_path, "the YAML", same)
+    with pytest.raises(ValueError, match=r"num_experts_chosen: 2; .* in config.json: 4"):
+        settle_with({}, tmp_path, "the YAML", other | {"num_experts_chosen": 2})
+
+
+def test_experts_of_a_config_are_nothing_to_a_dense_yaml(tmp_path):
+    """Which the weights refuse."""
+    from oracle import hf_config
+
+    (tmp_path / "config.json").write_text(json.dumps(hf_config({}) | {"num_experts_per_tok": 4}))
+    section = {}
+    notes = settle_with(section, tmp_path, "the YAML", {"expert_num": 1})
+    assert "num_experts_chosen" not in section and "num_experts_chosen" not in "".join(notes)

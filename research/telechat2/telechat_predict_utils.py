@@ -219,7 +219,8 @@ def load_predictor(
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint, named)
     check_answering_vocabulary(vocab_file, checkpoint)
-    taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file))
+    moe = config.get("moe_config")
+    taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe)
     settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan

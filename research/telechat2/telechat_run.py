@@ -151,7 +151,9 @@ def _settle_numbers(config: dict, path: Path, overrides: dict[str, object]) -> s
     given = any(key.startswith("model.model_config.") for key in overrides)
     where = f"{path} with the command line" if given else str(path)
     weights = config.get("load_checkpoint") or section.get("load_path")
-    for line in settle_with(config["model"].get("model_config") or {}, weights, where):
+    for line in settle_with(
+        config["model"].get("model_config") or {}, weights, where, config.get("moe_config")
+    ):
         print(f"model_config: {line}", flush=True)
     return weights or None
 

@@ -36,6 +36,8 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling 'linear' without factor"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling 'yarn' without factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but TeleChat's feed-forward blocks are SwiGLU"),
         ({"head_dim": 32}, r"head_dim = 32, but TeleChat's heads are .* = 16 wide"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, but TeleChat rotates all"),

@@ -49,7 +49,8 @@ class TelechatSizes:
         0 and 1 experts both mean a dense model, as 1 does in MindFormers.
 
         Raises:
-            ValueError: a size is absent, is not a positive whole number, or does not divide as it must.
+            ValueError: a size is absent, is not a positive whole number, is given twice with two values, or
+                does not divide as it must.
         """
         found = {}
         config = _with_moe_section(config)
@@ -63,6 +64,11 @@ class TelechatSizes:
                     f"it has {sorted(config)[:10]}"
                 )
             value = config[key]
+            if other := next((name for name in keys if config.get(name) not in (None, value)), None):
+                raise ValueError(
+                    f"the config says {key} = {value!r} and {other} = {config[other]!r}, which are one "
+                    "setting; correct or remove one of them"
+                )
             if isinstance(value, bool) or not isinstance(value, int) or value < (size != "num_experts"):
                 raise ValueError(f"the config says {key} = {value!r}; expected a positive whole number")
             found[size] = value

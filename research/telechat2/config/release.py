@@ -13,7 +13,7 @@ from research.telechat2.telechat_rope_rules import spelled_method, trained_alpha
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model, written in its code and not in its config.json
 DEFAULTS = {"rms_norm_eps": 1e-5, "theta": FAMILY_THETA}  # TelechatConfig's, of what changes every answer
-NUMBERS = ("rms_norm_eps", "tie_word_embeddings", "base_seqlen", "training_seqlen")
+NUMBERS = ("rms_norm_eps", "tie_word_embeddings", "base_seqlen", "training_seqlen", "num_experts_chosen")
 ROTARY = ("theta", "extend_method", "scaling_factor")
 IDS = ("bos_token_id", "eos_token_id")
 PADDING = "pad_token_id"  # -1 is a choice of the run, so a YAML may state another

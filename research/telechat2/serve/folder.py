@@ -84,7 +84,8 @@ def read_sources(
             f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
             f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
         )
-    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file)):
+    moe = config.get("moe_config")
+    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe):
         print(f"model_config: {line}", file=sys.stderr)
     world_size = world_size or world_size_of(config, yaml_file)
     model_config = model_config_of(config, yaml_file, world_size)

@@ -37,7 +37,12 @@ def finish_folder(folder: Path) -> str:
     config = _read_copy(yaml_file)
     check_settings(config, source=yaml_file)
     settings.check_predict_yaml(config, yaml_file)
-    notes = settle_with(config["model"]["model_config"], config.get("load_checkpoint"), str(yaml_file))
+    notes = settle_with(
+        config["model"]["model_config"],
+        config.get("load_checkpoint"),
+        str(yaml_file),
+        config.get("moe_config"),
+    )
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(
         config, checkpoint=config.get("load_checkpoint") or "",

@@ -9,7 +9,13 @@ from types import SimpleNamespace
 from typing import Literal
 
 from research.telechat2.checkpoint.relatives.reading import number, one_of, whole_number
-from research.telechat2.checkpoint.relatives.rotary import NONE, Extension, stretched_base
+from research.telechat2.checkpoint.relatives.rotary import (
+    NONE,
+    Extension,
+    kind_of,
+    rope_section,
+    stretched_base,
+)
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.telechat_rope_rules import base_of_release, stretch_factor, yarn_settings
 
@@ -52,7 +58,48 @@ def token_ids(config: dict, generation: dict | None) -> dict:
 
     TeleChat v1 7B's config.json names ids that its vocabulary uses otherwise.
     """
-    return {key: (generation or {}).get(key, config.get(key)) for key in IDS}
+    own = {key: value for key, value in (generation or {}).items() if value is not None}
+    return {key: own.get(key, config.get(key)) for key in IDS}
+
+
+def refuse_activation(config: dict) -> None:
+    """ValueError if a config.json names another activation than SwiGLU's."""
+    if config.get("hidden_act") not in (None, "silu", "swish"):
+        raise ValueError(
+            f"the config says hidden_act = {config['hidden_act']!r}, but TeleChat's feed-forward blocks are "
+            "SwiGLU throughout: this model cannot be expressed"
+        )
+
+
+def refuse_unlike_telechat(config: dict) -> None:
+    """ValueError if a TeleChat config.json asks for what no TeleChat model here has, and no tensor shows."""
+    for key in ("embed_layernorm", "apply_residual_connection_post_layernorm"):
+        if config.get(key):
+            raise ValueError(f"the config says {key} = {config[key]!r}, which no released TeleChat model has")
+    if config.get("norm_topk_prob") is False:
+        raise ValueError(
+            "the config says norm_topk_prob = False, but TeleChat's router divides the probabilities of the "
+            "chosen experts by their sum"
+        )
+    refuse_activation(config)
+
+
+def stated_base(config: dict) -> tuple[str | None, float]:
+    """The key and the rotary base that a TeleChat config.json gives; None and the family's if it gives none.
+
+    Raises:
+        ValueError: no number, two that differ, or an extension, which TeleChat's own code does not read.
+    """
+    section = rope_section(config)
+    if (kind := kind_of(section)) != "default":
+        raise ValueError(
+            f"the config says rope_scaling {kind!r}, which TeleChat's own code does not read; it extends by "
+            "base_seqlen and training_seqlen. Remove it; a YAML extends by extend_method"
+        )
+    if section.get("rope_theta") is not None:
+        config = {key: value for key, value in config.items() if key != "rope_theta"} | section
+    key = one_of(config, BASE)
+    return key, number(config, key, FAMILY_THETA) if key else FAMILY_THETA
 
 
 def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSizes) -> Description:
@@ -61,15 +108,12 @@ def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSize
     Raises:
         ValueError: a number is none, or the config asks for what no TeleChat model here has.
     """
-    for key in ("embed_layernorm", "apply_residual_connection_post_layernorm"):
-        if config.get(key):
-            raise ValueError(f"the config says {key} = {config[key]!r}, which no released TeleChat model has")
+    refuse_unlike_telechat(config)
     trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
     silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
     base = whole_number(config, "base_seqlen", silent)
     head_dim = sizes.hidden_size // sizes.num_heads
-    given = one_of(config, BASE)
-    theta = number(config, given, FAMILY_THETA) if given else FAMILY_THETA
+    given, theta = stated_base(config)
     if given is None or config.get("base_seqlen") is not None:  # else a base without TeleChat's rule
         theta = stretched_base(theta, base, trained, head_dim)
     return Description(

@@ -1,6 +1,10 @@
 """config.json of a Llama model: read into a Description, or refused, and written from one."""
 
-from research.telechat2.checkpoint.relatives.description import Description, token_ids
+from research.telechat2.checkpoint.relatives.description import (
+    Description,
+    refuse_activation,
+    token_ids,
+)
 from research.telechat2.checkpoint.relatives.kinds import is_mistral, model_kind, window_of
 from research.telechat2.checkpoint.relatives.reading import flag, number, whole_number
 from research.telechat2.checkpoint.relatives.rotary import llama_scaling, read_scaling
@@ -121,9 +125,9 @@ def _refuse_what_differs(config: dict, sizes: TelechatSizes) -> None:
     head_dim = sizes.hidden_size // sizes.num_heads
     reasons = {
         "head_dim": (head_dim, f"TeleChat's heads are hidden_size / num_attention_heads = {head_dim} wide"),
-        "hidden_act": ("silu", "TeleChat's feed-forward blocks are SwiGLU throughout"),
         "partial_rotary_factor": (1.0, "TeleChat rotates all channels of a head"),
     }
+    refuse_activation(config)
     for key, (expected, reason) in reasons.items():
         if config.get(key) not in (None, expected):
             raise ValueError(

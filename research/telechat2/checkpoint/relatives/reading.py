@@ -60,7 +60,7 @@ def one_of(config: dict, keys: tuple[str, ...]) -> str | None:
         ValueError: it has several, with different values.
     """
     given = [key for key in keys if config.get(key) is not None]
-    if any(config[key] != config[given[0]] for key in given):
+    if any(config[key] != config[given[0]] for key in given[1:]):
         listed = " and ".join(f"{key} = {config[key]!r}" for key in given)
         raise ValueError(f"the config says {listed}, which are one setting; correct or remove one of them")
     return given[0] if given else None

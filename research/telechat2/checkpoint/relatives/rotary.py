@@ -29,13 +29,13 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
         ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have; two sections
             that differ.
     """
-    scaling = _section(config)
+    scaling = rope_section(config)
     theta = number(scaling, "rope_theta", number(config, "rope_theta", 10000.0))
-    kind = _kind(scaling)
+    kind = kind_of(scaling)
     if kind == "default":
         return theta, NONE
     if kind == "linear":
-        return theta, ("PI", number(scaling, "factor", 1.0))
+        return theta, ("PI", _factor(scaling))
     if kind == "yarn":
         return theta, ("YARN", _read_yarn(scaling, seq_length))
     raise ValueError(
@@ -45,7 +45,8 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
     )
 
 
-def _section(config: dict) -> dict:
+def rope_section(config: dict) -> dict:
+    """``rope_scaling`` or ``rope_parameters`` of a config; empty where there is none."""
     given = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
     for key, section in given.items():
         if not isinstance(section, dict):
@@ -62,7 +63,7 @@ def _section(config: dict) -> dict:
             )
     first, *others = given.values() or [{}]
     for other in others:
-        both = [first | {"rope_type": _kind(first)}, other | {"rope_type": _kind(other)}]
+        both = [first | {"rope_type": kind_of(first)}, other | {"rope_type": kind_of(other)}]
         keys = [key for key in sorted(both[0].keys() | both[1].keys()) if key != "type"]
         if differing := [key for key in keys if both[0].get(key) != both[1].get(key)]:
             key = differing[0]
@@ -74,14 +75,21 @@ def _section(config: dict) -> dict:
     return first
 
 
-def _kind(section: dict) -> str:
+def kind_of(section: dict) -> str:
+    """The kind of extension that such a section names."""
     key = one_of(section, ("rope_type", "type"))
     return section[key] if key else "default"
 
 
+def _factor(scaling: dict) -> float:
+    if scaling.get("factor") is None:
+        raise ValueError(f"the config says rope_scaling {kind_of(scaling)!r} without factor; add it")
+    return number(scaling, "factor", 1.0)
+
+
 def _read_yarn(scaling: dict, seq_length: int) -> dict:
     original = number(scaling, "original_max_position_embeddings", seq_length)
-    factor = number(scaling, "factor", 1.0)
+    factor = _factor(scaling)
     settings = {
         "factor": factor,
         "original_max_position_embeddings": int(original),
