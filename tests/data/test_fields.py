@@ -72,6 +72,7 @@ def test_fields_of_a_message_are_looked_at_too():
         assert parse(line(**{name: value}), frozenset({name}))[1].unused == (name,)
     assert parse(line(refusal=None, tool_calls=[], annotations=[]))[1].unused == ()
     assert parse(line(timestamp="now", id="1", model="m"))[1].unused == ("timestamp", "model")
+    assert parse(line(name="Ann"))[1].unused == ("name",)  # counted, as the template does not print it
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "markdown": "**a**"}]
     with pytest.raises(ValueError, match="message 2 has markdown"):
         parse_line(json.dumps({"conversations": turns}))

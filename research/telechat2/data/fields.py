@@ -262,6 +262,8 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
             ) from error
         raise
     known = {name: message[name] for name in message if name in KNOWN_KEYS}
+    if says_something(message.get("name")) and message.get("role") != "tool":
+        unused.append("name")  # of a person: the template does not say who speaks
     known.pop("weight", None)
     weight = weight_of(message, where)
     return known if weight is None else {**known, "weight": weight}

@@ -342,7 +342,7 @@ def _kind(data: object) -> str:
 _OTHER_NAMES = {
     **dict.fromkeys(("prompt", "question", "query", "problem"), "instruction"),
     **dict.fromkeys(("response", "completion", "answer", "target", "solution"), "output"),
-    **dict.fromkeys(("system_prompt", "meta_instruction"), "system"),
+    "system_prompt": "system",
     "conversation": "messages (role and content) or conversations (from and value)",
     "items": "conversations",
     "dialogue": "dialog",

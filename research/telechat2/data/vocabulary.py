@@ -114,6 +114,11 @@ def load(vocab_file: str | Path) -> Vocabulary:
         raise ValueError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
     if not path.is_file():
         raise ValueError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
+    if path.suffix == ".json":
+        raise ValueError(
+            f"vocab_file {path} is no SentencePiece model, and data are prepared with one alone; give the "
+            f"tokenizer.model of the release"
+        )
     proto = path.read_bytes()
     try:
         return Vocabulary(proto)
