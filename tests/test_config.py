@@ -61,6 +61,11 @@ def test_what_a_key_without_effect_would_ask_for_is_refused(key, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it must be a number above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"theta": 0.0}, "theta is 0.0"),
+        ({"theta": float("inf")}, "theta is inf"),
+        ({"sigma": -0.1}, "sigma is -0.1; it must be a number 0 or more"),
         ({"extend_method": "LLAMA3"}, "extend_method is 'LLAMA3'; it must be one of None, PI, linear, NTK"),
         ({"scaling_factor": 2.0}, "scaling_factor is 2.0, but extend_method is 'None'"),
         ({"attention_dropout_prob": 0.1}, "attention_dropout_prob is 0.1"),

@@ -195,3 +195,32 @@ def test_numbers_are_those_of_yaml_1_2_and_a_key_stands_once(tmp_path):
 )
 def test_a_value_is_written_as_it_is_read(value):
     assert parse_value(value_word(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"a": "base_config: a.yaml\n"}, ["a.yaml", "stands on it again"]),
+        ({"a": "base_config: b.yaml\n", "b": "base_config: a.yaml\n"}, ["b.yaml", "a.yaml", "again"]),
+        ({"a": "model: &m [*m]\n"}, ["a.yaml", "alias"]),
+        ({"a": "model: &m\n  x: {y: *m}\n"}, ["a.yaml", "alias"]),
+        ({"a": "model: " + "[" * 2000}, ["a.yaml", "nested"]),
+        ({"a": "seed: 1 # 配置\n".encode("gb18030")}, ["a.yaml", "byte 10", "UTF-8"]),
+    ],
+    ids=["itself", "circle", "list", "section", "deep", "encoding"],
+)  # fmt: skip
+def test_a_file_without_end_or_in_another_encoding_is_named(tmp_path, files, named):
+    for name, content in files.items():
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / f"{name}.yaml").write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        read_config(tmp_path / "a.yaml")
+    for text in named:
+        assert text in str(refused.value)
+
+
+def test_a_base_and_an_alias_may_be_used_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 3\n")
+    (tmp_path / "b.yaml").write_text("base_config: c.yaml\n")
+    (tmp_path / "a.yaml").write_text("base_config: [b.yaml, c.yaml]\nx: &x {k: 1}\ny: [*x, *x]\n")
+    assert read_config(tmp_path / "a.yaml") == {"seed": 3, "x": {"k": 1}, "y": [{"k": 1}, {"k": 1}]}

@@ -6,6 +6,7 @@ with TelechatConfig's fields as attributes.
 
 import difflib
 import logging
+import math
 
 from research.telechat2.checkpoint.sizes import feed_forward_width
 from research.telechat2.common.problems import check_all
@@ -135,7 +136,7 @@ def check_fields(config, *further: tuple) -> None:
     Raises:
         ValueError: with the values.
     """
-    check_all((_check_booleans, config), (_check_sizes, config))
+    check_all((_check_booleans, config), (_check_sizes, config), (_check_reals, config))
     check_all((_check_choices, config), (_check_rest, config), *further)
 
 
@@ -180,6 +181,14 @@ def _check_sizes(config) -> None:
             f"seq_length {config.seq_length} is not divisible by block_size {config.block_size}, "
             "so its last tokens would have no block in the paged cache; change one of them."
         )
+
+
+def _check_reals(config) -> None:
+    for name, least in (("rms_norm_eps", "above 0"), ("theta", "above 0"), ("sigma", "0 or more")):
+        value = getattr(config, name)
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if not (number > 0 or (number == 0 and least == "0 or more")) or math.isinf(number):
+            raise ValueError(f"{name} is {value!r}; it must be a number {least}.")
 
 
 def _check_prefill_chunk(config) -> None:

@@ -129,21 +129,45 @@ def load_yaml(text: str) -> object:
     return yaml.load(text, _Loader)
 
 
-def read_config(path: Path) -> dict:
+def holds_itself(value: object, inside: frozenset[int] = frozenset(), done: set[int] | None = None) -> bool:
+    """Whether a section or list is part of itself, as a YAML's aliases allow."""
+    done = set() if done is None else done
+    if not isinstance(value, (dict, list)) or id(value) in done:
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    if id(value) in inside or any(holds_itself(item, inside | {id(value)}, done) for item in inner):
+        return True
+    done.add(id(value))
+    return False
+
+
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """Read a YAML and the chain of files it names in ``base_config``; the file's own keys win.
 
     Dictionaries merge at every depth along the chain, lists are replaced whole; of several bases in one list
     a later one replaces the top-level sections of an earlier one. This is MindFormers' own rule. A base is
     relative to its file or, which MindFormers does not know, to research/telechat2.
 
+    ``above``: the files that stand on this one.
+
     Raises:
-        ValueError: not YAML, or no mapping.
+        ValueError: not YAML in UTF-8, no mapping, a chain without end, or an alias inside of itself.
         OSError: a file of the chain cannot be read.
     """
+    if path.resolve() in above:
+        raise ValueError(f"{above[-1]} stands on base_config {path}, which stands on it again; remove one.")
     try:
         own = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {error.start}; convert it: iconv -f GB18030 -t UTF-8"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be settings.") from None
+    if holds_itself(own):
+        raise ValueError(f"{path} has an alias (*) inside of what it stands for (&); remove it.")
     if not isinstance(own, dict):
         raise ValueError(
             f"{path} holds {type(own).__name__}, expected sections such as `model:` and `trainer:`."
@@ -155,7 +179,7 @@ def read_config(path: Path) -> dict:
         base_path = next((place for place in places if place.is_file()), None)
         if base_path is None:
             raise ValueError(f"{path} stands on base_config {base}, but there is no file {places[0]}.")
-        merged.update(read_config(base_path))
+        merged.update(read_config(base_path, (*above, path.resolve())))
     return _merge(merged, own)
 
 

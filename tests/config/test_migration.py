@@ -166,6 +166,12 @@ def test_a_length_beyond_training_seqlen_is_named_as_the_yaml_names_it():
         plan("finetune_telechat_7b", changes)
 
 
+def test_a_folder_that_mindformers_would_mix_in_is_to_be_named_otherwise():
+    with pytest.raises(ValueError, match="pretrained_model_dir is '/m/x'.*load_checkpoint: '/m/x'"):
+        check_settings({"pretrained_model_dir": "/m/x"})
+    assert check_settings({"pretrained_model_dir": ""}) == []
+
+
 def test_the_parallel_model_needs_no_auto_register():
     settings = {
         "model": {"arch": {"type": "ParallelTelechatForCausalLM"}, "model_config": {"type": "TelechatConfig"}}

@@ -153,6 +153,11 @@ def _to_change(settings: dict) -> Iterator[str]:
                 f"moe_config stands in {MODEL}, where MindFormers' Trainer replaces it, by that of a dense "
                 "model if there is no other; move it to the top of the YAML, as a section of its own."
             )
+    if folder := settings.pop("pretrained_model_dir", None):
+        yield (
+            f"pretrained_model_dir is {folder!r}, whose config.json MindFormers would mix into model_config; "
+            f"write load_checkpoint: {folder!r} instead, which takes the folder as it is."
+        )
     if settings.get("use_legacy") is False:
         yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
 
