@@ -54,6 +54,8 @@ def test_what_says_nothing_or_holds_no_text_passes(line):
     metadata = {name: "x" for name in METADATA} | {
         "conversation_id": "1",
         "createdAt": "now",
+        "Conversation-ID": "1",
+        "userID": "1",
         "Source-Id": ["x"],
     }
     assert set(parse(json.dumps(metadata | line))[1].unused) == metadata.keys()

@@ -4,7 +4,7 @@ import re
 
 from research.telechat2 import telechat_chat
 from research.telechat2.text import exact_json
-from research.telechat2.text.messages import is_blank
+from research.telechat2.text.messages import NOTHING, is_blank
 
 _TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
 _CLOSING = re.compile(rf"{telechat_chat.END}\s*\Z")
@@ -62,7 +62,7 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
     messages = []
     if data.get("system") is not None:
         messages.append({"role": "system", "content": _string(data, "system")})
-    history = data.get("history") or []
+    history = [] if data.get("history") in NOTHING else data["history"]
     if not isinstance(history, list):
         raise ValueError(f"history is a {type(history).__name__}; expected a list of [question, answer]")
     for number, pair in enumerate(history, 1):
@@ -70,7 +70,7 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
             raise ValueError(f"pair {number} of history is not a list of two; expected [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = _string(data, "instruction")
-    if data.get("input"):
+    if data.get("input") not in NOTHING:
         question = f"{question}\n{_string(data, 'input')}" if question else _string(data, "input")
     messages.append({"role": "user", "content": question})
     return messages + _answer(data), None
@@ -87,7 +87,7 @@ def from_input(data: dict) -> list[dict]:
     messages = _turns(question)
     if messages[-1]["role"] == "user":
         return messages + _answer(data)
-    if data.get("output"):
+    if data.get("output") not in NOTHING:
         raise ValueError("input ends with an answer; it must end with the question that output answers")
     return messages
 

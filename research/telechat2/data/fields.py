@@ -1,5 +1,6 @@
 """Fields of a line that its format does not use: metadata pass and are counted, lost text is an error."""
 
+import re
 from collections.abc import Set
 from functools import lru_cache
 
@@ -79,6 +80,7 @@ def _same(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+_AN_ID = re.compile(r"(?i:[_-]id)$|[a-z]I[dD]$")
 _METADATA = frozenset(map(_same, METADATA))
 _MASKS = frozenset(map(_same, MASKS))
 _JUDGEMENTS = frozenset(map(_same, JUDGEMENTS))
@@ -166,7 +168,7 @@ def _is_lost(name: str, value: object, strict: bool) -> bool:
     same = _same(name)
     if same in _REASONS:
         return True
-    if same in _METADATA or (name.lower().endswith("_id") or name.endswith("Id")):
+    if same in _METADATA or _AN_ID.search(name):
         return False
     return strict or _has_text(value)
 
