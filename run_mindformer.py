@@ -40,7 +40,11 @@ ARGUMENTS = (
     (
         "--predict_data",
         "input_data",
-        {"nargs": "+", "help": "prompts, or one text file with a prompt on each line"},
+        {
+            "nargs": "+",
+            "action": "extend",
+            "help": "prompts, or one text file with a prompt on each line",
+        },
     ),
     ("--predict_batch_size", "predict_batch_size", {"type": int, "help": "prompts answered at once"}),
     (
@@ -114,9 +118,7 @@ def main() -> None:
     }
     overrides |= parse_options(arguments.options) | parse_overrides(further)
     assume_joined_for(arguments.joined_for)
-    answers = run(arguments.config, overrides, arguments.register_path, arguments.verbose)
-    if answers is not None:
-        print("\n".join(answers))
+    run(arguments.config, overrides, arguments.register_path, arguments.verbose)
 
 
 if __name__ == "__main__":

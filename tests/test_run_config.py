@@ -143,11 +143,17 @@ def test_overrides_set_new_keys_but_no_new_sections():
         ("modle.model_config.seq_length", "no section `modle`. Did you mean model"),
         ("model.model_confg.seq_length", "no section `model.model_confg`. Did you mean model_config"),
         ("sead", "neither an argument nor a key.*Did you mean seed"),
+        ("top_k", r"neither an argument nor a key.* --model\.model_config\.top_k\?"),
+        ("max_new_tokens", r"--model\.model_config\.max_decode_length\?"),
+        (
+            "processor.tokenizer.vocab_file",
+            "`processor.tokenizer`.*`processor` is empty.* predict",
+        ),
         ("callbacks.type", "`callbacks` is no section but a list"),
         ("seed.x", "`seed` is no section but the value 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            apply_overrides(config, {key: 1}, template)
+            apply_overrides(config | {"processor": None}, {key: 1}, template | {"processor": {}})
 
 
 def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):

@@ -65,6 +65,8 @@ def test_sentencepieces_own_mark_comes_back(tokenizer):
 def test_half_a_surrogate_pair_is_refused(small_tokenizer):
     with pytest.raises(ValueError, match=r"U\+D83D\) at character 2"):
         small_tokenizer.encode_text("ab\ud83d")
+    with pytest.raises(ValueError, match=r"byte 0xE4, .* at character 1"):
+        small_tokenizer.encode_text(b"a\xe4\xbd".decode(errors="surrogateescape"))
 
 
 def test_every_id_is_a_row_of_the_embedding(tokenizer):

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
 from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
+from research.telechat2.config.optimization import check_seed  # noqa: E402
 from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
 from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402
 from research.telechat2.telechat_run_config import boolean, resolve_config  # noqa: E402
@@ -155,9 +156,25 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "max_new_tokens", "max_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
-    if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 4294967295.")
+    check_seed(args.seed, "--seed")
+    for name in ("input_txt", "question_file"):
+        if (given := getattr(args, name)) and not Path(given).expanduser().exists():
+            raise ValueError(f"--{name} {given} does not exist; a question itself is given without --{name}.")
+    for text in args.question:
+        if _is_file(text):
+            print(
+                f"note: {text} is asked as it stands, as a text; --question_file {text} asks the lines of "
+                "the file, --input_txt asks it as one question.",
+                file=sys.stderr,
+            )
     check_sampling(vars(args))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a zero byte in it
+        return False
 
 
 def _converse(predictor, args: argparse.Namespace) -> None:

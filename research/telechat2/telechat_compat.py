@@ -32,7 +32,6 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
-from mindformers.pipeline.text_generation_pipeline import TextGenerationPipeline
 from mindformers.tools.logger import get_logger
 from mindformers.tools.logger import logger as library_logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
@@ -53,6 +52,7 @@ from mindformers.wrapper.wrapper import MFTrainOneStepCell as _MFTrainOneStepCel
 from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
+from research.telechat2.compat.pipeline import read_as_rows
 from research.telechat2.generation.padding import Rows, pad_rows
 from research.telechat2.generation.sampling import Sampling, check_finite, next_token, row_generators
 from research.telechat2.telechat_chunks import read_in_chunks
@@ -329,29 +329,6 @@ def _ids_of(value) -> set:
     return set(value) if isinstance(value, list | tuple) else {value}
 
 
-_preprocess_by_library = TextGenerationPipeline.preprocess
-
-
-def _preprocess_rows(self, inputs, **parameters):
-    """Prompts of the pipeline for a model of ours: rows of their own lengths, without padding.
-
-    The pipeline pads by the tokenizer's padding id, and ``generate`` measures by the model's.
-    """
-    if not isinstance(self.network, PreTrainedModel) or isinstance(inputs, dict):
-        return _preprocess_by_library(self, inputs, **parameters)
-    special = parameters.get("add_special_tokens", True)
-    prompts = [inputs] if isinstance(inputs, str) else inputs
-    return {
-        "input_ids": Rows(
-            list(self.tokenizer(prompt, return_tensors=None, add_special_tokens=special)["input_ids"])
-            for prompt in prompts
-        )
-    }
-
-
-TextGenerationPipeline.preprocess = _preprocess_rows
-
-
 class PreTrainedModel(_PreTrainedModel):
     """MindFormers' model, whose next tokens are chosen by rules of our own: see generation/sampling.py."""
 
@@ -465,6 +442,9 @@ class PreTrainedModel(_PreTrainedModel):
             if scores is not None:
                 scores[row] = chosen_by
         return targets, scores, logits if wanted and generation_config.output_logits else None, is_finished
+
+
+read_as_rows(PreTrainedModel)
 
 
 def _processed(processors, tokens, scores: np.ndarray) -> np.ndarray:

@@ -40,7 +40,9 @@ from research.telechat2.telechat_run_end import add_monitor, print_end, print_pl
 from research.telechat2.telechat_run_keys import TEMPLATE
 from research.telechat2.telechat_run_log import hush_loaders
 from research.telechat2.telechat_run_predict import (
+    check_request,
     check_vocab_file,
+    keep_top_k,
     prepare_prompts,
     seed_sampling,
     share_model,
@@ -77,13 +79,16 @@ def run(
         verbose: show on the screen what the libraries write, too.
 
     Returns:
-        The answers, for a prediction; None otherwise.
+        The answers, for a prediction, which are also printed; None otherwise.
 
     Raises:
         ValueError: whatever a user can mend in the config, the overrides, the data or the checkpoint.
     """
     with shown_by_launcher(verbose):
-        return _run(config_name, overrides, register_path, verbose)
+        answers = _run(config_name, overrides, register_path, verbose)
+        if answers is not None:
+            print("\n".join(answers), flush=True)
+        return answers
 
 
 def _run(config_name: str, overrides: dict[str, object], register_path: str | None, verbose: bool):
@@ -109,6 +114,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         check_cpu_plan(config)
     if mode.startswith("predict"):
         check_vocab_file(config)
+        check_request(config)
         check_answering_vocabulary(config["processor"]["tokenizer"]["vocab_file"], weights)
     if training:
         _check_training(config)
@@ -244,6 +250,7 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
         _record_prompt_format(config)
     if config.run_mode.startswith("predict"):
         config.input_data = prepare_prompts(config)
+        keep_top_k(config)
     import research.telechat2.telechat_register  # noqa: F401 registers the classes that YAMLs name
     from research.telechat2.compat.evaluation import evaluating_on
     from research.telechat2.run.evaluation_data import evaluation_data

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from research.telechat2.config.model_fields import model_defaults
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHIPPED = Path("research") / "telechat2"
 
@@ -297,7 +299,8 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         if not sections and last not in config and last not in template[""]:
             known = sorted({*config, *template[""]})
             raise ValueError(
-                f"--{key} is neither an argument nor a key of the config. {did_you_mean(last, known)}"
+                f"--{key} is neither an argument nor a key of the config. "
+                f"{_in_the_model(last) or did_you_mean(last, known)}"
             )
         target, known_section = config, template
         for depth, section in enumerate(sections):
@@ -306,9 +309,13 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
                 target[section] = {}
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})
-                raise ValueError(
-                    f"--{key}: the config has no section `{path}`. {did_you_mean(section, known)}"
+                above = path.rpartition(".")[0]
+                hint = (
+                    did_you_mean(section, known)
+                    if known
+                    else f"Its `{above}` is empty: use a YAML that has it, for a prediction a predict YAML."
                 )
+                raise ValueError(f"--{key}: the config has no section `{path}`. {hint}")
             target[section] = {} if target[section] is None else target[section]
             target, known_section = target[section], None
             if not isinstance(target, dict):
@@ -317,6 +324,12 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
                 )
                 raise ValueError(f"--{key}: `{path}` is no section but {kind}.")
         target[last] = value
+
+
+def _in_the_model(name: str) -> str:
+    """The sentence that says where a setting of the model is given, "" if ``name`` is none."""
+    name = {"max_new_tokens": "max_decode_length", "max_length": "max_decode_length"}.get(name, name)
+    return f"Did you mean --model.model_config.{name}?" if name in model_defaults() else ""
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

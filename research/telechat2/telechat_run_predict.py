@@ -2,17 +2,19 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from research.telechat2.data.formats import holds_data, read_text_lines
 from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.data.sources import DATA_FILE
+from research.telechat2.run.evaluation import has_weights
 from research.telechat2.telechat_predict_plan import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.telechat_predict_utils import check_length, check_vocabulary, length_of_config
 from research.telechat2.text.messages import is_blank, without_byte_order_marks
 
 TOKENIZER = "TelechatTokenizer"
-_FILE_NAME = re.compile(r"[^\s<>?]+\.(txt|jsonl|ndjson|json)(\.(gz|zst))?", re.IGNORECASE)
+_FILE_NAME = re.compile(r"[^\s<>?]+\.(txt|text|csv|jsonl|ndjson|json)(\.(gz|zst))?", re.IGNORECASE)
 
 
 def check_vocab_file(config: dict) -> None:
@@ -21,13 +23,39 @@ def check_vocab_file(config: dict) -> None:
     Raises:
         ValueError: no ``processor.tokenizer.vocab_file``, or there is no such file.
     """
-    vocab_file = ((config.get("processor") or {}).get("tokenizer") or {}).get("vocab_file")
+    if not config.get("processor"):
+        raise ValueError("the config has no section processor, as one of training; use a predict YAML.")
+    vocab_file = (config["processor"].get("tokenizer") or {}).get("vocab_file")
     if not vocab_file:
         raise ValueError(
             "the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model."
         )
     if not Path(vocab_file).is_file():
         raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
+
+
+def check_request(config: dict) -> None:
+    """Refuse a prediction without weights or by an impossible batch; ``config`` as for check_vocab_file.
+
+    Raises:
+        ValueError: no ``load_checkpoint``, or a ``predict_batch_size`` below 1.
+    """
+    if not has_weights(config):
+        raise ValueError(
+            "no weights to predict with: give --load_checkpoint, a .safetensors or .ckpt file or a "
+            "directory. Answers of random weights are noise."
+        )
+    if (size := config.get("predict_batch_size")) is not None and size < 1:
+        raise ValueError(f"predict_batch_size is {size}; it must be a whole number of at least 1.")
+
+
+def keep_top_k(config) -> None:
+    """Have MindFormers' Trainer sample by the model's ``top_k``: 0 and null, all tokens, it takes for 1.
+
+    ``config``: MindFormers' whole config, changed in place.
+    """
+    if config.model.model_config.type == "TelechatConfig":
+        config.top_k = _with_defaults(config.model.model_config)["top_k"] or 0
 
 
 def seed_sampling(config) -> None:
@@ -73,7 +101,8 @@ def share_model(config: dict) -> None:
 def prepare_prompts(config) -> str | list[str]:
     """Read the prompts of ``config.input_data``, and check that the model can answer each.
 
-    One word may name a UTF-8 text file of a prompt on each line, with ``\\n`` for a newline in it. Sets the
+    One word may name a UTF-8 text file of a prompt on each line, with ``\\n`` for a newline in it; what
+    looks like a file and is none, or holds data for ``--question_file``, is no prompt. Sets the
     model's ``pad_token_id`` to the tokenizer's where it is -1: MindFormers pads with the one and measures
     with the other. Has answers that a limit cuts inside a character end before it.
 
@@ -84,13 +113,15 @@ def prepare_prompts(config) -> str | list[str]:
         One prompt, or several.
 
     Raises:
-        ValueError: a prompt is empty or leaves no room for an answer, or the vocabulary is not the model's.
+        ValueError: no prompts; one is empty or leaves no room for an answer; or the vocabulary is not the
+            model's.
     """
     prompts = _unmarked(_read(config.input_data))
     section = dict(config.processor.tokenizer)
     if (kind := section.pop("type", None)) != TOKENIZER:
         check_pieces(section.get("vocab_file"), _with_defaults(config.model.model_config))
-        print(f"prompts not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
+        _check_all(prompts, _check_text)
+        print(f"lengths not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
         return prompts
     section.pop("auto_register", None)
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
@@ -102,35 +133,53 @@ def prepare_prompts(config) -> str | list[str]:
     if settings["pad_token_id"] == -1:
         config.model.model_config.pad_token_id = tokenizer.pad_token_id
     limit = length_of_config(settings["max_decode_length"], settings["seq_length"])
-    several = [prompts] if isinstance(prompts, str) else prompts
-    for number, prompt in enumerate(several, 1):
-        try:
-            _check(prompt, tokenizer, *limit)
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
+    _check_all(prompts, lambda text: _check(text, tokenizer, *limit))
     return prompts
 
 
 def _read(input_data) -> str | list[str]:
     words = [input_data] if isinstance(input_data, str) else list(input_data)
+    for word in words:
+        _check_word(word, alone=len(words) == 1)
     if len(words) > 1:
         return words
-    try:
-        is_file = Path(words[0]).is_file()
-    except (OSError, ValueError):  # too long for a name, or a zero byte in it
-        is_file = False
-    if not is_file:
-        if _FILE_NAME.fullmatch(words[0]):
-            raise ValueError(
-                f"--predict_data {words[0]} names a file that does not exist; give its path, or a prompt."
-            )
+    if not _exists(words[0]):
         return words[0]
-    if DATA_FILE.search(words[0]) or holds_data(words[0]):
+    lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
+    if not lines:
+        raise ValueError(f"--predict_data {words[0]}: the file is empty; write a prompt on each line.")
+    return lines
+
+
+def _check_word(word: str, alone: bool) -> None:
+    """Refuse a word of --predict_data that is meant as a file, and could only be asked as text."""
+    named = f"--predict_data {word}"
+    if alone and _exists(word) and (Path(word).is_dir() or DATA_FILE.search(word) or holds_data(word)):
         raise ValueError(
-            f"--predict_data {words[0]} is data in JSON, but a text file with a prompt on each line is asked "
-            "as it is: run_telechat_predict.py --question_file asks its conversations."
+            f"{named} is data in JSON or a folder, but a text file with a prompt on each line is asked as it "
+            f"is: run_telechat_predict.py --question_file {word} asks its conversations."
         )
-    return [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
+    if not _FILE_NAME.fullmatch(word) or (alone and _exists(word)):
+        return
+    if _exists(word):
+        raise ValueError(f"{named} is a file beside other prompts; give one file alone, or prompts alone.")
+    raise ValueError(f"{named} names a file that does not exist; give its path, or a prompt.")
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # too long for a name, or a zero byte in it
+        return False
+
+
+def _check_all(prompts: str | list[str], check: Callable[[str], None]) -> None:
+    several = [prompts] if isinstance(prompts, str) else prompts
+    for number, prompt in enumerate(several, 1):
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
 
 
 def _unmarked(prompts: str | list[str]) -> str | list[str]:
@@ -147,9 +196,13 @@ def _unmarked(prompts: str | list[str]) -> str | list[str]:
 
 
 def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:
+    _check_text(text)
+    check_length(len(tokenizer(text)["input_ids"]), max_length, limited_by)
+
+
+def _check_text(text: str) -> None:
     if is_blank(text):
         raise ValueError("it is empty, or blanks only; write it or remove the line.")
-    check_length(len(tokenizer(text)["input_ids"]), max_length, limited_by)
 
 
 def _with_defaults(model_config) -> dict:

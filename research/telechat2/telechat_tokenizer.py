@@ -204,9 +204,12 @@ class TelechatTokenizer(PreTrainedTokenizer):
         try:
             return (self._literal or self.sp_model).encode(text.encode("utf-8"))
         except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            found = f"half of a surrogate pair (U+{code:04X})"
+            if 0xDC80 <= code <= 0xDCFF:  # what Python makes of such a byte of a command line or a terminal
+                found = f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8,"
             raise ValueError(
-                f"the text is not valid Unicode: half of a surrogate pair "
-                f"(U+{ord(error.object[error.start]):04X}) at character {error.start}; repair the text"
+                f"the text is not valid Unicode: {found} at character {error.start}; repair the text"
             ) from error
 
     @cached_property

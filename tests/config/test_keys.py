@@ -183,6 +183,8 @@ def test_numbers_in_a_list_are_read_too(tmp_path):
         ("output_dir", 5, "output_dir is 5; it must be text, in quotes: '5'"),
         ("train_dataset.data_loader.num_samples", "5", "num_samples is '5'; .*: 5"),
         ("seed", 1.5, "seed is 1.5; it must be a whole number"),
+        ("seed", -3, "seed is -3; it must be a whole number from 0 to 4294967295"),
+        ("seed", 2**32, "seed is 4294967296; "),
     ],
 )
 def test_a_value_of_another_kind_is_refused_and_says_how_to_write_it(key, value, message):

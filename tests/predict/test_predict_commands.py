@@ -1,6 +1,7 @@
 """run_telechat_predict.py, and run_mindformer.py where it predicts, as a user runs them."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
         (["--yaml_file", typo, *vocab, *weights], "num_layer is read by nothing.*num_layers is there"),
         (["--yaml_file", config_file, "--repetition_penalty", "nan"], "repetition_penalty is nan"),
         (["--yaml_file", config_file, "--seed", "-1"], "--seed is -1"),
+        (["--yaml_file", config_file, "--question_file", "no.txt"], "--question_file no.txt does not exist"),
         (["--yaml_file", small, *vocab, *weights], "tokens, but the YAML's vocab_size is 500"),
         (["--yaml_file", ascend, *vocab, *weights], "Ascend"),
     ]
@@ -120,10 +122,10 @@ def test_run_mindformer_answers_a_raw_prompt_with_the_same_ids(random, small_voc
 
 
 def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, predictor, tmp_path):
-    """The same seed gives the same answer, 0 too, and it is not the likeliest one."""
+    """The same seed gives the same answer, 0 too, and it is not the likeliest one; top_k 0 is all tokens."""
     raw, prompt = raw_prompt(QUESTIONS[0], predictor.tokenizer)
     greedy = predictor.tokenizer.decode(oracle_answer(random, prompt, 16), skip_special_tokens=True)
-    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + 16, "top_k": 300})
+    file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + 16, "top_k": 0})
     words = ["--config", file, "--load_checkpoint", random.weights, "--predict_data", raw, "--seed", 0]
     words += ["--do_sample", "True", "--processor.tokenizer.vocab_file", small_vocab]
     found = []
@@ -137,7 +139,8 @@ def test_run_mindformer_samples_on_a_cpu_as_the_seed_says(random, small_vocab, p
 def test_run_mindformer_pads_by_the_tokenizer_where_the_model_has_no_padding(
     random, small_vocab, predictor, tmp_path
 ):
-    raw, prompts = zip(*(raw_prompt(text, predictor.tokenizer) for text in QUESTIONS[::2]), strict=True)
+    """The batch size need not divide the number of prompts."""
+    raw, prompts = zip(*(raw_prompt(text, predictor.tokenizer) for text in QUESTIONS), strict=True)
     longest = max(map(len, prompts))
     file = write_yaml(tmp_path / "p.yaml", {"pad_token_id": -1, "max_decode_length": longest + 4})
     (tmp_path / "prompts.txt").write_text("\n".join(raw), encoding="utf-8")
@@ -147,7 +150,8 @@ def test_run_mindformer_pads_by_the_tokenizer_where_the_model_has_no_padding(
     assert told.returncode == 0, told.stderr[-3000:]
     for prompt in prompts:
         whole = [*prompt, *oracle_answer(random, prompt, longest + 4 - len(prompt))]
-        assert predictor.tokenizer.decode(whole, skip_special_tokens=True) in told.stdout
+        text = predictor.tokenizer.decode(whole, skip_special_tokens=True)
+        assert text.removesuffix("\ufffd") in told.stdout  # it ends before a character that is cut
 
 
 def test_run_mindformer_refuses_prompts_that_cannot_be_answered(random, small_vocab, tmp_path):
@@ -187,6 +191,17 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
     assert prepare(str(file), pad_token_id=-1) == (["<_user>第一\n？<_bot>", "<_user>b<_bot>"], 3)
     assert prepare("<_user>b<_bot>", pad_token_id=3) == ("<_user>b<_bot>", 3)
     assert prepare("a", "b", pad_token_id=3) == (["a", "b"], 3)
+    for number, words in enumerate(
+        [["no.txt"], ["no/questions.jsonl.gz"], [str(tmp_path)], [str(file), "a"], ["a", "no.json"]]
+    ):
+        with pytest.raises(ValueError, match=f"--predict_data {'no.json' if number == 4 else words[0]}"):
+            prepare(*words)
+    for name, text in (("data.jsonl", '{"input": "a"}\n'), ("empty.txt", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"--predict_data .*{name}"):
+            prepare(str(tmp_path / name))
+    for text in ("what is README.md?", "<_user>no.txt<_bot>", "a.b", "README", "你好。txt"):
+        assert prepare(text, pad_token_id=3)[0] == text
     file.write_text("<_user>a<_bot>\n\n<_user>b<_bot>\n")
     with pytest.raises(ValueError, match="prompt 2 of 3: it is empty"):
         prepare(str(file))
@@ -210,6 +225,47 @@ def test_prompts_of_run_mindformer_are_read_and_checked(small_vocab, tmp_path):
     assert prepare("what is a.txt ?", pad_token_id=3)[0] == "what is a.txt ?"
     with pytest.raises(ValueError, match="the model's eos_token_id is 5, but in .*tokenizer.model it is 2"):
         prepare("a", eos_token_id=5)
+
+
+def test_a_prompt_of_blanks_is_none_for_other_tokenizers_too(small_vocab):
+    from research.telechat2.telechat_compat import MindFormerConfig
+    from research.telechat2.telechat_run_predict import prepare_prompts
+
+    tokenizer = {"type": "LlamaTokenizer", "vocab_file": str(small_vocab)}
+    settings = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 2}
+    config = MindFormerConfig(
+        input_data=["a", " "], processor={"tokenizer": tokenizer}, model={"model_config": settings}
+    )
+    with pytest.raises(ValueError, match="prompt 2 of 2"):
+        prepare_prompts(config)
+    config.input_data = ["a", "b"]
+    assert prepare_prompts(config) == ["a", "b"]
+
+
+def test_a_prediction_without_weights_or_with_an_impossible_batch_is_refused():
+    from research.telechat2.telechat_run_predict import check_request, check_vocab_file
+
+    for config, said in (
+        ({"load_checkpoint": ""}, "no weights"),
+        ({"load_checkpoint": "w", "predict_batch_size": 0}, "predict_batch_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_request(config)
+    check_request({"load_checkpoint": "w", "predict_batch_size": None})
+    check_request({"load_checkpoint": None, "checkpoint": {"load_path": "w"}, "predict_batch_size": 3})
+    with pytest.raises(ValueError, match="no section processor.*predict YAML"):
+        check_vocab_file({"load_checkpoint": "w"})
+
+
+def test_prompts_of_a_flag_given_twice_are_all_asked(monkeypatch):
+    program, found = runpy.run_path(str(CHECKOUT / "run_mindformer.py")), {}
+    monkeypatch.setitem(
+        program["main"].__globals__, "run", lambda config, overrides, *more: found.update(overrides)
+    )
+    words = ["run_mindformer.py", "--config", "c", "--predict_data", "a", "--seed", "1", "--predict_data"]
+    monkeypatch.setattr(sys, "argv", [*words, "b", "c"])
+    program["main"]()
+    assert found == {"input_data": ["a", "b", "c"], "seed": 1}
 
 
 def test_run_mindformer_asks_for_a_vocabulary_at_once(config_file, tmp_path):

@@ -1,6 +1,7 @@
 """Chat at a terminal: long lines, several lines, commands, history, Ctrl-C."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +94,36 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(person, tmp_path):
     chat.types("\x03")
     assert chat.leaves() == 130
     assert chat.seen.endswith("interrupted\r\n") and "Traceback" not in chat.seen
+
+
+def test_what_ends_a_process_ends_a_person_who_thinks(person):
+    """SIGTERM, as `docker stop` and `kill` send it."""
+    chat = person()
+    chat.types("half a line")
+    chat.sees("half a line")
+    os.kill(chat.process.pid, signal.SIGTERM)
+    assert chat.leaves() == 130
+    assert chat.seen.endswith("interrupted\r\n") and "Traceback" not in chat.seen
+
+
+def test_the_end_of_input_inside_a_question_is_named(person):
+    for begun in ('"""one', "one\\"):
+        chat = person()
+        chat.types(f"{begun}\r")
+        chat.sees("... ")
+        chat.types("\x04")
+        assert chat.leaves() == 0
+        assert "(not asked: its last line is missing)" in chat.seen
+
+
+@pytest.mark.parametrize("name", ["LC_ALL", "LC_CTYPE", "LANG"])
+def test_chinese_can_be_typed_in_the_locale_c(person, name):
+    """Python reads UTF-8 there, but readline takes what is no ASCII for keys."""
+    others = {other: "" for other in ("LC_ALL", "LC_CTYPE", "LANG")}
+    chat = person(**others | {name: "C"})
+    chat.asks("你好", "<u2>")
+    chat.types("/exit\r")
+    assert chat.leaves() == 0
 
 
 def test_questions_are_kept_for_the_next_time(person, tmp_path):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -32,12 +32,14 @@ class _Interrupts:
         tolerated: how often it may be without ending the command.
         answer: what is said to the first.
         leaving: whether it was called more often.
+        handled: signals that mean Ctrl-C.
         pressed, heard: when Ctrl-C was pressed, and when the handler was called last; seconds.
     """
 
     def __init__(self):
         self.count, self.tolerated, self.leaving, self.answer = 0, 0, False, ""
         self.pressed: list[float] = []
+        self.handled: list[int] = []
         self.heard = -math.inf
         self.process = os.getpid()
 
@@ -56,8 +58,9 @@ class _Interrupts:
             print(self.answer, file=sys.stderr, flush=True)
 
     def ask_at_a_prompt(self, number, frame) -> None:
-        """The handler while a person types: raises KeyboardInterrupt, which need not end the command."""
+        """The handler while a person types: raises KeyboardInterrupt; SIGINT alone need not be the end."""
         self.heard = time.monotonic()
+        self.leaving |= number != signal.SIGINT
         raise KeyboardInterrupt
 
     def watch(self, received: int, numbers: list[int]) -> None:
@@ -125,6 +128,7 @@ def listening() -> Iterator[None]:
     if "MS_ROLE" not in os.environ:  # msrun ends its workers by SIGTERM
         numbers += [signal.SIGTERM, signal.SIGHUP]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup, or `&`
+    _command.handled = numbers
     before = {number: signal.signal(number, _command.ask) for number in numbers}
     ends = os.pipe()
     os.set_blocking(ends[1], False)
@@ -174,7 +178,7 @@ def prompting() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt without ending the command, while a person types."""
     command = _command or _Interrupts()
     command.tolerated = math.inf
-    with _handling(command.ask_at_a_prompt):
+    with _handling(command.ask_at_a_prompt, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         try:
             yield
         finally:
@@ -182,13 +186,15 @@ def prompting() -> Iterator[None]:
 
 
 @contextmanager
-def _handling(handler: Callable) -> Iterator[None]:
-    """Handle SIGINT, which MindSpore may have taken, by ``handler``."""
-    before = signal.signal(signal.SIGINT, handler)
+def _handling(handler: Callable, numbers: Sequence[int] = (signal.SIGINT,)) -> Iterator[None]:
+    """Handle SIGINT, which MindSpore may have taken, by ``handler``, and others where the command does."""
+    own = (signal.SIGINT, *(_command.handled if _command else ()))
+    before = {number: signal.signal(number, handler) for number in numbers if number in own}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)  # None: MindSpore's
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.default_int_handler)  # None: MindSpore's
 
 
 def temporary_folder(prefix: str) -> str:

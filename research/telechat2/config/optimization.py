@@ -54,8 +54,13 @@ def _check_runner(settings: dict) -> None:
         _count(f"checkpoint.{key}", _section(settings, "checkpoint").get(key))
     loader = _section(_section(settings, "train_dataset"), "data_loader")
     _count("train_dataset.data_loader.num_samples", loader.get("num_samples"))
-    if (seed := settings.get("seed")) is not None and not (_whole(seed) and 0 <= seed < 2**32):
-        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}.")
+    check_seed(settings.get("seed"))
+
+
+def check_seed(seed, name: str = "seed") -> None:
+    """ValueError if ``seed``, called ``name``, is none that NumPy takes; None is none given."""
+    if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
+        raise ValueError(f"{name} is {seed!r}; it must be a whole number from 0 to {2**32 - 1}.")
 
 
 def check_schedule_length(settings: dict, steps: int) -> list[str]:

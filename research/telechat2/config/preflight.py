@@ -7,6 +7,7 @@ from research.telechat2.common.problems import noted_in, refuse
 from research.telechat2.config.foreign_code import settle_classes
 from research.telechat2.config.key_check import read_keys
 from research.telechat2.config.migration import leave_out, missing_files
+from research.telechat2.config.optimization import check_seed
 
 
 def check_settings(
@@ -32,7 +33,7 @@ def check_settings(
         A note for each setting that has no effect.
 
     Raises:
-        ValueError: lists all settings that are to be changed.
+        ValueError: lists all settings that are to be changed; or no random numbers begin at the seed.
     """
     notes, problems = leave_out(settings)
     problems += settle_classes(settings, register)
@@ -43,4 +44,5 @@ def check_settings(
         with noted_in(problems):
             plan(settings)
     refuse(problems, source)
+    check_seed(settings.get("seed"))
     return notes

@@ -4,14 +4,16 @@ Lines are read by readline, which has no limit of length; the terminal itself cu
 without a word. So while the model answers, the terminal keeps what is typed and pasted for readline.
 """
 
+import codecs
 import json
+import locale
 import os
 import re
 import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import cycle
 from pathlib import Path
 
@@ -105,12 +107,19 @@ class Terminal:
         if text.lstrip().startswith(_BLOCK):
             lines = [text.lstrip()[len(_BLOCK) :]]
             while not lines[-1].rstrip().endswith(_BLOCK):
-                lines.append(self._line("... "))
+                lines.append(self._further_line())
             lines[-1] = lines[-1].rstrip()[: -len(_BLOCK)]
             return "\n".join(lines).strip("\n")
         while text.endswith("\\"):
-            text = text[:-1] + "\n" + self._line("... ")
+            text = text[:-1] + "\n" + self._further_line()
         return text
+
+    def _further_line(self) -> str:
+        try:
+            return self._line("... ")
+        except EOFError:
+            _note("(not asked: its last line is missing)", before="\n")
+            raise
 
     def _line(self, prompt: str) -> str:
         while True:
@@ -164,8 +173,20 @@ def _load_readline():
         import readline
     except ImportError:
         return None
+    _let_readline_take_utf8()
     readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
     return readline
+
+
+def _let_readline_take_utf8() -> None:
+    """In the locale C readline refuses all but ASCII, with a beep, though Python reads UTF-8."""
+    if codecs.lookup(sys.stdin.encoding or "ascii").name != "utf-8":
+        return
+    if codecs.lookup(locale.nl_langinfo(locale.CODESET) or "ascii").name == "utf-8":
+        return
+    with suppress(locale.Error):  # a system without that locale
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        os.environ["LC_ALL" if os.environ.get("LC_ALL") else "LC_CTYPE"] = "C.UTF-8"  # read at each line
 
 
 class Spinner:

@@ -23,7 +23,7 @@ def prepare_evaluation(config: dict, *, training: bool) -> None:
     _fit_stages(config, training)
     if training:
         return
-    if not _has_weights(config):
+    if not has_weights(config):
         raise ValueError(
             "no weights to evaluate: give --load_checkpoint, a .safetensors or .ckpt file or a directory. "
             "Random weights have the loss of guessing, the logarithm of vocab_size."
@@ -33,7 +33,8 @@ def prepare_evaluation(config: dict, *, training: bool) -> None:
     config["model"]["model_config"]["use_past"] = False  # whole sequences, with a predict YAML as well
 
 
-def _has_weights(config: dict) -> bool:
+def has_weights(config: dict) -> bool:
+    """Whether a config names weights, in any of the places where MindFormers looks for them."""
     model = (config.get("model") or {}).get("model_config") or {}
     sources = (config, "load_checkpoint"), (config.get("checkpoint") or {}, "load_path")
     others = (model, "checkpoint_name_or_path"), (config, "only_save_strategy")
