@@ -95,7 +95,9 @@ def read_prompts(
     """
     if _is_data(Path(path)):
         return read_questions(path, system, ignored)
-    text = "".join(line for _, line in formats.read_text_lines(path)).strip()
+    # as Windows ends lines: a carriage return would be part of the question
+    lines = [line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_text_lines(path)]
+    text = "\n".join(lines).strip()
     if is_blank(text):
         raise ValueError(f"{path} holds no question.")
     return [question(text, system)]

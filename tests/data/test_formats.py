@@ -194,6 +194,8 @@ ERRORS = [
     ('{"input": "<_user>q<_bot><_user>r", "output": "a"}', "message 2 is an empty answer"),
     ('{"input": "", "output": "a"}', "message 1 is an empty question"),
     ('{"prompt": "q", "completion": "a"}', "rename prompt to instruction, completion to output"),
+    ('{"role": "user", "content": "q"}', "a message alone is no conversation"),
+    ('{"from": "human", "value": "q"}', "a message alone is no conversation: write .*conversations"),
     ('{"Instruction": "q", "Output": "a"}', "rename 'Instruction' to instruction, 'Output' to output"),
     ('{"conversations": [{"role": "user", "content": "q"}]}', "it has role, content.*is called messages"),
     ('{"messages": [{"from": "human", "value": "q"}]}', "has from and value.*call the list conversations"),

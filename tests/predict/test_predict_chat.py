@@ -9,7 +9,7 @@ from predict_model import QUESTIONS, asked
 
 from research.telechat2 import telechat_chat, telechat_predict_utils
 from research.telechat2.data.formats import Conversation, parse_line
-from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_questions
+from research.telechat2.telechat_predict_chat import answer_all, chat, question, read_prompts, read_questions
 
 
 def test_questions_of_a_text_file(tmp_path):
@@ -201,3 +201,14 @@ def test_a_line_that_is_too_long_leaves_the_conversation_as_it_was(capsys):
     said = capsys.readouterr()
     assert "(not asked: the prompt has 10 tokens)" in said.err and "forgotten" not in said.err
     assert said.out == "AA\nAA\n"
+
+
+def test_a_text_of_windows_is_the_same_question(tmp_path):
+    file = tmp_path / "q.txt"
+    for content in ("第一行\n\nb \r c\n", "\ufeff第一行\r\n\r\nb \r c\r\n"):
+        file.write_bytes(content.encode())
+        assert read_prompts(file)[0].messages[0]["content"] == "第一行\n\nb \r c"
+    file.write_bytes("what is up?".encode("utf-16-le"))  # without its mark it is UTF-8, of other characters
+    for read in (read_prompts, read_questions):
+        with pytest.raises(ValueError, match="q.txt, line 1: holds NUL characters"):
+            read(file)

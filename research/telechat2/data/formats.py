@@ -119,10 +119,12 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a text file, packed or not; ValueError where it is not UTF-8."""
+    """Yield (line number from 1, text) of a text file, packed or not; ValueError where it is no UTF-8."""
     for unit, number, line in sources.read_file(path, is_data=False):
         with naming(path, number, unit):
             text = decode_line(line)
+            if "\0" in text:
+                raise ValueError("holds NUL characters: it is no text, or UTF-16; convert the file to UTF-8")
         yield number, text
 
 
@@ -352,6 +354,9 @@ _OTHER_NAMES = {
 
 def _renamed(data: dict) -> str:
     """How to rename the keys of a line that has none of a format."""
+    if {"role", "content"} <= data.keys() or {"from", "value"} <= data.keys():
+        name = "messages" if "role" in data else "conversations"
+        return f'; a message alone is no conversation: write {{"{name}": […]}} around all of one'
     pairs = [
         f"{name} to {_OTHER_NAMES[name.strip().lower()]}"
         for name in data
