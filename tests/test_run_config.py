@@ -149,6 +149,7 @@ def test_overrides_set_new_keys_but_no_new_sections():
             "processor.tokenizer.vocab_file",
             "`processor.tokenizer`.*`processor` is empty.* predict",
         ),
+        ("seq_length", "^seq_length is neither .* Did you mean --model.model_config.seq_length"),
         ("callbacks.type", "`callbacks` is no section but a list"),
         ("seed.x", "`seed` is no section but the value 3"),
     ):

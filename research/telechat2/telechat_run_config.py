@@ -298,9 +298,10 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         *sections, last = key.split(".")
         if not sections and last not in config and last not in template[""]:
             known = sorted({*config, *template[""]})
+            inner = sorted(_keys_called(last, template) | _keys_called(last, config))
+            hint = _in_the_model(last) or (f"Did you mean --{' or --'.join(inner)}?" if inner else "")
             raise ValueError(
-                f"--{key} is neither an argument nor a key of the config. "
-                f"{_in_the_model(last) or did_you_mean(last, known)}"
+                f"{key} is neither an argument nor a key of the config. {hint or did_you_mean(last, known)}"
             )
         target, known_section = config, template
         for depth, section in enumerate(sections):
@@ -315,14 +316,14 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
                     if known
                     else f"Its `{above}` is empty: use a YAML that has it, for a prediction a predict YAML."
                 )
-                raise ValueError(f"--{key}: the config has no section `{path}`. {hint}")
+                raise ValueError(f"{key}: the config has no section `{path}`. {hint}")
             target[section] = {} if target[section] is None else target[section]
             target, known_section = target[section], None
             if not isinstance(target, dict):
                 kind = (
                     "a list; change it in the YAML" if isinstance(target, list) else f"the value {target!r}"
                 )
-                raise ValueError(f"--{key}: `{path}` is no section but {kind}.")
+                raise ValueError(f"{key}: `{path}` is no section but {kind}.")
         target[last] = value
 
 
@@ -330,6 +331,16 @@ def _in_the_model(name: str) -> str:
     """The sentence that says where a setting of the model is given, "" if ``name`` is none."""
     name = {"max_new_tokens": "max_decode_length", "max_length": "max_decode_length"}.get(name, name)
     return f"Did you mean --model.model_config.{name}?" if name in model_defaults() else ""
+
+
+def _keys_called(name: str, sections: dict, place: str = "") -> set[str]:
+    """The dotted keys of settings, at any depth, whose last part is ``name``."""
+    found = set()
+    for key, value in sections.items():
+        if isinstance(value, dict):
+            found |= _keys_called(name, value, f"{place}{key}.")
+            found |= {f"{place}{key}.{name}"} if key and name in value else set()
+    return found
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -35,6 +35,12 @@ def test_a_picture_is_not_drawn_over_another(tmp_path):
     assert (tmp_path / "plan.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("argument", ["picture", "json_file"])
+def test_a_result_goes_into_a_folder_that_is_there(tmp_path, argument):
+    with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/none"):
+        plan("finetune_telechat_7b", {}, **{argument: tmp_path / "none" / "plan.png"})
+
+
 def test_a_search_for_other_npus_than_the_configs_lists_plans_and_one_without_result_fails(tmp_path):
     found = plan("finetune_telechat_7b", {}, device_num=16, search_gb=58)
     assert "the first: --set" in found and "plans:" in found
@@ -52,6 +58,11 @@ def test_an_estimate_is_compared_with_max_device_memory():
     assert "DOES NOT FIT  70.65 GB" in report and "54.5 GB" in report
     fits = plan("finetune_telechat_115b", changes | {"context.max_device_memory": "71GB"}, estimated=True)
     assert "fits          70.65 GB" in fits
+    # all 30 layers of 7B are computed again already
+    full = plan("finetune_telechat_7b", {"context.max_device_memory": "32GB"}, estimated=True)
+    assert "DOES NOT FIT" in full and "--search 32" in full and "recompute_config.recompute)" not in full
+    alone = plan("finetune_telechat_7b", {"use_parallel": False}, estimated=True)
+    assert "DOES NOT FIT" in alone and "--search" not in alone and "several NPUs" in alone
     with pytest.raises(ValueError, match="max_device_memory is '54'"):
         plan("finetune_telechat_115b", changes | {"context.max_device_memory": "54"}, estimated=True)
 

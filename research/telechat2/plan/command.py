@@ -94,6 +94,8 @@ def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:
     for name, file in (("--json", json_file), ("--plot", picture)):
         if file and file.exists():
             raise ValueError(f"{file} exists and is not overwritten; give {name} another name.")
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"{name} {file}: there is no folder {file.absolute().parent}; make it first.")
     if not dry and (rank is not None or output_dir):
         raise ValueError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
 

@@ -91,9 +91,17 @@ class Estimate:
         if self.peak_bytes <= self.limit_gb * GB:
             return [f"fits          {peak}, of context.max_device_memory {self.limit_gb:g} GB"]
         return [
-            f"DOES NOT FIT  {peak}, but context.max_device_memory is {self.limit_gb:g} GB: compute more "
-            f"layers again (recompute_config.recompute), or look for a plan: --search {self.limit_gb:g}"
+            f"DOES NOT FIT  {peak}, but context.max_device_memory is {self.limit_gb:g} GB: "
+            + ", or ".join(self._remedies())
         ]
+
+    def _remedies(self) -> list[str]:
+        run, found = self.workload, []
+        if sum(map(sum, run.whole)) < run.num_layers:
+            found.append("compute more layers again (recompute_config.recompute)")
+        if run.devices > 1:
+            return [*found, f"look for a plan: --search {self.limit_gb:g}"]
+        return [*found, "share the model out to several NPUs (use_parallel, model_parallel, pipeline_stage)"]
 
 
 def estimate(settings: dict) -> Estimate:
