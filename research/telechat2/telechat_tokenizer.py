@@ -21,6 +21,7 @@ from pathlib import Path
 import sentencepiece
 
 from research.telechat2 import telechat_chat
+from research.telechat2.common.placeholders import what_stands_here
 from research.telechat2.telechat_byte_level import ByteLevelModel
 from research.telechat2.telechat_compat import (
     AddedToken,
@@ -414,6 +415,7 @@ def _load(vocab_file) -> sentencepiece.SentencePieceProcessor | ByteLevelModel:
     except (RuntimeError, OSError, TypeError) as error:
         raise ValueError(
             f"vocab_file {path} ({path.stat().st_size:,} bytes) is not a SentencePiece model ({error}); "
-            f"give the tokenizer.model that was released with the weights, and check that it is complete"
+            "give the tokenizer.model that was released with the weights, and check that it is complete."
+            + what_stands_here(path)
         ) from error
     return model

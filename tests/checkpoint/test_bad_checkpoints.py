@@ -222,6 +222,50 @@ def test_broken_bin_and_ckpt(tmp_path, name, content):
         refuses(tmp_path / "in", "is not a complete MindSpore checkpoint|is empty", convert_to_torch)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 499723\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.ckpt"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(POINTER, "git lfs pull"), (b"<!DOCTYPE html><html>", "web server"), (b"Entry not found", "web server")],
+)
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path, name, content, what):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    convert = convert_to_torch if name.endswith(".ckpt") else convert_to_mindspore
+    refuses(tmp_path / "in", f"{name} is not a complete .*{what}", convert)
+
+
+def test_a_pointer_in_the_place_of_a_vocabulary_is_named(tmp_path):
+    from research.telechat2.data.vocabulary import load
+
+    (tmp_path / "tokenizer.model").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="tokenizer.model .*is not a SentencePiece model.*git lfs pull"):
+        load(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_bare_pickle_is_no_broken_download_and_runs_nothing(tmp_path, protocol):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "EXECUTED"), "w"))
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Evil()}, protocol=protocol))
+    refuses(tmp_path / "in", "holds Python objects .* nothing of it is loaded")
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_an_adapter_is_no_model(hf, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(next(hf.glob("*.safetensors")).read_bytes())
+    for path in (tmp_path / "lora", tmp_path / "lora" / "adapter_model.safetensors"):
+        refuses(path, "adapter of PEFT.*merge_and_unload")
+
+
 def test_bin_that_is_not_a_dictionary_of_tensors(tmp_path):
     import torch
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from research.telechat2.checkpoint.dtypes import NOT_READ
 from research.telechat2.checkpoint.stored import BLOCK_BYTES, StoredTensor
+from research.telechat2.common.placeholders import what_stands_here
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -163,5 +164,6 @@ def _fill(stream: BinaryIO, block: memoryview, file: Path) -> None:
 
 def _broken(file: Path, what: str) -> ValueError:
     return ValueError(
-        f"{file} is not a complete safetensors file: {what}. Download or copy it again, and check its size"
+        f"{file} is not a complete safetensors file: {what}. Download or copy it again, and check its size."
+        + what_stands_here(file)
     )

@@ -22,6 +22,12 @@ def read_torch_source(path: Path) -> list[StoredTensor]:
     Raises:
         ValueError: nothing there to read, or files that do not agree with their index or numbering.
     """
+    adapters = [path] if path.is_file() else _files(path, "adapter_model.*")
+    if any(file.name.startswith("adapter_model.") for file in adapters):
+        raise ValueError(
+            f"{adapters[0]} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
+            "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
+        )
     if path.is_file():
         return _read_files([path], (".safetensors", ".bin"))
     files = _files(path, "*.safetensors") or _files(path, "pytorch_model*.bin")

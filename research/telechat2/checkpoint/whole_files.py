@@ -7,6 +7,7 @@ torch is mapped instead of read). The frameworks are imported only here and only
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2.checkpoint.stored import StoredTensor, blocks_of
+from research.telechat2.common.placeholders import what_stands_here
 
 
 def read_bin(file: Path) -> list[StoredTensor]:
@@ -25,21 +27,27 @@ def read_bin(file: Path) -> list[StoredTensor]:
     """
     torch = _import_torch(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on protocols of pickles that are refused below
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # torch's own text advises to load the file in spite of it
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if found is None:
-            raise ValueError(f"{file} is not a complete torch file. Download or copy it again") from None
+        what = found[1] if found else _unread_pickle(file)
+        if what is None:
+            raise ValueError(
+                f"{file} is not a complete torch file. Download or copy it again.{what_stands_here(file)}"
+            ) from None
         raise ValueError(
-            f"{file} holds Python objects ({found[1]}) beside tensors; loading those "
+            f"{file} holds Python objects ({what}) beside tensors; loading those "
             "could run code that came with it, so nothing of it is loaded. Take the safetensors of this "
             "model, or have its author save the state_dict() alone"
         ) from None
     except Exception as error:  # a broken pickle can fail in any way
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
-            f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again"
+            f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again."
+            + what_stands_here(file)
         ) from None
     if not isinstance(content, dict) or not all(torch.is_tensor(tensor) for tensor in content.values()):
         raise ValueError(
@@ -47,6 +55,14 @@ def read_bin(file: Path) -> list[StoredTensor]:
             "save the model's state_dict() alone"
         )
     return [_from_torch(torch, name, tensor, file) for name, tensor in content.items()]
+
+
+def _unread_pickle(file: Path) -> str | None:
+    """What a file is that begins as a pickle and that torch reads nothing of; None if it is none."""
+    with open(file, "rb") as stream:
+        start = stream.read(2)
+    # torch.save writes protocol 2; later ones spell the names of objects otherwise
+    return f"a pickle of protocol {start[1]}" if start[:1] == b"\x80" and start[1:] > b"\x02" else None
 
 
 def _from_torch(torch, name: str, tensor, file: Path) -> StoredTensor:
@@ -80,7 +96,9 @@ def read_ckpt(file: Path) -> list[StoredTensor]:
         content = mindspore.load_checkpoint(str(file))
     except Exception as error:  # so can a broken protobuf
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is not a complete MindSpore checkpoint ({reason})") from None
+        raise ValueError(
+            f"{file} is not a complete MindSpore checkpoint ({reason}).{what_stands_here(file)}"
+        ) from None
     return [_from_mindspore(name, value, file) for name, value in content.items()]
 
 

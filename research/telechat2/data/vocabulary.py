@@ -13,6 +13,7 @@ import numpy as np
 import sentencepiece
 
 from research.telechat2 import telechat_chat
+from research.telechat2.common.placeholders import what_stands_here
 from research.telechat2.text.literal import MARKERS, LiteralText, marker_id
 
 PAD = "<_pad>"
@@ -125,7 +126,8 @@ def load(vocab_file: str | Path) -> Vocabulary:
     except RuntimeError as error:
         raise ValueError(
             f"vocab_file {path} ({len(proto):,} bytes) is not a SentencePiece model ({error}); "
-            f"give the tokenizer.model that was released with the weights, and check that it is complete"
+            "give the tokenizer.model that was released with the weights, and check that it is complete."
+            + what_stands_here(path)
         ) from error
     except ValueError as error:
         raise ValueError(f"vocab_file {path}: {error}") from error
