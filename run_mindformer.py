@@ -19,6 +19,7 @@ from research.telechat2.telechat_run import RUN_MODES, VERBOSE, run  # noqa: E40
 from research.telechat2.telechat_run_config import (  # noqa: E402
     boolean,
     boolean_or_text,
+    join_overrides,
     parse_options,
     parse_overrides,
 )
@@ -93,6 +94,12 @@ UNSUPPORTED = {
 }
 
 
+def named(options: dict[str, object]) -> dict[str, object]:
+    """``--options epochs=2`` as if ``--epochs 2`` had been given."""
+    keys = {flag[2:]: key for flag, key, _ in ARGUMENTS}
+    return {keys.get(name, name): value for name, value in options.items()}
+
+
 def main() -> None:
     """Read the arguments and carry out the task."""
     parser = argparse.ArgumentParser(
@@ -113,10 +120,8 @@ def main() -> None:
     for flag, reason in UNSUPPORTED.items():
         if getattr(arguments, flag[2:]) is not None:
             parser.error(f"{flag} has no meaning here: {reason}")
-    overrides = {
-        key: value for flag, key, _ in ARGUMENTS if (value := getattr(arguments, flag[2:])) is not None
-    }
-    overrides |= parse_options(arguments.options) | parse_overrides(further)
+    given = {key: value for flag, key, _ in ARGUMENTS if (value := getattr(arguments, flag[2:])) is not None}
+    overrides = join_overrides(given, named(parse_options(arguments.options)), parse_overrides(further))
     assume_joined_for(arguments.joined_for)
     run(arguments.config, overrides, arguments.register_path, arguments.verbose)
 

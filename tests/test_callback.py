@@ -158,6 +158,24 @@ def test_numbers_that_are_not_finite_are_kept_and_named_once(messages, output):
     assert [message.split()[1:4] for message in messages] == [["loss", "of", "step"], ["2", "is", "left"]]
     monitor.end(run_context(4, None))
     assert messages[-1].startswith("1 of 4 steps were left out")
+    monitor.check_end()  # the last loss is a number
+
+
+def test_a_run_that_ends_without_a_loss_fails(messages, output):
+    monitor = trained(range(0))
+    for step, loss in enumerate([1.0, float("nan"), 2.0, float("nan"), float("nan")], start=1):
+        monitor.step_end(run_context(step, (Tensor(loss), Tensor(False), None, Tensor(0.5))))
+    with pytest.raises(ValueError, match="since step 4 .nan at step 5"):
+        monitor.check_end()
+    TelechatMonitor().check_end()  # nothing was trained
+
+
+def test_a_learning_rate_that_is_no_number_ends_the_run(messages, output):
+    """The optimizer has multiplied the weights by it."""
+    monitor = trained(range(0))
+    with pytest.raises(ValueError, match="learning rate of step 1 is nan"):
+        monitor.step_end(run_context(1, (Tensor(1.0), Tensor(False), None, Tensor(float("nan")))))
+    assert json.loads((output / "metrics.jsonl").read_text())["learning_rate"] == "nan"
 
 
 def test_a_full_disk_costs_the_numbers_and_not_the_training(output, capsys, monkeypatch):

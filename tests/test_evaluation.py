@@ -9,7 +9,7 @@ import pytest
 from small_model import SIZES, write_weights
 from test_data_parallel import CHECKOUT, free_port
 
-from research.telechat2.run.evaluation import prepare_evaluation
+from research.telechat2.run.evaluation import check_evaluation_settings, prepare_evaluation
 from research.telechat2.telechat_run_config import SHIPPED, read_config
 
 IGNORED = -100
@@ -143,6 +143,17 @@ def test_random_weights_are_not_evaluated_but_trained_ones_are_between_steps():
     with pytest.raises(ValueError, match="no weights to evaluate"):
         prepare_evaluation(yaml("7b", load_checkpoint=""), training=False)
     prepare_evaluation(yaml("7b", load_checkpoint=""), training=True)
+
+
+def test_what_an_evaluation_would_pass_over_is_refused(capsys):
+    config = yaml("tiny", resume_training=True)
+    check_evaluation_settings(config, {})
+    assert config["resume_training"] is False and "resume_training has no effect" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_samples 5 .*--eval_dataset.data_loader.num_samples 5"):
+        check_evaluation_settings(config, {"train_dataset.data_loader.num_samples": 5})
+    for changes, told in (({"seed": -5}, "seed is -5"), ({"runner_config": {"batch_size": 0}}, "size is 0")):
+        with pytest.raises(ValueError, match=told):
+            check_evaluation_settings(config | changes, {})
 
 
 def words(folder, *more) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from research.telechat2.telechat_run_config import (
     apply_overrides,
+    join_overrides,
     parse_options,
     parse_overrides,
     parse_value,
@@ -124,6 +125,9 @@ def test_override_pairs_and_options():
     words = ["--optimizer.eps", "-1", "--a.b=x=y", "--c.d", "True"]
     assert parse_overrides(words) == {"optimizer.eps": -1, "a.b": "x=y", "c.d": True}
     assert parse_options(["a.b=False", "c=1,2", "d=[3]"]) == {"a.b": False, "c": [1, 2], "d": [3]}
+    assert join_overrides({"a": 1, "b": 2}, {"a": 1}, {"c": 3}) == {"a": 1, "b": 2, "c": 3}
+    with pytest.raises(ValueError, match="a is given twice on the command line, as 1 and as 2"):
+        join_overrides({"a": 1}, {"a": 2})
     with pytest.raises(ValueError, match="--a.b is given without a value"):
         parse_overrides(["--a.b", "--c.d", "1"])
     with pytest.raises(ValueError, match="unexpected argument 'lost'"):
@@ -166,6 +170,15 @@ def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
     (tmp_path / "d.yaml").write_text("base_config: nowhere.yaml\n")
     with pytest.raises(ValueError, match=r"d\.yaml stands on base_config nowhere\.yaml"):
         read_config(tmp_path / "d.yaml")
+    (tmp_path / "f.yaml").write_text("base_config: g.yaml\n")
+    (tmp_path / "g.yaml").write_text("base_config: f.yaml\n")
+    with pytest.raises(ValueError, match=r"g\.yaml stands on base_config f\.yaml"):
+        read_config(tmp_path / "f.yaml")
+    (tmp_path / "h.yaml").write_text("base_config: 3\n")
+    with pytest.raises(ValueError, match=r"h\.yaml: base_config is \[3\]"):
+        read_config(tmp_path / "h.yaml")
+    (tmp_path / "i.yaml").write_text("base_config:\na: 1\n")
+    assert read_config(tmp_path / "i.yaml") == {"a": 1}
     (tmp_path / "e.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"e\.yaml is not valid YAML"):
         read_config(tmp_path / "e.yaml")

@@ -36,6 +36,17 @@ def weights(tmp_path_factory) -> Path:
             {"train_dataset.data_loader.dataset_dir": "nowhere"},
             "no data set .*nowhere",
         ),
+        (
+            "finetune_telechat_tiny.yaml",
+            {"load_checkpoint": "a", "checkpoint.load_path": "b"},
+            "load_checkpoint is a and checkpoint.load_path is b",
+        ),
+        ("finetune_telechat_tiny.yaml", {"output_dir": __file__}, "output_dir is .*is no directory"),
+        (
+            "predict_telechat_tiny.yaml",
+            {"train_dataset.data_loader.dataset_dir": "a"},
+            "no section `train_dataset.data_loader`.*finetune_",
+        ),
         ("predict_telechat_tiny.yaml", {}, "nothing to predict"),
         ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "has no section train_dataset"),
         ("predict_telechat_tiny.yaml", {"context.mode": 1}, "static graph mode only"),

@@ -10,6 +10,7 @@ from research.telechat2.telechat_run_saving import (
     checkpoint_folder,
     leave_section_in_data_parallel,
     refuse_overwriting,
+    settle_monitor,
 )
 
 
@@ -80,6 +81,26 @@ def test_answers_of_a_prediction_are_kept(tmp_path):
     with pytest.raises(ValueError, match="text_generation_result_2.txt exists and is not overwritten"):
         answers_file(config | {"save_file": str(tmp_path / "text_generation_result_2.txt")})
     assert answers_file(config | {"save_file": str(tmp_path / "mine.txt")}) == tmp_path / "mine.txt"
+
+
+def test_the_section_and_the_callback_state_one_value():
+    """MindFormers reads the section alone where there is one."""
+
+    def settings(section: dict, **callback) -> dict:
+        return {"checkpoint": section, "callbacks": [{"type": "CheckpointMonitor"} | callback]}
+
+    config = settings({"save_max": 5}, save_checkpoint_steps=3, keep_checkpoint_max=5, prefix=None)
+    settle_monitor(config)
+    assert config["checkpoint"] == {"save_max": 5, "save_interleaved_steps": 3}
+    with pytest.raises(
+        ValueError, match="save_checkpoint_steps is 3 and checkpoint.save_interleaved_steps is 7"
+    ):
+        settle_monitor(settings({"save_interleaved_steps": 7}, save_checkpoint_steps=3))
+    with pytest.raises(ValueError, match="prefix is 'mine' and checkpoint.prefix is 'telechat2'"):
+        settle_monitor(settings({"prefix": "telechat2"}, prefix="mine"))
+    older = {"callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 3}]}
+    settle_monitor(older)
+    assert "checkpoint" not in older
 
 
 def test_data_parallel_runs_save_without_the_section():

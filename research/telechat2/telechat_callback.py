@@ -54,7 +54,7 @@ class TelechatMonitor(Callback):
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.untrained_steps = self.overflows = self.initial_step = 0
-        self.each, self.not_finite = 1, False
+        self.each, self.not_finite, self.not_finite_since = 1, False, 0
         self.expert_loads: dict[int, Parameter] = {}
         self.reports = get_real_rank() == loss_rank()
         self.metrics: Metrics | None = None
@@ -102,15 +102,35 @@ class TelechatMonitor(Callback):
             logger.warning("Step %d trained nothing: every label of its records is ignored.", step)
         if not np.isfinite(loss) and not self.not_finite:
             logger.warning("The loss of step %d is %s; the log says more of each step.", step, loss)
+            self.not_finite_since = step
         self.not_finite = not np.isfinite(loss)
         if _number(params.net_outputs, 1):
             self.overflows += 1
             if self.overflows == 1:
                 logger.warning("Step %d is left out: its gradients are not finite (overflow).", step)
+        rate = _number(params.net_outputs, 3)
         if self.metrics:
-            rate, norm = _number(params.net_outputs, 3), _number(params.net_outputs, 4)
+            norm = _number(params.net_outputs, 4)
             self.metrics.add(step, loss, learning_rate=rate, grad_norm=norm, seconds=round(seconds, 4))
             self.metrics.draw_now_and_then()
+        if rate is not None and not np.isfinite(rate):
+            raise ValueError(
+                f"the learning rate of step {step} is {rate}, and so are the weights from this step on; "
+                "change lr_schedule, and start again from the last checkpoint before."
+            )
+
+    def check_end(self) -> None:
+        """Refuse to call a training done that has ended without a loss.
+
+        Raises:
+            ValueError: the last loss is not finite.
+        """
+        if self.not_finite and self.losses:
+            raise ValueError(
+                f"the loss is not finite since step {self.not_finite_since} ({self.losses[-1]} at step "
+                f"{self.steps[-1]}): the last checkpoint is of no use. Lower the learning rate, or go on "
+                "from a checkpoint before that step."
+            )
 
     def end(self, run_context):
         """Draw the whole curve, and say how many steps were wasted."""

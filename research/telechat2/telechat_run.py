@@ -20,7 +20,7 @@ from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary, check_data_vocabulary
 from research.telechat2.plan.check import check as check_plan
 from research.telechat2.plan.settings import section_of
-from research.telechat2.run.evaluation import prepare_evaluation
+from research.telechat2.run.evaluation import check_evaluation_settings, prepare_evaluation
 from research.telechat2.run.memory import check_training_memory
 from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
@@ -51,6 +51,7 @@ from research.telechat2.telechat_run_saving import (
     answers_file,
     checkpoint_folder,
     leave_section_in_data_parallel,
+    settle_monitor,
 )
 from research.telechat2.telechat_run_screen import (
     EXPECTED,
@@ -105,6 +106,8 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
     mode = _check_task(config, path)
+    if mode == "eval":
+        check_evaluation_settings(config, overrides)
     weights = _settle_numbers(config, path, overrides)
     training = mode in TRAINING
     check_npus(config)
@@ -125,6 +128,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         config["optimizer"] = with_float_fields(config["optimizer"])
         check_dataset(config, "train")
         check_data_vocabulary(record_files(config, "train"), weights)
+        settle_monitor(config)
         leave_section_in_data_parallel(config)
     if mode == "eval" or (training and config.get("do_eval")):
         check_dataset(config, "eval")
@@ -136,7 +140,16 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
         return carry_out(config, prepare_checkpoint(config, training=False))
     train(config, carry_out, weights)
     print_end(config, path, overrides)
+    _check_end()
     return None
+
+
+def _check_end() -> None:
+    """Fail where a training has ended with a loss that is not finite."""
+    from research.telechat2.telechat_callback import TelechatMonitor
+
+    if TelechatMonitor.latest:
+        TelechatMonitor.latest.check_end()
 
 
 def _show_and_carry_out(
@@ -153,19 +166,42 @@ def _show_and_carry_out(
 
 def _settle_numbers(config: dict, path: Path, overrides: dict[str, object]) -> str | None:
     """Take what the YAML leaves open from the config.json beside the weights, and return their path."""
-    section = config.get("checkpoint") or {}
     given = any(key.startswith("model.model_config.") for key in overrides)
     where = f"{path} with the command line" if given else str(path)
-    weights = config.get("load_checkpoint") or section.get("load_path")
+    weights = _weights(config)
     for line in settle_with(
         config["model"].get("model_config") or {}, weights, where, config.get("moe_config")
     ):
         print(f"model_config: {line}", flush=True)
-    return weights or None
+    return weights
+
+
+def _weights(config: dict) -> str | None:
+    """The weights that the settings name, in one place or in both."""
+    given = config.get("load_checkpoint") or None
+    other = (config.get("checkpoint") or {}).get("load_path") or None
+    if given and other and Path(given).expanduser().resolve() != Path(other).expanduser().resolve():
+        raise ValueError(
+            f"load_checkpoint is {given} and checkpoint.load_path is {other}: which of them is loaded? Give "
+            "--load_checkpoint alone (--checkpoint.load_path null)."
+        )
+    return given or other
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse an output folder that cannot be made, before any work."""
+    place = folder
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"output_dir is {folder}, but {place} is no directory; give another --output_dir.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir is {folder}, but {place} is not writable; give another --output_dir.")
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
     """Make ``output_dir`` absolute, and let TensorBoard's events follow it where they lay inside it."""
+    _check_output(Path(output_dir))
     config["output_dir"] = output_dir
     board = config.get("tensorboard") or {}
     events = Path(board.get("tensorboard_dir") or "")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from research.telechat2.config.model_fields import model_defaults
+from research.telechat2.config.places import is_setting, settings_like
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHIPPED = Path("research") / "telechat2"
@@ -174,9 +174,14 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise ValueError(
             f"{path} holds {type(own).__name__}, expected sections such as `model:` and `trainer:`."
         )
-    bases = own.pop("base_config", [])
+    bases = own.pop("base_config", None) or []
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise ValueError(
+            f"{path}: base_config is {bases!r}; it must be the path of a YAML, or a list of such."
+        )
     merged: dict = {}
-    for base in bases if isinstance(bases, list) else [bases]:
+    for base in bases:
         places = (path.parent / base, CHECKOUT / SHIPPED / base)
         base_path = next((place for place in places if place.is_file()), None)
         if base_path is None:
@@ -276,6 +281,24 @@ def parse_options(words: list[str]) -> dict[str, object]:
     return options
 
 
+def join_overrides(*groups: dict[str, object]) -> dict[str, object]:
+    """The settings of several groups of arguments.
+
+    Raises:
+        ValueError: two of them give one setting two values.
+    """
+    joined: dict[str, object] = {}
+    for group in groups:
+        for key, value in group.items():
+            if key in joined and joined[key] != value:
+                raise ValueError(
+                    f"{key} is given twice on the command line, as {joined[key]!r} and as {value!r}; give it "
+                    "once."
+                )
+            joined[key] = value
+    return joined
+
+
 def _is_bare_list(text: str) -> bool:
     return "," in text and text[0] not in "[{\"'"
 
@@ -289,7 +312,8 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
     Args:
         config: the raw settings.
         overrides: dotted key to value.
-        template: MindFormers' own sections with their default keys, ``""`` holding the top-level keys.
+        template: MindFormers' own sections with their default keys, ``""`` holding the top-level keys; also
+            sections inside, by their dotted names.
 
     Raises:
         ValueError: a section or top-level key that neither the config nor MindFormers knows.
@@ -298,24 +322,17 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         *sections, last = key.split(".")
         if not sections and last not in config and last not in template[""]:
             known = sorted({*config, *template[""]})
-            inner = sorted(_keys_called(last, template) | _keys_called(last, config))
-            hint = _in_the_model(last) or (f"Did you mean --{' or --'.join(inner)}?" if inner else "")
             raise ValueError(
-                f"{key} is neither an argument nor a key of the config. {hint or did_you_mean(last, known)}"
+                f"{key} is neither an argument nor a key of the config. {_instead(key, last, known)}"
             )
         target, known_section = config, template
         for depth, section in enumerate(sections):
             path = ".".join(sections[: depth + 1])
-            if not target.get(section) and section in (known_section or ()) and depth == 0:
+            if not target.get(section) and (path in template if depth else section in known_section):
                 target[section] = {}
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})
-                above = path.rpartition(".")[0]
-                hint = (
-                    did_you_mean(section, known)
-                    if known
-                    else f"Its `{above}` is empty: use a YAML that has it, for a prediction a predict YAML."
-                )
+                hint = _instead(key, section, known)
                 raise ValueError(f"{key}: the config has no section `{path}`. {hint}")
             target[section] = {} if target[section] is None else target[section]
             target, known_section = target[section], None
@@ -327,23 +344,24 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
         target[last] = value
 
 
-def _in_the_model(name: str) -> str:
-    """The sentence that says where a setting of the model is given, "" if ``name`` is none."""
-    name = {"max_new_tokens": "max_decode_length", "max_length": "max_decode_length"}.get(name, name)
-    return f"Did you mean --model.model_config.{name}?" if name in model_defaults() else ""
-
-
-def _keys_called(name: str, sections: dict, place: str = "") -> set[str]:
-    """The dotted keys of settings, at any depth, whose last part is ``name``."""
-    found = set()
-    for key, value in sections.items():
-        if isinstance(value, dict):
-            found |= _keys_called(name, value, f"{place}{key}.")
-            found |= {f"{place}{key}.{name}"} if key and name in value else set()
-    return found
+def _instead(key: str, name: str, known: list[str]) -> str:
+    """The sentence that ends a message about ``key``, of which ``name`` is unknown beside ``known``."""
+    if is_setting(key):
+        above = key.partition(f".{name}.")[0]
+        empty = f"Its `{above}` is empty: use" if not known else "Use"
+        return f"{empty} a YAML that has it, finetune_….yaml for training, predict_….yaml for prediction."
+    near = settings_like(key)
+    if near and near[0].endswith(f".{key}"):
+        return f"Did you mean --{near[0]}?"
+    if difflib.get_close_matches(name, known, n=1, cutoff=0.75) or not near:
+        return did_you_mean(name, known)
+    dashes = "" if "." in key else "--"
+    return f"Did you mean {' or '.join(dashes + path for path in near)}?"
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """The sentence that ends a message about an unknown name."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if not close and not known:
+        return ""
     return f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(known)}."

@@ -3,8 +3,9 @@
 from research.telechat2.config.tables import SECTIONS
 
 _TOP = SECTIONS[""]
-# MindFormers' own sections, of ``apply_overrides``: a section may be made by an override.
+# MindFormers' own sections, of ``apply_overrides``: a section may be made by an override, also one inside.
 TEMPLATE = {key: {} for key, kind in _TOP.items() if kind.startswith("section")} | {"": dict.fromkeys(_TOP)}
+TEMPLATE |= {path: {} for path in SECTIONS if "." in path and "_dataset" not in path}
 
 
 def moe_section(config: dict) -> dict:

@@ -23,6 +23,32 @@ MONITOR_KEYS = {
 }
 
 
+def settle_monitor(config: dict) -> None:
+    """Join what the section ``checkpoint:`` and the callback CheckpointMonitor say, in place.
+
+    Where there is the section MindFormers 1.9 reads it alone; what only the callback says is moved there.
+
+    Raises:
+        ValueError: both state a setting, and differ.
+    """
+    section = config.get("checkpoint")
+    if not section:
+        return
+    for callback in config.get("callbacks") or []:
+        if callback.get("type") != "CheckpointMonitor":
+            continue
+        for name, key in MONITOR_KEYS.items():
+            given, value = callback.get(key), section.get(name)
+            if given is None:
+                continue
+            if value is not None and value != given:
+                raise ValueError(
+                    f"callbacks: CheckpointMonitor.{key} is {given!r} and checkpoint.{name} is {value!r}, "
+                    f"which is taken; give --checkpoint.{name} {given}, or leave {key} out of the callback."
+                )
+            section[name] = given
+
+
 def leave_section_in_data_parallel(config: dict) -> None:
     """Give the settings of the section ``checkpoint:`` to the CheckpointMonitor of a data parallel run.
 

@@ -8,8 +8,10 @@ import pytest
 
 from research.telechat2.config.classes import GROUPS, PLUGIN
 from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.places import settings_like
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.tables import SECTIONS
+from research.telechat2.plan.check import check
 from research.telechat2.plan.settings import read_settings
 from research.telechat2.telechat_run_config import read_config, resolve_config, shipped_configs
 
@@ -185,11 +187,83 @@ def test_numbers_in_a_list_are_read_too(tmp_path):
         ("seed", 1.5, "seed is 1.5; it must be a whole number"),
         ("seed", -3, "seed is -3; it must be a whole number from 0 to 4294967295"),
         ("seed", 2**32, "seed is 4294967296; "),
+        ("context.max_device_memory", 58, "max_device_memory is 58; .*: '58GB'"),
+        ("context.max_device_memory", "58gb", "max_device_memory is '58gb'; .*: '58GB'"),
+        ("context.jit_config.jit_level", "O9", "jit_level is 'O9'; it must be O0, O1 or O2"),
+        ("context.max_call_depth", 0, "max_call_depth is 0; .* at least 1"),
+        ("checkpoint.prefix", "runs/a", "prefix is 'runs/a'"),
+        ("train_dataset.num_parallel_workers", 0, "num_parallel_workers is 0; .* at least 1"),
+        ("train_dataset.prefetch_size", -1, "prefetch_size is -1; .* at least 1"),
+        ("train_dataset.data_loader.shuffle", "False", "shuffle is 'False'; .*: False"),
+        ("eval_dataset.data_loader.num_samples", -3, "num_samples is -3; .* at least 1"),
+        ("callbacks", ["MFLossMonitor"], r"callbacks is .*: \[\{type: MFLossMonitor\}\]"),
+        ("metric", ["Accuracy"], "metric is .*a list of sections"),
+        (f"{MODEL}.document_start_ids", ["1", "6"], "document_start_ids is .*whole numbers"),
+        (f"{MODEL}.theta", -1, "theta is -1; it must be above 0"),
+        (f"{MODEL}.rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05"),
+        ("runner_config.stop_step", 5, "stop_step is 5, .*TrainCallBack"),
+        ("optimizer.type", "Adam", r"optimizer.betas is \[0.9, 0.95\], and Adam has no .*betas: null"),
+        ("lr_schedule.type", "LinearWithWarmUpLR", "lr_end is 0.0001, and LinearWithWarmUpLR .*lr_end: null"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_and_says_how_to_write_it(key, value, message):
     with pytest.raises(ValueError, match=message):
-        read_settings("finetune_telechat_tiny", {key: value}, Path.cwd())
+        check(read_settings("finetune_telechat_tiny", {key: value}, Path.cwd())[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context.max_device_memory": "54.5GB"},
+        {"context.max_device_memory": None},
+        {"checkpoint.prefix": "my run"},
+        {"callbacks": None},
+        {"metric": [{"type": "TelechatPerplexity"}]},
+        {"train_dataset.data_loader.shuffle": None},
+        {"runner_config.stop_step": 0},
+        {"optimizer.type": "Adam", "optimizer.betas": None, "optimizer.beta1": 0.9},
+        {"lr_schedule.type": "LinearWithWarmUpLR", "lr_schedule.lr_end": None},
+        {"parallel.parallel_optimizer_config.parallel_optimizer_threshold": 8},
+    ],
+)
+def test_legal_values_pass(changes):
+    """Also null for what a base YAML states and another class does not have, and a section that is new."""
+    check(read_settings("finetune_telechat_tiny", changes, Path.cwd())[1])
+
+
+def test_null_takes_an_inherited_argument_out():
+    changes = {"lr_schedule.type": "LinearWithWarmUpLR", "lr_schedule.lr_end": None}
+    assert "lr_end" not in read_settings("finetune_telechat_tiny", changes, Path.cwd())[1]["lr_schedule"]
+
+
+def test_a_dataset_config_of_its_own_is_checked():
+    settings = read_config(resolve_config("finetune_telechat_tiny", Path.cwd()))
+    settings["train_dataset_task"] = {
+        "type": "CausalLanguageModelDataset",
+        "dataset_config": {"shufle": True},
+    }
+    with pytest.raises(ValueError, match="train_dataset_task.dataset_config.shufle is read by nothing"):
+        check_settings(settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "lr_schedule.learning_rate"),
+        ("learning_rate", "lr_schedule.learning_rate"),
+        ("epochs", "runner_config.epochs"),
+        ("num_train_epochs", "runner_config.epochs"),
+        ("batch-size", "runner_config.batch_size"),
+        ("max_grad_norm", "runner_wrapper.max_grad_norm"),
+        ("model_config.num_layers", "model.model_config.num_layers"),
+        ("model.num_layers", "model.model_config.num_layers"),
+        ("save_steps", "checkpoint.save_interleaved_steps"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_named_by_its_own(key, meant):
+    assert settings_like(key)[0] == meant
+    with pytest.raises(ValueError, match=f"{key}.*Did you mean (--)?{meant}"):
+        read_settings("finetune_telechat_tiny", {key: 1}, Path.cwd())
 
 
 def test_every_field_of_the_model_has_a_kind():

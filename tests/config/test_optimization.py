@@ -45,6 +45,19 @@ def schedule(**settings) -> dict:
             {"grouped_lr_schedule": {"default": {}, "grouped": [{"learning_rate": -1, "params": ["x"]}]}},
             r"grouped\[0\].learning_rate is -1",
         ),
+        (
+            schedule() | {"optimizer": {"learning_rate": 1e-3}},
+            "optimizer.learning_rate is 0.001 and lr_schedule.learning_rate is 0.0001",
+        ),
+        ({"run_mode": "finetune"}, "lr_schedule.learning_rate is not stated .*5e-05"),
+        (
+            {"run_mode": "train", "lr_schedule": {"type": "cosine"}},
+            "lr_schedule.learning_rate is not stated;",
+        ),
+        (
+            {"run_mode": "train", "optimizer": {"learning_rate": 1e-3}},
+            "give --lr_schedule.learning_rate 0.001",
+        ),
         ({"optimizer": {"betas": [0.9]}}, r"betas is \[0.9\]"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, r"betas\[1\] is 1.0"),
         ({"optimizer": {"betas": [-0.9, 0.95]}}, r"betas\[0\] is -0.9"),
@@ -112,3 +125,14 @@ def test_whole_numbers_become_the_floats_that_mindformers_takes():
     found = with_float_fields({"type": "AdamW", "weight_decay": 0, "eps": 1e-8})
     assert found == {"type": "AdamW", "weight_decay": 0.0, "eps": 1e-8}
     assert isinstance(found["weight_decay"], float)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [({"warmup_ratio": 0.05}, 10), ({"warmup_steps": 0}, 100)])
+def test_a_stable_rate_without_warm_up_is_refused(warmup, steps):
+    """MindFormers computes it as rate * step / step, which is NaN at step 0, and so are the weights."""
+    settings = schedule(type="WarmUpStableDecayLR", decay_start_ratio=0.5, **warmup)
+    with pytest.raises(ValueError, match="WarmUpStableDecayLR .*warmup_steps 1"):
+        check_schedule_length(settings, steps)
+    check_schedule_length(settings, 20 * steps) if "warmup_ratio" in warmup else None
+    cosine = schedule(**warmup)
+    assert check_schedule_length(cosine, steps) == []

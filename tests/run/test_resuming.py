@@ -70,6 +70,7 @@ def test_the_matrix_of_data_batch_and_position(position, data, batch, recorded):
         ({"sink_size": 3}, "sink_size: 3, and step 8 lies within a sink"),
         ({"global_batch_size": 4, "devices": 4}, "1 -> 4"),
         ({"epochs": 1}, "step 8, and 1 epochs of 5 steps are 5"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.type.*-> Adam"),  # of which no state is saved
     ],
 )
 def test_what_moves_the_position_is_refused(changes, told):

@@ -38,7 +38,7 @@ _WRAPPER = (
 )
 _SCALE = "loss_scale_value:real scale_factor:whole scale_window:whole "
 _SAVING = (
-    "prefix:text directory:text config:any save_checkpoint_steps:whole save_checkpoint_seconds:whole "
+    "prefix:prefix directory:text config:any save_checkpoint_steps:whole save_checkpoint_seconds:whole "
     "keep_checkpoint_max:whole keep_checkpoint_per_n_minutes:whole integrated_save:bool "
     "save_network_params:bool save_trainable_params:bool async_save:bool|text saved_network:any "
     "append_info:any enc_key:any enc_mode:text exception_save:bool global_batch_size:whole|null "
@@ -46,10 +46,17 @@ _SAVING = (
     "use_checkpoint_health_monitor:bool health_ckpts_record_dir:text use_legacy_format:bool "
     "save_optimizer:bool"
 )
-# MindSpore's own optimizers, whose arguments differ; those of AdamW are the ones that users write.
+_ADAM = table(
+    "learning_rate:real|section beta1:real beta2:real eps:real use_locking:bool use_nesterov:bool "
+    "weight_decay:real loss_scale:real"
+)
+_SGD = table(
+    "learning_rate:real|section momentum:real dampening:real weight_decay:real nesterov:bool loss_scale:real"
+)
+# MindSpore's other optimizers, whose arguments are not known here.
 _OTHER_OPTIMIZERS = (
-    "ASGD AdaFactor AdaMax Adadelta Adagrad Adam AdamOffload FTRL LARS Lamb LazyAdam Momentum "
-    "ProximalAdagrad RMSProp Rprop SGD adafactor sgd adam adagrad"
+    "ASGD AdaFactor AdaMax Adadelta Adagrad FTRL LARS Lamb LazyAdam ProximalAdagrad RMSProp Rprop adafactor "
+    "adagrad"
 )
 _CALLBACK_STEPS = (
     "origin_epochs:whole|null dataset_size:whole|null initial_epoch:whole initial_step:whole "
@@ -96,6 +103,12 @@ GROUPS = {
         ),
         "AdamWeightDecay": table(
             "learning_rate:real beta1:real beta2:real eps:real weight_decay:real betas:reals"
+        ),
+        **dict.fromkeys(("Adam", "adam"), _ADAM | table("use_amsgrad:bool use_lazy:bool use_offload:bool")),
+        "AdamOffload": _ADAM,
+        **dict.fromkeys(("SGD", "sgd"), _SGD),
+        "Momentum": table(
+            "learning_rate:real|section momentum:real weight_decay:real loss_scale:real use_nesterov:bool"
         ),
         "Muon": ANY,
         **dict.fromkeys(_OTHER_OPTIMIZERS.split(), ANY),
@@ -168,9 +181,9 @@ GROUPS = {
     "data_loader": {
         "MindDataset": table(
             "dataset_dir:text dataset_files:text|texts columns_list:texts|null "
-            "num_parallel_workers:whole|null shuffle:bool|text|null num_shards:whole|null "
+            "num_parallel_workers:count|null shuffle:bool|null num_shards:whole|null "
             "shard_id:whole|null sampler:any padded_sample:any num_padded:whole|null "
-            "num_samples:whole|null cache:any"
+            "num_samples:count|null cache:any"
         ),
         "TFRecordDataset": table(
             "dataset_dir:text dataset_files:text|texts schema:any columns_list:texts|null "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES, TELECHAT_CONFIGS
 from research.telechat2.config.kinds import read_value
 from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.places import elsewhere, settings_like
 from research.telechat2.config.tables import SECTIONS
 from research.telechat2.telechat_config_rules import LIBRARY_KEYS, OTHERS_KEYS
 from research.telechat2.telechat_run_config import did_you_mean
@@ -36,8 +37,9 @@ def read_keys(settings: dict) -> tuple[list[str], list[str]]:
 
 def _once(problems: list[str]) -> list[str]:
     """Without those of a task's dataset_config, which is the data set's section once more."""
-    once = {problem.replace("_dataset_task.dataset_config", "_dataset") for problem in problems}
-    return [problem for problem in dict.fromkeys(problems) if problem in once]
+    named = [problem.replace("_dataset_task.dataset_config", "_dataset") for problem in problems]
+    pairs = dict.fromkeys(zip(problems, named, strict=True))
+    return [problem for problem, name in pairs if name == problem or name not in problems]
 
 
 def sections_at(settings: dict, path: str) -> Iterator[tuple[str, dict]]:
@@ -70,10 +72,27 @@ def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[
     arguments = GROUPS[group][name]
     if arguments is None:
         return [], []
-    extra = {"params": "texts"} if ".grouped[" in place else {}
-    known = arguments | OWN_KEYS | extra
+    known = arguments | OWN_KEYS | ({"params": "texts"} if ".grouped[" in place else {})
+    unread = _take_foreign(section, group, place, known)
     misread = _read_values(section, known, place)
-    return _take_unread(section, known, place), misread
+    return unread + _take_unread(section, known, place), misread
+
+
+def _take_foreign(section: dict, group: str, place: str, known: dict[str, str]) -> list[str]:
+    """Take out the arguments of other classes of the group; a sentence for each that is not null.
+
+    Null takes back what a base YAML states for the class that it names.
+    """
+    others = {key for arguments in GROUPS[group].values() if arguments for key in arguments} - known.keys()
+    problems = []
+    for key in [key for key in section if key in others]:
+        value = section.pop(key)
+        if value is not None:
+            problems.append(
+                f"{place}.{key} is {value!r}, and {section['type']} has no such argument; remove it, or where a "
+                f"base YAML states it write {key}: null. {_close(key, section, list(known))}".rstrip()
+            )
+    return problems
 
 
 def _unknown_type(section: dict, group: str, place: str) -> list[str]:
@@ -122,17 +141,29 @@ def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
 
 
 def _unread(key: str, section: dict, known: list[str], prefix: str) -> str:
-    return f"the setting {prefix}{key} is read by nothing; remove or correct it. {_hint(key, section, known)}"
+    hint = _hint(key, section, known, prefix)
+    return f"the setting {prefix}{key} is read by nothing; remove or correct it. {hint}"
 
 
-def _hint(key: str, section: dict, known: list[str]) -> str:
-    """The key that may be meant, or that it is there already; without any, all that are not there, if few."""
+def _hint(key: str, section: dict, known: list[str], prefix: str = "") -> str:
+    """The key that may be meant, or that it is there already, or in another section; without any, all that
+    are not there, if few."""
+    if (meant := elsewhere(key)) and meant.removeprefix(prefix) in known:
+        return f"Did you mean {meant}?"
+    if close := _close(key, section, known):
+        return close
+    if near := settings_like(prefix + key):
+        return f"Did you mean {' or '.join(near)}?"
+    return _listed([name for name in known if name not in section])
+
+
+def _close(key: str, section: dict, known: list[str]) -> str:
+    """The known key that is like ``key``, or that it is there already; empty without any."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if close and close[0] in section:
         return f"{close[0]} is there as well, and is {section[close[0]]!r}."
-    if close := [name for name in close if name not in section]:
-        return f"Did you mean {' or '.join(close)}?"
-    return _listed([name for name in known if name not in section])
+    close = [name for name in close if name not in section]
+    return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _listed(names: list[str]) -> str:

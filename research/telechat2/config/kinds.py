@@ -7,16 +7,25 @@ number that it is. Quoted truth values and whole numbers stay errors: ``"False"`
 import math
 import re
 
+_GIGABYTES = re.compile(r"[1-9]\d*(\.\d*)?GB|0\.\d*[1-9]\d*GB")  # what MindSpore reads
+_SPELLED = {"gigabytes": _GIGABYTES, "prefix": re.compile(r"[^/]*"), "level": re.compile(r"O[0-2]")}
+_ITEMS = {"reals": "real", "wholes": "whole", "texts": "text", "sections": "section"}  # of a list
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 EXPECTED = {
     "bool": "True or False, without quotes",
     "whole": "a whole number, in digits and without quotes",
+    "count": "a whole number of at least 1, in digits and without quotes",
     "real": "a finite number, such as 1.0e-5",
     "text": "text",
     "list": "a list",
+    "wholes": "a list of whole numbers, such as [1, 6]",
     "reals": "a list of numbers, such as [0.9, 0.95]",
     "texts": "a list of texts",
     "section": "a section of settings",
+    "sections": "a list of sections, such as [{type: MFLossMonitor}]",
+    "gigabytes": "text such as '58GB'",
+    "prefix": "text without a slash",
+    "level": "O0, O1 or O2",
     "null": "null",
 }
 
@@ -38,7 +47,7 @@ def read_value(kind: str, value: object) -> object:
     kinds = kind.split("|")
     if "any" in kinds or any(_is(name, value) for name in kinds):
         return value
-    if value is None and "text" in kinds:
+    if value is None and not {"text", "gigabytes", "prefix", "level"}.isdisjoint(kinds):
         return value  # `load_checkpoint:` with nothing behind it
     if "real" in kinds and (number := _number(value)) is not None:
         return number
@@ -55,12 +64,14 @@ def _is(kind: str, value: object) -> bool:
         return isinstance(value, bool)
     if kind == "whole":
         return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "count":
+        return _is("whole", value) and value >= 1
     if kind == "real":
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind == "reals":
-        return isinstance(value, (list, tuple)) and all(_is("real", item) for item in value)
-    if kind == "texts":
-        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    if kind in _ITEMS:
+        return isinstance(value, (list, tuple)) and all(_is(_ITEMS[kind], item) for item in value)
+    if kind in _SPELLED:
+        return isinstance(value, str) and bool(_SPELLED[kind].fullmatch(value))
     types = {"text": str, "list": (list, tuple), "section": dict, "null": type(None)}
     return isinstance(value, types[kind])
 
@@ -79,10 +90,14 @@ def _hint(kinds: list[str], value: object) -> str:
         return ": True"
     if "bool" in kinds and str(value).lower() in ("false", "no", "off", "0"):
         return ": False"
-    if "whole" in kinds and isinstance(value, (str, float)) and not isinstance(value, bool):
+    if not {"whole", "count"}.isdisjoint(kinds) and isinstance(value, (str, float)):
         number = _number(str(value))
-        if number is not None and number == int(number):
+        if number is not None and number == int(number) and ("whole" in kinds or number >= 1):
             return f": {int(number)}"
+    if "gigabytes" in kinds and (found := re.fullmatch(r"0*([1-9]\d*(?:\.\d+)?) *G?I?B?", str(value), re.I)):
+        return f": '{found[1]}GB'"
+    if "sections" in kinds and _is("texts", value) and value:
+        return f": [{', '.join(f'{{type: {name}}}' for name in value)}]"
     if kinds == ["text"] and isinstance(value, (int, float)) and not isinstance(value, bool):
         return f", in quotes: '{value}'"
     return ""

@@ -24,7 +24,10 @@ _NOTED = {
         "enable_dump": "MindFormers 1.9 does not read it",
         "save_dump_path": "MindFormers 1.9 does not read it",
     },
-    "train_dataset": {"batch_size": "runner_config.batch_size decides on that"},
+    "train_dataset": {
+        "batch_size": "runner_config.batch_size decides on that",
+        "seed": "the seed at the top of the YAML decides on the order",
+    },
     "eval_dataset": {"batch_size": "runner_config.batch_size decides on that"},
     MODEL: {
         "auto_map": "the classes are this project's; MindIE reads the one that build_mindie_folder.py writes"
@@ -46,7 +49,7 @@ def leave_out(settings: dict) -> tuple[list[str], list[str]]:
         A note for each such setting, and a sentence for each that must be changed.
     """
     notes = [*_noted(settings), *_callbacks(settings), *_texts_for_nothing(settings)]
-    notes += _recomputation_on_cpus(settings)
+    notes += _not_on_cpus(settings)
     problems = []
     for found, problem in _dead_model_keys(settings):
         (problems if problem else notes).append(found)
@@ -65,7 +68,8 @@ def _noted(settings: dict) -> Iterator[str]:
                 yield _without_effect(place, key, keys[key])
     for which in ("train", "eval"):  # the same section once more
         for _, section in sections_at(settings, f"{which}_dataset_task.dataset_config"):
-            section.pop("batch_size", None)
+            for key in _NOTED[f"{which}_dataset"]:
+                section.pop(key, None)
 
 
 def _callbacks(settings: dict) -> Iterator[str]:
@@ -81,8 +85,9 @@ def _callbacks(settings: dict) -> Iterator[str]:
         ]
 
 
-def _recomputation_on_cpus(settings: dict) -> Iterator[str]:
-    """MindSpore fails to compile it there ("Graph cycle exists"); it saves memory and changes no number."""
+def _not_on_cpus(settings: dict) -> Iterator[str]:
+    """What MindSpore fails to compile there, and changes no number: recomputation ("Graph cycle exists"), and
+    the monitor, which writes by an operator."""
     if not any(context.get("device_target") == "CPU" for _, context in sections_at(settings, "context")):
         return
     for place, recompute in sections_at(settings, "recompute_config"):
@@ -90,6 +95,10 @@ def _recomputation_on_cpus(settings: dict) -> Iterator[str]:
             if recompute.get(key):
                 del recompute[key]
                 yield f"{place}.{key} is left out: it changes no number, and MindSpore has none on CPUs."
+    for place, monitor in sections_at(settings, "monitor_config"):
+        if monitor.get("monitor_on") is True:
+            monitor["monitor_on"] = False
+            yield f"{place}.monitor_on is left out: it writes by TensorDump, which MindSpore lacks on CPUs."
 
 
 def _texts_for_nothing(settings: dict) -> Iterator[str]:
@@ -158,6 +167,12 @@ def _to_change(settings: dict) -> Iterator[str]:
             f"pretrained_model_dir is {folder!r}, whose config.json MindFormers would mix into model_config; "
             f"write load_checkpoint: {folder!r} instead, which takes the folder as it is."
         )
+    for place, runner in sections_at(settings, "runner_config"):
+        if step := runner.pop("stop_step", None):
+            yield (
+                f"{place}.stop_step is {step!r}, and MindFormers 1.9 stops nothing by it; write {{type: "
+                f"TrainCallBack, stop_step: {step}}} into callbacks, or give --runner_config.epochs."
+            )
     if settings.get("use_legacy") is False:
         yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
 

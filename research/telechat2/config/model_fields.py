@@ -8,7 +8,7 @@ from pathlib import Path
 _SOURCE = Path(__file__).resolve().parents[1] / "telechat_config.py"
 _KINDS = {
     "int": "whole", "float": "real", "bool": "bool", "str": "text", "dict": "section", "list": "list",
-    "tuple": "list", "None": "null",
+    "list[int]": "wholes", "tuple[int, ...]": "wholes", "None": "null",
 }  # fmt: skip
 _SECTIONS = ("parallel_config", "moe_config")  # made of sections of the YAML
 
@@ -44,7 +44,7 @@ def _fields(tree: ast.Module) -> list[tuple[str, ast.expr, ast.expr]]:
 def _kind(annotation: ast.expr | None) -> str:
     if annotation is None:
         return "any"
-    names = [name.strip().split("[")[0] for name in ast.unparse(annotation).split("|")]
+    names = [name.strip() for name in ast.unparse(annotation).split("|")]
     return "|".join(dict.fromkeys(_KINDS.get(name, "any") for name in names))
 
 

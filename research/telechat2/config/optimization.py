@@ -10,6 +10,11 @@ from math import isfinite
 from research.telechat2.common.problems import check_all
 
 _PEAKS = ("learning_rate", "base_lr")
+_OF_MINDSPORE = (  # schedules of MindSpore itself, whose arguments are not known here
+    "CosineDecayLR", "ExponentialDecayLR", "InverseDecayLR", "NaturalExpDecayLR", "PolynomialDecayLR",
+    "WarmUpLR",
+)  # fmt: skip
+_TEMPLATE_RATE = 5e-5
 _ENDS = ("lr_end", "lr_end1", "lr_end2", "eta_min")
 
 
@@ -26,6 +31,7 @@ def check_optimization(settings: dict) -> None:
     Raises:
         ValueError: with the setting, its value, and what it must be.
     """
+    _check_stated_rate(settings)
     scaled = bool(settings.get("lr_scale"))
     checks = []
     for name, schedule in _schedules(settings):
@@ -41,6 +47,17 @@ def _check_runner(settings: dict) -> None:
         _positive("runner_wrapper.max_grad_norm", wrapper.get("max_grad_norm"))
     if not isinstance(wrapper.get("scale_sense"), dict):
         _positive("runner_wrapper.scale_sense", wrapper.get("scale_sense"))
+    check_run_numbers(settings)
+    for key in ("save_interleaved_steps", "save_max"):
+        _count(f"checkpoint.{key}", _section(settings, "checkpoint").get(key))
+
+
+def check_run_numbers(settings: dict) -> None:
+    """Check the numbers that evaluations have too: of ``runner_config``, records, and the seed.
+
+    Raises:
+        ValueError: with the setting, its value, and what it must be.
+    """
     runner = _section(settings, "runner_config")
     for key in ("epochs", "batch_size", "gradient_accumulation_steps"):
         _count(f"runner_config.{key}", runner.get(key))
@@ -50,10 +67,9 @@ def _check_runner(settings: dict) -> None:
         )
     if runner.get("sink_size") != -1:  # all steps of an epoch
         _count("runner_config.sink_size", runner.get("sink_size"))
-    for key in ("save_interleaved_steps", "save_max"):
-        _count(f"checkpoint.{key}", _section(settings, "checkpoint").get(key))
-    loader = _section(_section(settings, "train_dataset"), "data_loader")
-    _count("train_dataset.data_loader.num_samples", loader.get("num_samples"))
+    for which in ("train_dataset", "eval_dataset"):
+        loader = _section(_section(settings, which), "data_loader")
+        _count(f"{which}.data_loader.num_samples", loader.get("num_samples"))
     check_seed(settings.get("seed"))
 
 
@@ -72,6 +88,9 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
 
     Returns:
         What is legal and rarely meant; sentences.
+
+    Raises:
+        ValueError: the rate of the first step would be NaN.
     """
     notes = []
     for name, schedule in _schedules(settings):
@@ -80,6 +99,12 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
         warmup = schedule.get("warmup_steps") or 0
         if (ratio := schedule.get("warmup_ratio")) is not None:
             warmup = int(total * ratio)
+        if schedule.get("type") == "WarmUpStableDecayLR" and warmup == 0:
+            raise ValueError(
+                f"{name}: WarmUpStableDecayLR of MindFormers 1.9 divides by 0 in a first step without "
+                f"warm-up (warmup_steps {schedule.get('warmup_steps')}, warmup_ratio {ratio} of {total} "
+                f"steps); give --{name}.warmup_ratio null --{name}.warmup_steps 1 or more."
+            )
         if warmup >= steps and warmup > 1:
             notes.append(
                 f"{name}: the warm-up takes {warmup} steps and the run has {steps}, so {_peak(schedule)[0]} "
@@ -117,6 +142,38 @@ def _schedules(settings: dict) -> Iterator[tuple[str, dict]]:
 def _peak(schedule: dict) -> tuple[str, object]:
     """The name and the value of a schedule's highest rate."""
     return next(((key, schedule[key]) for key in _PEAKS if schedule.get(key) is not None), ("", None))
+
+
+def _check_stated_rate(settings: dict) -> None:
+    """Refuse a run whose rate nobody states, and a rate of the optimizer that is not the schedule's.
+
+    Where there is no schedule MindFormers' template fills one in, and a schedule replaces
+    ``optimizer.learning_rate``.
+    """
+    trains = settings.get("run_mode") in ("train", "finetune")
+    given = _section(settings, "optimizer").get("learning_rate")
+    schedules = list(_schedules(settings))
+    for name, schedule in schedules or [("lr_schedule", {})] if trains else []:
+        unknown = schedule.get("type") in _OF_MINDSPORE or "auto_register" in schedule
+        if _peak(schedule)[1] is None and not unknown:
+            rate = given if _is_rate(given) else "RATE"
+            instead = "" if schedule else f" (MindFormers would take a cosine from {_TEMPLATE_RATE})"
+            raise ValueError(
+                f"{name}.learning_rate is not stated{instead}; give --{name}.learning_rate {rate}. A "
+                "learning_rate of the section optimizer is not read."
+            )
+    for name, schedule in schedules[:1]:
+        key, peak = _peak(schedule)
+        if given is not None and peak is not None and given != peak:
+            raise ValueError(
+                f"optimizer.learning_rate is {given} and {name}.{key} is {peak}, which MindFormers takes "
+                f"instead; give --{name}.{key} {given if _is_rate(given) else 'RATE'}, or leave "
+                "optimizer.learning_rate out (null)."
+            )
+
+
+def _is_rate(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_rates(name: str, schedule: dict, scaled: bool) -> None:

@@ -12,8 +12,8 @@ TOP_LEVEL = table(
     "runner_config:section parallel:section context:section train_dataset:section "
     "train_dataset_task:section processor:section eval_dataset:section eval_dataset_task:section "
     "trainer:section model:section runner_wrapper:section optimizer:section lr_schedule:section "
-    "metric:section|list callbacks:list monitor_config:section eval_callbacks:list checkpoint:section "
-    "tensorboard:section grouped_lr_schedule:section "
+    "metric:section|sections callbacks:sections monitor_config:section eval_callbacks:sections "
+    "checkpoint:section tensorboard:section grouped_lr_schedule:section "
     # the run
     "seed:whole|null output_dir:text run_mode:text use_parallel:bool resume_training:bool|text|null "
     "print_separate_loss:bool load_checkpoint:text load_ckpt_format:text auto_trans_ckpt:bool|null "
@@ -37,8 +37,8 @@ TOP_LEVEL = table(
 )
 _DATASET = table(
     "data_loader:section input_columns:texts output_columns:texts|null construct_args_key:texts|null "
-    "num_parallel_workers:whole python_multiprocessing:bool drop_remainder:bool numa_enable:bool "
-    "prefetch_size:whole batch_size:whole repeat:whole seed:whole profile:bool auto_tune:bool "
+    "num_parallel_workers:count python_multiprocessing:bool drop_remainder:bool numa_enable:bool "
+    "prefetch_size:count batch_size:whole repeat:count seed:whole profile:bool auto_tune:bool "
     "filepath_prefix:text autotune_per_step:whole eod_reset:bool eod_token_id:whole|null "
     "dynamic_batch:bool divisor:whole remainder:whole token_monitor:bool token_monitor_config:section "
     "shuffle:bool|text max_length:whole mock_config:section"
@@ -85,12 +85,13 @@ SECTIONS = {
         "load_file:text save_file:text only_trainable_params:bool"
     ),
     "context": table(
-        "mode:whole device_target:text device_id:whole max_device_memory:text mempool_block_size:text "
-        "memory_optimize_level:text save_graphs:bool|whole save_graphs_path:text max_call_depth:whole "
-        "ascend_config:section dataset_broadcast_opt_level:whole jit_config:section jit_level:text "
+        "mode:whole device_target:text device_id:whole max_device_memory:gigabytes "
+        "mempool_block_size:gigabytes memory_optimize_level:text save_graphs:bool|whole "
+        "save_graphs_path:text max_call_depth:count "
+        "ascend_config:section dataset_broadcast_opt_level:whole jit_config:section jit_level:level "
         "infer_boost:text affinity_cpu_list:section|null affinity_config:section|text|null"
     ),
-    "context.jit_config": table("jit_level:text infer_boost:text"),
+    "context.jit_config": table("jit_level:level infer_boost:text"),
     "context.ascend_config": table(
         "precision_mode:text jit_compile:any atomic_clean_policy:whole matmul_allow_hf32:bool "
         "conv_allow_hf32:bool exception_dump:any op_precision_mode:text op_debug_option:text "
@@ -115,7 +116,7 @@ SECTIONS = {
     ),
     "checkpoint": table(
         "load_path:text no_load_optim:bool load_balanced:bool reshard_worker_num:whole save_path:text "
-        "prefix:text save_max:whole save_interleaved_steps:whole no_save_optim:bool async_save:bool "
+        "prefix:prefix save_max:whole save_interleaved_steps:whole no_save_optim:bool async_save:bool "
         "save_remove_redundancy:bool"
     ),
     "monitor_config": table(

@@ -1,10 +1,32 @@
 """The settings of a run that evaluates: what MindFormers or MindSpore would refuse is set right here."""
 
+from research.telechat2.config.optimization import check_run_numbers
 from research.telechat2.telechat_pipeline import partition
 
 METRIC = "TelechatPerplexity"
 # MindFormers' metric of the same name in older YAMLs: a mean of batches' means, of logits on the host.
 REPLACED_METRICS = ("PerplexityMetric",)
+
+
+def check_evaluation_settings(config: dict, overrides: dict[str, object]) -> None:
+    """Refuse what an evaluation would pass over, and take out, in place, what it does not need.
+
+    Args:
+        config: the settings.
+        overrides: what the command line gave of them.
+
+    Raises:
+        ValueError: records are counted for the training data, or a batch or a seed that cannot be.
+    """
+    if (samples := overrides.get("train_dataset.data_loader.num_samples")) is not None:
+        raise ValueError(
+            f"--num_samples {samples} is of the training data, which an evaluation does not read; give "
+            f"--eval_dataset.data_loader.num_samples {samples}."
+        )
+    check_run_numbers(config)
+    if config.get("resume_training"):
+        print("note: resume_training has no effect in an evaluation: the weights alone are read", flush=True)
+        config["resume_training"] = False
 
 
 def prepare_evaluation(config: dict, *, training: bool) -> None:

@@ -31,14 +31,14 @@ def check_resumption(saved: TrainingRecord | None, common: dict, now: TrainingRe
 
     Raises:
         ValueError: with all that differs: the records of the next steps would not be those of a run that was
-            never stopped.
+            never stopped, or the optimizer's states not be those that it reads.
     """
     step = common["step_num"]
     differing = _differing(saved, common, now)
     if differing:
         listed = "\n".join(f"  {line}" for line in differing)
         raise ValueError(
-            f"cannot resume{_after(step)}: the data would not go on at the record where it stopped.\n"
+            f"cannot resume{_after(step)}: the run would not go on as it stopped.\n"
             f"{listed}\nGive these as they were. {_WITHOUT}"
         )
     total = now.total_steps
@@ -76,6 +76,9 @@ def _differing(saved: TrainingRecord | None, common: dict, now: TrainingRecord) 
         before, after = getattr(saved, name), getattr(now, name)
         if before != after and not (name == "steps_per_epoch" and None in (before, after)):
             lines.append(f"{title}: {before} -> {after}")
+    before, after = saved.optimizer.get("type"), now.optimizer.get("type")
+    if before != after:
+        lines.append(f"optimizer.type, whose states are of another kind: {before} -> {after}")
     return lines + _within_a_sink(common["step_num"], now)
 
 
