@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -162,12 +163,25 @@ def main(command):
     Args:
         command: the name of its file.
     """
+    _listen()
     try:
         notes = check_environment(command)
     except ValueError as error:
         sys.exit(_told(f"error: {error}"))
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
+
+
+def _listen():
+    """Until the command has its own handlers Ctrl-C ends it with status 130, and no traceback of an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number, frame):
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _told(sentence):
