@@ -149,3 +149,11 @@ def test_a_package_that_an_option_needs_is_named(tmp_path):
     told = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
     assert "mindspore: not installed" in one_error(told)
     assert shutil.which("python")
+
+
+def test_ctrl_c_in_the_imports_ends_without_a_traceback():
+    """A command has its own handlers later, when its modules are imported."""
+    check = f"import runpy; runpy.run_path({environment.__file__!r})['main']('convert_weight.py')"
+    code = f"{check}; import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (told.returncode, told.stdout, told.stderr) == (130, "", "interrupted\n")

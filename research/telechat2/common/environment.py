@@ -173,7 +173,7 @@ def main(command):
 
 
 def _listen():
-    """Until the command has its own handlers Ctrl-C ends it with status 130, and no traceback of an import."""
+    """Until the command has its handlers Ctrl-C ends it with status 130, without an import's traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 

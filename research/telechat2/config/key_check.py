@@ -89,8 +89,8 @@ def _take_foreign(section: dict, group: str, place: str, known: dict[str, str]) 
         value = section.pop(key)
         if value is not None:
             problems.append(
-                f"{place}.{key} is {value!r}, and {section['type']} has no such argument; remove it, or where a "
-                f"base YAML states it write {key}: null. {_close(key, section, list(known))}".rstrip()
+                f"{place}.{key} is {value!r}, and {section['type']} has no such argument; remove it, or "
+                f"where a base YAML states it write {key}: null. {_close(key, section, list(known))}".rstrip()
             )
     return problems
 
