@@ -1,5 +1,7 @@
 """What the arguments of run_mindformer.py mean: files, folders, values and overrides."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,10 +172,6 @@ def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
     (tmp_path / "d.yaml").write_text("base_config: nowhere.yaml\n")
     with pytest.raises(ValueError, match=r"d\.yaml stands on base_config nowhere\.yaml"):
         read_config(tmp_path / "d.yaml")
-    (tmp_path / "f.yaml").write_text("base_config: g.yaml\n")
-    (tmp_path / "g.yaml").write_text("base_config: f.yaml\n")
-    with pytest.raises(ValueError, match=r"g\.yaml stands on base_config f\.yaml"):
-        read_config(tmp_path / "f.yaml")
     (tmp_path / "h.yaml").write_text("base_config: 3\n")
     with pytest.raises(ValueError, match=r"h\.yaml: base_config is \[3\]"):
         read_config(tmp_path / "h.yaml")
@@ -229,7 +227,9 @@ def test_a_value_is_written_as_it_is_read(value):
     ],
     ids=["itself", "circle", "list", "section", "deep", "encoding"],
 )  # fmt: skip
-def test_a_file_without_end_or_in_another_encoding_is_named(tmp_path, files, named):
+def test_a_file_without_end_or_in_another_encoding_is_named(tmp_path, files, named, request):
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # libraries raise it
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / f"{name}.yaml").write_bytes(content)

@@ -217,12 +217,6 @@ def _check_choices(config) -> None:
             f"document_start_ids is {config.document_start_ids}; ids lie between 0 and vocab_size - 1 = "
             f"{config.vocab_size - 1}."
         )
-    for name in ("theta", "rms_norm_eps", "sigma"):
-        value = getattr(config, name)
-        if value < 0 or (name == "theta" and value == 0):
-            raise ValueError(
-                f"{name} is {value!r}; it must be {'above 0' if name == 'theta' else '0 or more'}."
-            )
     for name in ("embed_dropout_prob", "hidden_dropout_prob"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")

@@ -53,7 +53,7 @@ def leave_out(settings: dict) -> tuple[list[str], list[str]]:
     problems = []
     for found, problem in _dead_model_keys(settings):
         (problems if problem else notes).append(found)
-    return notes, problems + list(_to_change(settings))
+    return notes, [*problems, *_to_change(settings), *_stop_step(settings)]
 
 
 def _without_effect(place: str, key: str, reason: str) -> str:
@@ -139,6 +139,15 @@ def _dead_model_keys(settings: dict) -> Iterator[tuple[str, bool]]:
                 yield f"{MODEL}.{key} is {value!r}, but {reason}. Remove it, if that is your model.", True
 
 
+def _stop_step(settings: dict) -> Iterator[str]:
+    for place, runner in sections_at(settings, "runner_config"):
+        if step := runner.pop("stop_step", None):
+            yield (
+                f"{place}.stop_step is {step!r}, and MindFormers 1.9 stops nothing by it; write {{type: "
+                f"TrainCallBack, stop_step: {step}}} into callbacks, or give --runner_config.epochs."
+            )
+
+
 def _to_change(settings: dict) -> Iterator[str]:
     for _, context in sections_at(settings, "context"):
         if "deterministic" in context:
@@ -167,12 +176,6 @@ def _to_change(settings: dict) -> Iterator[str]:
             f"pretrained_model_dir is {folder!r}, whose config.json MindFormers would mix into model_config; "
             f"write load_checkpoint: {folder!r} instead, which takes the folder as it is."
         )
-    for place, runner in sections_at(settings, "runner_config"):
-        if step := runner.pop("stop_step", None):
-            yield (
-                f"{place}.stop_step is {step!r}, and MindFormers 1.9 stops nothing by it; write {{type: "
-                f"TrainCallBack, stop_step: {step}}} into callbacks, or give --runner_config.epochs."
-            )
     if settings.get("use_legacy") is False:
         yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
 
