@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Start a command on one or more devices, with MindFormers' positional arguments.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 
 usage() {
     cat >&2 <<'TEXT'

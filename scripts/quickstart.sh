@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # From raw dialogues to answers on a CPU: tokenizer, data, fine-tuning, checkpoint conversion both ways, questions.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

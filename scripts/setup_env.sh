@@ -47,6 +47,9 @@ setup_activate() {  # checkout
     fi
     # shellcheck disable=SC1091
     source "$1/.venv/bin/activate"
+    [[ "$VIRTUAL_ENV" -ef "$1/.venv" ]] ||
+        setup_fail "$1/.venv was made as $VIRTUAL_ENV, and does not work elsewhere (was the checkout moved or copied?);" \
+            "delete it (rm -r '$1/.venv') and run this command again."
 }
 
 setup_install() {  # checkout

@@ -2,6 +2,7 @@
 # Install what is missing, check style, run the tests. Arguments go to pytest: bash scripts/test.sh -k tokenizer
 # --yes, as the first argument, installs into an active environment without asking; so does a run without a
 # terminal, which is that of a CI in an environment of its own.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

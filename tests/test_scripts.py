@@ -64,6 +64,16 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert [line for line in lines if not line.startswith("#")] == ["bash scripts/test.sh"]
 
 
+@pytest.mark.parametrize("words", [["quickstart.sh", "--help"], ["msrun_launcher.sh", "echo a [b]", "1"]])
+def test_scripts_work_when_sh_starts_them(words, tmp_path):
+    """``sh`` is dash on Debian and Ubuntu, which knows neither pipefail nor arrays."""
+    shell = shutil.which("dash") or pytest.skip("no dash")
+    command = [shell, str(CHECKOUT / "scripts" / words[0]), *words[1:]]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith(("usage: bash scripts/quickstart.sh", "a [b]\n"))
+
+
 COMMAND = "python x.py --a 1"
 NINE = ["16", "8", "192.168.1.1", "8118", "1", "logs", "True", "300"]
 
@@ -429,6 +439,15 @@ def test_a_folder_that_is_no_environment_is_not_filled(copy, fake_bin):
     (copy / ".venv" / "mine").touch()
     result, asked = setup(copy, fake_bin)
     assert (result.returncode, asked) == (1, []) and "is no Python environment" in result.stderr
+
+
+def test_an_environment_of_a_checkout_that_was_moved_is_named(copy, fake_bin, tmp_path):
+    """Its ``activate`` holds the old path, and would leave the system's python active."""
+    setup(copy, fake_bin)
+    moved = copy.rename(tmp_path / "moved 模型")
+    result, asked = setup(moved, fake_bin)
+    assert (result.returncode, asked) == (1, [])
+    assert f"{moved}/.venv" in result.stderr and f"{copy}/.venv" in result.stderr and "rm -r" in result.stderr
 
 
 def test_condas_base_is_no_active_environment(copy, fake_bin, tmp_path):
