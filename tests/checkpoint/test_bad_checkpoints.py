@@ -259,6 +259,23 @@ def test_a_bare_pickle_is_no_broken_download_and_runs_nothing(tmp_path, protocol
     assert not (tmp_path / "EXECUTED").exists()
 
 
+def test_a_name_of_a_hub_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="TeleAI/TeleChat2-7B does not exist.*download the model"):
+        convert_to_mindspore("TeleAI/TeleChat2-7B", "new")
+
+
+def test_the_folder_that_one_is_in_is_a_source_and_a_target(hf, tmp_path, monkeypatch):
+    monkeypatch.chdir(hf)
+    convert_to_mindspore(".", "../new")
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    convert_to_torch("../new", ".")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    monkeypatch.chdir(tmp_path / "new")
+    convert_to_torch(".", "../third")
+
+
 def test_an_adapter_is_no_model(hf, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(next(hf.glob("*.safetensors")).read_bytes())

@@ -117,8 +117,7 @@ def config_beside(path: Path) -> Path | None:
     For ``x.safetensors`` it is ``x.safetensors.config.json``, or else ``config.json`` of its folder; for a
     folder ``iteration_*`` or ``rank_*`` also that of the folder above.
     """
-    own = path.with_name(f"{path.name}.{CONFIG}")
-    if not path.is_dir() and own.is_file():
+    if not path.is_dir() and (own := path.with_name(f"{path.name}.{CONFIG}")).is_file():
         return own
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     while not (folder / CONFIG).is_file():

@@ -178,7 +178,11 @@ def _read_files(files: list[Path], allowed) -> list[StoredTensor]:
 
 def _files(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; expected a checkpoint file or folder")
+        hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+        raise ValueError(
+            f"{folder} does not exist; expected a checkpoint file or folder"
+            + ("; names of models on a hub are not looked up, download the model first" if hub else "")
+        )
     # Not hidden files: unfinished ones, ours and those of the hubs' download tools.
     found = (file for file in folder.glob(pattern) if not file.name.startswith("."))
     return sorted(file for file in found if file.is_file())
