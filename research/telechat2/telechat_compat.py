@@ -53,11 +53,13 @@ from mindspore import Tensor, nn, ops
 from mindspore.train.callback import Callback
 
 from research.telechat2.compat.pipeline import read_as_rows
-from research.telechat2.generation.padding import Rows, pad_rows
+from research.telechat2.config.optimization import check_seed
+from research.telechat2.generation.padding import Rows, check_ids, pad_rows
 from research.telechat2.generation.sampling import Sampling, check_finite, next_token, row_generators
 from research.telechat2.telechat_chunks import read_in_chunks
 from research.telechat2.telechat_pool import check_pool
 from research.telechat2.telechat_rope_requests import limits_of_rows, longest_of_rows
+from research.telechat2.telechat_sampling_rules import check_spelling
 
 __all__ = [
     "AddedToken",
@@ -341,9 +343,12 @@ class PreTrainedModel(_PreTrainedModel):
         with NumPy's global random numbers.
 
         Raises:
-            ValueError: a setting of sampling is none, the blocks of the cache may run out, or the logits
-                of a step are no numbers.
+            ValueError: a setting of sampling is none or misspelt, the seed is none, an id is no row of the
+                embedding, the blocks of the cache may run out, or the logits of a step are no numbers.
         """
+        check_seed(seed)
+        if isinstance(kwargs.get("eos_token_id"), int):
+            kwargs["eos_token_id"] = [kwargs["eos_token_id"]]
         if isinstance(input_ids, Rows):
             preferred = (kwargs.get("pad_token_id"), self.config.pad_token_id)
             ends = _ids_of(kwargs.get("eos_token_id")) | _ids_of(self.config.eos_token_id)
@@ -351,12 +356,12 @@ class PreTrainedModel(_PreTrainedModel):
                 input_ids, [padding for padding in preferred if padding not in ends]
             )
         settings = deepcopy(generation_config or GenerationConfig.from_model_config(self.config))
-        settings.update(**kwargs)
+        check_spelling(settings.update(**kwargs))
         self.sampling = Sampling.of(settings)
         rows = np.array(input_ids)
-        lengths, _ = get_valid_length_each_example(
-            rows.reshape(-1, rows.shape[-1]), settings.pad_token_id or 0
-        )
+        rows = rows.reshape(-1, rows.shape[-1])
+        lengths, _ = get_valid_length_each_example(rows, settings.pad_token_id or 0)
+        check_ids(rows, lengths, self.config.vocab_size)
         self.prompt_lengths = lengths
         self.random = row_generators(len(lengths), seed) if self.sampling.do_sample else None
         if not self.config.use_past:

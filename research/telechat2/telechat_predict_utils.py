@@ -8,6 +8,7 @@ from pathlib import Path
 
 from research.telechat2 import telechat_prompt_format
 from research.telechat2.checkpoint.relatives.stated import settle_with
+from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.data.formats import Conversation
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary
@@ -201,6 +202,7 @@ def load_predictor(
             of sampling is none.
     """
     check_generation(generation or {})
+    _check_arguments(prompt_format, max_length, seed)
     config = read_config(Path(yaml_file))
     for note in check_settings(config, source=yaml_file):
         print(f"note: {note}", file=sys.stderr)
@@ -249,12 +251,23 @@ def load_predictor(
     return Predictor(model, tokenizer, prompt_format, *limit, given, group, str(checkpoint))
 
 
+def _check_arguments(prompt_format: str | None, max_length: int | None, seed: int | None) -> None:
+    """ValueError if an argument of ``load_predictor`` is none, before anything is read."""
+    check_seed(seed)
+    if prompt_format is not None:
+        telechat_prompt_format.check(prompt_format)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; it must be at least 1.")
+
+
 def check_generation(given: dict) -> None:
-    """ValueError if an argument of ``generate`` is misspelt, or a setting of sampling is none."""
+    """ValueError if an argument of ``generate`` is misspelt, or none."""
     for name in given:
         if name not in GENERATION:
             raise ValueError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
     check_sampling(given)
+    if (tokens := given.get("max_new_tokens")) is not None and tokens < 1:
+        raise ValueError(f"max_new_tokens is {tokens}; it must be at least 1.")
 
 
 def _vocab_file_beside(checkpoint) -> Path | None:

@@ -1,7 +1,8 @@
 """What the settings of sampling may be: rules that need neither MindSpore nor NumPy."""
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
 # Each setting with the value that leaves the distribution as the model has it; None does so, too.
@@ -26,6 +27,13 @@ def check_sampling(values: Mapping[str, object]) -> None:
             expected = _EXPECTED[name]
             if not _RULES[name](value):
                 raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+def check_spelling(names: Iterable[str]) -> None:
+    """ValueError if one of ``names``, which no library knows, is nearly a setting of sampling."""
+    for name in names:
+        if meant := difflib.get_close_matches(name, SAMPLING, n=1, cutoff=0.8):
+            raise ValueError(f"{name} is no setting of an answer. Did you mean {meant[0]}?")
 
 
 def _is_positive(value) -> bool:

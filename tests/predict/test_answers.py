@@ -95,6 +95,36 @@ def test_a_misspelt_setting_is_refused():
         load_predictor("no.yaml", generation={"temprature": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"seed": -1}, "seed is -1"), ({"seed": "a"}, "seed is 'a'"), ({"prompt_format": "chatml"}, "'chatml'"),
+     ({"max_length": 0}, "max_length is 0"), ({"generation": {"max_new_tokens": 0}}, "max_new_tokens is 0")],
+)  # fmt: skip
+def test_arguments_that_are_none_are_refused_before_anything_is_read(given, said):
+    with pytest.raises(ValueError, match=said):
+        load_predictor("no.yaml", **given)
+
+
+def test_the_models_own_generate_refuses_what_it_cannot_take(predictor):
+    """An id outside the embedding would end MindSpore's graph, and every later answer of the process."""
+    model, few = predictor.model, {"max_new_tokens": 2}
+    size = model.config.vocab_size
+    for arguments, said in (
+        ({"temprature": 0.5}, "temprature .* temperature"),
+        ({"do_sample": True, "seed": -1}, "seed is -1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.generate([[4, 20]], **few, **arguments)
+    for rows, said in (
+        ([[4, size]], f"prompt 1 of 1 .* {size} at position 1"),
+        ([[4, 20], [-5, 4]], "2 of 2 .* -5"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.generate(rows, **few)
+    found = np.array(model.generate([[4, size - 1]], eos_token_id=2, **few))
+    assert found.tolist() == np.array(model.generate([[4, size - 1]], eos_token_id=[2], **few)).tolist()
+
+
 def test_settings_that_draw_nothing_are_named(limits, capsys):
     name_settings_without_effect(limits(top_k=5, temperature=0.7, top_p=1.0))
     assert capsys.readouterr().err.startswith("--temperature 0.7, --top_k 5: without effect")

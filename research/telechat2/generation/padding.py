@@ -30,5 +30,26 @@ def pad_rows(rows: Sequence[Sequence[int]], preferred: Sequence[int | None] = ()
     return np.array(filled, np.int32), padding
 
 
+def check_ids(rows: np.ndarray, lengths: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that are no row of the embedding: MindSpore fails at them, and at every later step too.
+
+    Args:
+        rows: ``[B, longest]`` ids; beyond ``lengths`` they are padding, which may be anything.
+        lengths: ``[B]``.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        ValueError: names the row, the position and the id.
+    """
+    inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
+    wrong = np.argwhere(inside & ((rows < 0) | (rows >= vocab_size)))
+    if len(wrong):
+        row, position = wrong[0]
+        raise ValueError(
+            f"prompt {row + 1} of {len(rows)} has the id {rows[row, position]} at position {position}, but "
+            f"the model's vocab_size is {vocab_size}; encode it with the tokenizer of this model."
+        )
+
+
 def _is_id(value) -> bool:
     return isinstance(value, int) and value >= 0

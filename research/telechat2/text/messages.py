@@ -106,7 +106,9 @@ def checked(messages, allow_empty: bool) -> list[dict]:
 
 
 def check_question(messages: list[dict]) -> None:
-    """ValueError if the last message is a question that asks nothing."""
+    """ValueError if the last message is a question that asks nothing, or there is none."""
+    if not messages:
+        raise ValueError("there is no message to answer; expected at least a question")
     last = messages[-1]
     if last["role"] == "user" and is_blank(joined(last, len(messages))["content"]):
         raise ValueError(f"message {len(messages)} is an empty question; expected some text to answer")
