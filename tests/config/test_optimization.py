@@ -49,6 +49,7 @@ def schedule(**settings) -> dict:
             schedule() | {"optimizer": {"learning_rate": 1e-3}},
             "optimizer.learning_rate is 0.001 and lr_schedule.learning_rate is 0.0001",
         ),
+        (schedule(type="CosineAnnealingLR", base_lr=1e-3), "learning_rate 0.0001 and base_lr 0.001"),
         ({"run_mode": "finetune"}, "lr_schedule.learning_rate is not stated .*5e-05"),
         (
             {"run_mode": "train", "lr_schedule": {"type": "cosine"}},

@@ -21,10 +21,11 @@ _RESTARTS = table(
 )
 _POLYNOMIAL = table(_RATE + _STEPS + "lr_end:real power:real decay_steps:whole|null warmup_epochs:whole|null")
 _ANNEALING = table(
-    "base_lr:real learning_rate:real t_max:whole eta_min:real total_steps:whole|null warmup_epochs:whole|null"
+    "base_lr:real learning_rate:real|null t_max:whole eta_min:real total_steps:whole|null "
+    "warmup_epochs:whole|null"
 )
 _WARM_RESTARTS = table(
-    "base_lr:real learning_rate:real t_0:whole t_mult:whole eta_min:real total_steps:whole|null "
+    "base_lr:real learning_rate:real|null t_0:whole t_mult:whole eta_min:real total_steps:whole|null "
     "warmup_epochs:whole|null"
 )
 _ADAMW = (

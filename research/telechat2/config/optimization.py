@@ -180,6 +180,12 @@ def _check_rates(name: str, schedule: dict, scaled: bool) -> None:
     for key in (*_PEAKS, *_ENDS, "warmup_lr_init"):
         _number(f"{name}.{key}", schedule.get(key), "0 or more", lambda value: value >= 0)
     _number(f"{name}.num_cycles", schedule.get("num_cycles"), "above 0", lambda value: value > 0)
+    rates = [schedule.get(key) for key in _PEAKS]
+    if None not in rates and rates[0] != rates[1]:
+        raise ValueError(
+            f"{name} has learning_rate {rates[0]} and base_lr {rates[1]}, which alone is read; give "
+            f"--{name}.base_lr, and --{name}.learning_rate null."
+        )
     peak_name, peak = _peak(schedule)
     if peak is None or scaled:  # lr_scale multiplies the rate, by the batch size
         return
