@@ -95,6 +95,19 @@ def test_what_may_change_is_told_with_both_values(changes, told):
     assert len(notes) == 2 and told in notes[1]
 
 
+def test_settings_that_change_the_numbers_of_a_step_are_told():
+    """Also of a YAML that states a default by now, which is no change; an earlier version recorded none."""
+    saved = {
+        "model_config.theta": 10000.0,
+        "model_config.document_start_ids": [1, 6],
+        "runner_wrapper.a": None,
+    }
+    now = {"model_config.theta": 10000.0, "model_config.document_start_ids": []}
+    told = check_resumption(replace(RECORD.at(8), others=saved), common(8), replace(RECORD, others=now))
+    assert told[1:] == ["model_config.document_start_ids: [1, 6] -> [], from this step on"]
+    assert len(check_resumption(RECORD.at(8), common(8), replace(RECORD, others=now))) == 1
+
+
 def test_a_finished_run_goes_on_with_more_epochs_by_the_longer_schedule():
     position, note = check_resumption(RECORD.at(15), common(15), replace(RECORD, epochs=5))
     assert "after step 15 of 25: at epoch 4, step 1 of 5" in position

@@ -98,6 +98,15 @@ def test_a_run_is_described_from_its_settings_and_data(dataset):
     record = describe_training(settings(seed=3, context={"device_target": "CPU"}), dataset)
     assert (record.records, record.steps_per_epoch, record.epochs, record.total_steps) == (7, 3, 3, 9)
     assert (record.seed, record.sink_size, record.devices) == (3, 0, 1)
+    assert record.others["model_config.theta"] == 10000.0  # a default
+    changed = settings(
+        model={"model_config": {"theta": 2e4, "use_past": True}}, runner_wrapper={"max_grad_norm": 2.0}
+    )
+    others = describe_training(changed, []).others
+    assert {key: value for key, value in others.items() if record.others.get(key) != value} == {
+        "model_config.theta": 2e4,
+        "runner_wrapper.max_grad_norm": 2.0,
+    }
     sinking = settings(context={"device_target": "Ascend"})
     sinking["runner_config"] |= {"sink_mode": True, "sink_size": 2}
     # 3 epochs of 3 steps are 9; MindFormers trains int(3 / 2 * 3) = 4 sinks of 2

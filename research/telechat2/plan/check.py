@@ -143,7 +143,9 @@ def _check_devices(settings: dict, config, kind: str, device_num: int | None, de
     if kind == "semi_auto":
         _check_context(settings, config, device_num or devices)
     elif device_num not in (None, 1) and kind == "single":
-        raise ValueError(f"use_parallel is False, so the run takes 1 device, not {device_num}.")
+        raise ValueError(
+            f"use_parallel is False, so the run takes 1 device, not {device_num}; set use_parallel to True, or take 1."
+        )
 
 
 def _check_kernels(settings: dict, config) -> None:

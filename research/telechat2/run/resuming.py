@@ -134,13 +134,23 @@ def _changes(saved: TrainingRecord | None, now: TrainingRecord) -> list[str]:
         )
     if saved.devices != now.devices:
         notes.append(f"devices: {saved.devices} -> {now.devices}, with as many records in a step")
-    for section in ("lr_schedule", "optimizer"):
-        before, after = _plain(getattr(saved, section)), _plain(getattr(now, section))
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                notes.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}, from this step on")
+    notes += _changed_settings(saved, now)
     if None in (saved.data, now.data):
         notes.append("the data is not compared: it is no set of MindRecord files")
+    return notes
+
+
+def _changed_settings(saved: TrainingRecord, now: TrainingRecord) -> list[str]:
+    """Settings whose values differ, with both."""
+    pairs = [(f"{name}.", getattr(saved, name), getattr(now, name)) for name in ("lr_schedule", "optimizer")]
+    if None not in (saved.others, now.others):
+        pairs.append(("", saved.others, now.others))
+    notes = []
+    for prefix, *both in pairs:
+        before, after = map(_plain, both)
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                notes.append(f"{prefix}{key}: {before.get(key)} -> {after.get(key)}, from this step on")
     return notes
 
 

@@ -12,11 +12,21 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from research.telechat2.config.model_fields import model_defaults
 from research.telechat2.telechat_files import atomic_write
 
 NAME = "training.json"
 _WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks
 _BLOCK_BYTES = 2**20
+_NAMES = ("type", "auto_register")
+# of model_config: of prediction, of a plan, or told by others and by the weights
+_NOT_TRAINED = (
+    "batch_size", "use_past", "qkv_concat", "is_dynamic", "block_size", "num_blocks", "prefill_chunk",
+    "top_k", "top_p", "do_sample", "temperature", "repetition_penalty", "max_decode_length", "offset",
+    "checkpoint_name_or_path", "pp_interleave_num", "fine_grain_interleave", "disable_lazy_inline",
+    "calculate_per_token_loss", "bos_token_id", "eos_token_id", "sigma", "mean", "max_position_embedding",
+    "base_seqlen", "training_seqlen", "n_kv_heads", "intermediate_size",
+)  # fmt: skip
 _DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
 
 
@@ -35,6 +45,8 @@ class TrainingRecord:
         sink_size: steps of a sink; 0: without sink mode.
         seed, shuffle: of the order of the records.
         lr_schedule, optimizer: their sections of the YAML.
+        others: other settings that change the numbers of a step, by their dotted names; None: not recorded,
+            by an earlier version.
     """
 
     step: int
@@ -49,6 +61,7 @@ class TrainingRecord:
     shuffle: object
     lr_schedule: dict
     optimizer: dict
+    others: dict | None = None
 
     @property
     def total_steps(self) -> int | None:
@@ -80,7 +93,8 @@ def read_record(folder: Path) -> TrainingRecord | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return TrainingRecord(**{field.name: found[field.name] for field in fields(TrainingRecord)})
+        names = [field.name for field in fields(TrainingRecord) if field.name != "others"]
+        return TrainingRecord(**{name: found[name] for name in names}, others=found.get("others"))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is broken ({error}); copy the checkpoint again, or delete this file: the data is then "
@@ -120,7 +134,20 @@ def describe_training(config: dict, files: list[Path]) -> TrainingRecord:
         shuffle=loader.get("shuffle"),
         lr_schedule=dict(config.get("lr_schedule") or {}),
         optimizer=dict(config.get("optimizer") or {}),
+        others=_others(config),
     )
+
+
+def _others(config: dict) -> dict:
+    """Settings beside schedule and optimizer by which a step gives other numbers, with their defaults."""
+    model = (config.get("model") or {}).get("model_config") or {}
+    dataset, wrapper = config.get("train_dataset") or {}, config.get("runner_wrapper") or {}
+    moe = config.get("moe_config") or {}
+    found = {f"model_config.{key}": model.get(key, default) for key, default in model_defaults().items()}
+    found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in _NOT_TRAINED}
+    found |= {f"runner_wrapper.{key}": value for key, value in wrapper.items() if key not in _NAMES}
+    found |= {f"moe_config.{key}": value for key, value in moe.items()}
+    return found | {"train_dataset.input_columns": dataset.get("input_columns")}
 
 
 def device_num() -> int:
