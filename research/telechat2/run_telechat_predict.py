@@ -48,10 +48,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     parser.add_argument(
-        "--input_txt", help="a text file that is one question, or data as for --question_file"
+        "--input_txt",
+        action="append",
+        default=[],
+        help="a text file that is one question, or data as for --question_file",
     )
     parser.add_argument(
         "--question_file",
+        action="append",
+        default=[],
         help="a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, "
         ".json, packed or not, directories): the last answer is cut off, and need not be there",
     )
@@ -112,12 +117,10 @@ def main() -> None:
     from research.telechat2.telechat_predict_utils import load_predictor
 
     questions = [asking.question(text, args.system) for text in args.question]
-    if args.input_txt:
-        questions += asking.read_prompts(args.input_txt, args.system, ignored_fields(args.ignore_fields))
-    if args.question_file:
-        questions += asking.read_questions(
-            args.question_file, args.system, ignored_fields(args.ignore_fields)
-        )
+    for file in args.input_txt:
+        questions += asking.read_prompts(file, args.system, ignored_fields(args.ignore_fields))
+    for file in args.question_file:
+        questions += asking.read_questions(file, args.system, ignored_fields(args.ignore_fields))
     predictor = load_predictor(
         yaml_file,
         args.vocab_file_path,
@@ -158,8 +161,11 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     check_seed(args.seed, "--seed")
     for name in ("input_txt", "question_file"):
-        if (given := getattr(args, name)) and not Path(given).expanduser().exists():
-            raise ValueError(f"--{name} {given} does not exist; a question itself is given without --{name}.")
+        for given in getattr(args, name):
+            if not Path(given).expanduser().exists():
+                raise ValueError(
+                    f"--{name} {given} does not exist; a question itself is given without --{name}."
+                )
     for text in args.question:
         if _is_file(text):
             print(

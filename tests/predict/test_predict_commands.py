@@ -268,6 +268,15 @@ def test_prompts_of_a_flag_given_twice_are_all_asked(monkeypatch):
     assert found == {"input_data": ["a", "b", "c"], "seed": 1}
 
 
+def test_files_of_a_flag_given_twice_are_all_asked(monkeypatch):
+    from research.telechat2.run_telechat_predict import parse_arguments
+
+    words = ["run_telechat_predict.py", "--yaml_file", "p", "--question_file", "a", "--input_txt", "b"]
+    monkeypatch.setattr(sys, "argv", [*words, "--question_file", "c"])
+    found = parse_arguments()
+    assert (found.question_file, found.input_txt, found.question) == (["a", "c"], ["b"], [])
+
+
 def test_run_mindformer_asks_for_a_vocabulary_at_once(config_file, tmp_path):
     """The base YAML's vocab_file is empty."""
     words = ["--config", config_file, "--predict_data", "<_user>x<_bot>"]
