@@ -87,7 +87,7 @@ def pair(request, tmp_path_factory):
     ids, labels = records(seed=1)
     model = random.build(seq_length=SEQ_LENGTH, moe_config=DROPLESS)
     return SimpleNamespace(
-        random=random, ids=ids, logits=model(int32(ids), int32(labels))[0].asnumpy(),
+        random=random, ids=ids, logits=model(int32(ids))[0].asnumpy(),
         found=loss_and_gradients(model)(ids, labels),
         expected=ernie_loss_and_gradients(random.oracle, random.sizes, ids, labels, ALPHA),
     )  # fmt: skip
@@ -132,8 +132,15 @@ def test_evaluation_drops_nothing(small):
     ids, labels = records(seed=4)
     model = small.build(seq_length=SEQ_LENGTH, moe_config=DROPLESS | {"capacity_factor": 0.2})
     with torch.no_grad():
-        expected = small.oracle(torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(model(int32(ids), int32(labels))[0].asnumpy(), expected, rtol=0, atol=2e-5)
+        expected = small.oracle(torch.tensor(ids)).logits
+        targets = torch.tensor(labels[:, 1:]).reshape(-1)
+        loss = torch.nn.functional.cross_entropy(
+            expected[:, :-1].reshape(len(targets), -1), targets, reduction="sum"
+        )
+    np.testing.assert_allclose(model(int32(ids))[0].asnumpy(), expected.numpy(), rtol=0, atol=2e-5)
+    total, count = (part.item() for part in model(int32(ids), int32(labels)))
+    np.testing.assert_allclose(total, loss.item(), rtol=1e-5)
+    assert count == np.count_nonzero(labels[:, 1:] != -100)
 
 
 def test_ample_capacity_equals_dropless(small):
