@@ -130,6 +130,16 @@ def test_all_mistakes_are_listed_at_once():
         assert name in str(refused.value)
 
 
+@pytest.mark.parametrize("section", ["optimizer", "trainer", "model.arch", "train_dataset.data_loader"])
+@pytest.mark.parametrize("kind", [["AdamW"], {"a": 1}, 3])
+def test_a_type_that_is_no_name_is_named(section, kind):
+    settings: dict = {"type": kind}
+    for name in reversed(section.split(".")):
+        settings = {name: settings}
+    with pytest.raises(ValueError, match=f"{section}.type is "):
+        check_settings(settings)
+
+
 def test_a_key_of_an_aliased_section_is_named_once():
     settings = read_config(resolve_config("finetune_telechat_tiny", Path.cwd()))
     settings["train_dataset"]["shufle"] = settings["train_dataset_task"]["dataset_config"]["shufle"] = True

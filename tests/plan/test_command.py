@@ -41,6 +41,11 @@ def test_a_result_goes_into_a_folder_that_is_there(tmp_path, argument):
         plan("finetune_telechat_7b", {}, **{argument: tmp_path / "none" / "plan.png"})
 
 
+def test_a_slip_of_the_finger_in_the_micro_batches_does_not_hang():
+    with pytest.raises(ValueError, match="micro_batch_num is 1,000,000,000"):
+        plan("finetune_telechat_115b", {"parallel_config.micro_batch_num": 10**9}, estimated=True)
+
+
 def test_a_search_for_other_npus_than_the_configs_lists_plans_and_one_without_result_fails(tmp_path):
     found = plan("finetune_telechat_7b", {}, device_num=16, search_gb=58)
     assert "the first: --set" in found and "plans:" in found

@@ -67,7 +67,7 @@ def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[
     name = section.get("type")
     if group == "config" and name in (None, *TELECHAT_CONFIGS):
         return _read_model(section)
-    if name not in GROUPS[group]:
+    if not isinstance(name, str) or name not in GROUPS[group]:
         return [], _unknown_type(section, group, place)
     arguments = GROUPS[group][name]
     if arguments is None:

@@ -44,6 +44,9 @@ def run_ahead(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
     return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
 
 
+MOST_PASSES = 1_000_000  # forward, of all stages, chunks and micro-batches; some seconds
+
+
 def schedule(forward: list[list[float]], backward: list[list[float]], micro_batches: int) -> Schedule:
     """Run a step.
 
@@ -52,9 +55,14 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
         micro_batches: of a step.
 
     Raises:
-        ValueError: virtual chunks, and the micro-batches are no multiple of the stages.
+        ValueError: virtual chunks, and the micro-batches are no multiple of the stages; or too many passes.
     """
     chunks, stages = len(forward), len(forward[0])
+    if chunks * stages * micro_batches > MOST_PASSES:
+        raise ValueError(
+            f"parallel_config.micro_batch_num is {micro_batches:,}; a schedule of {stages} stages and "
+            f"{chunks} chunks is estimated up to {MOST_PASSES // stages // chunks:,} micro-batches. Lower it."
+        )
     if chunks > 1 and micro_batches % stages:
         raise ValueError(
             f"parallel_config.micro_batch_num is {micro_batches}, pipeline_stage {stages} and "
