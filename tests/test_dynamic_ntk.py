@@ -8,6 +8,7 @@ import torch
 from model_fixtures import PAD, RandomModel, generate, int32, prompts
 from rope_oracle import with_dynamic_ntk
 
+from research.telechat2 import telechat_tokenizer
 from research.telechat2.generation.answer import Clock, Stopped
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat_predict_utils import Predictor
@@ -73,10 +74,11 @@ def test_max_length_limits_prompt_and_answer_together(random, model):
         assert found[0].tolist() == oracles_answer(random, row, limit - 30, limit)
 
 
-def test_the_commands_limit_each_row_by_itself(random, model):
+def test_the_commands_limit_each_row_by_itself(random, model, monkeypatch):
     """They give a batch the max_new_tokens of its shortest prompt, which is not the other rows' limit."""
-    tokenizer = SimpleNamespace(pad_token_id=PAD, decode=lambda ids, **_: "")
-    predictor = Predictor(model, tokenizer, "plain", max_length=64)
+    silent = SimpleNamespace(put=lambda index: "", end=lambda: "")  # random ids spell nothing
+    monkeypatch.setattr(telechat_tokenizer, "StreamDecoder", lambda tokenizer: silent)
+    predictor = Predictor(model, SimpleNamespace(pad_token_id=PAD), "plain", max_length=64)
     rows = prompts(9, VOCAB, 44, 58)
     for row, answer in zip(rows, predictor.generate(rows), strict=True):
         assert row + answer.ids == oracles_answer(random, row, len(answer.ids), 64)

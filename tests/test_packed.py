@@ -35,8 +35,7 @@ def documents():
 
 def logits_of(model, ids):
     model.set_train(False)
-    row = ms.Tensor(ids[None])
-    return model(row, row)[0].asnumpy()[0]
+    return model(ms.Tensor(ids[None]))[0].asnumpy()[0]
 
 
 def test_packed_logits_are_those_of_each_document_alone(model, documents):

@@ -21,6 +21,7 @@ from typing import NoReturn
 STATUS = 130
 _PATIENCE = 2.0  # seconds after which a Ctrl-C that no handler has heard ends the process
 _SLACK = 1.0  # seconds that the watching thread may be late
+_NUDGE = 0.2  # seconds after which a prompt that has not heard a signal is woken
 _folders: list[str] = []
 
 
@@ -34,6 +35,7 @@ class _Interrupts:
         leaving: whether it was called more often.
         handled: signals that mean Ctrl-C.
         pressed, heard: when Ctrl-C was pressed, and when the handler was called last; seconds.
+        at_a_prompt: whether a person types.
     """
 
     def __init__(self):
@@ -41,6 +43,7 @@ class _Interrupts:
         self.pressed: list[float] = []
         self.handled: list[int] = []
         self.heard = -math.inf
+        self.at_a_prompt = False
         self.process = os.getpid()
 
     def ask(self, number, frame) -> None:
@@ -68,10 +71,20 @@ class _Interrupts:
         while data := os.read(received, 16):
             if times := sum(byte in numbers for byte in data):
                 self.pressed += [time.monotonic()] * times
-                timer = threading.Timer(_PATIENCE, self._leave_unheard)
-                timer.daemon = True
-                timer.start()
+                self._later(_PATIENCE, self._leave_unheard)
+                self._later(_NUDGE, self._nudge)
         os.close(received)
+
+    def _later(self, seconds: float, call: Callable) -> None:
+        timer = threading.Timer(seconds, call)
+        timer.daemon = True
+        timer.start()
+
+    def _nudge(self) -> None:
+        """Wake readline, which waits for a key where a signal came just before it began to wait."""
+        if self.at_a_prompt and self.pressed[-1] > self.heard + _SLACK:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+            self._later(_NUDGE, self._nudge)
 
     def _leave_unheard(self) -> None:
         unheard = sum(pressed > self.heard + _SLACK for pressed in self.pressed)
@@ -178,11 +191,15 @@ def prompting() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt without ending the command, while a person types."""
     command = _command or _Interrupts()
     command.tolerated = math.inf
+    before = signal.signal(signal.SIGURG, lambda *_: None)  # wakes, and says nothing
     with _handling(command.ask_at_a_prompt, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+        command.at_a_prompt = True
         try:
             yield
         finally:
+            command.at_a_prompt = False
             command.tolerated = 0
+            signal.signal(signal.SIGURG, before)
 
 
 @contextmanager
