@@ -19,7 +19,7 @@ class Progress:
         """Begin before step ``first`` of ``total``."""
         self.total, self.clock, self.begun = total, clock, clock()
         self.start: tuple[float, int] | None = None  # when the first step had ended, and which it was
-        self.shown = self.begun, first - 1  # the same of the last line
+        self.shown = self.begun, first - 1  # the last line printed, likewise
         self.bar = _bar(first - 1, total) if sys.stdout.isatty() else None
 
     def show(self, step: int, loss: float | None, rate: float | None, due: bool = True) -> None:

@@ -31,7 +31,7 @@ class _Interrupts:
     Attributes:
         count: how often its handler was called, since ``tolerating`` began or the command.
         tolerated: how often it may be without ending the command.
-        answer: what is said to the first.
+        answer: what is printed at the first.
         leaving: whether it was called more often.
         handled: signals that mean Ctrl-C.
         pressed, heard: when Ctrl-C was pressed, and when the handler was called last; seconds.
