@@ -80,11 +80,14 @@ class _Interrupts:
         timer.daemon = True
         timer.start()
 
-    def _nudge(self) -> None:
-        """Wake readline, which waits for a key where a signal came just before it began to wait."""
-        if self.at_a_prompt and self.pressed[-1] > self.heard + _SLACK:
+    def _nudge(self, times: int = 5) -> None:
+        """Wake readline, which waits for a key where a signal came just before it began to wait.
+
+        A few times at most: the handler may have been called just before this thread saw the signal.
+        """
+        if self.at_a_prompt and self.pressed[-1] > self.heard and times:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
-            self._later(_NUDGE, self._nudge)
+            self._later(_NUDGE, lambda: self._nudge(times - 1))
 
     def _leave_unheard(self) -> None:
         unheard = sum(pressed > self.heard + _SLACK for pressed in self.pressed)
