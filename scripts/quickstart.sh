@@ -14,7 +14,7 @@ Trains a small model on a hundred dialogues, converts it to torch names and back
   --moe    a small mixture of experts; without it, a small dense model
   --yes    install what is missing into the active environment without asking
   FOLDER   a new folder for everything it makes, by default output/quickstart (output/quickstart_moe);
-           one that an interrupted quickstart left unfinished is made anew
+           one that an interrupted quickstart left unfinished is made again
 USAGE
 }
 
@@ -72,7 +72,7 @@ step "1/6 environment"
 source "$checkout/scripts/setup_env.sh"
 mkdir -p "$work"
 if [[ -f "$work/$unfinished" ]]; then
-    echo "$work was left unfinished by an interrupted quickstart; it is made anew"
+    echo "$work was left unfinished by an interrupted quickstart; it is made again"
     for name in "${made[@]}"; do rm -rf "${work:?}/$name"; done
 fi
 echo "$$" >"$work/$unfinished"

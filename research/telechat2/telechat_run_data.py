@@ -90,9 +90,8 @@ def _input_columns(section: dict, which: str) -> tuple[str, ...]:
     if section.get("eod_reset"):
         raise ValueError(
             f"{which}_dataset.eod_reset is {section['eod_reset']}, which gives the model position ids "
-            f"and masks "
-            f"in the labels' place; remove it, and set model.model_config.document_start_ids to keep packed "
-            f"documents apart."
+            f"and masks in the labels' place; remove it, and set model.model_config.document_start_ids to "
+            f"keep packed documents apart."
         )
     return columns
 

@@ -74,8 +74,7 @@ def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
         raise ValueError(
             f"none of the {seen.records:,} records read has a trained token ({seen.first_untrained} is the "
             f"first): every label is {rules.ignored}, ignore_token_id. Label what is to be trained by "
-            f"its id; "
-            f"{_PREPARE}."
+            f"its id; {_PREPARE}."
         )
     return seen
 
