@@ -12,17 +12,12 @@ sys.path[0] = str(Path(__file__).resolve().parent)  # run as a file from anywher
 if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
-from research.telechat2.checkpoint.options import JOINED_FOR  # noqa: E402
-from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
-from research.telechat2.telechat_cli import run as run_command  # noqa: E402
-from research.telechat2.telechat_run import RUN_MODES, VERBOSE, run  # noqa: E402
-from research.telechat2.telechat_run_config import (  # noqa: E402
-    boolean,
-    boolean_or_text,
-    join_overrides,
-    parse_options,
-    parse_overrides,
-)
+from research.telechat2.checkpoint.convert import JOINED_FOR  # noqa: E402
+from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
+from research.telechat2.common.cli import run as run_command  # noqa: E402
+from research.telechat2.config.overrides import boolean, boolean_or_text, parse_options, parse_overrides  # noqa: E402
+from research.telechat2.config.yaml_files import join_overrides  # noqa: E402
+from research.telechat2.run.task import RUN_MODES, VERBOSE, run  # noqa: E402
 
 # argument, the key of the YAML it sets, how argparse reads it
 ARGUMENTS = (

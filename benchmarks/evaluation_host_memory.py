@@ -19,9 +19,9 @@ from mindspore import Tensor
 from mindspore.dataset import NumpySlicesDataset
 from mindspore.train import Model
 
+from research.telechat2.run.perplexity import TelechatPerplexity
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_metric import TelechatPerplexity
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

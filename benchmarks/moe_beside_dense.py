@@ -27,9 +27,9 @@ def block_pass(width: int, moe_config: dict | None):
     import mindspore as ms
     import numpy as np
 
+    from research.telechat2.model.moe import TelechatMoE
     from research.telechat2.telechat_config import TelechatConfig
     from research.telechat2.telechat_layer import TelechatFeedForward
-    from research.telechat2.telechat_moe import TelechatMoE
 
     config = TelechatConfig(
         hidden_size=HIDDEN, num_heads=8, intermediate_size=width, compute_dtype="float32",

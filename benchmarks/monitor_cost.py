@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from anywhere
 
-from research.telechat2.telechat_cli import quiet_libraries  # noqa: E402
+from research.telechat2.common.cli import quiet_libraries  # noqa: E402
 
 
 def main():
@@ -29,12 +29,12 @@ def main():
     quiet_libraries()
     from mindspore import Tensor
 
-    from research.telechat2 import telechat_callback
-    from research.telechat2.telechat_run_metrics import draw_loss_curve
+    from research.telechat2.run import monitor as run_monitor
+    from research.telechat2.run.metrics import draw_loss_curve
 
     with tempfile.TemporaryDirectory() as folder:
-        telechat_callback.output_directory = lambda: folder
-        monitor = telechat_callback.TelechatMonitor()
+        run_monitor.output_directory = lambda: folder
+        monitor = run_monitor.TelechatMonitor()
         network = SimpleNamespace(get_parameters=lambda: iter(()))
         outputs = Tensor(2.5), Tensor(False), Tensor(1.0), Tensor(1e-4), Tensor(0.5)
         params = SimpleNamespace(cur_step_num=0, net_outputs=outputs, train_network=network)

@@ -18,8 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from any
 if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
-from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
-from research.telechat2.telechat_run_config import resolve_config  # noqa: E402
+from research.telechat2.common.cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.config.yaml_files import resolve_config  # noqa: E402
 
 BATCH_SIZE = 20
 
@@ -36,7 +36,7 @@ class Question(NamedTuple):
 def read_questions(path: Path, tokenizer) -> list[Question]:
     """Every trained answer of a training file, with what stands before it."""
     from research.telechat2.data.formats import naming, parse_line, read_lines
-    from research.telechat2.telechat_chat import encode
+    from research.telechat2.text.chat import encode
 
     questions = []
     for number, line in read_lines(path):
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--at_least", type=int, default=0, help="exit with 1 below this many conversations")
     args = parser.parse_args()
     quiet_libraries()
-    from research.telechat2.telechat_predict_utils import load_predictor
+    from research.telechat2.infer.loading import load_predictor
 
     predictor = load_predictor(
         resolve_config(args.yaml_file, Path.cwd()),

@@ -21,8 +21,8 @@ import io  # noqa: E402
 import re  # noqa: E402
 from itertools import groupby  # noqa: E402
 
-from research.telechat2.telechat_cli import run  # noqa: E402
-from research.telechat2.telechat_files import atomic_write  # noqa: E402
+from research.telechat2.common.cli import run  # noqa: E402
+from research.telechat2.common.files import atomic_write  # noqa: E402
 
 FILE_NAME = "tokenizer.model"
 DEFAULT_VOCAB_SIZE = 2048

@@ -3,9 +3,9 @@
 import mindspore as ms
 from mindspore.nn.utils import no_init_parameters
 
+from research.telechat2.generation.step_inputs import dynamic_inputs
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_generation import dynamic_inputs
 
 INPUTS = (
     "input_ids", "labels", "position_ids", "batch_valid_length", "block_tables", "slot_mapping", "last_token",

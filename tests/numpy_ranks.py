@@ -14,13 +14,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from research.telechat2 import (
-    telechat_fused,
-    telechat_moe,
-    telechat_moe_dispatch,
-    telechat_moe_region,
-    telechat_moe_router,
-)
+from research.telechat2.model import moe, moe_router
+from research.telechat2.model.kernels import ascend, moe_dispatch
+from research.telechat2.parallel import experts as parallel_experts
 
 DTYPES = {ms.float32: np.float64, ms.int32: np.int32, ms.int64: np.int64}
 
@@ -210,9 +206,9 @@ def numpy_cells(world: World):
     """Cells of the mixture of experts that are built here compute with NumPy on the world's ranks."""
     functions = {name: lambda function=function: function for name, function in FUNCTIONS.items()}
     primitives = SimpleNamespace(**functions, **FACTORIES, **collectives(world))
-    region = telechat_moe_region
+    region = parallel_experts
     with contextlib.ExitStack() as patches:
-        for module in (telechat_moe, telechat_moe_router, telechat_moe_dispatch, region, telechat_fused):
+        for module in (moe, moe_router, moe_dispatch, region, ascend):
             patches.enter_context(mock.patch.object(module, "P", primitives))
             if hasattr(module, "Tensor"):
                 patches.enter_context(mock.patch.object(module, "Tensor", array))
@@ -220,7 +216,7 @@ def numpy_cells(world: World):
                 patches.enter_context(mock.patch.object(module, "auto_generate", ASCEND))
         patches.enter_context(mock.patch.object(region, "_group", tuple))
         patches.enter_context(
-            mock.patch.object(telechat_moe_router, "ops", SimpleNamespace(stop_gradient=lambda x: x))
+            mock.patch.object(moe_router, "ops", SimpleNamespace(stop_gradient=lambda x: x))
         )
         patches.enter_context(
             mock.patch.object(nn.Cell, "__call__", lambda cell, *inputs: cell.construct(*inputs))

@@ -12,9 +12,9 @@ from mindformers.wrapper.wrapper import (
 from mindspore import Tensor, nn
 from mindspore.nn.wrap.cell_wrapper import GradAccumulationCell, _VirtualDatasetCell
 
-from research.telechat2.plan.simulate import simulate
+from research.telechat2.plan.dry_run.simulate import simulate
+from research.telechat2.run.train_step import MFTrainOneStepCell
 from research.telechat2.telechat import TelechatForCausalLM
-from research.telechat2.telechat_compat import MFTrainOneStepCell
 from research.telechat2.telechat_config import TelechatConfig
 
 MODEL = {

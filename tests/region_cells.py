@@ -5,10 +5,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_ops
+from research.telechat2.model.kernels import select
+from research.telechat2.model.moe import TelechatMoE
+from research.telechat2.parallel.experts import ExpertPlan, shard_experts
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_moe import TelechatMoE
-from research.telechat2.telechat_moe_region import ExpertPlan, shard_experts
 
 
 class Layer(nn.Cell):
@@ -105,7 +105,7 @@ def build_dropless(tokens: int, num_experts: int, hidden: int, width: int, top_k
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_heads": 1, "compute_dtype": "bfloat16"}
     moe_config = {"expert_num": num_experts, "num_experts_chosen": top_k, "capacity_factor": 0.0}
     cells = [
-        telechat_ops.dropless_experts(TelechatConfig(**sizes, moe_config=moe_config, use_past=use_past))
+        select.dropless_experts(TelechatConfig(**sizes, moe_config=moe_config, use_past=use_past))
         for use_past in (False, True)
     ]
     inputs = [

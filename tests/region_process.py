@@ -15,13 +15,14 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_fused, telechat_moe_region
-from research.telechat2.telechat_fused import DroplessExpertsFused
-from research.telechat2.telechat_moe import ExpertBlock
-from research.telechat2.telechat_moe_config import MoESettings
-from research.telechat2.telechat_moe_dispatch import CapacityExperts
-from research.telechat2.telechat_moe_region import DroplessExchange, ExpertExchange, ExpertPlan, _group
-from research.telechat2.telechat_twins import SwiGLUTwin
+from research.telechat2.config.moe import MoESettings
+from research.telechat2.model.kernels import ascend
+from research.telechat2.model.kernels.ascend import DroplessExpertsFused
+from research.telechat2.model.kernels.moe_dispatch import CapacityExperts
+from research.telechat2.model.kernels.reference import SwiGLUTwin
+from research.telechat2.model.moe import ExpertBlock
+from research.telechat2.parallel import experts as parallel_experts
+from research.telechat2.parallel.experts import DroplessExchange, ExpertExchange, ExpertPlan, _group
 
 MOST_ROWS = 256  # that a device sends
 
@@ -139,12 +140,12 @@ def dropless(plan: ExpertPlan, moe: MoESettings, hidden: int) -> nn.Cell:
     primitives.AlltoAllV = AllToAllV
     primitives.MoveTo = lambda: lambda x, place, blocking: x
     with (
-        mock.patch.object(telechat_fused, "auto_generate", ASCEND),
-        mock.patch.object(telechat_moe_region, "auto_generate", ASCEND),
-        mock.patch.object(telechat_moe_region, "P", primitives),
+        mock.patch.object(ascend, "auto_generate", ASCEND),
+        mock.patch.object(parallel_experts, "auto_generate", ASCEND),
+        mock.patch.object(parallel_experts, "P", primitives),
     ):
         experts = DroplessExpertsFused(moe, SwiGLUTwin())
-        with mock.patch.object(telechat_moe_region, "_group", list):
+        with mock.patch.object(parallel_experts, "_group", list):
             return DroplessExchange(plan, experts, moe.num_experts, moe.top_k, hidden)
 
 

@@ -9,8 +9,8 @@ import pytest
 from small_model import SIZES, write_weights
 from test_data_parallel import CHECKOUT, free_port
 
-from research.telechat2.run.evaluation import check_evaluation_settings, prepare_evaluation
-from research.telechat2.telechat_run_config import SHIPPED, read_config
+from research.telechat2.config.evaluation import check_evaluation_settings, prepare_evaluation
+from research.telechat2.config.yaml_files import SHIPPED, read_config
 
 IGNORED = -100
 LENGTH = 12  # records hold one id more

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from research.telechat2 import telechat_chat
+from research.telechat2.text import chat
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIALOGUES = EXAMPLES / "dialogues.jsonl"
@@ -153,8 +153,8 @@ def test_no_prompt_occurs_twice(records):
         for number, message in enumerate(record["messages"]):
             if message["role"] == "assistant":
                 before = record["messages"][:number]
-                segments = telechat_chat.render(before, record.get("tools"), add_generation_prompt=True)
-                prompts[telechat_chat.conversation_text(segments)] += 1
+                segments = chat.render(before, record.get("tools"), add_generation_prompt=True)
+                prompts[chat.conversation_text(segments)] += 1
     assert len(prompts) == 100 + 20 + 5 + 1  # a second turn in 20, a third in 5, the answer after the tool
     assert set(prompts.values()) == {1}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from research.telechat2.telechat_run_config import resolve_config
+from research.telechat2.config.yaml_files import resolve_config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ENGLISH = (CHECKOUT / "README.md").read_text(encoding="utf-8")

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.relatives.stated import said_beside, settle_with
+from research.telechat2.checkpoint.llama.stated import said_beside, settle_with
 from research.telechat2.config.release import Said, settle
-from research.telechat2.telechat_run_config import read_config, shipped_configs
-from research.telechat2.telechat_run_saving import record_config
+from research.telechat2.config.yaml_files import read_config, shipped_configs
+from research.telechat2.run.save_checkpoint import record_config
 
 RELEASE = Said(
     "w/config.json",

@@ -11,10 +11,12 @@ import sentencepiece
 from oracle import write_hf_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.data import vocabulary
-from research.telechat2.telechat_chat import encode, render
-from research.telechat2.telechat_predict_utils import Predictor, choose_prompt_format
-from research.telechat2.telechat_tokenizer import StreamDecoder, TelechatTokenizer
+from research.telechat2.infer.checks import choose_prompt_format
+from research.telechat2.infer.predictor import Predictor
+from research.telechat2.telechat_tokenizer import TelechatTokenizer
+from research.telechat2.text import vocabulary
+from research.telechat2.text.chat import encode, render
+from research.telechat2.text.stream_decoder import StreamDecoder
 
 QUESTION = [{"role": "user", "content": "你好"}]
 
@@ -58,7 +60,7 @@ def test_a_question_has_torchs_ids(v1_vocab):
 
 
 def test_mindie_gives_torchs_ids(v1_vocab):
-    from research.telechat2.serve.mindie import MindIETelechatTokenizer
+    from research.telechat2.serve.mindie.classes import MindIETelechatTokenizer
 
     tokenizer = MindIETelechatTokenizer(v1_vocab)
     assert tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True) == torch_ids(v1_vocab)

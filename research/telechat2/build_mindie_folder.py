@@ -16,9 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
-from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
-from research.telechat2.telechat_prompt_format import PROMPT_FORMATS  # noqa: E402
-from research.telechat2.telechat_run_config import boolean, resolve_config  # noqa: E402
+from research.telechat2.common.cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.config.overrides import boolean  # noqa: E402
+from research.telechat2.config.yaml_files import resolve_config  # noqa: E402
+from research.telechat2.text.prompt_format import PROMPT_FORMATS  # noqa: E402
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     yaml_file = resolve_config(arguments.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
-    from research.telechat2.serve.folder import build, read_sources
+    from research.telechat2.serve.mindie.folder import build, read_sources
 
     sources = read_sources(
         yaml_file,

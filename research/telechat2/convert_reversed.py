@@ -11,10 +11,14 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
-from research.telechat2.checkpoint.convert import TORCH_FORMATS  # noqa: E402
-from research.telechat2.checkpoint.options import JOINED_FOR, add_options, options_of  # noqa: E402
-from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
-from research.telechat2.telechat_cli import run  # noqa: E402
+from research.telechat2.checkpoint.convert import (  # noqa: E402
+    JOINED_FOR,
+    TORCH_FORMATS,  # noqa: E402
+    add_options,
+    options_of,
+)
+from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
+from research.telechat2.common.cli import run  # noqa: E402
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
-from research.telechat2.checkpoint.options import JOINED_FOR, add_options, options_of  # noqa: E402
-from research.telechat2.checkpoint.rank_layout import assume_joined_for  # noqa: E402
-from research.telechat2.checkpoint.relayout import convert_layout  # noqa: E402
-from research.telechat2.telechat_cli import run  # noqa: E402
-from research.telechat2.telechat_run_config import boolean  # noqa: E402
+from research.telechat2.checkpoint.convert import JOINED_FOR, add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.convert_layout import convert_layout  # noqa: E402
+from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
+from research.telechat2.common.cli import run  # noqa: E402
+from research.telechat2.config.overrides import boolean  # noqa: E402
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ if here.parts[-2:] == ("research", "telechat2"):
     sys.path[0] = str(here.parents[1])  # run as a file from anywhere
 
 try:
-    from research.telechat2.telechat_cli import quiet_libraries, run
+    from research.telechat2.common.cli import quiet_libraries, run
 except ImportError:
     sys.exit("error: the plugin is not installed here; run `pip install .` in its checkout, then this again.")
 
@@ -28,7 +28,7 @@ def main() -> None:
     if not folder.is_dir():
         raise ValueError(f"--model_path {folder} is no directory.")
     quiet_libraries()
-    from research.telechat2.serve.recipe import finish_folder
+    from research.telechat2.serve.mindie.recipe import finish_folder
 
     print(finish_folder(folder), end="")
 

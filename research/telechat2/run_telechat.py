@@ -9,9 +9,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
-from research.telechat2.telechat_cli import run as run_command  # noqa: E402
-from research.telechat2.telechat_run import TRAINING, VERBOSE, run  # noqa: E402
-from research.telechat2.telechat_run_config import boolean, boolean_or_text  # noqa: E402
+from research.telechat2.common.cli import run as run_command  # noqa: E402
+from research.telechat2.config.overrides import boolean, boolean_or_text  # noqa: E402
+from research.telechat2.run.task import TRAINING, VERBOSE, run  # noqa: E402
 
 # argument, the key of the YAML it sets, how argparse reads it
 ARGUMENTS = (

@@ -5,23 +5,19 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_ops
-from research.telechat2.telechat_compat import (
-    MindFormerModuleType,
-    MindFormerRegister,
-    PreTrainedModel,
-    find_graph_again,
-    is_predict_run,
-)
+from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister, is_predict_run
+from research.telechat2.config.parallel import check_whole, copies_of
+from research.telechat2.generation.pretrained import PreTrainedModel, find_graph_again
+from research.telechat2.generation.rotary_lengths import RequestLengths
+from research.telechat2.generation.step_inputs import dynamic_inputs, paged_step
+from research.telechat2.model.kernels import select
+from research.telechat2.model.means import GlobalMean
+from research.telechat2.model.rope import RotaryTables
+from research.telechat2.model.tensor_parallel_group import ALONE
+from research.telechat2.parallel.strategies import apply_plan
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_generation import dynamic_inputs, paged_step
 from research.telechat2.telechat_interleave import JoinTokens, SplitTokens, decoder_layers
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear, TelechatRMSNorm
-from research.telechat2.telechat_parallel import GlobalMean, apply_plan
-from research.telechat2.telechat_parallel_config import check_whole, copies_of
-from research.telechat2.telechat_ranks import ALONE
-from research.telechat2.telechat_rope import RotaryTables
-from research.telechat2.telechat_rope_requests import RequestLengths
 
 LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the other linears
 
@@ -42,12 +38,12 @@ class TelechatModel(nn.Cell):
         self.norm_out = TelechatRMSNorm(config)
         self.rotary_tables = RotaryTables(config)
         if config.use_past:
-            self.paged_inputs = telechat_ops.paged_inputs(config, ranks)
+            self.paged_inputs = select.paged_inputs(config, ranks)
         else:
-            self.sequence_inputs = telechat_ops.sequence_inputs(config)
+            self.sequence_inputs = select.sequence_inputs(config)
         self.packed = bool(config.document_start_ids)
         if self.packed:
-            self.documents = telechat_ops.documents(config)
+            self.documents = select.documents(config)
         self.has_experts = config.moe is not None
         self.interleaved = copies_of(config) > 1
         if self.interleaved:
@@ -123,7 +119,7 @@ class TelechatForCausalLM(PreTrainedModel):
         self.model, self.lm_head = self.parts(config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.tok_embeddings.embedding_weight
-        self.loss = telechat_ops.cross_entropy()
+        self.loss = select.cross_entropy()
         self.global_mean = GlobalMean()
         self.calculate_per_token_loss = config.calculate_per_token_loss
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id

@@ -1,12 +1,6 @@
-"""The one renderer of conversations: messages -> segments -> ids and loss mask.
+"""Show conversations as a model is trained on them.
 
-Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or
-literal text: what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The
-loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere, unless
-another choice of TRAIN_ON or a message's ``weight`` says otherwise.
-
-As a command it shows what a model is trained on:
-    python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
+python research/telechat2/telechat_chat.py show --vocab_file_path tokenizer.model dialogues.jsonl --line 3
 """
 
 import runpy
@@ -19,261 +13,16 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import re
-from collections.abc import Callable
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from research.telechat2.data.vocabulary import Vocabulary
+    from research.telechat2.text.vocabulary import Vocabulary
 
-from research.telechat2 import telechat_prompt_format
-from research.telechat2.text import exact_json
-from research.telechat2.text.literal import TOOL_TAGS
-from research.telechat2.text.messages import checked, short
-
-START, END, USER, BOT, SYSTEM = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>"
-# What the chat template says when a conversation brings no system message.
-DEFAULT_SYSTEM = (
-    "你是中国电信星辰语义大模型，英文名是TeleChat，"
-    "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
-)
-TOOLS_HEAD = (
-    "\n\n# 可用工具\n"
-    "你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
-    "<tools>\n"
-)
-TOOLS_TAIL = (
-    "</tools>\n\n# 调用方法\n你需要遵循工具的要求，使用json格式返回工具名称及参数，"
-    "并用<tool_call></tool_call>包含。下方是一个调用模板：\n"
-    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n'
-)
-_TOOL_TAG = re.compile("(" + "|".join(map(re.escape, TOOL_TAGS)) + ")")
-# What of a conversation is trained. System text and the results of tools never are.
-TRAIN_ON = ("answers", "last_answer", "everything")
+from research.telechat2.text import prompt_format as prompt_formats
+from research.telechat2.text.chat import TRAIN_ON, encode
 
 
-class Segment(NamedTuple):
-    """One special token, or literal text; ``trained`` says whether the loss counts it."""
-
-    text: str
-    special: bool = False
-    trained: bool = False
-
-
-def render(
-    messages: list[dict],
-    tools: list[dict] | None = None,
-    *,
-    prompt_format: str = "chat",
-    add_generation_prompt: bool = False,
-    tool_tags_in_content: bool = False,
-    train_on: str = "answers",
-    allow_empty: bool | None = None,
-) -> list[Segment]:
-    """Render a conversation.
-
-    ``messages``: dicts with ``role`` (system, user, assistant or its synonym bot, tool), ``content`` (str, or
-    a list of OpenAI's text parts; None beside tool calls) and, for the assistant, ``tool_calls`` in OpenAI's
-    shape (arguments a dict or its JSON) and ``weight`` (0: this answer is not trained; 1: as without). A
-    system message stands first; without one the chat format uses DEFAULT_SYSTEM. ``tools``: OpenAI's function
-    descriptions. The plain format has neither system prompt nor tools, and neither has v1, which is the plain
-    one without ``<_start>``. ``add_generation_prompt`` ends with ``<_bot>``. ``allow_empty``: nothing is
-    trained, so that messages may be blank, and answers follow one another; by default as
-    ``add_generation_prompt``. ``tool_tags_in_content``: the contents are pre-rendered, tool tags in them are
-    special (``dialog`` data). ``train_on``: the answers; the last one only; or everything, which adds the
-    questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the results of
-    tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
-
-    Raises ValueError naming the message at fault.
-    """
-    telechat_prompt_format.check(prompt_format)
-    if train_on not in TRAIN_ON:
-        raise ValueError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
-    messages = checked(messages, add_generation_prompt if allow_empty is None else allow_empty)
-    everything = train_on == "everything"
-    answers = trained_answers(messages, train_on)
-    pieces = _text_with_tags if tool_tags_in_content else _literal
-    if prompt_format != "chat":
-        segments = [Segment(START, special=True)] if prompt_format == "plain" else []
-        after_answer = ""
-        _refuse_in_plain(messages, tools, prompt_format)
-    else:
-        segments = _system_turn(messages, tools, pieces)
-        after_answer = "\n"
-    previous = None
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if role == "user":
-            segments += _user_turn(pieces(message["content"]), everything)
-        elif role in ("assistant", "bot"):
-            trained = number in answers
-            around = everything and trained
-            segments.append(Segment(BOT, True, around))
-            segments += _marked(_answer(message, number, pieces), trained)
-            if after_answer:
-                segments.append(Segment(after_answer, False, around))
-        elif role == "tool":
-            opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
-            segments += [*opening, *_tagged("tool_response", message["content"])]
-        previous = role
-    if add_generation_prompt:
-        segments.append(Segment(BOT, special=True))
-    return segments
-
-
-def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> list[tuple[int | str, bool]]:
-    """Return what is encoded, in order: (id of a special token, or text; whether it is trained).
-
-    ``special_id`` gives the id of a special token, None where the vocabulary has none. Adjacent text is
-    joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special token it
-    lacks a ValueError.
-    """
-    found: list[tuple[int | str, bool]] = []
-    before = None  # the text that what follows may belong to
-    for text, special, trained in segments:
-        index = special_id(text) if special else None
-        if index is not None:
-            found.append((index, trained))
-            before = None
-            continue
-        if special and text not in TOOL_TAGS:
-            raise ValueError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
-        if before is None:
-            before = text
-            found.append((text, trained))
-        else:
-            before += text
-            # Where tool tags are text, a result shares its run with the question, and is never trained.
-            found[-1] = (before, found[-1][1] and trained)
-    return found
-
-
-def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
-    """Return ids and loss mask (1 where trained), of equal length; see ``runs`` for what is text."""
-    ids: list[int] = []
-    mask: list[int] = []
-    for run, trained in runs(segments, tokenizer.special_id):
-        new = tokenizer.encode_text(run) if isinstance(run, str) else [run]
-        ids += new
-        mask += [int(trained)] * len(new)
-    return ids, mask
-
-
-def conversation_text(segments: list[Segment]) -> str:
-    """Return the rendered conversation as the chat template's text."""
-    return "".join(segment.text for segment in segments)
-
-
-# ---------------------------------------------------------------------- turns
-def _system_turn(messages, tools, pieces) -> list[Segment]:
-    has_system = messages[0]["role"] == "system"
-    system = pieces(messages[0]["content"]) if has_system else _literal(DEFAULT_SYSTEM)
-    segments = [Segment(SYSTEM, special=True), *system]
-    if tools:
-        lines = "".join(_tool_json(tool, i) + "\n" for i, tool in enumerate(tools, 1))
-        segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
-    return [*segments, *_literal("\n")]
-
-
-def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
-    """A user's turn; results of tools in it, tags and the space between them included, are not trained."""
-    opening, closing = TOOL_TAGS[2:]
-    has_results = any(special and text == opening for text, special, _ in pieces)
-    marked, in_result = [], False
-    for text, special, _ in pieces:
-        in_result |= special and text == opening
-        marked.append(
-            Segment(text, special, trained and not in_result and not (has_results and text.isspace()))
-        )
-        in_result &= not (special and text == closing)
-    return [Segment(USER, True, bool(marked) and marked[0].trained), *marked]
-
-
-def _answer(message: dict, number: int, pieces) -> list[Segment]:
-    segments = pieces(message.get("content") or "")
-    for i, call in enumerate(message.get("tool_calls") or ()):
-        segments += _literal("\n" if i else "") + _tagged("tool_call", _call_json(call, f"message {number}"))
-    segments.append(Segment(END, special=True))
-    return segments
-
-
-def trained_answers(messages: list[dict], train_on: str) -> set[int]:
-    """Numbers, from 1, of the answers that are trained."""
-    answers = [n for n, message in enumerate(messages, 1) if message["role"] in ("assistant", "bot")]
-    if train_on == "last_answer":
-        answers = answers[-1:]
-    return {n for n in answers if messages[n - 1].get("weight") in (None, 1)}
-
-
-def _marked(segments: list[Segment], trained: bool) -> list[Segment]:
-    return [Segment(text, special, True) for text, special, _ in segments] if trained else segments
-
-
-def _tagged(tag: str, text: str) -> list[Segment]:
-    return [Segment(f"<{tag}>", special=True), *_literal(f"\n{text}\n"), Segment(f"</{tag}>", special=True)]
-
-
-def _literal(text: str) -> list[Segment]:
-    return [Segment(text)] if text else []
-
-
-def _text_with_tags(text: str) -> list[Segment]:
-    if "tool_" not in text:
-        return _literal(text)
-    return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
-
-
-def _call_json(call: dict, where: str) -> str:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
-            f"{where} has the tool call {short(call)}; "
-            f'expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
-        )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = exact_json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
-            ) from error
-    if not isinstance(arguments, dict):
-        raise ValueError(
-            f"{where}: the arguments of tool call {function['name']!r} are {arguments!r}; expected an object"
-        )
-    try:
-        return exact_json.dumps({"name": function["name"], "arguments": arguments})
-    except ValueError as error:
-        raise ValueError(f"{where}: in the arguments of tool call {function['name']!r}, {error}") from error
-
-
-# ---------------------------------------------------------------------- checks
-def _tool_json(tool, number: int) -> str:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
-            f'tool {number} is {short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
-        )
-    try:
-        return exact_json.dumps(tool)
-    except ValueError as error:
-        raise ValueError(f"in tool {number} ({function['name']!r}), {error}") from error
-
-
-def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
-    has_system = messages[0]["role"] == "system" and messages[0]["content"]
-    used = "a system prompt" if has_system else "tools" if tools else None
-    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        used = "tools"
-    if used:
-        raise ValueError(
-            f"the {prompt_format} prompt format has no place for {used}; use the prompt format 'chat'"
-        )
-
-
-# ---------------------------------------------------------------------- show
 def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool) -> str:
     """Return the text of ``ids``; trained tokens green (in ⟦⟧ without colour), special ones bold."""
     text = ""
@@ -289,7 +38,8 @@ def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool)
 
 
 def _show(args) -> None:
-    from research.telechat2.data import formats, job, sources, vocabulary
+    from research.telechat2.data import formats, job, sources
+    from research.telechat2.text import vocabulary
 
     words = vocabulary.load(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -330,7 +80,7 @@ def main() -> None:
     show.add_argument("file", help="data: what telechat_preprocess.py takes as --input_dataset_file")
     show.add_argument("--vocab_file_path", required=True, help="the model's tokenizer.model")
     show.add_argument(
-        "--prompt_format", choices=telechat_prompt_format.PROMPT_FORMATS, help="default: the data's own"
+        "--prompt_format", choices=prompt_formats.PROMPT_FORMATS, help="default: the data's own"
     )
     show.add_argument(
         "--train_on", choices=TRAIN_ON, default="answers", help="what is trained (default: %(default)s)"
@@ -341,6 +91,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from research.telechat2.telechat_cli import run
+    from research.telechat2.common.cli import run
 
     run(main)

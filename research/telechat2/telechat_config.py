@@ -2,7 +2,7 @@
 
 import mindspore as ms
 
-from research.telechat2.telechat_compat import (
+from research.telechat2.compat.library import (
     MindFormerModuleType,
     MindFormerRegister,
     PretrainedConfig,
@@ -10,7 +10,8 @@ from research.telechat2.telechat_compat import (
     moe_config_from,
     parallel_config_from,
 )
-from research.telechat2.telechat_config_rules import (
+from research.telechat2.config.kernel_limits import MAX_DOCUMENTS
+from research.telechat2.config.model import (
     DTYPE_FIELDS,
     DTYPES,
     check_fields,
@@ -18,9 +19,8 @@ from research.telechat2.telechat_config_rules import (
     dtype_name,
     library_keys,
 )
-from research.telechat2.telechat_kernel_rules import MAX_DOCUMENTS
-from research.telechat2.telechat_moe_config import MoESettings
-from research.telechat2.telechat_parallel_config import check_plan
+from research.telechat2.config.moe import MoESettings
+from research.telechat2.config.parallel import check_plan
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)
@@ -45,10 +45,10 @@ class TelechatConfig(PretrainedConfig):
         max_position_embedding: length in tokens the model was trained at; None means ``training_seqlen``,
             else ``seq_length``. Less than ``seq_length`` needs an ``extend_method``.
         extend_method: how positions beyond the trained length are read, one of "None", "PI", "linear", "NTK",
-            "YARN", "DYNAMIC_NTK": see telechat_rope.py. None (null): as the torch release, "DYNAMIC_NTK" if
+            "YARN", "DYNAMIC_NTK": see model/rope.py. None (null): as the torch release, "DYNAMIC_NTK" if
             ``seq_length`` exceeds a ``training_seqlen`` that is given, else "None".
         scaling_factor: at least 1; what "PI" and "linear" divide positions by and "NTK" multiplies theta by.
-            For "YARN" a section, see yarn_settings in telechat_rope_rules.py.
+            For "YARN" a section, see yarn_settings in config/rope.py.
         base_seqlen, training_seqlen: the release's lengths in tokens. Up to ``training_seqlen`` theta grows
             by dynamic_ntk's alpha of these two; beyond it only "DYNAMIC_NTK" goes on, see dynamic_ntk. None
             means ``max_position_embedding``: no growth up to there.
@@ -74,7 +74,7 @@ class TelechatConfig(PretrainedConfig):
             rounded up to a power of two (False: faster steps, a compilation for each new length).
         block_size, num_blocks: tokens in a block of the paged cache, and number of blocks.
         prefill_chunk: with ``use_past``: most tokens of prompts read in one step; longer prompts are read in
-            pieces, see telechat_chunks.py. 0: every prompt at once.
+            pieces, see generation/chunked_prefill.py. 0: every prompt at once.
         use_flash_attention: on Ascend the fused attention kernels (True) or plain operators (False).
         do_sample, temperature, top_k, top_p, repetition_penalty: defaults of ``generate``, see Sampling in
             generation/sampling.py.

@@ -22,9 +22,9 @@ import logging
 from mindspore import nn
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.telechat_parallel_config import copies_of
-from research.telechat2.telechat_pipeline import partition_of, places
-from research.telechat2.telechat_recompute import read_recompute
+from research.telechat2.config.parallel import copies_of
+from research.telechat2.config.pipeline import partition_of, places
+from research.telechat2.config.recompute import read_recompute
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
 logger = logging.getLogger("telechat2")

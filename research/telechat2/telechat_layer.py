@@ -4,8 +4,8 @@ from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_ops
-from research.telechat2.telechat_ranks import ALONE
+from research.telechat2.model.kernels import select
+from research.telechat2.model.tensor_parallel_group import ALONE
 
 
 class TelechatEmbedding(nn.Cell):
@@ -86,7 +86,7 @@ class TelechatRMSNorm(nn.Cell):
         )
         self.norm_dtype = config.layernorm_compute_type
         self.out_dtype = out_dtype or config.compute_dtype
-        self.norm = telechat_ops.rms_norm(config.rms_norm_eps)
+        self.norm = select.rms_norm(config.rms_norm_eps)
         self.cast = P.Cast()
 
     def construct(self, x):
@@ -111,7 +111,7 @@ class TelechatFeedForward(nn.Cell):
         """Make the cells that ``gated`` uses."""
         self.w1 = TelechatLinear(hidden, width, config)
         self.w3 = TelechatLinear(hidden, width, config)
-        self.swiglu = telechat_ops.swiglu()
+        self.swiglu = select.swiglu()
 
     def gated(self, x):
         """``silu(w1 x) * w3 x``: ``[T, H]`` to ``[T, F]``."""

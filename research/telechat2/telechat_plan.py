@@ -9,9 +9,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file from any
 if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
+from research.telechat2.common.cli import run  # noqa: E402
+from research.telechat2.config.overrides import parse_value  # noqa: E402
 from research.telechat2.plan.command import plan  # noqa: E402
-from research.telechat2.telechat_cli import run  # noqa: E402
-from research.telechat2.telechat_run_config import parse_value  # noqa: E402
 
 
 def setting(text: str) -> tuple[str, object]:

@@ -10,14 +10,14 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 
-from research.telechat2.telechat_cli import run  # noqa: E402
+from research.telechat2.common.cli import run  # noqa: E402
 
 
 def main() -> None:
     """Parse the arguments and run."""
     from research.telechat2.data import engines, job
     from research.telechat2.data.report_words import LANGUAGES
-    from research.telechat2.telechat_chat import TRAIN_ON
+    from research.telechat2.text.chat import TRAIN_ON
 
     parser = argparse.ArgumentParser(
         description="Turn conversations and texts into MindRecord training data. What a line of jsonl holds "
@@ -96,14 +96,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from research.telechat2.data import preparing, report
+    from research.telechat2.data import html_report, preparing
 
     options = job.Options(**{name: getattr(args, name) for name in job.Options._fields})
     result = preparing.prepare(
         args.input_dataset_file, args.vocab_file_path, args.output_path, options,
         workers=args.workers, engine=args.engine, resume=args.resume, html_report=args.report,
     )  # fmt: skip
-    print(report.summary(result))
+    print(html_report.summary(result))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,19 @@ from pathlib import Path
 
 import sentencepiece
 
-from research.telechat2 import telechat_chat
+from research.telechat2.common.files import atomic_write
 from research.telechat2.common.placeholders import what_stands_here
-from research.telechat2.telechat_byte_level import ByteLevelModel
-from research.telechat2.telechat_compat import (
+from research.telechat2.compat.library import (
     AddedToken,
     MindFormerModuleType,
     MindFormerRegister,
     PreTrainedTokenizer,
     logger,
 )
-from research.telechat2.telechat_files import atomic_write
+from research.telechat2.text import chat
+from research.telechat2.text.byte_level_bpe import ByteLevelModel
 from research.telechat2.text.literal import LiteralText
+from research.telechat2.text.stream_decoder import StreamDecoder
 
 __all__ = ["StreamDecoder", "TelechatTokenizer"]
 
@@ -97,7 +98,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
-        self._add_tokens([tag for tag in telechat_chat.TOOL_TAGS if tag in self._ids])
+        self._add_tokens([tag for tag in chat.TOOL_TAGS if tag in self._ids])
         # What __init__ above was given, for saving: the base class records only what it was passed.
         self.init_kwargs.update(
             vocab_file=self.vocab_file, add_bos_token=add_bos_token, add_eos_token=add_eos_token
@@ -144,7 +145,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     @cached_property
     def _content_ids(self) -> frozenset[int]:
         """Control symbols that are part of an answer: the tool tags."""
-        return frozenset(self._ids[tag] for tag in telechat_chat.TOOL_TAGS if tag in self._ids)
+        return frozenset(self._ids[tag] for tag in chat.TOOL_TAGS if tag in self._ids)
 
     def special_id(self, token: str) -> int | None:
         """Return the id of a special token, None when the vocabulary has no such one."""
@@ -183,7 +184,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def release_format(self) -> str:
         """The prompt format of the release that has this vocabulary: v1, or chat."""
         is_v1 = isinstance(self.sp_model, ByteLevelModel) or not self.sp_model.is_control(
-            self._ids[telechat_chat.USER]
+            self._ids[chat.USER]
         )
         return "v1" if is_v1 else "chat"
 
@@ -268,12 +269,10 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     def apply_chat_template(self, conversation, tools=None, add_generation_prompt=False, tokenize=True):
         """Render messages with the chat template: ids, or the text when ``tokenize`` is False."""
-        segments = telechat_chat.render(
+        segments = chat.render(
             conversation, tools, add_generation_prompt=add_generation_prompt, allow_empty=True
         )
-        return (
-            telechat_chat.encode(segments, self)[0] if tokenize else telechat_chat.conversation_text(segments)
-        )
+        return chat.encode(segments, self)[0] if tokenize else chat.conversation_text(segments)
 
     # ------------------------------------------------------------------ ids -> text
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None):
@@ -329,59 +328,6 @@ class TelechatTokenizer(PreTrainedTokenizer):
         elif target.read_bytes() != Path(self.vocab_file).read_bytes():
             raise ValueError(f"{target} is another vocabulary and is not overwritten; give another directory")
         return (str(target),)
-
-
-class StreamDecoder:
-    """Decode ids one by one; all that is returned, joined, equals ``tokenizer.decode`` of all ids.
-
-    A character whose bytes are spread over several tokens comes out when it is complete.
-    """
-
-    def __init__(self, tokenizer: TelechatTokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._bytes = bytearray()
-        self._at_start = True  # SentencePiece drops the space it put before the first piece of a text
-
-    def put(self, index: int) -> str:
-        """Take the next id; return the text it completes, "" while a character is incomplete."""
-        tokenizer = self._tokenizer
-        index = int(index)
-        tokenizer.check_ids([index])
-        if index in tokenizer._byte_ids:
-            self._at_start = False
-            self._bytes += tokenizer._byte_ids[index]
-            return self._take_characters(at_end=False)
-        text = self._take_characters(at_end=True)
-        piece = tokenizer._pieces[index]
-        if index in tokenizer._control_ids:
-            self._at_start = True
-            return text if tokenizer.is_skipped(index, self._skip) else text + piece
-        text += tokenizer.sp_model.decode([index]) if self._at_start else piece.replace("▁", " ")
-        self._at_start = False
-        return text
-
-    def end(self) -> str:
-        """Return what is left: a replacement character for each byte of an incomplete character."""
-        self._at_start = True
-        return self._take_characters(at_end=True)
-
-    def _take_characters(self, at_end: bool) -> str:
-        """Take complete characters off the pending bytes; invalid bytes are replaced singly."""
-        text = ""
-        while self._bytes:
-            try:
-                done = self._bytes.decode("utf-8")
-                self._bytes.clear()
-                return text + done
-            except UnicodeDecodeError as error:
-                text += self._bytes[: error.start].decode("utf-8")
-                del self._bytes[: error.start]
-                if error.reason == "unexpected end of data" and not at_end:
-                    return text
-                text += "\ufffd"
-                del self._bytes[:1]
-        return text
 
 
 def _text(token) -> str:

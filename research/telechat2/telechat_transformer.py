@@ -3,10 +3,10 @@
 from mindspore import nn
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_ops
+from research.telechat2.model.kernels import select
+from research.telechat2.model.moe import TelechatMoE
+from research.telechat2.model.tensor_parallel_group import ALONE
 from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear, TelechatRMSNorm
-from research.telechat2.telechat_moe import TelechatMoE
-from research.telechat2.telechat_ranks import ALONE
 
 
 class TelechatAttention(nn.Cell):
@@ -28,11 +28,11 @@ class TelechatAttention(nn.Cell):
         self.rotary_dtype, self.compute_dtype = config.rotary_dtype, config.compute_dtype
         self.use_past = config.use_past
         if config.use_past:
-            self.rotary = telechat_ops.rotary_tokens(config.head_dim)
-            self.paged_attention = telechat_ops.paged_attention(config, ranks)
+            self.rotary = select.rotary_tokens(config.head_dim)
+            self.paged_attention = select.paged_attention(config, ranks)
         else:
-            self.rotary = telechat_ops.rotary()
-            self.causal_attention = telechat_ops.causal_attention(config)
+            self.rotary = select.rotary()
+            self.causal_attention = select.causal_attention(config)
         self.reshape = P.Reshape()
         self.split_kv = P.Split(-1, 2)
         self.cast = P.Cast()

@@ -10,8 +10,8 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 
-from research.telechat2.checkpoint.ranks import transform  # noqa: E402
-from research.telechat2.telechat_cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.checkpoint.cluster.reshard import transform  # noqa: E402
+from research.telechat2.common.cli import quiet_libraries, run  # noqa: E402
 
 
 def main() -> None:

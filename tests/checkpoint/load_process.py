@@ -17,7 +17,7 @@ def main() -> None:
     from mindspore.nn.utils import no_init_parameters
     from parallel_cells import build
 
-    from research.telechat2.telechat_run_loading import load_network
+    from research.telechat2.run.weights import load_network
 
     ms.set_context(mode=ms.GRAPH_MODE, device_target="Ascend")
     ms.communication.init()

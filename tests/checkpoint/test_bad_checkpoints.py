@@ -9,7 +9,8 @@ import pytest
 from oracle import write_hf_folder
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, job, output
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.job import output, run
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_what_stands_in_the_place_of_weights_is_named(tmp_path, name, content, w
 
 
 def test_a_pointer_in_the_place_of_a_vocabulary_is_named(tmp_path):
-    from research.telechat2.data.vocabulary import load
+    from research.telechat2.text.vocabulary import load
 
     (tmp_path / "tokenizer.model").write_bytes(POINTER)
     with pytest.raises(ValueError, match="tokenizer.model .*is not a SentencePiece model.*git lfs pull"):
@@ -339,7 +340,7 @@ def test_a_folder_does_not_receive_what_would_shadow_its_input(hf, tmp_path, nam
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(hf, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
+    monkeypatch.setattr(run, "fsync", lambda _: (tmp_path / "new.safetensors").write_text("another's"))
     with pytest.raises(ValueError, match="appeared during the conversion"):
         convert_to_mindspore(hf, tmp_path / "new.safetensors")
     assert (tmp_path / "new.safetensors").read_text() == "another's"
@@ -355,7 +356,7 @@ def test_nothing_is_left_of_an_interrupted_conversion(hf, tmp_path, monkeypatch,
     def fail(path):
         raise error
 
-    monkeypatch.setattr(job, "fsync", fail)
+    monkeypatch.setattr(run, "fsync", fail)
     (tmp_path / "there").mkdir()
     for target in ("there", "new/deep/target", "there/a.ckpt"):
         with pytest.raises(type(error)):

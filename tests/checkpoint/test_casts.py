@@ -6,13 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import stored_tensors, write_hf_folder
 
-from research.telechat2.checkpoint import (
-    convert_to_mindspore,
-    convert_to_torch,
-    read_mindspore_tensors,
-    stored,
-)
-from research.telechat2.checkpoint.dtypes import cast
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
+from research.telechat2.checkpoint.storage import tensor as stored
+from research.telechat2.checkpoint.storage.dtypes import cast
 
 DTYPES = ["float32", "float16", "bfloat16"]
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -25,7 +21,7 @@ def test_as_torch_rounds(tmp_path, monkeypatch, source, target):
     from safetensors.torch import load_file
 
     monkeypatch.setattr(stored, "BLOCK_BYTES", 1 << 10)  # so that tensors are many blocks
-    monkeypatch.setattr("research.telechat2.checkpoint.safetensors_files.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("research.telechat2.checkpoint.storage.safetensors_format.BLOCK_BYTES", 1 << 10)
     write_hf_folder(tmp_path / "hf", {"num_key_value_heads": 2}, seed=1, dtype=source)
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms", dtype=target)
     summary = convert_to_torch(tmp_path / "ms", tmp_path / "back")

@@ -10,13 +10,9 @@ from memory import peak_of_both_ways
 from oracle import stored_tensors, write_hf_folder
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import (
-    convert_to_mindspore,
-    convert_to_torch,
-    read_mindspore_tensors,
-    stored,
-)
-from research.telechat2.checkpoint.stored import StoredTensor, blocks_of, cut, join
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
+from research.telechat2.checkpoint.storage import tensor as stored
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of, cut, join
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "ffn_hidden_size": 40}
 MANY = MOE | {"num_experts": 11, "n_layer": 3}  # more than ten: experts 10 and 2 sort by number, not by text
@@ -109,7 +105,7 @@ def test_casts_cross_from_expert_to_expert(tmp_path, monkeypatch):
     import torch
     from safetensors.torch import load_file as load_torch
 
-    for module in (stored, "research.telechat2.checkpoint.safetensors_files"):
+    for module in (stored, "research.telechat2.checkpoint.storage.safetensors_format"):
         target = f"{module}.BLOCK_BYTES" if isinstance(module, str) else f"{module.__name__}.BLOCK_BYTES"
         monkeypatch.setattr(target, 1 << 10)
     write_hf_folder(tmp_path / "hf", MOE, seed=5)

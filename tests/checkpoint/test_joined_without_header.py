@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from oracle import stored_tensors, write_hf_folder
 
-from research.telechat2.checkpoint import convert_to_torch, relayout
-from research.telechat2.checkpoint.rank_layout import assume_joined_for, whole_weights
-from research.telechat2.checkpoint.relayout import convert_layout
-from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
+from research.telechat2.checkpoint import convert_layout as relayout
+from research.telechat2.checkpoint import convert_to_torch
+from research.telechat2.checkpoint.convert_layout import convert_layout
+from research.telechat2.checkpoint.layouts.read import assume_joined_for, whole_weights
+from research.telechat2.run.load_checkpoint import prepare_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZES = {"num_key_value_heads": 2, "vocab_size": 128}

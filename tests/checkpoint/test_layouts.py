@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from oracle import write_hf_folder
 from rank_arrays import bits_of, joined_for, rank_of, save, save_ranks, whole_model
 
-from research.telechat2.checkpoint import arranged, rank_layout
-from research.telechat2.checkpoint.arranged import glue, part_of, rows_of
-from research.telechat2.checkpoint.rank_layout import read_whole, weights_of_rank, whole_weights
+from research.telechat2.checkpoint.layouts import read as rank_layout
+from research.telechat2.checkpoint.layouts.read import read_whole, weights_of_rank, whole_weights
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.stored import StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage import views
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage.views import glue, part_of, rows_of
 
 EXPERTS = 4
 MODELS = {
@@ -274,10 +275,10 @@ def test_arrangements_are_numpy_s_slices(data):
     start = data.draw(st.integers(0, len(content)))
     stop = data.draw(st.one_of(st.none(), st.integers(0, len(content) + 8)))
     long_run, block_bytes = data.draw(st.sampled_from([(1, 1 << 20), (1 << 20, 1 << 20), (1 << 20, 40)]))
-    before = arranged.LONG_RUN, arranged.BLOCK_BYTES
-    arranged.LONG_RUN, arranged.BLOCK_BYTES = long_run, block_bytes
+    before = views.LONG_RUN, views.BLOCK_BYTES
+    views.LONG_RUN, views.BLOCK_BYTES = long_run, block_bytes
     try:
         assert tensor.shape == expected.shape
         assert b"".join(map(bytes, tensor.blocks(start, stop))) == content[start:stop]
     finally:
-        arranged.LONG_RUN, arranged.BLOCK_BYTES = before
+        views.LONG_RUN, views.BLOCK_BYTES = before

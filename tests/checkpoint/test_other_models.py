@@ -9,8 +9,8 @@ from relatives_fixtures import llama_folder, load_exported, section_of
 from safetensors.numpy import load_file, save_file
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.relatives.kinds import model_kind
-from research.telechat2.checkpoint.relatives.rotary import read_scaling
+from research.telechat2.checkpoint.llama.kinds import model_kind
+from research.telechat2.checkpoint.llama.rotary import read_scaling
 
 
 def edited(folder, **changes):
@@ -147,7 +147,7 @@ def test_mindspore_weights_given_as_torch_weights_and_the_other_way_round(tmp_pa
 )  # fmt: skip
 @pytest.mark.parametrize("joined", [False, True])
 def test_other_dtypes_are_refused_by_name(tmp_path, dtype, width, joined):
-    from research.telechat2.checkpoint.relayout import convert_layout
+    from research.telechat2.checkpoint.convert_layout import convert_layout
 
     write_hf_folder(tmp_path / "hf", {"num_key_value_heads": 2}, seed=1)
     convert_layout(tmp_path / "hf", tmp_path / "m.safetensors", qkv_concat=joined)

@@ -11,7 +11,7 @@ from oracle import hf_shapes
 
 from research.telechat2.checkpoint import TelechatSizes
 from research.telechat2.checkpoint.plan import make_plan
-from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.table import expand
 
 # n_layer, hidden, ffn, heads, kv heads, vocabulary, tied -> parameters: the published totals of the family

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from relatives_fixtures import byte_level_tokenizer
 
-from research.telechat2.telechat_tokenizer import StreamDecoder, TelechatTokenizer
+from research.telechat2.telechat_tokenizer import TelechatTokenizer
+from research.telechat2.text.stream_decoder import StreamDecoder
 
 TEXT = st.lists(
     st.sampled_from([*" aehot dT.,01\n\t<>🐼é龘生抽老", "the", " dog", "<_end>", "<unk>", "  "])

@@ -10,10 +10,10 @@ from oracle import load_llama, write_hf_folder
 from relatives_fixtures import llama_folder, load_exported, our_model, section_of, v1_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.relatives.description import describe_telechat, model_section
+from research.telechat2.checkpoint.llama.description import describe_telechat, model_section
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.config.rope import base_of_release
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_rope_rules import base_of_release
 
 SEQ_LENGTH = 32
 V1_7B = {"hidden_size": 256, "n_head": 2, "ffn_hidden_size": 384, "vocab_size": 600}
@@ -78,7 +78,7 @@ def test_logits_of_ours_and_of_the_exported_folder_are_the_oracles(telechat):
 def test_the_exported_folder_answers_a_conversation_token_by_token_as_ours(telechat, small_tokenizer):
     from transformers import AutoTokenizer
 
-    from research.telechat2.telechat_chat import encode, render
+    from research.telechat2.text.chat import encode, render
 
     kind, folder, _ = telechat
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")

@@ -10,7 +10,7 @@ from oracle import write_hf_folder
 from relatives_fixtures import byte_level_tokenizer, v1_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.telechat_chat import TOOL_TAGS, conversation_text, encode, render
+from research.telechat2.text.chat import TOOL_TAGS, conversation_text, encode, render
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARKERS = ("<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", *TOOL_TAGS)
@@ -182,7 +182,7 @@ ECHOED = [
 
 @pytest.mark.parametrize("end", range(2, len(ECHOED) + 1))
 def test_what_clients_send_back_is_rendered_as_the_renderer_does(exported, small_vocab, small_tokenizer, end):
-    from research.telechat2.serve.mindie import MindIETelechatTokenizer
+    from research.telechat2.serve.mindie.classes import MindIETelechatTokenizer
 
     messages = ECHOED[:end]
     segments = render(messages, add_generation_prompt=True)

@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import stored_tensors, write_hf_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, copying, job, staging
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.job import copy, run
+from research.telechat2.checkpoint.job import journal as staging
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZES = {"n_layer": 2, "hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 512}
@@ -111,7 +113,7 @@ def hf(tmp_path):
 
 def stop_after(monkeypatch, writes, error):
     """Writing fails from a number of blocks on."""
-    plain, left = copying._write, [writes]
+    plain, left = copy._write, [writes]
 
     def write(*arguments):
         left[0] -= 1
@@ -119,7 +121,7 @@ def stop_after(monkeypatch, writes, error):
             raise error
         return plain(*arguments)
 
-    monkeypatch.setattr(copying, "_write", write)
+    monkeypatch.setattr(copy, "_write", write)
 
 
 full = partial(OSError, errno.ENOSPC, "No space left on device")
@@ -147,8 +149,8 @@ def test_a_full_disk_keeps_what_is_done_for_resume(hf, tmp_path, monkeypatch, ca
     with pytest.raises(ValueError, match="differs from this one in: the dtype, the tensors of each new file"):
         convert_to_mindspore(hf, tmp_path / "ms", resume=True)
 
-    copied, plain = [], copying.copy
-    monkeypatch.setattr(copying, "copy", lambda placed, *rest: copied.append(placed) or plain(placed, *rest))
+    copied, plain = [], copy.copy
+    monkeypatch.setattr(copy, "copy", lambda placed, *rest: copied.append(placed) or plain(placed, *rest))
     convert_to_mindspore(hf, tmp_path / "ms", **OPTIONS, resume=True)
     assert 0 < len(copied) < 23  # not those that were done
     convert_to_mindspore(hf, tmp_path / "straight", **OPTIONS)
@@ -171,7 +173,7 @@ def test_another_source_is_not_resumed(hf, tmp_path, monkeypatch):
 def test_what_the_disk_lost_is_written_again(hf, tmp_path, monkeypatch):
     """After a power cut the journal may know more than the files: checksums tell."""
     with monkeypatch.context() as patch:
-        patch.setattr(job, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert_to_mindspore(hf, tmp_path / "ms", resume=True)
     part = tmp_path / "ms" / ".conversion.part"
@@ -203,7 +205,7 @@ def test_a_journal_of_any_content(tmp_path, monkeypatch, lost, found):
         target = Path(folder) / "ms"
         write_hf_folder(Path(folder) / "hf", SIZES, seed=1)
         with monkeypatch.context() as patch:
-            patch.setattr(job, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(run, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 convert_to_mindspore(target.parent / "hf", target, resume=True)
         journal = target / ".conversion.part" / "journal"
@@ -215,7 +217,7 @@ def test_a_journal_of_any_content(tmp_path, monkeypatch, lost, found):
 
 def test_two_at_once(hf, tmp_path, monkeypatch):
     """The second of two conversions to one place says so, and disturbs the first in nothing."""
-    plain = job.prove
+    plain = run.prove
 
     def meanwhile(*arguments):
         for resume, message in ((True, "another conversion is writing"), (False, "unfinished conversion")):
@@ -223,7 +225,7 @@ def test_two_at_once(hf, tmp_path, monkeypatch):
                 convert_to_mindspore(hf, tmp_path / "ms", resume=resume)
         plain(*arguments)
 
-    monkeypatch.setattr(job, "prove", meanwhile)
+    monkeypatch.setattr(run, "prove", meanwhile)
     convert_to_mindspore(hf, tmp_path / "ms")
     convert_to_torch(tmp_path / "ms", tmp_path / "back", verify=False)
     assert stored_tensors(tmp_path / "back") == stored_tensors(hf)
@@ -244,7 +246,7 @@ def test_an_interrupted_ckpt(hf, tmp_path, monkeypatch, where):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job if where == "prove" else staging, where, fail)
+        patch.setattr(run if where == "prove" else staging, where, fail)
         with pytest.raises(KeyboardInterrupt):
             convert_to_mindspore(hf, tmp_path / "a.ckpt", resume=True)
     assert (tmp_path / "a.ckpt.config.json").exists() == (where == "fsync")  # the first that is named
@@ -257,13 +259,13 @@ def test_an_interrupted_ckpt(hf, tmp_path, monkeypatch, where):
 
 
 def test_a_source_that_changes_meanwhile(hf, tmp_path, monkeypatch):
-    plain = job.prove
+    plain = run.prove
 
     def meanwhile(*arguments):
         plain(*arguments)
         os.utime(hf / "model-00001-of-00002.safetensors")
 
-    monkeypatch.setattr(job, "prove", meanwhile)
+    monkeypatch.setattr(run, "prove", meanwhile)
     with pytest.raises(ValueError, match="changed while it was read"):
         convert_to_mindspore(hf, tmp_path / "ms")
     assert not (tmp_path / "ms").exists()

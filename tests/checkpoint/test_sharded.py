@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from sharding import COUNTERS, assert_same, model_tensors, stored_by, write_shards, write_strategies
 
-from research.telechat2 import telechat_prompt_format
-from research.telechat2.checkpoint.ranks import transform
+from research.telechat2.checkpoint.cluster.reshard import transform
+from research.telechat2.text import prompt_format
 
 COMMAND = Path(__file__).resolve().parents[2] / "research/telechat2/transform_ckpt.py"
 WHOLE = model_tensors()
@@ -140,13 +140,13 @@ def test_bfloat16_and_accumulated_gradients(tmp_path):
 def test_merges_the_newest_step_and_records_the_prompt_format(copy):
     newer = {name: array + np.float32(1) for name, array in WHOLE.items()}
     write_shards(copy / "checkpoint", newer, plan(2, 2, 2), step="2_5")
-    telechat_prompt_format.write(copy / "checkpoint", "plain")
+    prompt_format.write(copy / "checkpoint", "plain")
     assert_same(merge_with_record(copy), newer | COUNTERS)
 
 
 def merge_with_record(source: Path) -> dict:
     transform(source / "checkpoint", source / "merged", "x", source / "strategy")
-    assert telechat_prompt_format.find(source / "merged/rank_0/x0.safetensors") == "plain"
+    assert prompt_format.find(source / "merged/rank_0/x0.safetensors") == "plain"
     return load_file(source / "merged/rank_0/x0.safetensors")
 
 
@@ -369,7 +369,7 @@ def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(copy, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("research.telechat2.checkpoint.rank_files.fsync", interrupt)
+    monkeypatch.setattr("research.telechat2.checkpoint.storage.rank_folders.fsync", interrupt)
     for folder in (kept, copy / "deep/new"):
         with pytest.raises(KeyboardInterrupt):
             transform(copy / "checkpoint", folder, "x", copy / "strategy")

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 from sharding import COUNTERS, assert_same, cut, stored_by, write_shards
 
-from research.telechat2.checkpoint.ranks import transform
-from research.telechat2.plan.simulate import simulate
+from research.telechat2.checkpoint.cluster.reshard import transform
+from research.telechat2.plan.dry_run.simulate import simulate
 
 MODEL = {
     "seq_length": 32, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96,

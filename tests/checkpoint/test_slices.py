@@ -14,8 +14,8 @@ from oracle import write_hf_folder
 from rank_arrays import bits_of, whole_model
 from sharding import cut
 
-from research.telechat2.checkpoint.slices import own_slices
-from research.telechat2.checkpoint.stored import StoredTensor, blocks_of
+from research.telechat2.checkpoint.cluster.own_slices import own_slices
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
 
 HERE = Path(__file__).resolve().parent
 SIZES = {
@@ -88,7 +88,7 @@ PLANS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_compiled_rank_loads_its_slices_of_a_hugging_face_folder(tmp_path, plan):
-    from research.telechat2.plan.stub import ascend_environment
+    from research.telechat2.plan.dry_run.cann_stub import ascend_environment
 
     parallel_config, rank = PLANS[plan]
     experts = "expert_parallel" in parallel_config

@@ -13,11 +13,12 @@ from oracle import stored_tensors, write_hf_folder
 from safetensors.numpy import load_file, save_file
 from test_plan_115b import described, hf_shapes
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, copying, job, proof
-from research.telechat2.checkpoint.manifest import table
+from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.job import copy, run, verify
+from research.telechat2.checkpoint.job.manifest import table
 from research.telechat2.checkpoint.plan import make_plan
-from research.telechat2.checkpoint.safetensors_files import read_metadata
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.storage.safetensors_format import read_metadata
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZES = {"num_key_value_heads": 2}
@@ -135,7 +136,7 @@ def refused_and_gone(hf, target, message, convert=convert_to_mindspore, **option
 
 
 def test_a_byte_that_changes_on_its_way_is_found(hf, tmp_path, monkeypatch):
-    plain = job.fsync
+    plain = run.fsync
 
     def flip(file):
         plain(file)
@@ -145,10 +146,10 @@ def test_a_byte_that_changes_on_its_way_is_found(hf, tmp_path, monkeypatch):
             stream.seek(-1, 2)
             stream.write(bytes([last ^ 1]))
 
-    monkeypatch.setattr(job, "fsync", flip)
+    monkeypatch.setattr(run, "fsync", flip)
     refused_and_gone(hf, tmp_path / "ms", "was read back with another checksum")
     with monkeypatch.context() as patch:  # what --no-verify does not see
-        patch.setattr(job, "_write_small", lambda file, content: file.write_bytes(content))
+        patch.setattr(run, "_write_small", lambda file, content: file.write_bytes(content))
         assert not convert_to_mindspore(hf, tmp_path / "unseen", verify=False).verified
 
 
@@ -183,7 +184,7 @@ def test_experts_in_another_order_are_found(tmp_path, monkeypatch):
 
 
 def test_a_header_that_is_wrong_is_found(hf, tmp_path, monkeypatch):
-    plain = copying.header_bytes
+    plain = copy.header_bytes
 
     def other(tensors, metadata):
         swapped = dict(tensors)
@@ -193,24 +194,24 @@ def test_a_header_that_is_wrong_is_found(hf, tmp_path, monkeypatch):
         )
         return plain(swapped, metadata)
 
-    monkeypatch.setattr(copying, "header_bytes", other)
+    monkeypatch.setattr(copy, "header_bytes", other)
     refused_and_gone(hf, tmp_path / "ms", "describes .* wrongly")
 
 
 def test_a_ckpt_is_verified_too(hf, tmp_path, monkeypatch):
-    plain = job.write_ckpt
+    plain = run.write_ckpt
 
     def other(file, tensors):
         plain(file, ((name, dtype, shape, bytearray(len(data))) for name, dtype, shape, data in tensors))
 
-    monkeypatch.setattr(job, "write_ckpt", other)
+    monkeypatch.setattr(run, "write_ckpt", other)
     refused_and_gone(hf, tmp_path / "x.ckpt", "was read back with another checksum")
 
 
 def test_what_is_moved_as_ranges_is_not_read_twice(tmp_path, monkeypatch):
     """Neither joined experts, nor those cut apart again, nor casts."""
     write_hf_folder(tmp_path / "hf", MOE, seed=2)
-    monkeypatch.setattr(proof, "checksum_of", lambda *_: pytest.fail("read a second time"))
+    monkeypatch.setattr(verify, "checksum_of", lambda *_: pytest.fail("read a second time"))
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms", dtype="bfloat16")
     convert_to_torch(tmp_path / "ms", tmp_path / "back", dtype="float16")
 
@@ -221,7 +222,7 @@ def test_what_is_moved_as_ranges_is_not_read_twice(tmp_path, monkeypatch):
     [("5GB", 5 * 10**9), ("1.5gb", 15 * 10**8), ("64MiB", 64 << 20), ("7", 7), ("2 KB", 2000)],
 )
 def test_sizes(size, expected):
-    from research.telechat2.checkpoint.options import parse_size
+    from research.telechat2.checkpoint.convert import parse_size
 
     assert parse_size(size) == expected
 

@@ -5,8 +5,8 @@ from collections import namedtuple
 import pytest
 from saved_iterations import save_iteration
 
-from research.telechat2.compat.saving import saving
 from research.telechat2.run import space
+from research.telechat2.run.checkpoint_monitor import saving
 from research.telechat2.run.resuming import whole_iterations
 
 Usage = namedtuple("Usage", "total used free")

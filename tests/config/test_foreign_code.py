@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from research.telechat2.config.preflight import check_settings
-from research.telechat2.telechat_run import run
-from research.telechat2.telechat_run_config import read_config
+from research.telechat2.config.yaml_files import read_config
+from research.telechat2.run.task import run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 EVIL = "from pathlib import Path\nPath('EXECUTED').touch()\nclass TelechatConfig: pass\n"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from research.telechat2.config.check import check
 from research.telechat2.config.classes import GROUPS, PLUGIN
 from research.telechat2.config.model_fields import model_kinds
 from research.telechat2.config.places import settings_like
 from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.settings import read_settings
 from research.telechat2.config.tables import SECTIONS
-from research.telechat2.plan.check import check
-from research.telechat2.plan.settings import read_settings
-from research.telechat2.telechat_run_config import read_config, resolve_config, shipped_configs
+from research.telechat2.config.yaml_files import read_config, resolve_config, shipped_configs
 
 MODEL = "model.model_config"
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from migration_keys import CHANGE, NOTED, USED, keys
 
+from research.telechat2.config.check import check
 from research.telechat2.config.preflight import check_settings
-from research.telechat2.plan.check import check
+from research.telechat2.config.settings import read_with_notes
 from research.telechat2.plan.command import plan
-from research.telechat2.plan.settings import read_with_notes
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 FILES = sorted((SHARED / "data" / "migration").glob("*.yaml"))
@@ -202,7 +202,7 @@ def test_recomputation_is_left_out_on_cpus_alone():
 
 @pytest.mark.parametrize("key", ["load_checkpoint", "vocab_file"])
 def test_a_missing_file_is_blamed_on_the_yaml_that_names_it(tmp_path, key):
-    from research.telechat2.telechat_predict_utils import load_predictor
+    from research.telechat2.infer.loading import load_predictor
 
     path, there = tmp_path / "own.yaml", tmp_path / "there"
     there.touch()

@@ -11,7 +11,7 @@ from research.telechat2.config.optimization import (
     check_schedule_length,
     with_float_fields,
 )
-from research.telechat2.telechat_run_config import read_config, shipped_configs
+from research.telechat2.config.yaml_files import read_config, shipped_configs
 
 MIGRATION = Path(__file__).resolve().parents[3] / "shared" / "data" / "migration"
 

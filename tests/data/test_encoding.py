@@ -7,10 +7,11 @@ from data_lines import bot, chat, encoded, items, trained_texts, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from research.telechat2 import telechat_chat
-from research.telechat2.data import formats, vocabulary
+from research.telechat2.data import formats
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
+from research.telechat2.text import chat as telechat_chat
+from research.telechat2.text import vocabulary
 from research.telechat2.text.messages import ROLES
 
 

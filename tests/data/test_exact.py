@@ -5,9 +5,10 @@ import json
 import pytest
 from data_lines import bot, chat, encoded, items, trained_texts, user
 
-from research.telechat2.data import formats, vocabulary
+from research.telechat2.data import formats
 from research.telechat2.data.formats import parse, parse_line
-from research.telechat2.telechat_chat import conversation_text, render
+from research.telechat2.text import vocabulary
+from research.telechat2.text.chat import conversation_text, render
 from research.telechat2.text.messages import is_blank, out_of_turn
 
 NUMBERS = (

@@ -5,13 +5,14 @@ import json
 import pytest
 from data_lines import bot, chat, encoded, items, trained_texts, user, write_lines
 
-from research.telechat2.data import formats, vocabulary
+from research.telechat2.data import formats
 from research.telechat2.data.fields import METADATA
 from research.telechat2.data.formats import parse, parse_line
+from research.telechat2.data.html_report import summary
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
-from research.telechat2.data.report import summary
-from research.telechat2.telechat_chat import conversation_text
+from research.telechat2.text import vocabulary
+from research.telechat2.text.chat import conversation_text
 
 CONVERSATIONS = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 ALPACA = {"instruction": "q", "input": "", "output": "a"}

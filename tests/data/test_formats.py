@@ -5,8 +5,8 @@ import json
 import pytest
 
 from research.telechat2.data.formats import parse, parse_line, read_lines
-from research.telechat2.telechat_chat import conversation_text, render
 from research.telechat2.text import exact_json
+from research.telechat2.text.chat import conversation_text, render
 
 
 def text_of(**data) -> str:

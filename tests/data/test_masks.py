@@ -7,8 +7,8 @@ from data_lines import bot, chat, encoded, items, trained_texts, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from research.telechat2.data import vocabulary
 from research.telechat2.data.encoding import TRAINED
+from research.telechat2.text import vocabulary
 from research.telechat2.text.messages import is_blank
 
 CALL = {"function": {"name": "f", "arguments": {}}}
@@ -155,7 +155,7 @@ def test_the_picture_in_the_documentation_shows_what_is_trained(small_vocab):
     from html import unescape
     from pathlib import Path
 
-    svg = Path(vocabulary.__file__).with_name("masks.svg").read_text(encoding="utf-8")
+    svg = (Path(vocabulary.__file__).parents[1] / "data" / "masks.svg").read_text(encoding="utf-8")
     line = json.loads(unescape(re.search(r"<desc>(.*?)</desc>", svg, re.DOTALL)[1]))
     words = _words(small_vocab)
     rows = re.findall(r'<g id="(\w+)">(.*?)</g>', svg, re.DOTALL)

@@ -13,13 +13,13 @@ import pytest
 import sentencepiece
 from data_lines import read
 
-from research.telechat2 import telechat_prompt_format
 from research.telechat2.data import preparing, writing
 from research.telechat2.data.encoding import TRAINED
+from research.telechat2.data.html_report import summary
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
-from research.telechat2.data.report import summary
-from research.telechat2.telechat_run_data import check_dataset
+from research.telechat2.run.dataset import check_dataset
+from research.telechat2.text import prompt_format
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = CHECKOUT / "research" / "telechat2" / "telechat_preprocess.py"
@@ -147,7 +147,7 @@ def test_the_manifest_records_inputs_tokenizer_and_format(small_vocab, tmp_path)
     data = write_lines(tmp_path / "d.jsonl", chat())
     prepare(data, small_vocab, tmp_path / "out", Options(max_length=200, seed=5))
     manifest = json.loads((tmp_path / "out" / "dataset.mindrecord.json").read_text())
-    assert telechat_prompt_format.of_dataset(tmp_path / "out") == "chat"
+    assert prompt_format.of_dataset(tmp_path / "out") == "chat"
     assert (manifest["max_length"], manifest["seed"]) == (200, 5)
     for entry, file in ((manifest["inputs"][0], data), (manifest["tokenizer"], small_vocab)):
         expected = subprocess.run(["sha256sum", file], capture_output=True, text=True).stdout.split()[0]
@@ -181,7 +181,7 @@ def test_numbered_files_are_a_data_set_that_training_takes(small_vocab, small_to
     config["model"]["model_config"]["vocab_size"] -= 1  # of which the records use few: the manifests tell
     with pytest.raises(ValueError, match="needs a vocabulary of"):
         check_dataset(config, "train")
-    assert telechat_prompt_format.of_dataset(tmp_path / "out") == "plain"
+    assert prompt_format.of_dataset(tmp_path / "out") == "plain"
 
 
 def test_many_records_are_numbered_unasked(small_vocab, tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ from data_lines import encoded, plain_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.telechat2.data import json_values, sources, vocabulary
+from research.telechat2.data import json_values, sources
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
 from research.telechat2.data.sources import Batch, Source, find, input_files, read_batches
+from research.telechat2.text import vocabulary
 
 
 def lines_of(*files: sources.Source, **more) -> list[bytes]:

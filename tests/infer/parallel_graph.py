@@ -5,9 +5,9 @@ from mindspore import Parameter
 from mindspore.common.initializer import initializer
 from mindspore.nn.utils import no_init_parameters
 
+from research.telechat2.generation.step_inputs import dynamic_inputs
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_generation import dynamic_inputs
 
 INPUTS = (
     "input_ids", "labels", "position_ids", "batch_valid_length", "block_tables", "slot_mapping", "last_token",

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from research.telechat2.plan.simulate import simulate
+from research.telechat2.plan.dry_run.simulate import simulate
 
 LAYERS = 2
 SIZES = {

@@ -94,9 +94,9 @@ def test_a_config_for_cpus_is_planned_and_its_estimate_says_what_to_set():
 
 
 def test_a_scalar_parameter_is_left_whole_by_the_optimizers_sharding():
-    from research.telechat2.plan.estimate import estimate
-    from research.telechat2.plan.parameters import _stored
-    from research.telechat2.plan.settings import read_settings
+    from research.telechat2.config.settings import read_settings
+    from research.telechat2.plan.estimate.estimate import estimate
+    from research.telechat2.plan.estimate.memory import _stored
 
     run = estimate(read_settings("finetune_telechat_7b", {}, Path.cwd())[1]).workload
     stored = _stored(run, "scale", (), ())

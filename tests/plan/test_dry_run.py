@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from random_plans import random_plan
 
-from research.telechat2.plan.check import check
-from research.telechat2.plan.dry_run import dry_run
-from research.telechat2.plan.settings import read_settings
-from research.telechat2.plan.simulate import CompilationError, simulate
-from research.telechat2.telechat_run_config import read_config, shipped_configs
+from research.telechat2.config.check import check
+from research.telechat2.config.settings import read_settings
+from research.telechat2.config.yaml_files import read_config, shipped_configs
+from research.telechat2.plan.dry_run.report import dry_run
+from research.telechat2.plan.dry_run.simulate import CompilationError, simulate
 
 COMMAND = Path(__file__).resolve().parents[2] / "research" / "telechat2" / "telechat_plan.py"
 PLANS = [path for path in shipped_configs() if path.name.startswith("finetune")]
@@ -122,7 +122,7 @@ def evaluation(name: str, place: str, in_training: bool):
     _, settings = read_settings(name, scaled(name), Path.cwd())
     checked = check(settings)
     return simulate(
-        "research.telechat2.plan.training_step:build_evaluation",
+        "research.telechat2.run.training_step:build_evaluation",
         {"settings": settings, "in_training": in_training},
         device_num=checked.device_num,
         rank=checked.stages[{"first": 0, "last": -1}[place]].ranks[0],

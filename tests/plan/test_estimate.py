@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from research.telechat2.plan.communication import Communication, layer_communication, stage_communication
-from research.telechat2.plan.estimate import estimate
-from research.telechat2.plan.hardware import link_seconds
-from research.telechat2.plan.memory import layer_activations, layer_input
-from research.telechat2.plan.parameters import stage_parameters
-from research.telechat2.plan.published import errors, fit, leave_one_out, published_workloads
-from research.telechat2.plan.settings import read_settings
-from research.telechat2.plan.throughput import FITTED, model_flops_per_token
-from research.telechat2.plan.workload import workload
+from benchmarks.fit_estimate import errors, fit, leave_one_out, published_workloads
+from research.telechat2.config.settings import read_settings
+from research.telechat2.plan.estimate.communication import (
+    Communication,
+    layer_communication,
+    stage_communication,
+)
+from research.telechat2.plan.estimate.costs import link_seconds
+from research.telechat2.plan.estimate.estimate import FITTED, estimate, model_flops_per_token
+from research.telechat2.plan.estimate.memory import layer_activations, layer_input, stage_parameters
+from research.telechat2.plan.estimate.workload import workload
 
 
 def settings_of(name: str, **changes) -> dict:

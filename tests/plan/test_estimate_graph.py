@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 from random_plans import random_plan
 
-from research.telechat2.plan.check import check
-from research.telechat2.plan.communication import stage_communication
-from research.telechat2.plan.memory import stage_memory
-from research.telechat2.plan.parameters import stage_parameters
-from research.telechat2.plan.settings import read_settings
-from research.telechat2.plan.simulate import simulate
-from research.telechat2.plan.throughput import throughput
-from research.telechat2.plan.workload import workload
+from research.telechat2.config.check import check
+from research.telechat2.config.settings import read_settings
+from research.telechat2.plan.dry_run.simulate import simulate
+from research.telechat2.plan.estimate.communication import stage_communication
+from research.telechat2.plan.estimate.estimate import throughput
+from research.telechat2.plan.estimate.memory import stage_memory, stage_parameters
+from research.telechat2.plan.estimate.workload import workload
 
 MODEL, PLAN, AGAIN = "model.model_config.", "parallel_config.", "recompute_config."
 OPTIMIZER = "parallel.parallel_optimizer_config."
@@ -89,7 +88,7 @@ def compare(settings: dict, stage: int):
     """Assert that estimate and compiled graph of the stage's first rank agree."""
     run = workload(settings)
     rank = stage * run.stage_devices
-    target = "research.telechat2.plan.training_step:build"
+    target = "research.telechat2.run.training_step:build"
     report = simulate(target, {"settings": settings}, device_num=run.devices, rank=rank)
     stored = {parameter.name: parameter.bytes for parameter in report.parameters}
     own = ("adam_m.", "adam_v.", "accu_grads.")

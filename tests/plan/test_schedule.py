@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.telechat2.plan.schedule import schedule
+from research.telechat2.plan.estimate.schedule import schedule
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from research.telechat2.plan.check import check
-from research.telechat2.plan.draw import draw, figure_of
-from research.telechat2.plan.estimate import estimate
-from research.telechat2.plan.search import search
-from research.telechat2.plan.settings import read_settings
-from research.telechat2.telechat_parallel_sections import check_parallel_sections
+from research.telechat2.config.check import check
+from research.telechat2.config.mindspore_context import check_parallel_sections
+from research.telechat2.config.settings import read_settings
+from research.telechat2.plan.estimate.draw import draw, figure_of
+from research.telechat2.plan.estimate.estimate import estimate
+from research.telechat2.plan.estimate.search import search
 from research.telechat2.telechat_plan import setting
 
 

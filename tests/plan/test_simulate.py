@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from research.telechat2.plan.graph import TensorType
-from research.telechat2.plan.simulate import CompilationError, simulate
+from research.telechat2.plan.dry_run.graph import TensorType
+from research.telechat2.plan.dry_run.simulate import CompilationError, simulate
 
 TOKENS, HIDDEN, WIDTH = 16, 64, 256  # as in plan_cells.py
 ALL_SHARDED = {

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from research.telechat2.plan import stub
-from research.telechat2.plan.elf import mentioned, read_library
+from research.telechat2.plan.dry_run import cann_stub
+from research.telechat2.plan.dry_run.elf import mentioned, read_library
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def no_cache(tmp_path, monkeypatch):
 
 
 def test_two_processes_that_build_at_once_end_with_one_whole_folder(no_cache):
-    code = "from research.telechat2.plan.stub import stub_directory; print(stub_directory())"
+    code = "from research.telechat2.plan.dry_run.cann_stub import stub_directory; print(stub_directory())"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
 
     def build(_):
@@ -29,7 +29,7 @@ def test_two_processes_that_build_at_once_end_with_one_whole_folder(no_cache):
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(build, range(2)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
-    folder = stub.stub_directory()
+    folder = cann_stub.stub_directory()
     assert {d.stdout.strip() for d in done} == {str(folder)}
     assert list(folder.parent.iterdir()) == [folder]
     everything = ctypes.CDLL(str(folder / "cann" / "lib64" / "libascendcl.so"))
@@ -39,14 +39,14 @@ def test_two_processes_that_build_at_once_end_with_one_whole_folder(no_cache):
 def test_without_a_compiler_a_sentence_says_what_to_install(no_cache, monkeypatch):
     monkeypatch.setenv("PATH", str(no_cache))
     with pytest.raises(ValueError, match="none of cc, gcc and clang is on PATH. Install one"):
-        stub.ascend_environment(8, 0)
+        cann_stub.ascend_environment(8, 0)
     assert not any((no_cache / "telechat2").iterdir())
 
 
 def test_where_cann_is_installed_nothing_stands_in_for_it(no_cache, tmp_path, monkeypatch):
     (tmp_path / "libascendcl.so").touch()
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    environment = stub.ascend_environment(16, 3)
+    environment = cann_stub.ascend_environment(16, 3)
     added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     assert added == {"MS_SIMULATION_LEVEL": "0", "RANK_SIZE": "16", "RANK_ID": "3"}
     assert not no_cache.exists()
@@ -62,7 +62,8 @@ def test_the_elf_reader_sees_what_the_compiler_was_told(tmp_path):
     )
     path = tmp_path / "libx.so"
     subprocess.run(
-        [stub._compiler(), "-shared", "-fPIC", "-o", path, source, "-Wl,--no-as-needed", "-lm"], check=True
+        [cann_stub._compiler(), "-shared", "-fPIC", "-o", path, source, "-Wl,--no-as-needed", "-lm"],
+        check=True,
     )
     library = read_library(path)
     assert {"name", "data", "user"} <= library.defined

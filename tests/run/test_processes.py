@@ -2,8 +2,8 @@
 
 import pytest
 
+from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.run.processes import LAUNCHED_BY, check_cpu_plan, check_npus, check_processes
-from research.telechat2.telechat_run_config import read_config, shipped_configs
 
 ASCEND = {"context": {"device_target": "Ascend"}}
 

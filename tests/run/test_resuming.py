@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 from saved_iterations import RECORD, save_iteration
 
+from research.telechat2.run.load_checkpoint import prepare_checkpoint
 from research.telechat2.run.resuming import (
     check_resumption,
     initial_epoch,
@@ -15,7 +16,6 @@ from research.telechat2.run.resuming import (
     whole_iterations,
 )
 from research.telechat2.run.training_record import read_record
-from research.telechat2.telechat_run_checkpoint import prepare_checkpoint
 
 POSITIONS = {"mid-epoch": 8, "border": 10, "finished": 15}
 DATA = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from research.telechat2.serve import flat
-from research.telechat2.serve.settings import CLASSES
+from research.telechat2.serve.mindie import flat
+from research.telechat2.serve.mindie.settings import CLASSES
 
 SERVED = flat.ROOT / "serve" / "mindie.py"
 

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Tensor
 
-from research.telechat2.serve.mindie import (
+from research.telechat2.serve.mindie.classes import (
     MindIETelechatConfig,
     MindIETelechatForCausalLM,
     MindIETelechatTokenizer,
     newest_rows,
     prompt_rows,
 )
-from research.telechat2.serve.settings import instructions, service_config
+from research.telechat2.serve.mindie.settings import instructions, service_config
 
 PROMPTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5)
 

@@ -15,12 +15,12 @@ from mindie_model import CHECKOUT, EXPERTS, SIZES, assert_likeliest, drive, driv
 from model_fixtures import RandomModel
 from oracle import write_hf_folder
 
-from research.telechat2 import telechat_prompt_format
-from research.telechat2.serve import folder as folder_module
-from research.telechat2.serve import self_test
-from research.telechat2.serve.folder import build, read_sources
+from research.telechat2.config.yaml_files import read_config, resolve_config
+from research.telechat2.serve.mindie import folder as folder_module
+from research.telechat2.serve.mindie import self_test
+from research.telechat2.serve.mindie.folder import build, read_sources
 from research.telechat2.telechat_config import TelechatConfig
-from research.telechat2.telechat_run_config import read_config, resolve_config
+from research.telechat2.text import prompt_format
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_several_npus_are_one_more_number(dense, small_vocab, tmp_path):
 
 def test_the_recorded_prompt_format_is_taken(dense, small_vocab, tmp_path):
     weights = shutil.copytree(dense.hf, tmp_path / "hf")
-    telechat_prompt_format.write(weights, "plain")
+    prompt_format.write(weights, "plain")
     assert (
         read_sources(write_yaml(tmp_path / "p.yaml"), weights, small_vocab, None, None).prompt_format
         == "plain"

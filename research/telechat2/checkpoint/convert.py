@@ -1,30 +1,80 @@
 """The two conversions, torch -> MindSpore and back, and reading a MindSpore checkpoint tensor by tensor."""
 
+import argparse
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from research.telechat2 import telechat_prompt_format
-from research.telechat2.checkpoint.dtypes import WIDTH, widen
-from research.telechat2.checkpoint.job import Job, Options, Written, run_job
-from research.telechat2.checkpoint.output import deal
+from research.telechat2.checkpoint.job.output import deal
+from research.telechat2.checkpoint.job.run import Job, Options, Written, run_job
+from research.telechat2.checkpoint.layouts.read import plan_whole
+from research.telechat2.checkpoint.llama.companion_files import GENERATION, telechat_files
+from research.telechat2.checkpoint.llama.config_values import json_bytes, read_json
+from research.telechat2.checkpoint.llama.convert import export_llama, holds_llama, import_llama
+from research.telechat2.checkpoint.llama.description import token_ids
 from research.telechat2.checkpoint.plan import Plan, make_plan
-from research.telechat2.checkpoint.rank_layout import plan_whole
 from research.telechat2.checkpoint.recognised import refuse_mindspore, refuse_torch
-from research.telechat2.checkpoint.relatives.description import token_ids
-from research.telechat2.checkpoint.relatives.llama import export_llama, holds_llama, import_llama
-from research.telechat2.checkpoint.relatives.reading import json_bytes, read_json
-from research.telechat2.checkpoint.relatives.telechat import telechat_files
-from research.telechat2.checkpoint.relatives.tokenizer_files import GENERATION
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside, sizes_beside
-from research.telechat2.checkpoint.sources import read_torch_source
+from research.telechat2.checkpoint.storage.dtypes import WIDTH, widen
+from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.table import Side, canonical_name
+from research.telechat2.text import prompt_format as prompt_formats
 
 CKPT_FORMATS = ("safetensors", "ckpt")
 TORCH_FORMATS = ("telechat", "llama")
+
+
+JOINED_FOR = "ranks that the rows of the weights are joined for, if nothing beside them records it"
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags whose values are the fields of ``Options``."""
+    parser.add_argument("--dtype", choices=tuple(WIDTH), help="of the new weights (default: as they are)")
+    parser.add_argument(
+        "--max_shard_size",
+        type=parse_size,
+        metavar="SIZE",
+        help="of a file in a folder (default: 5GB)",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the table of tensors, source and target; write nothing"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the result back and trace every tensor to its source (default)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue a conversion that was stopped, and keep what is done if this one is",
+    )
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """The fields of ``Options`` that parsed arguments give."""
+    return {key: getattr(args, key) for key in ("dtype", "max_shard_size", "dry_run", "verify", "resume")}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number, or one with a unit such as ``5GB`` (10^9 bytes each) or ``5GiB`` (2^30).
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number of bytes, or such as 5GB")
+    return size
 
 
 @dataclass(frozen=True)
@@ -131,7 +181,7 @@ def _convert(
     else:
         plan = plan_whole(source, sizes)
     folder, files = deal(target, plan.weights, options, source, file_suffixes, ckpt_format == "ckpt")
-    prompt_format = telechat_prompt_format.find(source)
+    prompt_format = prompt_formats.find(source)
     along, along_notes = (
         telechat_files(_config_file(source), plan.sizes, side) if folder == target else ({}, ())
     )
@@ -157,10 +207,10 @@ def small_files(source: Path, target: Path, folder: Path, prompt_format: str | N
     if (config := config_beside(source)) is not None:
         beside[config_name(target, folder)] = _config_content(config, alone=folder != target)
     if prompt_format is not None:
-        record = folder / telechat_prompt_format.FILE_NAME
+        record = folder / prompt_formats.FILE_NAME
         content = (json.dumps({"prompt_format": prompt_format}, indent=2) + "\n").encode()
         if record.exists():
-            telechat_prompt_format.write(folder, prompt_format)  # refuses another
+            prompt_formats.write(folder, prompt_format)  # refuses another
             content = record.read_bytes()
         beside[record.name] = content
     return beside

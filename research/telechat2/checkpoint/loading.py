@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.telechat2.checkpoint.dtypes import WIDTH
+from research.telechat2.checkpoint.cluster.own_slices import GroupPlace, own_slices
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.slices import GroupPlace, own_slices
-from research.telechat2.checkpoint.stored import StoredTensor
+from research.telechat2.checkpoint.storage.dtypes import WIDTH
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
 
 NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
 

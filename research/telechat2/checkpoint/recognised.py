@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from research.telechat2.checkpoint.safetensors_files import read_safetensors
-from research.telechat2.checkpoint.sources import TRACKER
+from research.telechat2.checkpoint.storage.folders import TRACKER
+from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.checkpoint.table import canonical_name
 
 # Beginnings of names that one side alone has; a Llama's layers begin as MindSpore's.

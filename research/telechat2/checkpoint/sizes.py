@@ -158,12 +158,3 @@ def _with_moe_section(config: dict) -> dict:
             f"the config says moe_config = {section!r}; expected an object such as expert_num: 16"
         )
     return {"expert_num": section.get("expert_num")} | config
-
-
-def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:
-    """Width of the feed-forward block where the config gives none (spec 1.2)."""
-    width = 4 * hidden_size
-    if multiplier is not None:
-        width = int((multiplier + 0.01) * width)
-    width = int(2 * width / 3)
-    return multiple_of * ((width + multiple_of - 1) // multiple_of)

@@ -2,13 +2,11 @@
 
 from mindformers.pipeline.text_generation_pipeline import TextGenerationPipeline
 
-from research.telechat2.generation.padding import Rows
-
 _preprocess_by_library = TextGenerationPipeline.preprocess
 _run_multi_by_library = TextGenerationPipeline.run_multi
 
 
-def read_as_rows(kind: type) -> None:
+def read_as_rows(kind: type, rows: type) -> None:
     """Have the pipeline of a model of class ``kind`` keep every row's length, and answer any number of rows.
 
     MindFormers pads by the tokenizer's padding id, and ``generate`` measures by the model's; a number of
@@ -21,7 +19,7 @@ def read_as_rows(kind: type) -> None:
         special = parameters.get("add_special_tokens", True)
         prompts = [inputs] if isinstance(inputs, str) else inputs
         return {
-            "input_ids": Rows(
+            "input_ids": rows(
                 list(self.tokenizer(prompt, return_tensors=None, add_special_tokens=special)["input_ids"])
                 for prompt in prompts
             )

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES, TELECHAT_CONFIGS
 from research.telechat2.config.kinds import read_value
+from research.telechat2.config.model import LIBRARY_KEYS, OTHERS_KEYS
 from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.overrides import did_you_mean
 from research.telechat2.config.places import elsewhere, settings_like
 from research.telechat2.config.tables import SECTIONS
-from research.telechat2.telechat_config_rules import LIBRARY_KEYS, OTHERS_KEYS
-from research.telechat2.telechat_run_config import did_you_mean
 
 MODEL = "model.model_config"
 _MOST_LISTED = 12  # names in a message

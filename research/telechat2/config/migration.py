@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.telechat2.config.key_check import MODEL, sections_at
-from research.telechat2.telechat_config_rules import DEAD_KEYS
+from research.telechat2.config.model import DEAD_KEYS
 
 _TUNING = "MindFormers 1.9 tunes no data set by it"
 _GRAPHS = "MindSpore fuses operators by context.jit_config.jit_level"

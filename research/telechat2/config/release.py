@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
-from research.telechat2.telechat_rope_rules import spelled_method, trained_alpha
+from research.telechat2.config.rope import spelled_method, trained_alpha
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model, written in its code and not in its config.json
 DEFAULTS = {"rms_norm_eps": 1e-5, "theta": FAMILY_THETA}  # TelechatConfig's, of what changes every answer

@@ -2,12 +2,11 @@
 
 import re
 
-from research.telechat2 import telechat_chat
-from research.telechat2.text import exact_json
+from research.telechat2.text import chat, exact_json
 from research.telechat2.text.messages import NOTHING, is_blank
 
-_TURN = re.compile(f"({telechat_chat.USER}|{telechat_chat.BOT})")
-_CLOSING = re.compile(rf"{telechat_chat.END}\s*\Z")
+_TURN = re.compile(f"({chat.USER}|{chat.BOT})")
+_CLOSING = re.compile(rf"{chat.END}\s*\Z")
 _SHAREGPT_ROLES = {
     **{name: "system" for name in ("system",)},
     **{name: "user" for name in ("human", "user")},
@@ -79,9 +78,9 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
 def from_input(data: dict) -> list[dict]:
     """The README's input and output, as messages; of an older one, all in the input, its last answer too."""
     question = _string(data, "input")
-    if telechat_chat.SYSTEM in question:
+    if chat.SYSTEM in question:
         raise ValueError(
-            f"input contains {telechat_chat.SYSTEM}, but this format has no system prompt; "
+            f"input contains {chat.SYSTEM}, but this format has no system prompt; "
             f"write the conversation as messages, or as system and dialog"
         )
     messages = _turns(question)
@@ -108,23 +107,23 @@ def _turns(text: str) -> list[dict]:
     of an earlier answer and a closing `<_bot>` are all ways people write the same; any other special text is
     text.
     """
-    text = text.removeprefix(telechat_chat.START)
+    text = text.removeprefix(chat.START)
     first, *rest = _TURN.split(text)
     turns = list(zip(rest[::2], rest[1::2], strict=True))
     if first.strip() or not turns:
-        turns.insert(0, (telechat_chat.USER, first))
-    if turns[-1] == (telechat_chat.BOT, ""):
+        turns.insert(0, (chat.USER, first))
+    if turns[-1] == (chat.BOT, ""):
         turns.pop()
     messages = []
     for number, (marker, content) in enumerate(turns):
-        expected = telechat_chat.BOT if number % 2 else telechat_chat.USER
+        expected = chat.BOT if number % 2 else chat.USER
         if marker != expected:
             raise ValueError(
                 f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
             )
-        if marker == telechat_chat.BOT:
+        if marker == chat.BOT:
             content = _CLOSING.sub("", content)
-        messages.append({"role": "user" if marker == telechat_chat.USER else "assistant", "content": content})
+        messages.append({"role": "user" if marker == chat.USER else "assistant", "content": content})
     return messages
 
 

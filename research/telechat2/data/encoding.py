@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.telechat2 import telechat_chat
 from research.telechat2.data import formats
 from research.telechat2.data.formats import Conversation, Text, UnusableLine
 from research.telechat2.data.sources import Batch
-from research.telechat2.data.vocabulary import Vocabulary
+from research.telechat2.text import chat
 from research.telechat2.text.literal import MARKERS
 from research.telechat2.text.messages import out_of_turn
+from research.telechat2.text.vocabulary import Vocabulary
 
 TRAINED = np.uint32(1 << 31)
 EXAMPLES = 10  # so many lines are named for each reason
@@ -28,8 +28,8 @@ _WEIGHT_STREAM = 1  # of random numbers, apart from those of the shuffle
 COUNTERS = ("totals", "formats", "prompt_formats", "skipped", "lengths", "unused_fields")
 TOO_LONG = "longer than a record of"
 NO_ANSWER = "without an answer to train on"
-_RESULT = telechat_chat.TOOL_TAGS[2]
-_MARKER = re.compile("|".join((*MARKERS, *telechat_chat.TOOL_TAGS)).encode())
+_RESULT = chat.TOOL_TAGS[2]
+_MARKER = re.compile("|".join((*MARKERS, *chat.TOOL_TAGS)).encode())
 
 
 class Settings(NamedTuple):
@@ -228,7 +228,7 @@ def _runs(parsed: Conversation | Text, table: _Table, train_on: str) -> tuple[li
     except (ValueError, RecursionError) as error:
         raise formats.unusable(error) from error
     try:
-        for run, is_trained in telechat_chat.runs(segments, table.vocabulary.special_id):
+        for run, is_trained in chat.runs(segments, table.vocabulary.special_id):
             runs.append(index.setdefault(run.encode() if isinstance(run, str) else run, len(index)))
             trained.append(is_trained)
     except UnicodeEncodeError as error:
@@ -250,7 +250,7 @@ def _fitting(item: _Item, table: _Table, settings: Settings) -> tuple[_Item, int
     if settings.too_long != "truncate":
         raise UnusableLine(reason, f"has {length} tokens, a record holds {settings.capacity}")
     messages = _first_turns(item, table, settings.capacity)
-    if not telechat_chat.trained_answers(messages, settings.train_on):
+    if not chat.trained_answers(messages, settings.train_on):
         raise UnusableLine(
             f"{reason} within its first trained turn",
             f"has {length} tokens and no turn border early enough that leaves an answer to train on",
@@ -266,7 +266,7 @@ def _first_turns(item: _Item, table: _Table, capacity: int) -> list[dict]:
 
     So it ends neither between a tool call and its result, nor before anything is asked.
     """
-    user = table.index[table.vocabulary.special_id(telechat_chat.USER)]
+    user = table.index[table.vocabulary.special_id(chat.USER)]
     starts, at = [], 0  # of every <_user>, which the results of tools begin with as well
     for run in item.runs:
         if run == user:

@@ -13,11 +13,11 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from research.telechat2.common.cli import interrupt_afterwards, quiet_libraries
 from research.telechat2.data import encoding
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.sources import Batch
-from research.telechat2.data.vocabulary import Vocabulary
-from research.telechat2.telechat_cli import interrupt_afterwards, quiet_libraries
+from research.telechat2.text.vocabulary import Vocabulary
 
 ENGINES = ("processes", "ray")
 _AHEAD = 2  # batches per worker that are under way; more would only take memory

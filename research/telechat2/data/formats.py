@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from research.telechat2 import telechat_chat
 from research.telechat2.data import conversions, fields, sources
-from research.telechat2.text import exact_json
+from research.telechat2.text import chat, exact_json
 from research.telechat2.text.messages import ANSWERS, BYTE_ORDER_MARK, check_question
 
 # The fields of each format; another one is metadata, or an error (see fields).
@@ -79,9 +78,9 @@ class Conversation(NamedTuple):
         prompt_format: str | None = None,
         train_on: str = "answers",
         add_generation_prompt: bool = False,
-    ) -> list[telechat_chat.Segment]:
+    ) -> list[chat.Segment]:
         """Render with the conversation's own prompt format or the given one."""
-        return telechat_chat.render(
+        return chat.render(
             self.messages,
             self.tools,
             prompt_format=prompt_format or self.prompt_format,
@@ -98,12 +97,12 @@ class Text(NamedTuple):
     prompt_format: str = "plain"  # which begins with <_start> as well
     unused: tuple[str, ...] = ()
 
-    def render(self, prompt_format: str = "plain", train_on: str = "answers") -> list[telechat_chat.Segment]:
+    def render(self, prompt_format: str = "plain", train_on: str = "answers") -> list[chat.Segment]:
         """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
         return [
-            telechat_chat.Segment(telechat_chat.START, special=True),
-            telechat_chat.Segment(self.content, trained=True),
-            telechat_chat.Segment(telechat_chat.END, special=True, trained=True),
+            chat.Segment(chat.START, special=True),
+            chat.Segment(self.content, trained=True),
+            chat.Segment(chat.END, special=True, trained=True),
         ]
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from research.telechat2 import telechat_chat
 from research.telechat2.data.sources import Source
-from research.telechat2.data.vocabulary import Vocabulary
+from research.telechat2.text import chat
+from research.telechat2.text.vocabulary import Vocabulary
 
 TOO_LONG = ("skip", "truncate", "error")
 BAD_LINES = ("error", "skip")
@@ -38,7 +38,7 @@ class Options(NamedTuple):
                 f"max_length is {self.max_length:,}, but a record of MindRecord holds at most "
                 f"{LONGEST_RECORD:,} tokens; give the model's seq_length, such as 8192"
             )
-        choices = {"train_on": telechat_chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
+        choices = {"train_on": chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")

@@ -3,12 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from research.telechat2 import telechat_prompt_format
 from research.telechat2.data import formats, writing
 from research.telechat2.data.encoding import TOO_LONG, Problem
 from research.telechat2.data.job import Job, Part
 from research.telechat2.data.sources import FileState, Source
 from research.telechat2.data.spool import Totals
+from research.telechat2.text import prompt_format
 
 _NAMED_LINES = 10  # so many bad lines are listed in an error
 
@@ -41,7 +41,7 @@ def moves(target: Path, manifest: dict) -> list[str]:
     return [
         *(file for part in parts for file in (f"{part}.db", part)),
         report,
-        *(telechat_prompt_format.manifest_path(name).name for name in with_parts(target.name, manifest)),
+        *(prompt_format.manifest_path(name).name for name in with_parts(target.name, manifest)),
     ]
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from research.telechat2 import telechat_prompt_format
-from research.telechat2.data import engines, manifests, packing, sources, spool, vocabulary, writing
+from research.telechat2.common.cli import quiet_libraries
+from research.telechat2.common.files import write_json
+from research.telechat2.data import engines, manifests, packing, sources, spool, writing
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.job import Job, Options, Part
 from research.telechat2.data.spool import Spool, Totals
-from research.telechat2.telechat_cli import quiet_libraries
-from research.telechat2.telechat_prompt_format import write_json
+from research.telechat2.text import prompt_format, vocabulary
 
 MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
 _SHUFFLE_STREAM = 3  # of random numbers
@@ -127,7 +127,7 @@ def _make(job: Job, workers: int | None, engine: str, html_report: str) -> None:
     parts = _write_parts(job, store, totals)
     manifest = manifests.manifest(job, totals, files, parts)
     for name, content in manifests.with_parts(job.target.name, manifest).items():
-        write_json(telechat_prompt_format.manifest_path(job.folder / name), content)
+        write_json(prompt_format.manifest_path(job.folder / name), content)
     if html_report:
         from research.telechat2.data import html_report as page
 
@@ -137,8 +137,8 @@ def _make(job: Job, workers: int | None, engine: str, html_report: str) -> None:
 
 def _current(job: Job) -> Path:
     """Where the manifest is now."""
-    inside = telechat_prompt_format.manifest_path(job.folder / job.target.name)
-    return inside if inside.is_file() else telechat_prompt_format.manifest_path(job.target)
+    inside = prompt_format.manifest_path(job.folder / job.target.name)
+    return inside if inside.is_file() else prompt_format.manifest_path(job.target)
 
 
 # ---------------------------------------------------------------------- first pass

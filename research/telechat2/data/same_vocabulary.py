@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from research.telechat2.checkpoint.relatives.reading import read_json
+from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
-from research.telechat2.telechat_prompt_format import manifest_path
+from research.telechat2.text.prompt_format import manifest_path
 
 MODEL = "tokenizer.model"
 HASH_KEY = "tokenizer_sha256"  # in the config.json of what was trained here

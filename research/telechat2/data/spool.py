@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from research.telechat2.common.files import atomic_write, write_json
 from research.telechat2.data.encoding import COUNTERS, EXAMPLES, Encoded, Problem
-from research.telechat2.telechat_files import atomic_write
-from research.telechat2.telechat_prompt_format import write_json
 
 SEGMENT_BATCHES = 32
 BUCKET_TOKENS = 16 << 20

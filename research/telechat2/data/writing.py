@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from research.telechat2 import telechat_prompt_format
+from research.telechat2.common.cli import interrupt_afterwards
+from research.telechat2.common.files import fsync
 from research.telechat2.data.encoding import TRAINED
-from research.telechat2.telechat_cli import interrupt_afterwards
-from research.telechat2.telechat_files import fsync
+from research.telechat2.text import prompt_format
 
 IGNORED_LABEL = -100
 FILE_BYTES = 2 << 30  # of records; more of them go into numbered files
@@ -58,7 +58,7 @@ def check_absent(path: Path) -> None:
             f"cannot write {path}: {file} is a file, not a directory; choose another --output_path"
         )
     numbered = sorted(path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
-    manifest = telechat_prompt_format.manifest_path(path)
+    manifest = prompt_format.manifest_path(path)
     for existing in (path, index_of(path), manifest, report_file(path), *numbered):
         if existing.exists():
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from research.telechat2.telechat_sampling_rules import NEUTRAL, SAMPLING, check_sampling
+from research.telechat2.config.sampling import NEUTRAL, SAMPLING, check_sampling
 
 _HEAD = 1024  # likeliest tokens that most often have the share of top-p
 

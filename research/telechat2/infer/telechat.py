@@ -2,17 +2,17 @@
 
 import mindspore as ms
 
+from research.telechat2.checkpoint.layouts.read import weights_of_rank
 from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
-from research.telechat2.checkpoint.rank_layout import weights_of_rank
+from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister
 from research.telechat2.infer.telechat_transformers import (
     JoinedDecoderLayer,
     JoinedLogits,
     ParallelEmbedding,
 )
+from research.telechat2.model.tensor_parallel_group import ranks_of
 from research.telechat2.telechat import LM_HEAD_SIGMA, TelechatForCausalLM, TelechatModel
-from research.telechat2.telechat_compat import MindFormerModuleType, MindFormerRegister
 from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear
-from research.telechat2.telechat_ranks import ranks_of
 from research.telechat2.telechat_transformer import TelechatDecoderLayer
 
 

@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2 import telechat_ops
+from research.telechat2.model.kernels import select
 from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear
 from research.telechat2.telechat_transformer import TelechatAttention, TelechatDecoderLayer
 
@@ -93,7 +93,7 @@ class JoinedFeedForward(TelechatFeedForward):
     def add_gates(self, hidden, width, config):
         """Make the cells that ``gated`` uses."""
         self.w_gate_hidden = TelechatLinear(hidden, 2 * width, config)
-        self.swiglu_joined = telechat_ops.swiglu_joined()
+        self.swiglu_joined = select.swiglu_joined()
 
     def gated(self, x):
         """``silu(w1 x) * w3 x``: ``[T, H]`` to ``[T, F]``."""

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
-from research.telechat2.plan.check import check
-from research.telechat2.plan.draw import draw
-from research.telechat2.plan.dry_run import dry_run
-from research.telechat2.plan.estimate import estimate
+from research.telechat2.common.files import atomic_write
+from research.telechat2.config.check import check
+from research.telechat2.config.settings import read_with_notes
+from research.telechat2.plan.dry_run.report import dry_run
+from research.telechat2.plan.estimate.draw import draw
+from research.telechat2.plan.estimate.estimate import estimate
+from research.telechat2.plan.estimate.search import search
 from research.telechat2.plan.prediction import check_prediction, is_prediction
-from research.telechat2.plan.search import search
-from research.telechat2.plan.settings import read_with_notes
-from research.telechat2.telechat_files import atomic_write
 
 
 def plan(

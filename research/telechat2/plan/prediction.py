@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from research.telechat2.plan.settings import DEFAULTS, model_config, section_of
-from research.telechat2.telechat_predict_plan import memory_of_rank, prediction_plan
+from research.telechat2.config.settings import DEFAULTS, model_config, section_of
+from research.telechat2.config.sharing import memory_of_rank, prediction_plan
 
 
 @dataclass(frozen=True)

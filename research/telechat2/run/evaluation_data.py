@@ -12,8 +12,8 @@ import mindspore.dataset as ds
 import numpy as np
 from mindspore import int32
 
+from research.telechat2.run.dataset import files_of_loader
 from research.telechat2.run.records import COLUMNS
-from research.telechat2.telechat_run_data import files_of_loader
 
 
 def evaluation_data(config, shard: tuple[int, int]):

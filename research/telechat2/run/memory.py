@@ -1,8 +1,8 @@
 """Whether the model that is to be trained fits into a CPU's memory."""
 
 from research.telechat2.common.memory import check_host_memory
-from research.telechat2.plan.settings import DEFAULTS, model_config
-from research.telechat2.telechat_predict_plan import memory_of_rank, rotary_bytes
+from research.telechat2.config.settings import DEFAULTS, model_config
+from research.telechat2.config.sharing import memory_of_rank, rotary_bytes
 
 _GRADIENT, _MOMENTS = 4, 8  # bytes of a parameter: float32, two of AdamW
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from research.telechat2.checkpoint.loading import NO_WEIGHTS
-from research.telechat2.checkpoint.safetensors_files import read_safetensors
+from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.run.training_record import NAME, TrainingRecord, read_record
 
 COMMON = "common.json"

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from research.telechat2.common.files import atomic_write
 from research.telechat2.run.processes import is_first_process
-from research.telechat2.telechat_files import atomic_write
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 5.0  # seconds in which a run ends by itself after a second Ctrl-C

@@ -12,9 +12,13 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.table import expand
 from research.telechat2.config.optimization import check_schedule_length
+from research.telechat2.run.dataset import record_files
+from research.telechat2.run.end import saved_checkpoint
+from research.telechat2.run.load_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.run.lock import only_training_in
 from research.telechat2.run.processes import is_first_process
 from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
+from research.telechat2.run.save_checkpoint import checkpoint_folder, record_config, refuse_overwriting
 from research.telechat2.run.space import (
     check_space,
     checkpoint_bytes,
@@ -29,10 +33,6 @@ from research.telechat2.run.training_record import (
     device_num,
     read_record,
 )
-from research.telechat2.telechat_run_checkpoint import known_sizes, prepare_checkpoint
-from research.telechat2.telechat_run_data import record_files
-from research.telechat2.telechat_run_end import saved_checkpoint
-from research.telechat2.telechat_run_saving import checkpoint_folder, record_config, refuse_overwriting
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from research.telechat2.common.files import atomic_write
 from research.telechat2.config.model_fields import model_defaults
-from research.telechat2.telechat_files import atomic_write
 
 NAME = "training.json"
 _WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks

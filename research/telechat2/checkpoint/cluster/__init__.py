@@ -1,0 +1,1 @@
+"""Slices of a cluster's parameters: strategies, re-sharding."""

@@ -1,0 +1,1 @@
+"""A conversion as a job: copy, journal, verification, manifest, output folder."""

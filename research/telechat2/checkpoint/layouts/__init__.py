@@ -1,0 +1,1 @@
+"""Weights stored for tensor-parallel inference."""

@@ -1,0 +1,242 @@
+"""Llama checkpoints in and out: any of them to MindSpore, and a TeleChat model to a Hugging Face folder."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from research.telechat2.checkpoint.job.output import deal
+from research.telechat2.checkpoint.job.run import Job, Options, Written, run_job
+from research.telechat2.checkpoint.layouts.read import read_whole
+from research.telechat2.checkpoint.llama.companion_files import (
+    GENERATION,
+    MODEL,
+    companions,
+    exported_tokenizer,
+    generation_config,
+    vocabulary_notes,
+    yaml_files,
+)
+from research.telechat2.checkpoint.llama.config import describe_llama, is_llama, llama_config, unread_keys
+from research.telechat2.checkpoint.llama.config_values import json_bytes, read_json
+from research.telechat2.checkpoint.llama.description import (
+    Description,
+    describe_fields,
+    describe_telechat,
+    lost_ids,
+)
+from research.telechat2.checkpoint.llama.kinds import is_mistral
+from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.checkpoint.llama.weights import (
+    ATTENTION_ZEROS,
+    MLP_ZEROS,
+    Weights,
+    from_llama,
+    to_llama,
+    with_needed_biases,
+)
+from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
+from research.telechat2.checkpoint.storage.folders import read_torch_source
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.config.yaml_files import resolve_config
+from research.telechat2.text import prompt_format as prompt_formats
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that a checkpoint's config lies in."""
+    return path if path.is_dir() else path.parent
+
+
+def holds_llama(path: Path) -> bool:
+    """Whether the config.json of a checkpoint says that it is a Llama model."""
+    file = config_beside(path)
+    return file is not None and _naming(file, lambda: is_llama(read_json(file)))
+
+
+def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = False) -> Written:
+    """Convert the Hugging Face folder of a Llama model to a MindSpore checkpoint of TelechatForCausalLM.
+
+    ``target`` is a file (``.safetensors``, ``.ckpt``) or a folder, which also receives config.json and the
+    tokenizer as they are, and YAMLs for prediction and training.
+
+    Raises:
+        ValueError: a model that TeleChat's layers cannot express, a broken source, or a target that exists.
+    """
+    origin = folder_of(source)
+    config, generation = read_json(origin / CONFIG), read_json(origin / GENERATION)
+    description = _naming(origin / CONFIG, lambda: describe_llama(config, generation))
+    imported = from_llama(read_torch_source(source), description, str(source))
+    plan = make_plan(imported.tensors, "torch", description.sizes, str(source))
+    sources = dict(imported.sources)
+    if plan.sizes.tie_word_embeddings:
+        sources.pop("lm_head.weight", None)  # found equal to the embeddings
+    folder, files = deal(target, plan.weights, options, source, (".safetensors", ".ckpt"), as_ckpt)
+
+    def back(tensors: list[StoredTensor]) -> Weights:
+        weights = make_plan(tensors, "mindspore", plan.sizes, f"what was written to {folder}").weights
+        return [(part, name) for part, name in to_llama(weights, description) if name in sources]
+
+    beside, notes = {}, _notes(description, plan, Counter(imported.ignored))
+    if folder != target:
+        beside = {f"{target.name}.{CONFIG}": (origin / CONFIG).read_bytes()}
+        notes.append(f"config.json goes along with the weights, as {target.name}.{CONFIG}")
+    if not description.attention_bias or not description.mlp_bias:
+        notes.append("biases of wo and w2, which this model lacks, are zeros")
+    if unread := unread_keys(config):
+        notes.append(f"keys of {CONFIG} without a counterpart: {', '.join(unread)}")
+    if folder == target:
+        along = companions(origin)
+        yamls = yaml_files(description, along.get(MODEL))
+        beside = {CONFIG: (origin / CONFIG).read_bytes()} | along | yamls
+        beside |= _prompt_format_file(prompt_formats.find(source))
+        notes.append(
+            f"{' and '.join(yamls)} run this model; {CONFIG} and tokenizer go along with the weights"
+        )
+        notes += [*vocabulary_notes(along, plan.sizes.vocab_size), *lost_ids(description)]
+    return run_job(Job(source, sources, files, back, "ms", beside, notes=tuple(notes)), folder, options)
+
+
+def export_llama(
+    source: Path,
+    target: Path,
+    options: Options,
+    config: Path | None = None,
+    vocab_file: Path | None = None,
+) -> Written:
+    """Convert a MindSpore checkpoint of a dense model to the folder of a Hugging Face LlamaForCausalLM.
+
+    Exact: the same logits, up to the length the model was trained at. ``config`` is a config.json or the YAML
+    the model was trained with, by default the config.json beside the weights; ``vocab_file`` the
+    tokenizer.model, by default the tokenizer beside that config.
+
+    Raises:
+        ValueError: a mixture of experts, no config, a broken source, or a target that exists.
+    """
+    if target.suffix in (".safetensors", ".bin"):
+        raise ValueError(
+            f"{target} names one file, but a Llama model is a folder with its config; give a folder"
+        )
+    file = _config_of(source, config)
+    plan, description, lines = _described(source, file)
+    description = with_needed_biases(plan.weights, description)
+    weights = to_llama(plan.weights, description)
+    folder, files = deal(target, weights, options, source)
+
+    def back(tensors: list[StoredTensor]) -> Weights:
+        imported = from_llama(tensors, description, f"what was written to {folder}")
+        return make_plan(imported.tensors, "torch", plan.sizes, f"what was written to {folder}").weights
+
+    prompt_format = prompt_formats.find(source)
+    home = file.parent if file.suffix == ".json" else folder_of(source)
+    tokenizer, tokenizer_notes = exported_tokenizer(home, vocab_file, description, prompt_format)
+    dtype = options.dtype or Counter(tensor.dtype for tensor, _ in weights).most_common(1)[0][0]
+    beside = {
+        CONFIG: _exported_config(file, description, dtype),
+        **generation_config(home, description),
+        **tokenizer,
+        **_prompt_format_file(prompt_format),
+    }
+    notes = [*_notes(description, plan, Counter()), *lines, *_export_notes(weights, description)]
+    notes += tokenizer_notes
+    sources = {tensor.name: tensor for tensor in plan.sources}
+    return run_job(Job(source, sources, files, back, "pt", beside, notes=tuple(notes)), folder, options)
+
+
+def _prompt_format_file(prompt_format: str | None) -> dict[str, bytes]:
+    """The file that records the prompt format, where one is known."""
+    if prompt_format is None:
+        return {}
+    return {prompt_formats.FILE_NAME: json_bytes({"prompt_format": prompt_format})}
+
+
+def _config_of(source: Path, config: Path | None) -> Path:
+    """The file that describes the model: a config.json, or a YAML, which may be a shipped one's name."""
+    if config is not None and config.suffix in (".yaml", ".yml"):
+        return resolve_config(str(config), Path.cwd())
+    file = config or config_beside(source) or folder_of(source) / CONFIG
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist, and the weights alone do not tell how many heads the model has; name "
+            "its config.json, or the YAML it was trained with, with --config"
+        )
+    return file
+
+
+def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
+    """A MindSpore checkpoint, the description of its model in ``file``, and lines for the summary."""
+    generation, lines = read_json(file.parent / GENERATION), []
+    if file.suffix in (".yaml", ".yml"):
+        fields, lines = _fields_of_yaml(file, source)
+        described = describe_fields(fields, None, fields.tie_word_embeddings)
+        plan = make_plan(read_whole(source, described.sizes), "mindspore", described.sizes, str(source))
+    else:
+        content = read_json(file)
+        sizes = _naming(file, lambda: TelechatSizes.from_hf_config(content))
+        plan = make_plan(read_whole(source, sizes), "mindspore", sizes, str(source))
+        if is_llama(content):
+            described = _naming(file, lambda: describe_llama(content, generation))
+        else:
+            described = _naming(file, lambda: describe_telechat(content, generation, plan.sizes))
+    if plan.sizes.num_experts:
+        raise ValueError(
+            f"{source} holds a mixture of {plan.sizes.num_experts} experts, which is no Llama, and no common "
+            "Hugging Face model has biases in its experts; only dense models can be exported"
+        )
+    return plan, replace(described, sizes=plan.sizes), lines
+
+
+def _fields_of_yaml(file: Path, source: Path):
+    """The fields of a YAML, completed by a config.json of ``source``, and lines on what came from there."""
+    from research.telechat2.config.settings import model_config, read_settings, section_of, with_defaults
+
+    settings = read_settings(str(file.absolute()), {}, Path.cwd())[1]
+    lines = settle_with(section_of(settings, "model.model_config"), source, str(file))
+    return model_config(settings, with_defaults(settings, "parallel_config")), lines
+
+
+def _exported_config(file: Path, description: Description, dtype: str) -> bytes:
+    """config.json of an export: a Llama's own, changed where the weights ask for it, or a new one."""
+    content = llama_config(description, dtype)
+    own = read_json(file) if file.suffix == ".json" else None
+    if not is_llama(own):
+        return json_bytes(content)
+    flags = {
+        key: content[key] for key in ("attention_bias", "mlp_bias") if content[key] != bool(own.get(key))
+    }
+    dtypes = {key: dtype for key in ("torch_dtype", "dtype") if own.get(key) not in (None, dtype)}
+    if flags and is_mistral(own):  # whose class in transformers has no biases
+        flags |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        flags |= {"attention_bias": description.attention_bias, "mlp_bias": description.mlp_bias}
+    return json_bytes(own | flags | dtypes) if flags or dtypes else file.read_bytes()
+
+
+def _notes(description: Description, plan: Plan, ignored: Counter) -> list[str]:
+    left_out = ", ".join(f"{count} {kind}" for kind, count in (ignored + Counter(plan.ignored)).items())
+    tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
+    kind = {"llama": "Llama", "telechat": "TeleChat", "telechat v1": "TeleChat v1"}[description.origin]
+    return [
+        f"model: {kind}, {plan.sizes.describe()}{tied}",
+        f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens"
+        + ("" if description.extension[0] == "None" else f", {description.extension[0]}"),
+        f"left out: {left_out or 'nothing'}",
+    ]
+
+
+def _export_notes(weights: Weights, description: Description) -> list[str]:
+    made_up = sum(name.endswith((*ATTENTION_ZEROS, *MLP_ZEROS)) for _, name in weights)
+    notes = [f"written as LlamaForCausalLM, with {made_up} all-zero biases that TeleChat lacks"]
+    if description.grows:
+        notes.append(
+            f"the same numbers up to {description.seq_length:,} tokens; beyond that TeleChat's own code "
+            "stretches the rotary base, which no Llama does"
+        )
+    return notes
+
+
+def _naming(file: Path, read: Callable):
+    """The value of ``read()``, whose errors are those of ``file``."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

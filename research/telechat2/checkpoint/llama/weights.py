@@ -1,0 +1,245 @@
+"""The names and layout of Llama's weights beside those of TeleChat's torch form, in either direction.
+
+TeleChat packs K and V in ``key_value``, per head one after the other; Llama has two tensors. Query rows,
+the order of channels within a head and everything else are the same. TeleChat has biases on ``dense`` and
+``down_proj`` alone, Llama on all projections of a block or on none.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from research.telechat2.checkpoint.llama.description import Description
+from research.telechat2.checkpoint.storage.dtypes import WIDTH
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, cut, join, zeros
+
+Weights = list[tuple[StoredTensor, str]]
+
+TOP = {
+    "model.embed_tokens.weight": "transformer.word_embeddings.weight",
+    "model.norm.weight": "transformer.ln_f.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+LAYER = {  # within model.layers.{i} and transformer.h.{i}
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attn.q_proj.weight": "self_attention.query.weight",
+    "self_attn.o_proj.weight": "self_attention.dense.weight",
+    "self_attn.o_proj.bias": "self_attention.dense.bias",
+    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight": "mlp.gate_proj.weight",
+    "mlp.up_proj.weight": "mlp.up_proj.weight",
+    "mlp.down_proj.weight": "mlp.down_proj.weight",
+    "mlp.down_proj.bias": "mlp.down_proj.bias",
+}
+KEY, VALUE, KEY_VALUE = "self_attn.k_proj", "self_attn.v_proj", "self_attention.key_value.weight"
+OUT_BIAS, DOWN_BIAS = "self_attn.o_proj.bias", "mlp.down_proj.bias"
+# The biases that TeleChat lacks.
+ATTENTION_ZEROS = ("self_attn.q_proj.bias", f"{KEY}.bias", f"{VALUE}.bias")
+MLP_ZEROS = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
+_ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+_TELECHAT_LAYER = re.compile(r"transformer\.h\.([0-9]+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Llama's weights under TeleChat's torch names, the tensors they are made of, and what is left out."""
+
+    tensors: list[StoredTensor]
+    sources: dict[str, StoredTensor]
+    ignored: dict[str, int]
+
+
+def to_llama(weights: Weights, description: Description) -> Weights:
+    """TeleChat's weights, under its torch names, as Llama's, in the same order.
+
+    Without ``attention_bias`` or ``mlp_bias`` no bias of such a block is written: those of TeleChat must then
+    be zero (``with_needed_biases``). With them, those that TeleChat lacks are zeros.
+    """
+    of_top = {telechat: llama for llama, telechat in TOP.items()}
+    result: Weights = []
+    for tensor, name in weights:
+        if match := _TELECHAT_LAYER.fullmatch(name):
+            parts = _layer_to_llama(tensor, match[2], description)
+            result += [(part, f"model.layers.{match[1]}.{llama}") for part, llama in parts]
+        else:
+            result.append((tensor, of_top[name]))
+    return result
+
+
+def _layer_to_llama(tensor: StoredTensor, telechat: str, description: Description) -> Weights:
+    absent = _absent_biases(description)
+    if telechat == KEY_VALUE:
+        parts = [
+            (_every_other_head(tensor, description, which), name) for which, name in enumerate((KEY, VALUE))
+        ]
+    else:
+        llama = next(llama for llama, name in LAYER.items() if name == telechat)
+        if llama in absent:
+            return []
+        if llama.removesuffix(".weight") + ".bias" not in (*ATTENTION_ZEROS, *MLP_ZEROS):
+            return [(tensor, llama)]
+        parts = [(tensor, llama.removesuffix(".weight"))]
+    result = []
+    for part, name in parts:
+        result.append((part, f"{name}.weight"))
+        if f"{name}.bias" not in absent:
+            result.append((zeros(f"{name}.bias", part.dtype, part.shape[:1]), f"{name}.bias"))
+    return result
+
+
+def _absent_biases(description: Description) -> tuple[str, ...]:
+    attention = () if description.attention_bias else (*ATTENTION_ZEROS, OUT_BIAS)
+    return attention + (() if description.mlp_bias else (*MLP_ZEROS, DOWN_BIAS))
+
+
+def _every_other_head(key_value: StoredTensor, description: Description, first: int) -> StoredTensor:
+    """K (``first`` 0) or V (1) of packed rows."""
+    heads, dim, hidden = description.sizes.n_kv_heads, description.head_dim, key_value.shape[1]
+    parts = cut(key_value, [(dim, hidden)] * (2 * heads))[first::2]
+    return join(parts, f"{key_value.name}[{'kv'[first]}]", (heads * dim, hidden))
+
+
+def with_needed_biases(weights: Weights, description: Description) -> Description:
+    """``description`` with the biases that a Llama has to have for these weights of TeleChat.
+
+    An imported model without biases gets zeros, and may be trained from there: if one is not zero any more,
+    all are written.
+    """
+
+    def nonzero(name: str) -> bool:
+        return any(not is_zero(tensor) for tensor, full in weights if full.endswith(name))
+
+    return replace(
+        description,
+        attention_bias=description.attention_bias or nonzero(LAYER[OUT_BIAS]),
+        mlp_bias=description.mlp_bias or nonzero(LAYER[DOWN_BIAS]),
+    )
+
+
+def from_llama(tensors: list[StoredTensor], description: Description, origin: str) -> Imported:
+    """Llama's weights under TeleChat's torch names; ``origin`` is what messages call the checkpoint.
+
+    Raises:
+        ValueError: tensors that are unknown, missing, there twice, misshapen or no weights (the first ten of
+            each are listed), K and V of different dtypes, or a bias that TeleChat lacks and is not zero.
+    """
+    found: dict[str, StoredTensor] = {}
+    ignored: Counter = Counter()
+    twice = []
+    for tensor in tensors:
+        if _ROTARY.fullmatch(tensor.name):
+            ignored["rotary buffers"] += 1
+        elif tensor.name in found:
+            twice.append(tensor.name)
+        else:
+            found[tensor.name] = tensor
+    _check(found, twice, description, origin)
+    for name in [name for name in found if name.endswith((*ATTENTION_ZEROS, *MLP_ZEROS))]:
+        if not is_zero(found[name]):
+            raise ValueError(
+                f"{name} in {origin} is not zero; TeleChat's layers have biases on the output and down "
+                "projections alone, so this model cannot be expressed"
+            )
+        ignored["all-zero biases of q, k, v, gate and up projections"] += 1
+        del found[name]
+    return Imported(list(_to_telechat(found, description)), found, dict(ignored))
+
+
+def _to_telechat(found: dict[str, StoredTensor], description: Description) -> Iterator[StoredTensor]:
+    for llama, telechat in TOP.items():
+        if llama in found:
+            yield replace(found[llama], name=telechat)
+    for layer in range(description.sizes.num_layers):
+        here, there = f"model.layers.{layer}", f"transformer.h.{layer}"
+        for llama, telechat in LAYER.items():
+            tensor = found.get(f"{here}.{llama}")
+            if tensor is None:  # a bias
+                weight = found[f"{here}.{llama.removesuffix('bias')}weight"]
+                tensor = zeros(telechat, weight.dtype, (description.sizes.hidden_size,))
+            yield replace(tensor, name=f"{there}.{telechat}")
+        key, value = found[f"{here}.{KEY}.weight"], found[f"{here}.{VALUE}.weight"]
+        yield _packed(key, value, f"{there}.{KEY_VALUE}", description)
+
+
+def _packed(key: StoredTensor, value: StoredTensor, name: str, description: Description) -> StoredTensor:
+    if key.dtype != value.dtype:
+        raise ValueError(
+            f"{key.name} is {key.dtype}, but {value.name} is {value.dtype}; TeleChat packs both in one "
+            "tensor: save them in one dtype"
+        )
+    heads = description.sizes.n_kv_heads
+    rows = [(description.head_dim, key.shape[1])] * heads
+    pairs = zip(cut(key, rows), cut(value, rows), strict=True)
+    return join([part for pair in pairs for part in pair], name, (2 * key.shape[0], key.shape[1]))
+
+
+def expected_shapes(description: Description) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the Llama model."""
+    sizes, absent = description.sizes, _absent_biases(description)
+    hidden, ffn, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
+    rows = {
+        "self_attn.q_proj": (hidden, hidden),
+        KEY: (kv, hidden),
+        VALUE: (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    layer = {f"{name}.weight": shape for name, shape in rows.items()}
+    layer |= {f"{name}.bias": shape[:1] for name, shape in rows.items() if f"{name}.bias" not in absent}
+    layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    return {
+        "model.embed_tokens.weight": (sizes.vocab_size, hidden),
+        **{
+            f"model.layers.{i}.{name}": shape
+            for i in range(sizes.num_layers)
+            for name, shape in layer.items()
+        },
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (sizes.vocab_size, hidden),
+    }
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether every byte of a tensor is 0."""
+    return not any(bytes(block).strip(b"\0") for block in tensor.blocks())
+
+
+def _check(found: dict[str, StoredTensor], twice: list[str], description: Description, origin: str) -> None:
+    sizes = description.sizes
+    if sizes.num_layers > len(found):  # do not build a table of that length
+        raise ValueError(
+            f"the config says {sizes.num_layers} layers, but {origin} holds only {len(found)} tensors; the "
+            "config or the weights belong to another model, or files are missing"
+        )
+    expected = expected_shapes(description)
+    missing = [name for name in expected if name not in found]
+    if sizes.tie_word_embeddings:
+        missing = [name for name in missing if name != "lm_head.weight"]
+    problems = {
+        "there twice": twice,
+        "unknown": [name for name in found if name not in expected],
+        "missing": missing,
+        "misshapen": [
+            f"{name} {list(tensor.shape)}, expected {list(expected[name])}"
+            for name, tensor in found.items()
+            if name in expected and tensor.shape != expected[name]
+        ],
+        "non-floating-point": [
+            f"{n} ({tensor.dtype})" for n, tensor in found.items() if tensor.dtype not in WIDTH
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(
+            f"{origin} is not the Llama checkpoint that its config describes: {sizes.describe()}. "
+            "Tensors that are\n"
+            + "\n".join(_listed(kind, names) for kind, names in problems.items() if names)
+        )
+
+
+def _listed(kind: str, names: Iterable[str]) -> str:
+    names = [name if name.isprintable() else ascii(name) for name in names]
+    more = f", … and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"  {len(names)} {kind}: {', '.join(names[:10])}{more}"

@@ -1,0 +1,1 @@
+"""Files and folders of weights as tensors: safetensors, .ckpt, .bin, folders of ranks."""

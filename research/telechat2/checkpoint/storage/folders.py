@@ -1,0 +1,200 @@
+"""Which files a path stands for: HF folders, MindSpore files, and what MindFormers leaves after training."""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from research.telechat2.checkpoint.storage.framework_formats import read_bin, read_ckpt
+from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
+
+READERS = {".safetensors": read_safetensors, ".bin": read_bin, ".ckpt": read_ckpt}
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def read_torch_source(path: Path) -> list[StoredTensor]:
+    """The tensors of an HF folder (or of one of its files).
+
+    A folder holds ``*.safetensors`` or ``pytorch_model*.bin``, with or without an index; where both are
+    present, the safetensors are read.
+
+    Raises:
+        ValueError: nothing there to read, or files that do not agree with their index or numbering.
+    """
+    adapters = [path] if path.is_file() else _files(path, "adapter_model.*")
+    if any(file.name.startswith("adapter_model.") for file in adapters):
+        raise ValueError(
+            f"{adapters[0]} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
+            "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
+        )
+    if path.is_file():
+        return _read_files([path], (".safetensors", ".bin"))
+    files = _files(path, "*.safetensors") or _files(path, "pytorch_model*.bin")
+    if not files:
+        raise ValueError(
+            f"{path} holds no *.safetensors and no pytorch_model*.bin; expected the folder of a "
+            f"Hugging Face checkpoint, found {_listing(path)}"
+        )
+    return _read_shards(path, files)
+
+
+def read_mindspore_source(path: Path) -> list[StoredTensor]:
+    """The tensors of a MindSpore checkpoint.
+
+    ``path`` is a ``.safetensors`` or ``.ckpt`` file, a folder of them, or MindFormers' ``output/checkpoint``
+    (the iteration named in its tracker file, or its only ``rank_0``).
+
+    Raises:
+        ValueError: nothing there to read, or more than one checkpoint.
+    """
+    if path.is_file():
+        return _read_files([path], (".safetensors", ".ckpt"))
+    folder = _training_folder(path)
+    files = _files(folder, "*.safetensors") or _files(folder, "*.ckpt")
+    steps = [file for file in files if re.search(r"-[0-9]+_[0-9]+\.(safetensors|ckpt)$", file.name)]
+    if len(files) > 1 and (steps or files[0].suffix == ".ckpt"):
+        raise ValueError(f"{folder} holds several checkpoints ({_names(files)}); name the file to convert")
+    ranks = [match for file in files if (match := re.search(r"-model-[0-9]{7}-([0-9]{7})\.", file.name))]
+    if any(int(match[1]) > 1 for match in ranks):
+        raise ValueError(
+            f"{folder} holds what {int(ranks[0][1])} devices saved: {_names(files)}. If each of them held "
+            "the whole model (data parallel), give one of the -model- files; if not, merge them first"
+        )
+    if not files:
+        raise ValueError(
+            f"{folder} holds no *.safetensors and no *.ckpt; found {_listing(folder)}. "
+            "Give a checkpoint file, or the folder that holds it"
+        )
+    return _read_shards(folder, files)
+
+
+def latest_iteration(path: Path) -> Path:
+    """The ``iteration_*`` folder that MindFormers' tracker in ``path`` names; ``path`` if it has no tracker.
+
+    Raises:
+        ValueError: the tracker names no folder that is there.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    number = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    folder = path / f"iteration_{number:0>8}"
+    if not (number.isascii() and number.isdigit() and folder.is_dir()):
+        raise ValueError(
+            f"{tracker} names iteration {number[:20]!r}, but has no folder {folder.name[:40]} beside it; "
+            "give the folder of an iteration"
+        )
+    return folder
+
+
+def _training_folder(path: Path) -> Path:
+    """Descend from MindFormers' output/checkpoint to the one folder that holds a checkpoint."""
+    if (folder := latest_iteration(path)) != path:
+        return folder
+    ranks = sorted(path.glob("rank_*/"))
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{path} holds {len(ranks)} folders rank_*: the checkpoint was cut up for {len(ranks)} "
+            "devices; merge it first with transform_ckpt.py in research/telechat2, and convert the result"
+        )
+    return ranks[0] if ranks else path
+
+
+def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
+    """Read files that together are one checkpoint: as their index says, or as their names count."""
+    base = "pytorch_model.bin" if files[0].suffix == ".bin" else "model.safetensors"
+    index_file = folder / f"{base}.index.json"
+    if not index_file.is_file():
+        _check_numbering(folder, files)
+        return _read_files(files, READERS)
+    expected = _read_index(index_file)
+    here = {file.name for file in files}
+    absent, extra = sorted(expected.keys() - here), sorted(here - expected.keys())
+    if absent or extra:
+        raise ValueError(
+            f"{index_file} and the files beside it do not agree."
+            + (f" {len(absent)} of its files are absent: {_first(absent)}. Download them." if absent else "")
+            + (f" {len(extra)} files are not in it: {_first(extra)}. Move them elsewhere." if extra else "")
+        )
+    tensors = _read_files(files, READERS)
+    held = defaultdict(set)
+    for tensor in tensors:
+        held[tensor.file.name].add(tensor.name)
+    lacking = [
+        f"{name} ({file})" for file in sorted(expected) for name in sorted(expected[file] - held[file])
+    ]
+    unlisted = [f"{name} ({file})" for file in sorted(held) for name in sorted(held[file] - expected[file])]
+    if lacking or unlisted:
+        raise ValueError(
+            f"{index_file} and the tensors in its files do not agree:"
+            + (f" {len(lacking)} tensors are not where it says: {_first(lacking)}." if lacking else "")
+            + (f" {len(unlisted)} tensors are not listed: {_first(unlisted)}." if unlisted else "")
+            + " Download the index and the files again, from one release"
+        )
+    return tensors
+
+
+def _read_index(file: Path) -> dict[str, set[str]]:
+    """The index of a sharded checkpoint, turned round: file name -> names of its tensors."""
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8-sig"))["weight_map"]
+        pairs = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pairs = []
+    tensors = defaultdict(set)
+    for name, shard in pairs:
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard:
+            raise ValueError(
+                f"{file} says that {name} is in {shard!r}; expected the name of a file beside it"
+            )
+        tensors[shard].add(name)
+    if not tensors:
+        raise ValueError(
+            f'{file} is not an index of weights; expected JSON such as {{"weight_map": {{name: file}}}}'
+        )
+    return tensors
+
+
+def _check_numbering(folder: Path, files: list[Path]) -> None:
+    """Without an index, names such as model-00002-of-00003 still tell whether files are missing."""
+    numbers = [re.search(r"-([0-9]{5})-of-([0-9]{5})\.[a-z]+$", file.name) for file in files]
+    totals = {int(match[2]) for match in numbers if match}
+    if totals and (len(totals) > 1 or not all(numbers) or len(files) != min(totals)):
+        raise ValueError(
+            f"{folder} holds {len(files)} files of a checkpoint in {' or '.join(map(str, sorted(totals)))} "
+            f"parts, and no index: {_names(files)}. Download what is missing, move away what does not belong"
+        )
+
+
+def _read_files(files: list[Path], allowed) -> list[StoredTensor]:
+    tensors = []
+    for file in files:
+        if file.suffix not in allowed:
+            raise ValueError(f"{file} ends in {file.suffix!r}; expected {' or '.join(allowed)}, or a folder")
+        tensors += READERS[file.suffix](file)
+    return tensors
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    if not folder.is_dir():
+        hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+        raise ValueError(
+            f"{folder} does not exist; expected a checkpoint file or folder"
+            + ("; names of models on a hub are not looked up, download the model first" if hub else "")
+        )
+    # Not hidden files: unfinished ones, ours and those of the hubs' download tools.
+    found = (file for file in folder.glob(pattern) if not file.name.startswith("."))
+    return sorted(file for file in found if file.is_file())
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def _names(files: list[Path]) -> str:
+    return _first([file.name for file in files])
+
+
+def _listing(folder: Path) -> str:
+    return _first(sorted(entry.name for entry in folder.iterdir())) or "nothing"

@@ -1,0 +1,133 @@
+"""The two older formats, torch ``.bin`` and MindSpore ``.ckpt``, through their frameworks.
+
+Both are read by their framework and written from memory: converting to or from them needs up to twice as
+much memory as the model has bytes, besides what the framework itself needs (a ``.bin`` saved by a current
+torch is mapped instead of read). The frameworks are imported only here and only when such a file is met.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.common.placeholders import what_stands_here
+
+
+def read_bin(file: Path) -> list[StoredTensor]:
+    """The tensors of a ``torch.save`` file of a dictionary of tensors (and no code: ``weights_only``).
+
+    Raises:
+        ValueError: torch is not installed, or the file is broken or holds something else.
+    """
+    torch = _import_torch(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on protocols of pickles that are refused below
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load the file in spite of it
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        what = found[1] if found else _unread_pickle(file)
+        if what is None:
+            raise ValueError(
+                f"{file} is not a complete torch file. Download or copy it again.{what_stands_here(file)}"
+            ) from None
+        raise ValueError(
+            f"{file} holds Python objects ({what}) beside tensors; loading those "
+            "could run code that came with it, so nothing of it is loaded. Take the safetensors of this "
+            "model, or have its author save the state_dict() alone"
+        ) from None
+    except Exception as error:  # a broken pickle can fail in any way
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again."
+            + what_stands_here(file)
+        ) from None
+    if not isinstance(content, dict) or not all(torch.is_tensor(tensor) for tensor in content.values()):
+        raise ValueError(
+            f"{file} does not hold a dictionary of tensors, which is what model weights are saved as; "
+            "save the model's state_dict() alone"
+        )
+    return [_from_torch(torch, name, tensor, file) for name, tensor in content.items()]
+
+
+def _unread_pickle(file: Path) -> str | None:
+    """What a file is that begins as a pickle and that torch reads nothing of; None if it is none."""
+    with open(file, "rb") as stream:
+        start = stream.read(2)
+    # torch.save writes protocol 2; later ones spell the names of objects otherwise
+    return f"a pickle of protocol {start[1]}" if start[:1] == b"\x80" and start[1:] > b"\x02" else None
+
+
+def _from_torch(torch, name: str, tensor, file: Path) -> StoredTensor:
+    def blocks(start=0, stop=None):
+        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start, stop)
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredTensor(str(name), dtype, tuple(tensor.shape), file, blocks)
+
+
+def write_bin(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
+    """Write (name, dtype, shape, bytes) as a dictionary of tensors with ``torch.save``."""
+    torch = _import_torch(file)
+    content = {}
+    for name, dtype, shape, data in tensors:
+        content[name] = torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(shape)
+    torch.save(content, file)
+
+
+def read_ckpt(file: Path) -> list[StoredTensor]:
+    """The tensors of a MindSpore ``.ckpt`` file.
+
+    Raises:
+        ValueError: the file is broken or holds something else.
+    """
+    import mindspore
+
+    if not file.stat().st_size:
+        raise ValueError(f"{file} is empty. Download or copy it again")
+    try:
+        content = mindspore.load_checkpoint(str(file))
+    except Exception as error:  # so can a broken protobuf
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a complete MindSpore checkpoint ({reason}).{what_stands_here(file)}"
+        ) from None
+    return [_from_mindspore(name, value, file) for name, value in content.items()]
+
+
+def _from_mindspore(name: str, value, file: Path) -> StoredTensor:
+    if isinstance(value, str):  # text that the training script stored beside the parameters
+        return StoredTensor(name, "text", (), file, partial(blocks_of, value.encode()))
+    array = np.ascontiguousarray(value.asnumpy())
+    bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return StoredTensor(name, array.dtype.name, tuple(value.shape), file, partial(blocks_of, bits))
+
+
+def write_ckpt(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
+    """Write (name, dtype, shape, bytes) with ``mindspore.save_checkpoint``; ``file`` ends in ``.ckpt``."""
+    import mindspore
+    from mindspore.common.np_dtype import bfloat16
+
+    parameters = []
+    for name, dtype, shape, data in tensors:
+        array = np.frombuffer(data, bfloat16 if dtype == "bfloat16" else dtype).reshape(shape)
+        parameters.append({"name": name, "data": mindspore.Tensor(array)})
+    mindspore.save_checkpoint(parameters, str(file))
+
+
+def _import_torch(file: Path):
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{file.name} is a torch file, and torch is not installed: pip install torch "
+            "(safetensors files need neither torch nor MindSpore)"
+        ) from None
+    return torch

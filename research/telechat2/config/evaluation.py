@@ -1,0 +1,142 @@
+"""The settings of a run that evaluates: what MindFormers or MindSpore would refuse is set right here."""
+
+from research.telechat2.config.optimization import check_run_numbers
+from research.telechat2.config.pipeline import partition
+
+METRIC = "TelechatPerplexity"
+# MindFormers' metric of the same name in older YAMLs: a mean of batches' means, of logits on the host.
+REPLACED_METRICS = ("PerplexityMetric",)
+
+
+def check_evaluation_settings(config: dict, overrides: dict[str, object]) -> None:
+    """Refuse what an evaluation would pass over, and take out, in place, what it does not need.
+
+    Args:
+        config: the settings.
+        overrides: what the command line gave of them.
+
+    Raises:
+        ValueError: records are counted for the training data, or a batch or a seed that cannot be.
+    """
+    if (samples := overrides.get("train_dataset.data_loader.num_samples")) is not None:
+        raise ValueError(
+            f"--num_samples {samples} is of the training data, which an evaluation does not read; give "
+            f"--eval_dataset.data_loader.num_samples {samples}."
+        )
+    check_run_numbers(config)
+    if config.get("resume_training"):
+        print("note: resume_training has no effect in an evaluation: the weights alone are read", flush=True)
+        config["resume_training"] = False
+
+
+def prepare_evaluation(config: dict, *, training: bool) -> None:
+    """Fit the settings of a run that evaluates, in place, and print what is changed.
+
+    Args:
+        config: the settings, template not needed.
+        training: whether it evaluates between steps of training (``do_eval``).
+
+    Raises:
+        ValueError: another metric than loss and perplexity, no weights, or a parallel plan that can train but
+            not evaluate.
+    """
+    _fit_metric(config)
+    _check_experts(config)
+    _fit_stages(config, training)
+    if training:
+        return
+    if not has_weights(config):
+        raise ValueError(
+            "no weights to evaluate: give --load_checkpoint, a .safetensors or .ckpt file or a directory. "
+            "Random weights have the loss of guessing, the logarithm of vocab_size."
+        )
+    _fit_compiler(config)
+    config["recompute_config"] = {"recompute": False}  # there is no backward pass
+    config["model"]["model_config"]["use_past"] = False  # whole sequences, with a predict YAML as well
+
+
+def has_weights(config: dict) -> bool:
+    """Whether a config names weights, in any of the places where MindFormers looks for them."""
+    model = (config.get("model") or {}).get("model_config") or {}
+    sources = (config, "load_checkpoint"), (config.get("checkpoint") or {}, "load_path")
+    others = (model, "checkpoint_name_or_path"), (config, "only_save_strategy")
+    return any(section.get(key) for section, key in (*sources, *others))
+
+
+def _fit_metric(config: dict) -> None:
+    """Have TelechatPerplexity measure."""
+    given = config.get("metric") or {}
+    names = [metric.get("type") for metric in (given if isinstance(given, list) else [given])]
+    others = [name for name in names if name not in (None, METRIC, *REPLACED_METRICS)]
+    if others:
+        raise ValueError(
+            f"metric is {', '.join(others)}, but evaluation here is loss and perplexity: write metric: "
+            f"{{type: {METRIC}}}, or compare answers of run_telechat_predict.py by a program of your own."
+        )
+    if names != [METRIC]:
+        print(f"metric: {METRIC} instead of {names[0] or 'none'}, loss and perplexity by token", flush=True)
+    config["metric"] = {"type": METRIC, "auto_register": f"telechat_register.{METRIC}"}
+
+
+def _check_experts(config: dict) -> None:
+    """Refuse a plan by which the experts cannot answer every token that is sent to them."""
+    plan, moe = config.get("parallel_config") or {}, config.get("moe_config") or {}
+    mp = plan.get("model_parallel", 1)
+    whole = moe.get("ep_extend_tp", True) and plan.get("use_seq_parallel", False)
+    if _is_one_graph(config) and moe.get("expert_num", 1) > 1 and mp > 1 and not whole:
+        raise ValueError(
+            f"evaluation drops no token, which takes whole experts on each device, but model_parallel {mp} "
+            f"splits their width. Set moe_config.ep_extend_tp: True with parallel_config.use_seq_parallel: "
+            f"True, or model_parallel: 1; without do_eval the plan can train as it is."
+        )
+
+
+def _fit_stages(config: dict, training: bool) -> None:
+    """Evaluate with one run of layers in each stage: MindSpore 2.9 crashes at a forward pass of several."""
+    model = (config.get("model") or {}).get("model_config") or {}
+    stages = (config.get("parallel_config") or {}).get("pipeline_stage", 1)
+    chunks = model.get("pp_interleave_num", 1)
+    if not _is_one_graph(config) or stages == 1 or chunks == 1:
+        return
+    if training:
+        raise ValueError(
+            f"do_eval is True and pp_interleave_num {chunks}: MindSpore 2.9 cannot evaluate with virtual "
+            f"chunks. Set do_eval: False and evaluate a checkpoint (--run_mode eval), or set "
+            f"pp_interleave_num: 1 and parallel.pipeline_config.pipeline_interleave: False."
+        )
+    num_layers = model["num_layers"]
+    counts = [
+        sum(column)
+        for column in zip(*partition(num_layers, stages, chunks, model.get("offset", 0)), strict=True)
+    ]
+    model |= {"pp_interleave_num": 1, "offset": [count - num_layers // stages for count in counts]}
+    config["parallel"] = config["parallel"] | {
+        "pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "1f1b"}
+    }
+    print(f"pipeline: evaluated with one run of layers in each stage, {counts}, not {chunks}", flush=True)
+
+
+def _is_one_graph(config: dict) -> bool:
+    """Whether one graph is compiled for all devices."""
+    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
+    return bool(config.get("use_parallel")) and mode in (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")
+
+
+def _fit_compiler(config: dict) -> None:
+    """Evaluate with the kernels of training: MindFormers refuses jit_level O1, and adds infer_boost."""
+    context = config.get("context") or {}
+    if context.get("device_target", "Ascend") == "CPU":
+        return
+    settings = dict(context.get("jit_config") or {})
+    level = settings.get("jit_level") or context.get("jit_level") or "O0"
+    settings = {
+        "jit_level": level,
+        "infer_boost": settings.get("infer_boost") or context.get("infer_boost", "off"),
+    }
+    if level == "O1":
+        print(
+            "context.jit_config.jit_level: O0 instead of O1, with which MindFormers does not evaluate",
+            flush=True,
+        )
+        settings["jit_level"] = "O0"
+    config["context"] = context | {"jit_config": settings}

@@ -1,0 +1,263 @@
+"""Questions on a command line, in a file, or in a conversation; infer/loading.py answers them."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import nullcontext
+from pathlib import Path
+
+from research.telechat2.config.sampling import DRAWN_ONLY, NEUTRAL
+from research.telechat2.data import formats, sources
+from research.telechat2.data.formats import Conversation, naming, parse_question
+from research.telechat2.generation.answer import STOPPED, Answer
+from research.telechat2.infer.predictor import Predictor
+from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal
+from research.telechat2.text.chat import DEFAULT_SYSTEM
+from research.telechat2.text.messages import (
+    BYTE_ORDER_MARK,
+    is_blank,
+    joined,
+    without_byte_order_marks,
+)
+
+
+def question(text: str, system: str | None = None) -> Conversation:
+    """A conversation of one question, after a system message if there is one, which may be empty.
+
+    ValueError for a byte order mark inside; those around are taken off.
+    """
+    content = without_byte_order_marks(text)
+    return Conversation([*_system(system), {"role": "user", "content": content}], None, "chat")
+
+
+def _system(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": without_byte_order_marks(system)}]
+
+
+def read_questions(
+    path: str | Path, system: str | None = None, ignored: Set[str] = frozenset()
+) -> list[Conversation]:
+    """Conversations that wait for an answer: a question on each line of a text, or data as for training.
+
+    Data are what ``telechat_preprocess.py`` reads: ``.jsonl``, ``.ndjson`` and ``.json``, packed or not, or a
+    directory of them; and a file of another name whose first line is a conversation in JSON. The last answer
+    of a conversation is cut off, and need not be there; fields of a test set that give it, and metadata, are
+    left out, and counted on standard error. ``system`` is put before those without one. ``ignored``: fields
+    that count as absent.
+
+    Raises:
+        ValueError: no question at all, or a line that is no conversation (file and line are named).
+    """
+    is_data = _is_data(Path(path))
+    if not is_data and (is_data := formats.holds_data(path)):
+        print(f"{path}: read as data, since its first line is a conversation in JSON", file=sys.stderr)
+    if not is_data:
+        questions = list(_read_text(path, system))
+    else:
+        files = [source.path for source in sources.find([path])]
+        questions = [asked for file in files for asked in _read_data(file, system, ignored)]
+        if left_out := Counter(name for asked in questions for name in asked.unused):
+            listed = ", ".join(f"{count} {name}" for name, count in left_out.items())
+            print(f"{path}: fields that are not used: {listed}", file=sys.stderr)
+    if not questions:
+        raise ValueError(f"{path} holds no question.")
+    return questions
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_dir() or sources.DATA_FILE.search(path.name) is not None
+
+
+def _read_text(path: str | Path, system: str | None) -> Iterator[Conversation]:
+    for number, line in formats.read_text_lines(path):
+        if not is_blank(line):
+            with naming(path, number):
+                yield question(line.rstrip("\r\n"), system)
+
+
+def _read_data(file: Path, system: str | None, ignored: Set[str]) -> Iterator[Conversation]:
+    for number, line in formats.read_lines(file):
+        if is_blank(line):
+            continue
+        with naming(file, number):
+            asked = parse_question(line, ignored)
+        start = _system(system) if asked.messages[0]["role"] != "system" else []
+        yield asked._replace(messages=[*start, *asked.messages])
+
+
+def read_prompts(
+    path: str | Path, system: str | None = None, ignored: Set[str] = frozenset()
+) -> list[Conversation]:
+    """What ``--input_txt`` names: a text file is one question, data are as for ``read_questions``.
+
+    Raises:
+        ValueError: an empty file, one that is not UTF-8, or a line that is no conversation.
+    """
+    if _is_data(Path(path)):
+        return read_questions(path, system, ignored)
+    # as Windows ends lines: a carriage return would be part of the question
+    lines = [line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_text_lines(path)]
+    text = "\n".join(lines).strip()
+    if is_blank(text):
+        raise ValueError(f"{path} holds no question.")
+    return [question(text, system)]
+
+
+def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: int) -> None:
+    """Answer conversations in batches, and print each with its question.
+
+    Raises:
+        ValueError: one cannot be asked (its number is given); nothing is answered then.
+    """
+    prompts = []
+    for number, asked in enumerate(questions, 1):
+        try:
+            prompts.append(predictor.prompt_ids(asked))
+            predictor.check(prompts[-1:])
+        except ValueError as error:
+            raise ValueError(f"question {number} of {len(questions)}: {error}") from error
+    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    for batch in batches:
+        predictor.check(prompts[batch])
+    for batch in batches:
+        answers = predictor.generate(prompts[batch])
+        for asked, answer in zip(questions[batch], answers, strict=True):
+            print(f"{asked.messages[-1]['content']}\n{answer.text}\n", flush=True)
+            if answer.cut or len(answers) == 1:
+                print(answer, file=sys.stderr)
+        if len(answers) > 1:
+            print(_figures(answers), file=sys.stderr)
+
+
+def _figures(answers: list[Answer]) -> str:
+    """A line of figures of a batch for a person; its rows share their steps."""
+    tokens, first = sum(len(answer.ids) for answer in answers), answers[0].seconds_to_first_token
+    later = answers[0].seconds - first
+    speed = f", {(tokens - len(answers)) / later:.1f} tokens/s" if later > 0 and tokens > len(answers) else ""
+    return (
+        f"[{len(answers)} answers, {tokens} tokens, {answers[0].seconds:.2f} s, the first tokens after "
+        f"{first:.2f} s{speed}]"
+    )
+
+
+def name_settings_without_effect(predictor: Predictor) -> None:
+    """Print to standard error what was asked for and changes nothing, since no token is drawn."""
+    given = predictor.generation
+    idle = [f"--{name} {given[name]}" for name in DRAWN_ONLY if given.get(name) not in (None, NEUTRAL[name])]
+    if idle and not given.get("do_sample", predictor.model.config.do_sample):
+        print(
+            f"{', '.join(idle)}: without effect, as do_sample is False, which takes the likeliest token; "
+            "--do_sample True draws.",
+            file=sys.stderr,
+        )
+
+
+def name_system_texts(predictor: Predictor, conversations: list[Conversation], given: str | None) -> None:
+    """Print to standard error which system text conversations are asked with, and where it comes from.
+
+    ``given``: that of --system, "" for an empty one, None for none.
+    """
+    if predictor.prompt_format != "chat":
+        return  # the others have none
+    firsts = [joined(asked.messages[0], 1) for asked in conversations]
+    texts = [first["content"] if first["role"] == "system" else None for first in firsts]
+    sources = (
+        (
+            None,
+            DEFAULT_SYSTEM,
+            'the chat format\'s own; --system gives another, and --system "" an empty one',
+        ),
+        (given, given, "as --system says"),
+    )
+    for text, said, source in sources if given is not None else sources[:1]:
+        if count := texts.count(text):
+            share = "" if count == len(texts) else f" of {count} of {len(texts)} questions"
+            print(f"system text{share}: {said or '(empty)'} ({source})", file=sys.stderr)
+    if given is not None and given not in texts:
+        print("--system is not used: every conversation has a system text of its own", file=sys.stderr)
+
+
+def chat(
+    predictor: Predictor, system: str | None, lines: Iterable[str], terminal: Terminal | None = None
+) -> int:
+    """Answer every line of ``lines`` in one conversation, streaming; /new starts another, /exit ends it.
+
+    A line that cannot be asked (it is too long, or no valid Unicode) is named on standard error and leaves
+    the conversation as it was. ``terminal``: whose Ctrl-C stops an answer; what was shown of it stays in the
+    conversation. Returns the number of lines that were not asked.
+
+    Raises:
+        ValueError: the prompt format has no place for ``system``, or the model fails.
+        KeyboardInterrupt: Ctrl-C without ``terminal``, or twice.
+    """
+    start = _system(system)
+    begin = Conversation([*start, {"role": "user", "content": "?"}], None, "chat")
+    predictor.prompt_ids(begin)
+    name_system_texts(predictor, [begin], system)
+    messages, refused, label = list(start), 0, "compiling, which takes longest for the first answer"
+    for line in lines:
+        text = line.strip().strip(BYTE_ORDER_MARK).strip()  # joined files have them between
+        command = COMMANDS.get(text.lower()) if text.startswith("/") else None
+        if command == "/exit":
+            break
+        if command == "/new":
+            messages = list(start)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        if command or is_blank(text):
+            continue
+        with terminal.answering() if terminal else nullcontext() as stop:
+            try:
+                text = without_byte_order_marks(text)
+                asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
+            except ValueError as error:
+                print(f"(not asked: {error})", file=sys.stderr)
+                refused += 1
+                continue
+            answer = _streamed(predictor, asked, stop, label)
+        print(flush=True)
+        print(answer, file=sys.stderr)
+        if answer.text or answer.cut != STOPPED:
+            messages = [*asked, {"role": "assistant", "content": answer.text}]
+        else:
+            print("(stopped before its first character: the question is taken back)", file=sys.stderr)
+        label = ""
+    return refused
+
+
+def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None, label: str) -> Answer:
+    """Ask, and print the answer as it grows; ``stop``: see ask; ``label``: what takes long, where it does."""
+    spinner, heard = Spinner(), 0
+
+    def show(text: str) -> None:
+        nonlocal heard
+        spinner.stop()
+        print(text, end="", flush=True)
+        heard += 1
+        if label and heard == 1:
+            spinner.start()  # the second token needs a graph of its own
+
+    spinner.start(label or "reading the question")
+    try:
+        return predictor.ask(messages, on_text=show, **({"stop": stop} if stop else {}))
+    finally:
+        spinner.stop()
+
+
+def _that_fit(predictor: Predictor, messages: list[dict], keep: int) -> list[dict]:
+    """``messages`` without as many of the oldest questions and answers as leave room for an answer.
+
+    ValueError if even the last question alone leaves none.
+    """
+    for forgotten in range(0, len(messages) - keep, 2):
+        kept = messages[:keep] + messages[keep + forgotten :]
+        prompt = predictor.prompt_ids(Conversation(kept, None, predictor.prompt_format))
+        if predictor.fits(prompt):
+            break
+    predictor.check([prompt])
+    if forgotten:
+        print(
+            f"(the conversation grew too long: its oldest {forgotten} messages are forgotten)",
+            file=sys.stderr,
+        )
+    return kept

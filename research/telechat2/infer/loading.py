@@ -1,0 +1,248 @@
+"""What the prediction scripts share: loading a model, and asking it for the next answer."""
+
+import os
+import sys
+from pathlib import Path
+
+from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.config.keys import moe_section
+from research.telechat2.config.optimization import check_seed
+from research.telechat2.config.overrides import did_you_mean
+from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.sampling import SAMPLING, check_sampling
+from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
+from research.telechat2.config.yaml_files import read_config
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary
+from research.telechat2.infer.checks import (
+    check_vocabulary,
+    choose_prompt_format,
+    length_of_config,
+)
+from research.telechat2.infer.predictor import Predictor
+from research.telechat2.infer.process_group import Group
+from research.telechat2.text import prompt_format as prompt_formats
+
+GENERATION = (*SAMPLING, "max_new_tokens", "min_length", "min_new_tokens")
+
+
+def load_predictor(
+    yaml_file: str | Path,
+    vocab_file: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    prompt_format: str | None = None,
+    max_length: int | None = None,
+    device_id: int | None = None,
+    batch_size: int = 1,
+    use_past: bool | None = None,
+    use_parallel: bool | None = None,
+    generation: dict | None = None,
+    seed: int | None = None,
+) -> Predictor:
+    """Build the model of a predict YAML and load its weights, all of them or none.
+
+    Args:
+        yaml_file: a predict YAML. The next three default to what it says.
+        vocab_file: tokenizer.model; if the YAML names none either, that beside the weights.
+        checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
+        prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
+            the release whose vocabulary it is.
+            Which it is and why is printed on standard error.
+        max_length: most tokens of prompt and answer together, at most ``seq_length``; by default that if
+            ``generation`` has ``max_new_tokens``, else the YAML's ``max_decode_length``.
+        device_id: which NPU; by default the YAML's.
+        batch_size: most prompts at once.
+        use_past: predict with a cache.
+        use_parallel: share the model with the other processes that scripts/msrun_launcher.sh has started;
+            by default the YAML's.
+        generation: arguments of ``generate``, of GENERATION; None, or not there: as the YAML's model_config
+            says.
+        seed: of sampling; by default the YAML's.
+
+    Raises:
+        ValueError: a file is missing or does not fit the others; names and shapes are given. Or a setting
+            of sampling is none.
+    """
+    check_generation(generation or {})
+    _check_arguments(prompt_format, max_length, seed)
+    config = read_config(Path(yaml_file))
+    for note in check_settings(config, source=yaml_file):
+        print(f"note: {note}", file=sys.stderr)
+    if not _section(config, "model", "model_config"):
+        raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+    if use_past is not None:
+        config["model"]["model_config"]["use_past"] = use_past
+    if use_parallel is not None:
+        config["use_parallel"] = use_parallel
+    named = (
+        "--vocab_file_path" if vocab_file else f"{yaml_file}: processor.tokenizer.vocab_file",
+        "--checkpoint_path" if checkpoint else f"{yaml_file}: load_checkpoint",
+    )
+    checkpoint = checkpoint or config.get("load_checkpoint")
+    vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
+    vocab_file = vocab_file or _vocab_file_beside(checkpoint)
+    _check_files(yaml_file, vocab_file, checkpoint, named)
+    check_answering_vocabulary(vocab_file, checkpoint)
+    moe = config.get("moe_config")
+    taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe)
+    settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
+    if plan := prediction_plan(config, processes_of_run()):
+        settings["parallel_config"] = plan
+    from mindspore import set_seed
+
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(str(vocab_file))
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
+    parallel = plan is not None or _section(config, "model", "arch").get("type") == PARALLEL_MODEL
+    _set_context(_section(config, "context"), device_id)
+    model_config = _model_config(settings)
+    check_vocabulary(tokenizer, vocab_file, vars(model_config))
+    given = {name: value for name, value in (generation or {}).items() if value is not None}
+    limit = _length_limit(model_config, max_length, given)
+    if processes_of_run() > 1:
+        _meet(model_config, checkpoint)
+    model = _build_model(model_config, parallel)
+    load_weights(model, checkpoint)
+    group = Group(model.ranks if parallel else None)
+    seed = config.get("seed") if seed is None else seed
+    if seed is not None or plan:
+        set_seed(group.seed if seed is None else seed)
+    for line in [*(f"model_config: {line}" for line in taken), f"prompt format: {prompt_format} ({chosen})"]:
+        print(line, file=sys.stderr)
+    return Predictor(model, tokenizer, prompt_format, *limit, given, group, str(checkpoint))
+
+
+def _check_arguments(prompt_format: str | None, max_length: int | None, seed: int | None) -> None:
+    """ValueError if an argument of ``load_predictor`` is none, before anything is read."""
+    check_seed(seed)
+    if prompt_format is not None:
+        prompt_formats.check(prompt_format)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; it must be at least 1.")
+
+
+def check_generation(given: dict) -> None:
+    """ValueError if an argument of ``generate`` is misspelt, or none."""
+    for name in given:
+        if name not in GENERATION:
+            raise ValueError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
+    check_sampling(given)
+    if (tokens := given.get("max_new_tokens")) is not None and tokens < 1:
+        raise ValueError(f"max_new_tokens is {tokens}; it must be at least 1.")
+
+
+def _vocab_file_beside(checkpoint) -> Path | None:
+    """The tokenizer.model of a folder of weights, as Hugging Face's have one."""
+    if not checkpoint:
+        return None
+    path = Path(checkpoint)
+    found = (path if path.is_dir() else path.parent) / "tokenizer.model"
+    if not found.is_file():
+        return None
+    print(f"vocabulary: {found}", file=sys.stderr)
+    return found
+
+
+def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int, str]:
+    """Most tokens of prompt and answer together, and the setting that says so."""
+    if max_length is None:
+        own = config.seq_length if "max_new_tokens" in generation else config.max_decode_length
+        return length_of_config(own, config.seq_length)
+    if max_length > config.seq_length:
+        raise ValueError(
+            f"max_length is {max_length}, but the YAML's seq_length is {config.seq_length}; lower it, or "
+            f"raise seq_length in the YAML."
+        )
+    return max_length, "--max_length"
+
+
+def _section(config: dict, *names: str) -> dict:
+    """A section of a YAML, empty where it is not there."""
+    for name in names:
+        config = config.get(name) or {}
+    return config
+
+
+def _check_files(yaml_file, vocab_file, checkpoint, named: tuple[str, str]) -> None:
+    """Refuse what is missing before the slow imports; ``named``: what names the two paths."""
+    if not vocab_file:
+        raise ValueError(f"{yaml_file} names no vocab_file; give --vocab_file_path tokenizer.model.")
+    if not checkpoint:
+        raise ValueError(
+            f"{yaml_file} names no load_checkpoint; give --checkpoint_path, or the answers are noise."
+        )
+    for name, path in zip(named, (vocab_file, checkpoint), strict=True):
+        if not Path(path).exists():
+            raise ValueError(f"{name} {path} does not exist.")
+
+
+def _model_config(settings: dict):
+    from research.telechat2.telechat_config import TelechatConfig
+
+    return TelechatConfig(**settings)
+
+
+def _meet(config, checkpoint: str | Path) -> None:
+    """Meet the other processes when nothing more can be found wrong: they would wait for one that ends."""
+    from research.telechat2.checkpoint.layouts.read import weights_of_rank
+    from research.telechat2.checkpoint.loading import sizes_of_model
+    from research.telechat2.compat.library import join_processes
+
+    weights_of_rank(
+        checkpoint, sizes_of_model(config), tensor_parallel=config.parallel_config.model_parallel, rank=0,
+        qkv_concat=config.qkv_concat,
+    )  # fmt: skip
+    join_processes()
+
+
+def _build_model(config, parallel: bool):
+    """The model, or this process's part of it, without weights."""
+    from mindspore.nn.utils import no_init_parameters
+
+    from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
+    from research.telechat2.telechat import TelechatForCausalLM
+
+    with no_init_parameters():
+        model = (ParallelTelechatForCausalLM if parallel else TelechatForCausalLM)(config)
+    return model.set_train(False)
+
+
+def _set_context(context: dict, device_id: int | None) -> None:
+    """Choose target, device and graph compiler as MindFormers does for a prediction."""
+    import mindspore as ms
+
+    from research.telechat2.compat.library import naming_target
+
+    target = context.get("device_target", "Ascend")
+    if processes_of_run() > 1:
+        device_id = int(os.environ.get("DEVICE_ID", 0))  # msrun numbers the workers of a machine
+    elif device_id is None:
+        device_id = context.get("device_id", 0)
+    jit = {"jit_level": context.get("jit_level", "O0"), "infer_boost": context.get("infer_boost", "on")}
+    jit |= {name: value for name, value in (context.get("jit_config") or {}).items() if value}
+    if jit["jit_level"] == "O1":
+        raise ValueError("context.jit_config.jit_level is O1, which prediction does not support; use O0.")
+    with naming_target(target):
+        ms.set_context(mode=ms.GRAPH_MODE, device_target=target, device_id=device_id, jit_config=jit)
+    if target == "Ascend":
+        ms.set_context(max_device_memory=context.get("max_device_memory", "58GB"))
+
+
+def load_weights(model, checkpoint: str | Path) -> None:
+    """Load every weight of ``model`` from a checkpoint of any layout, one in memory at a time.
+
+    It may be an HF folder of a TeleChat model. Names and shapes are compared before the first is loaded. A
+    process that shares the model reads its part alone.
+
+    Raises:
+        ValueError: the checkpoint is broken, or its names or shapes are not the model's.
+    """
+    if hasattr(model, "load_weights"):
+        model.load_weights(checkpoint)
+        return
+    from research.telechat2.checkpoint.layouts.read import whole_weights
+    from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
+
+    _, tensors = whole_weights(checkpoint, sizes_of_model(model.config))
+    load_tensors(model, tensors, str(checkpoint))

@@ -1,0 +1,1 @@
+"""Fused Ascend kernels, their reference implementations, and the choice between them."""

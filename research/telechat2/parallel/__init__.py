@@ -1,0 +1,1 @@
+"""Parallel plans, applied to a model from outside."""

@@ -1,0 +1,253 @@
+"""Estimate a run's memory, communication and speed, in seconds and without MindSpore's compiler.
+
+    estimated = estimate(settings)
+    print(estimated.table())
+
+Parameters, gradients and optimizer are exact, communication follows the compiled graph, activations and times
+are formulas; see memory.py, communication.py and throughput.py.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+
+from research.telechat2.common.tables import table
+from research.telechat2.config.settings import section_of
+from research.telechat2.plan.estimate.communication import Communication, stage_communication
+from research.telechat2.plan.estimate.costs import MEMORY, PEAK, Cost, StepCosts, step_costs
+from research.telechat2.plan.estimate.memory import StageMemory, stage_memory
+from research.telechat2.plan.estimate.schedule import Schedule, schedule
+from research.telechat2.plan.estimate.workload import Workload, workload
+
+GB = 1e9
+
+
+ASSUMPTIONS = (
+    "Atlas 800T A2: 313 TFLOPS (bfloat16), memory 1.6 TB/s, 28 GB/s to each NPU of a node, 25 GB/s to others",
+    "collectives go first across nodes and then within them, and wait for computation as it waits for them",
+    "gradients and weights travel while nothing is computed",
+    "n interleaved copies of a layer (fine_grain_interleave) leave 1/n of its tensor communication bare",
+    "tokens go to experts equally often where there is no capacity",
+)
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The two fitted constants: shares of PEAK and of the links' bandwidth."""
+
+    compute: float
+    links: float
+
+    def seconds(self, cost: Cost) -> float:
+        """What a cost takes."""
+        return cost.flops / (PEAK * self.compute) + cost.moved / MEMORY + cost.links / self.links
+
+
+FITTED = Efficiency(compute=0.783, links=0.431)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A step's time, and what it consists of.
+
+    Attributes:
+        tokens_per_second: of one NPU.
+        step_seconds: of one step of the optimizer.
+        pipeline_seconds, optimizer_seconds: its parts: passes, and what follows them once.
+        bubble: share of the passes' time in which stages are idle.
+        model_flops_per_token: matrix products and attention, forward and backward, recomputation apart.
+        utilization: share of PEAK that these amount to (MFU).
+        schedule: of the passes.
+    """
+
+    tokens_per_second: float
+    step_seconds: float
+    pipeline_seconds: float
+    optimizer_seconds: float
+    bubble: float
+    model_flops_per_token: float
+    utilization: float
+    schedule: Schedule
+
+
+def throughput(run: Workload, efficiency: Efficiency = FITTED, costs: StepCosts | None = None) -> Throughput:
+    """Predict a run's speed.
+
+    Args:
+        efficiency: other constants than the fitted ones.
+        costs: the run's, if they are known.
+
+    Raises:
+        ValueError: see schedule.
+    """
+    costs = costs or step_costs(run)
+    forward, backward = (
+        [[efficiency.seconds(cost) for cost in row] for row in table]
+        for table in (costs.forward, costs.backward)
+    )
+    plan = schedule(forward, backward, run.micro_batches)
+    update = max(map(efficiency.seconds, costs.update))
+    step = plan.seconds + update
+    speed = run.step_tokens / run.devices / step
+    flops = model_flops_per_token(run)
+    return Throughput(speed, step, plan.seconds, update, plan.bubble, flops, speed * flops / PEAK, plan)
+
+
+def model_flops_per_token(run: Workload) -> float:
+    """Operations that training on a token takes at least, a multiplication and an addition being two.
+
+    Six for each weight that a token is multiplied by, of experts those that it is sent to; and for causal
+    attention ``6·S·H`` for each layer.
+    """
+    hidden, blocks = run.hidden_size, run.moe.top_k if run.moe else 1
+    layer = 2 * hidden * hidden + 2 * hidden * run.kv_size + 3 * blocks * hidden * run.intermediate_size
+    return (
+        6 * (run.num_layers * layer + hidden * run.vocab_size) + 6 * run.num_layers * run.seq_length * hidden
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run comes to.
+
+    Attributes:
+        workload: what was estimated.
+        memory: of a device of each stage.
+        communication: what a device of each stage sends in a step.
+        throughput: predicted speed.
+        limit_gb: GB that a run may take of an NPU, by ``context.max_device_memory``; None: not known.
+    """
+
+    workload: Workload
+    memory: tuple[StageMemory, ...]
+    communication: tuple[tuple[Communication, ...], ...]
+    throughput: Throughput
+    limit_gb: float | None = field(default=None, compare=False)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest stage's devices."""
+        return max(stage.total for stage in self.memory)
+
+    def as_dict(self) -> dict:
+        """This estimate for JSON: bytes and seconds; of the schedule its bubble alone."""
+        speed = {name: value for name, value in vars(self.throughput).items() if name != "schedule"}
+        return {
+            "stages": [
+                {
+                    "stage": number,
+                    "memory": asdict(memory) | {"total": memory.total},
+                    "communication": [asdict(item) | {"bytes": item.bytes} for item in sent],
+                }
+                for number, (memory, sent) in enumerate(zip(self.memory, self.communication, strict=True))
+            ],
+            "peak_gb": self.peak_bytes / GB,
+            "max_device_memory_gb": self.limit_gb,
+            "throughput": speed,
+            "efficiency": asdict(FITTED),
+            "assumptions": list(ASSUMPTIONS),
+        }
+
+    def table(self) -> str:
+        """This estimate for people."""
+        speed = self.throughput
+        lines = [
+            f"speed         {speed.tokens_per_second:,.0f} tokens/s/NPU predicted: a step of "
+            f"{speed.step_seconds:.2f} s, {speed.optimizer_seconds:.2f} s of it for gradients and optimizer",
+            f"bubble        {speed.bubble:.1%} of the stages' time",
+            f"arithmetic    {speed.model_flops_per_token / 1e9:,.1f} GFLOP a token, {speed.utilization:.1%} "
+            "of the peak, without what is computed again",
+            "",
+            *table(_memory_rows(self.memory)),
+            *self._fit(),
+            "",
+            *table(_communication_rows(self.communication)),
+            "",
+            f"assumed: {FITTED.compute:.0%} of the peak and {FITTED.links:.0%} of the links' bandwidth, "
+            "fitted to four published speeds",
+            *(f"assumed: {line}" for line in ASSUMPTIONS),
+            "assumed: no memory of MindSpore's and CANN's own, which is 2 to 4 GB",
+        ]
+        return "\n".join(lines)
+
+    def _fit(self) -> list[str]:
+        if self.limit_gb is None:
+            return []
+        peak = f"{self.peak_bytes / GB:.2f} GB on the fullest NPU"
+        if self.peak_bytes <= self.limit_gb * GB:
+            return [f"fits          {peak}, of context.max_device_memory {self.limit_gb:g} GB"]
+        return [
+            f"DOES NOT FIT  {peak}, but context.max_device_memory is {self.limit_gb:g} GB: "
+            + ", or ".join(self._remedies())
+        ]
+
+    def _remedies(self) -> list[str]:
+        run, found = self.workload, []
+        if sum(map(sum, run.whole)) < run.num_layers:
+            found.append("compute more layers again (recompute_config.recompute)")
+        if run.devices > 1:
+            return [*found, f"look for a plan: --search {self.limit_gb:g}"]
+        return [*found, "share the model out to several NPUs (use_parallel, model_parallel, pipeline_stage)"]
+
+
+def estimate(settings: dict) -> Estimate:
+    """Of the settings of ``read_settings``.
+
+    Raises:
+        ValueError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
+    """
+    context = section_of(settings, "context")
+    if context.get("device_target") == "CPU":
+        raise ValueError(
+            "context.device_target is CPU, but memory and speed are estimated for Ascend's NPUs. Set "
+            "context.device_target=Ascend and model.model_config.compute_dtype=bfloat16 to estimate this "
+            "model there."
+        )
+    limit = memory_gb(context.get("max_device_memory", "58GB"))
+    return replace(estimate_workload(workload(settings)), limit_gb=limit)
+
+
+def memory_gb(limit: str) -> float:
+    """``context.max_device_memory`` in GB of 10^9 bytes.
+
+    MindSpore's GB are of 2^30 bytes; the difference is left for what no formula here counts.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", str(limit))
+    if found is None or not float(found[1]):
+        raise ValueError(f"context.max_device_memory is {limit!r}; it must be a size such as 58GB.")
+    return float(found[1])
+
+
+def estimate_workload(run: Workload) -> Estimate:
+    """Of a workload.
+
+    Raises:
+        ValueError: see schedule.
+    """
+    speed = throughput(run)
+    stages = range(run.pp)
+    return Estimate(
+        workload=run,
+        memory=tuple(stage_memory(run, stage, speed.schedule) for stage in stages),
+        communication=tuple(tuple(stage_communication(run, stage)) for stage in stages),
+        throughput=speed,
+    )
+
+
+def _memory_rows(memory: tuple[StageMemory, ...]) -> list[list[str]]:
+    names = list(asdict(memory[0]))
+    rows = [["GB of NPU", *names, "total"]]
+    for number, stage in enumerate(memory):
+        values = [*asdict(stage).values(), stage.total]
+        rows.append([f"stage {number}", *(f"{value / GB:.2f}" for value in values)])
+    return rows
+
+
+def _communication_rows(stages: tuple[tuple[Communication, ...], ...]) -> list[list[str]]:
+    """One row for each kind, group and phase, a column for each stage."""
+    sent: dict[tuple, list[int]] = {}
+    for number, items in enumerate(stages):
+        for item in items:
+            key = (item.group, f"{item.ranks}", item.kind, item.what, item.phase)
+            sent.setdefault(key, [0] * len(stages))[number] += item.bytes
+    heads = ["group", "ranks", "sent, GB a step", "of", "phase", *(f"stage {i}" for i in range(len(stages)))]
+    return [heads] + [[*key, *(f"{size / GB:.3f}" for size in sizes)] for key, sizes in sorted(sent.items())]

@@ -1,0 +1,326 @@
+"""Search the plans of a model on a number of NPUs: those that are legal and fit, the fastest first.
+
+Every plan keeps the global batch, so that it trains the same model. Stages get layers as equally as they
+divide, and of each stage just so many layers are computed again that it fits. Sequences stay whole, or are
+split as the config's own ``context_parallel`` says.
+"""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+from research.telechat2.common.problems import problems_of
+from research.telechat2.common.tables import table
+from research.telechat2.config.check import check
+from research.telechat2.config.overrides import value_word
+from research.telechat2.config.parallel import check_cluster, check_exchange, check_plan, devices_of
+from research.telechat2.config.recompute import first_layers
+from research.telechat2.config.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.plan.estimate.costs import NODE
+from research.telechat2.plan.estimate.estimate import Estimate, estimate_workload
+from research.telechat2.plan.estimate.estimate import memory_gb as max_memory_gb
+from research.telechat2.plan.estimate.memory import stage_memory
+from research.telechat2.plan.estimate.schedule import Schedule, schedule
+from research.telechat2.plan.estimate.workload import Workload, of_config, workload
+
+MOST_CHUNKS = 4
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class FoundPlan:
+    """A plan: the settings in which it differs from the config, dotted key to value; and what it comes to."""
+
+    changes: dict[str, object]
+    estimate: Estimate
+
+    def words(self) -> str:
+        """The changes as words that telechat_plan.py reads as the same; "" where there are none."""
+        words = [shlex.quote(f"{key}={value_word(value)}") for key, value in self.changes.items()]
+        return f"--set {' '.join(words)}" if words else ""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best plans, and how many were looked at, of these illegal, and of the legal ones too large.
+
+    ``broken``: of the illegal ones, the error that most of them have, but for its numbers. ``least_bytes``:
+    what the smallest of those too large takes of the NPU that is fullest; None where there is none.
+    ``batch``: sequences of a step, which every plan keeps.
+    """
+
+    plans: tuple[FoundPlan, ...]
+    tried: int
+    illegal: int
+    too_large: int
+    broken: str | None = None
+    least_bytes: int | None = None
+    batch: int = 0
+
+    def as_dict(self) -> dict:
+        """This result for JSON."""
+        return vars(self) | {"plans": [_summary(plan) for plan in self.plans]}
+
+    def table(self) -> str:
+        """This result for people."""
+        heads = [
+            "tokens/s/NPU",
+            "GB",
+            "bubble",
+            "dp",
+            "mp",
+            "pp",
+            "cp",
+            "chunks",
+            "ep",
+            "micro-batches",
+            "recomputed",
+        ]
+        rows = [heads] + [_row(plan) for plan in self.plans]
+        counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
+        if not self.plans:
+            return " ".join([counts, *self._remedies()])
+        words = self.plans[0].words()
+        first = f"the first: {words}" if words else "the first is the config's own."
+        return "\n".join([*table(rows), "", counts, first])
+
+    def _remedies(self) -> list[str]:
+        """What to change where no plan is found."""
+        if self.least_bytes:
+            return [
+                f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, with all layers computed "
+                "again: take more NPUs, or a smaller model or seq_length."
+            ]
+        kept = f"All plans keep the global batch of {self.batch} sequences"
+        if not self.broken:
+            return [f"{kept}, which no split of these NPUs divides; change the batch or the number of NPUs."]
+        larger = (
+            f"{kept}; give a larger one by --set, parallel_config.micro_batch_num in a pipeline or "
+            "runner_config.gradient_accumulation_steps without one, or take fewer NPUs."
+        )
+        found = [f"Most of them break this: {self.broken}"]
+        return [*found, larger] if "micro_batch_num" in self.broken else found
+
+
+def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -> SearchResult:
+    """The fastest plans of a model.
+
+    Args:
+        settings: of ``read_settings``; a config of a cluster.
+        device_num: NPUs.
+        memory_gb: GB of 10^9 bytes of each that a plan may take, as ``context.max_device_memory`` says.
+        count: most plans to return.
+
+    Raises:
+        ValueError: the config is not of a cluster, or not legal itself.
+    """
+    checked = check(settings)
+    if checked.kind != "semi_auto":
+        raise ValueError(
+            "plans are searched for a run on a cluster, but this config is of none; take one with "
+            "use_parallel: True and parallel.parallel_mode: 1."
+        )
+    workload(settings)  # what is not estimated at all is refused here, not counted as a plan
+    plan = with_defaults(settings, "parallel_config")
+    config = model_config(settings, plan | {"vocab_emb_dp": False})
+    own_limit = max_memory_gb(section_of(settings, "context").get("max_device_memory", "58GB"))
+    plans, rules, too_large, tried = [], Counter(), [], 0
+    examples: dict[str, str] = {}
+    for changes in _candidates(config, settings, device_num, checked.global_batch):
+        tried += 1
+        try:
+            run, changes = _fitted(config, settings, changes, memory_gb * GB)
+        except ValueError as error:
+            problem = problems_of(error)[0]
+            rule = re.sub(r"\d+", "", problem)
+            rules[rule] += 1
+            examples.setdefault(rule, problem)
+            continue
+        if isinstance(run, int):
+            too_large.append(run)
+            continue
+        estimate = estimate_workload(run)
+        if estimate.peak_bytes > own_limit * GB:
+            changes = changes | {"context.max_device_memory": f"{memory_gb:g}GB"}
+        plans.append(FoundPlan(_differences(changes, settings), estimate))
+    plans.sort(key=lambda plan: -plan.estimate.throughput.tokens_per_second)
+    return SearchResult(
+        plans=tuple(plans[:count]),
+        tried=tried,
+        illegal=rules.total(),
+        too_large=len(too_large),
+        broken=examples[rules.most_common(1)[0][0]] if rules else None,
+        least_bytes=min(too_large, default=None),
+        batch=checked.global_batch,
+    )
+
+
+def _differences(changes: dict[str, object], settings: dict) -> dict[str, object]:
+    """What of the changes is not in the settings already."""
+    missing = {"model.model_config.pp_interleave_num": 1, "model.model_config.offset": 0}
+    found = {}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        default = DEFAULTS.get(section, {}).get(name, missing.get(key))
+        if section_of(settings, section).get(name, default) != value:
+            found[key] = value
+    return found
+
+
+def _candidates(config, settings: dict, device_num: int, batch: int) -> Iterator[dict[str, object]]:
+    """Every way to split the devices; whether it is legal is for others to say."""
+    rows = config.batch_size
+    for dp, mp, pp, cp in _splits(config, device_num):
+        if batch % (rows * dp):
+            continue
+        steps = batch // (rows * dp)
+        experts = _divisors(config.moe.num_experts, of=dp) if config.moe else [1]
+        for chunks in range(1, MOST_CHUNKS + 1 if pp > 1 else 2):
+            for ep in experts:
+                for selected in (False, True):
+                    yield _changes(config.num_layers, dp, mp, pp, cp, ep, steps, chunks, selected)
+
+
+def _splits(config, device_num: int) -> Iterator[tuple[int, int, int, int]]:
+    """Data, tensor, pipeline and context parallelism whose product is ``device_num``."""
+    for cp in sorted({1, config.parallel_config.context_parallel}):
+        if device_num % cp:
+            continue
+        for mp in _divisors(min(device_num, NODE), of=device_num // cp):
+            for pp in _divisors(config.num_layers, of=device_num // cp // mp):
+                yield device_num // cp // mp // pp, mp, pp, cp
+
+
+def _changes(layers, dp, mp, pp, cp, ep, steps, chunks, selected) -> dict[str, object]:
+    """A plan as settings."""
+    found = {
+        "parallel_config.data_parallel": dp,
+        "parallel_config.model_parallel": mp,
+        "parallel_config.pipeline_stage": pp,
+        "parallel_config.context_parallel": cp,
+        "parallel_config.expert_parallel": ep,
+        "parallel_config.micro_batch_num": steps if pp > 1 else 1,
+        "runner_config.gradient_accumulation_steps": 1 if pp > 1 else steps,
+        "parallel_config.use_seq_parallel": mp > 1,
+        "parallel_config.vocab_emb_dp": False,
+        "model.model_config.pp_interleave_num": chunks,
+        "model.model_config.offset": _offset(layers, pp, chunks),
+        "recompute_config.select_recompute": selected,
+        "recompute_config.select_comm_recompute": False,
+    }
+    interleaved = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"} if chunks > 1 else None
+    return found | {"parallel.pipeline_config": interleaved}
+
+
+def _offset(layers: int, stages: int, chunks: int) -> list | int:
+    """Layers that do not divide go to the stages in the middle first, then to the last and the first one."""
+    left = layers % (stages * chunks)
+    if not left:
+        return 0
+    order = [*range(1, stages - 1), stages - 1, 0]
+    table = [[0] * stages for _ in range(chunks)]
+    for number in range(left):
+        table[number // stages][order[number % stages]] += 1
+    return table[0] if chunks == 1 else table
+
+
+def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Workload | int, dict]:
+    """The plan with as few layers computed again as fit; where not even all suffice, the bytes it takes then.
+
+    Raises:
+        ValueError: the plan is not legal.
+    """
+    run = _workload(config, settings, changes)
+    unit = [[1.0] * run.pp for _ in range(run.chunks)]
+    in_flight = schedule(unit, unit, run.micro_batches)  # as many whatever passes take
+    numbers = []
+    for stage in range(run.pp):
+        most = sum(row[stage] for row in run.layers)
+        number = _fewest(run, stage, most, in_flight, limit)
+        if number is None:
+            return _least(run, in_flight), changes
+        numbers.append(number)
+    changes = changes | {"recompute_config.recompute": numbers if any(numbers) else False}
+    return _workload(config, settings, changes), changes
+
+
+def _fewest(run: Workload, stage: int, most: int, in_flight: Schedule, limit: float) -> int | None:
+    """How many layers of a stage must be computed again; None if not even all of them suffice."""
+
+    def fits(number: int) -> bool:
+        setting = [0] * run.pp
+        setting[stage] = number
+        again = replace(run, whole=first_layers("recompute", setting, run.layers))
+        return stage_memory(again, stage, in_flight).total <= limit
+
+    if not fits(most):
+        return 0 if fits(0) else None
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def _least(run: Workload, in_flight: Schedule) -> int:
+    """Bytes of the fullest device with all layers computed again."""
+    layers = [sum(row[stage] for row in run.layers) for stage in range(run.pp)]
+    again = replace(run, whole=first_layers("recompute", layers, run.layers))
+    return max(stage_memory(again, stage, in_flight).total for stage in range(run.pp))
+
+
+def _workload(config, settings: dict, changes: dict) -> Workload:
+    """Of the config with changes; its rules are checked."""
+
+    def changed(prefix: str) -> dict:
+        return {key[len(prefix) :]: value for key, value in changes.items() if key.startswith(prefix)}
+
+    config = copy(config)
+    vars(config).update(changed("model.model_config."))
+    recompute = SimpleNamespace(**vars(config.parallel_config.recompute) | changed("recompute_config."))
+    if "recompute_config.recompute" not in changes:
+        recompute.recompute = False
+    config.parallel_config = SimpleNamespace(
+        **vars(config.parallel_config) | changed("parallel_config.") | {"recompute": recompute}
+    )
+    check_plan(config)
+    parallel = section_of(settings, "parallel")
+    check_cluster(config, devices_of(config.parallel_config), parallel.get("gradients_mean", False))
+    check_exchange(config, parallel.get("enable_alltoall", False))
+    runner = DEFAULTS["runner_config"] | (settings.get("runner_config") or {}) | changed("runner_config.")
+    return of_config(config, settings | {"runner_config": runner})
+
+
+def _divisors(most: int, of: int) -> list[int]:
+    """Divisors of ``of`` that are at most ``most``."""
+    return [number for number in range(1, min(most, of) + 1) if of % number == 0]
+
+
+def _summary(plan: FoundPlan) -> dict:
+    speed = plan.estimate.throughput
+    return {
+        "changes": plan.changes,
+        "words": plan.words(),
+        "tokens_per_second": speed.tokens_per_second,
+        "bubble": speed.bubble,
+        "peak_bytes": plan.estimate.peak_bytes,
+    }
+
+
+def _row(plan: FoundPlan) -> list[str]:
+    run, speed = plan.estimate.workload, plan.estimate.throughput
+    again = sum(map(sum, run.whole))
+    recomputed = [f"{again} of {run.num_layers} layers"] if again else []
+    recomputed += ["select"] if any(map(any, run.selected)) else []
+    split = (run.dp, run.mp, run.pp, run.gather * run.exchange, run.chunks, run.ep, run.micro_batches)
+    return [
+        f"{speed.tokens_per_second:,.0f}",
+        f"{plan.estimate.peak_bytes / GB:.1f}",
+        f"{speed.bubble:.1%}",
+        *map(str, split),
+        " and ".join(recomputed) or "none",
+    ]

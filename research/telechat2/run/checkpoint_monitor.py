@@ -1,0 +1,173 @@
+"""MindFormers 1.9's CheckpointMonitor, with a record beside each checkpoint, and an end that loses nothing.
+
+Registered under MindFormers' own name, so that every YAML gets it. It adds: ``training.json``; a check of the
+free bytes before anything is written; after a failed save the folder as it was, with its earlier checkpoints
+and a tracker that names the last; and a stop at the end of a step after Ctrl-C.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from research.telechat2.checkpoint.storage.folders import TRACKER
+from research.telechat2.common.files import atomic_write
+from research.telechat2.compat.library import (
+    CommonInfo,
+    LibraryCheckpointMonitor,
+    MindFormerModuleType,
+    MindFormerRegister,
+    get_output_subpath,
+    get_real_rank,
+)
+from research.telechat2.run.space import free_bytes, gigabytes
+from research.telechat2.run.stopping import STOP
+from research.telechat2.run.training_record import TrainingRecord
+
+
+class _Run:
+    """What the monitor knows of the run that saves; set by ``recording``."""
+
+    record: TrainingRecord | None = None
+
+
+@contextmanager
+def recording(record: TrainingRecord | None) -> Iterator[None]:
+    """Have ``record`` written beside the checkpoints that are saved inside; None: nothing is."""
+    _Run.record = record
+    try:
+        yield
+    finally:
+        _Run.record = None
+
+
+def complete_record(steps_per_epoch: int, global_batch_size: int) -> None:
+    """Add what MindFormers alone knows, once it has opened the data."""
+    if _Run.record is not None:
+        _Run.record = replace(
+            _Run.record, steps_per_epoch=steps_per_epoch, global_batch_size=global_batch_size
+        )
+
+
+class _CommonInfo(CommonInfo):
+    """``common.json``, and the record before it; the first process writes both, before the tracker."""
+
+    def save_common(self, common_filename: str):
+        """Write the record, then MindFormers' file."""
+        if _Run.record is not None:
+            _Run.record.at(self.step_num).write(Path(common_filename).parent)
+        super().save_common(common_filename)
+
+
+@MindFormerRegister.register(MindFormerModuleType.CALLBACK)
+class CheckpointMonitor(LibraryCheckpointMonitor):
+    """See the file's docstring; its settings are MindFormers'."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.common_info = _CommonInfo()
+
+    def on_train_begin(self, run_context):
+        """From now on Ctrl-C waits for the end of a step."""
+        super().on_train_begin(run_context)
+        STOP.begin()
+
+    def on_train_step_begin(self, run_context):
+        """Take SIGINT back from MindSpore's data set, whose handler ends the process."""
+        super().on_train_step_begin(run_context)
+        STOP.listen()
+
+    def on_train_step_end(self, run_context):
+        """Save where a checkpoint is due; after Ctrl-C end the run, which saves the last step."""
+        super().on_train_step_end(run_context)
+        STOP.steps = run_context.original_args().cur_step_num
+        if STOP.is_due(STOP.steps):
+            run_context.request_stop()
+
+    def _save_megatron_ckpt_file_format(self, cb_params):
+        if cb_params.cur_step_num in (0, self._last_triggered_step):
+            return
+        root = Path(self.directory or get_output_subpath("checkpoint", append_rank=False))
+        folder = root / f"iteration_{self._append_step_num + cb_params.cur_step_num:08d}"
+        cells = [cb_params.network.network] + ([cb_params.network.optimizer] if self.save_optimizer else [])
+        with saving(folder, _bytes_of(cells)):
+            super()._save_megatron_ckpt_file_format(cb_params)
+        STOP.saved = folder
+
+    def save_checkpoint(self, cb_params):
+        """Save a file of the older format, named by epoch and step."""
+        folder = Path(self._directory)
+        before = set(folder.iterdir())
+        try:
+            with _naming_failure(folder, _bytes_of([cb_params.train_network]), _make_room(folder.parent)):
+                super().save_checkpoint(cb_params)
+        except BaseException:
+            for path in set(folder.iterdir()) - before:
+                path.unlink(missing_ok=True)
+            raise
+        if _Run.record is not None:
+            _Run.record.at(self._append_step_num + cb_params.cur_step_num).write(folder)
+        STOP.saved = folder.parent  # which resuming is given
+
+
+@contextmanager
+def saving(folder: Path, needed: int) -> Iterator[None]:
+    """Around the save of an iteration: if it fails, its folder goes, and the tracker says what it said.
+
+    Raises:
+        OSError: the disk has too few bytes; with the path and both numbers.
+    """
+    tracker = folder.parent / TRACKER
+    said = tracker.read_text(encoding="utf-8") if tracker.is_file() else None
+    kept = "no earlier one is there; make room, and start again"
+    if said and said.strip():
+        kept = f"iteration {said.strip()} is kept; {_make_room(folder.parent)}"
+    try:
+        with _naming_failure(folder, needed, kept):
+            yield
+    except BaseException:
+        if get_real_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            _restore(tracker, said)
+        raise
+
+
+def _restore(tracker: Path, said: str | None) -> None:
+    """Let the tracker name the checkpoint that it named, which MindFormers may have emptied."""
+    with suppress(OSError):
+        if said is None:
+            tracker.unlink(missing_ok=True)
+        elif tracker.read_text(encoding="utf-8") != said:
+            with atomic_write(tracker) as temporary:
+                temporary.write_text(said, encoding="utf-8")
+
+
+@contextmanager
+def _naming_failure(folder: Path, needed: int, kept: str) -> Iterator[None]:
+    """Refuse to save what cannot fit; a failure of the disk is an OSError with the path and the bytes."""
+    if (free := free_bytes(folder)) < needed:
+        raise OSError(
+            f"the disk of {folder} is full: the checkpoint needs {gigabytes(needed)}, and {gigabytes(free)} "
+            f"are free; {kept}."
+        )
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or "os error" in str(error) or free_bytes(folder) < needed:
+            raise OSError(
+                f"the checkpoint {folder} could not be saved: {str(error).strip()} It needs "
+                f"{gigabytes(needed)}, and {gigabytes(free_bytes(folder))} are free; {kept}."
+            ) from error
+        raise
+
+
+def _make_room(folder: Path) -> str:
+    return f"make room, and resume with --load_checkpoint {folder} --resume_training True"
+
+
+def _bytes_of(cells) -> int:
+    """Bytes of this process's part of all parameters of ``cells``."""
+    parameters = {p.name: p for cell in cells for p in cell.get_parameters()}
+    return sum(prod(p.shape) * p.itemsize for p in parameters.values())

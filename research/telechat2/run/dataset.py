@@ -1,0 +1,244 @@
+"""Whether a data set can be read, and whether it is this model's: asked before the model is built.
+
+MindSpore finds a missing index or a record that is too long minutes later, and a foreign vocabulary never: it
+reads ids beyond the embedding without a word.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from research.telechat2.config.check import check
+from research.telechat2.config.kernel_limits import MAX_DOCUMENTS
+from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
+from research.telechat2.run.records import COLUMNS, check_steps, counted, read_rows
+from research.telechat2.run.training_record import count_records, device_num, is_data_parallel
+from research.telechat2.text.prompt_format import manifest_path
+
+
+def check_dataset(config: dict, which: str) -> None:
+    """Refuse a data set that is missing, incomplete, or not this model's; print what is checked.
+
+    Each MindRecord file is compared by its manifest, which telechat_preprocess.py wrote, and by its records:
+    by all of them, or by evenly spaced ones where there are many. Records may be shorter than the model's
+    ``seq_length``, not longer.
+
+    Args:
+        config: the settings.
+        which: "train" or "eval".
+
+    Raises:
+        ValueError: with the file, what it holds, and what the model takes.
+    """
+    section = config.get(f"{which}_dataset") or {}
+    loader = section.get("data_loader") or {}
+    if loader.get("type", "MindDataset") != "MindDataset":
+        print(f"{which} data: not checked, its data_loader is a {loader['type']}", flush=True)
+        return
+    files = files_of_loader(loader, which)
+    columns = _input_columns(section, which)
+    model = (config.get("model") or {}).get("model_config") or {}
+    rules = _rules(model, section)
+    unchecked = [key for key in ("seq_length", "vocab_size") if model.get(key) is None]
+    if unchecked:
+        print(f"{which} data: not compared with the model, whose YAML states no {', '.join(unchecked)}")
+    manifests = {file: _checked_manifest(file, rules) for file in files}
+    rows, records = read_rows(files, columns)
+    seen = check_records(rows, rules)
+    told = max((manifest.get("documents_per_record", 0) for manifest in manifests.values()), default=0)
+    if rules.start_ids:
+        documents = max(told, seen.documents)
+        _compare_documents(files[0].parent, documents, model.get("max_documents", MAX_DOCUMENTS))
+    elif told > 1:
+        print(
+            f"{which} data: up to {told} conversations of a record see each other, as "
+            f"document_start_ids is []",
+            flush=True,
+        )
+    _check_shorter(config, seen.length, which)
+    without = sum(not manifest for manifest in manifests.values())
+    how = f", {without} of them without manifest" if without else ""
+    read = "all" if seen.records == records else f"{seen.records:,} of them, evenly spaced,"
+    print(
+        f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how}), "
+        f"{counted(records)} of {seen.length:,} ids, {read} checked",
+        flush=True,
+    )
+    if seen.untrained:
+        print(
+            f"{which} data: {seen.untrained:,} of {seen.records:,} records have no trained token, "
+            f"{seen.first_untrained} the first",
+            flush=True,
+        )
+    for note in check_steps(config, records) if which == "train" else []:
+        print(f"{which} data: {note}", flush=True)
+
+
+def _input_columns(section: dict, which: str) -> tuple[str, ...]:
+    """The columns that the model is given, in its order.
+
+    Raises:
+        ValueError: others than it takes.
+    """
+    columns = tuple(section.get("input_columns") or COLUMNS)
+    if columns not in (COLUMNS, COLUMNS[:1]):
+        raise ValueError(
+            f"{which}_dataset.input_columns is {list(columns)}, but the model takes {list(COLUMNS)} in this "
+            f"order (or input_ids alone, of which all but padding is trained); set it so."
+        )
+    if section.get("eod_reset"):
+        raise ValueError(
+            f"{which}_dataset.eod_reset is {section['eod_reset']}, which gives the model position ids "
+            f"and masks in the labels' place; remove it, and set model.model_config.document_start_ids to "
+            f"keep packed documents apart."
+        )
+    return columns
+
+
+def _rules(model: dict, section: dict) -> Rules:
+    return Rules(
+        seq_length=model.get("seq_length"),
+        vocab_size=model.get("vocab_size"),
+        ignored=model.get("ignore_token_id", -100),
+        pad=model.get("pad_token_id", 3),
+        one_length=not section.get("dynamic_batch"),
+        start_ids=tuple(sorted(model.get("document_start_ids") or [])),
+    )
+
+
+def _checked_manifest(file: Path, rules: Rules) -> dict:
+    """A file's manifest, compared with the model and with the index; empty where there is none."""
+    if not Path(f"{file}.db").is_file():
+        raise ValueError(
+            f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
+            f"or prepare the data again with telechat_preprocess.py."
+        )
+    manifest = _manifest(file)
+    _compare(file, manifest, rules)
+    starts = manifest.get("document_start_ids")
+    if rules.start_ids and starts is not None and sorted(starts) != list(rules.start_ids):
+        raise ValueError(
+            f"{file} was prepared with documents that begin with the ids {sorted(starts)}, but the model's "
+            f"document_start_ids is {list(rules.start_ids)}, by which it would not keep them apart: set "
+            f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may "
+            f"see each "
+            f"other."
+        )
+    parts = {part.get("name"): part.get("records") for part in manifest.get("files") or []}
+    told, found = parts.get(file.name, manifest.get("records")), count_records([file])
+    if None not in (told, found) and told != found:
+        raise ValueError(
+            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says "
+            f"{told:,}: they "
+            f"are not of one preparation. Copy all files of the data again, or delete the manifest."
+        )
+    return manifest
+
+
+def _check_shorter(config: dict, length: int, which: str) -> None:
+    """Print that records are shorter than seq_length; refuse it where the plan cannot split them."""
+    seq_length = ((config.get("model") or {}).get("model_config") or {}).get("seq_length")
+    if seq_length is None or length - 1 == seq_length:
+        return
+    print(
+        f"{which} data: records of {length:,} ids give sequences of {length - 1:,} tokens, fewer than the "
+        f"model's seq_length of {seq_length:,} (which takes {seq_length + 1:,} ids)",
+        flush=True,
+    )
+    if not config.get("use_parallel"):
+        return
+    model = config["model"] | {"model_config": config["model"]["model_config"] | {"seq_length": length - 1}}
+    try:
+        check(config | {"model": model}, device_num() if is_data_parallel(config) else None)
+    except ValueError as error:
+        raise ValueError(
+            f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this "
+            f"plan cannot "
+            f"split: {error} (Or prepare the data with --max_length {seq_length}.)"
+        ) from error
+
+
+def record_files(config: dict, which: str) -> list[Path]:
+    """The MindRecord files of the ``train`` or ``eval`` data in MindFormers' order; none of other loaders."""
+    loader = (config.get(f"{which}_dataset") or {}).get("data_loader") or {}
+    return files_of_loader(loader, which) if loader.get("type", "MindDataset") == "MindDataset" else []
+
+
+def files_of_loader(loader: dict, which: str) -> list[Path]:
+    """The MindRecord files that MindFormers reads for a data_loader; makes ``dataset_dir`` absolute."""
+    if not (given := loader.get("dataset_dir") or loader.get("dataset_files")):
+        raise ValueError(
+            f"no data: give --{which}_dataset_dir a .mindrecord file or a directory of them, as written by "
+            f"research/telechat2/telechat_preprocess.py."
+        )
+    if isinstance(given, (list, tuple)):
+        files = [Path(name).expanduser() for name in given]
+    else:
+        path = Path(given).expanduser().absolute()
+        if "dataset_dir" in loader:
+            loader["dataset_dir"] = str(path)
+        # the pattern by which MindFormers finds files below a directory
+        inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files = (
+            [path] if path.is_file() else sorted(f for f in inside if re.search(r"mindrecord\d*$", f.name))
+        )
+        if path.is_dir() and not files:
+            raise ValueError(f"{path} holds no .mindrecord file; give --{which}_dataset_dir one that does.")
+        files = files or [path]
+    for file in files:
+        if file.parent.name.endswith(".partial"):
+            raise ValueError(
+                f"{file.parent} is of a preparation that is under way or was stopped, and would be read too: "
+                f"end it (telechat_preprocess.py, --resume), or delete the folder."
+            )
+        if not file.is_file():
+            raise ValueError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
+    return files
+
+
+def _manifest(file: Path) -> dict:
+    """The manifest of a MindRecord file, empty where there is none."""
+    path = manifest_path(file)
+    manifest = {}
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); correct or delete it.") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
+    return manifest
+
+
+def _compare(file: Path, manifest: dict, rules: Rules) -> None:
+    """The model with what the data was prepared for, of which the records may not use all."""
+    length, vocab_size = manifest.get("max_length"), (manifest.get("tokenizer") or {}).get("vocab_size")
+    if None not in (length, rules.seq_length) and length > rules.seq_length:
+        raise ValueError(too_long(file, length, rules.seq_length))
+    if None not in (vocab_size, rules.vocab_size) and vocab_size > rules.vocab_size:
+        raise ValueError(too_many_tokens(file, vocab_size, rules.vocab_size))
+
+
+def _compare_documents(file: Path, documents: int, limit: int) -> None:
+    if documents > limit:
+        raise ValueError(
+            f"{file} holds records of {documents} documents, but the model keeps {limit} apart: set "
+            f"--model.model_config.max_documents {documents}, or leave document_start_ids out."
+        )
+
+
+def fit_dataset_workers(config: dict) -> None:
+    """MindSpore refuses more data set threads than there are cores; take as many as there are, saying so."""
+    cores = os.cpu_count() or 1
+    for which in ("train", "eval"):
+        for section in (f"{which}_dataset", f"{which}_dataset_task"):
+            dataset = config.get(section) or {}
+            dataset = dataset.get("dataset_config", dataset)
+            if dataset.get("num_parallel_workers", 1) > cores:
+                print(
+                    f"{section}: num_parallel_workers {dataset['num_parallel_workers']} is more than the "
+                    f"{cores} cores of this machine; using {cores}",
+                    flush=True,
+                )
+                dataset["num_parallel_workers"] = cores

@@ -1,0 +1,150 @@
+"""The first and the last lines of a task: what runs on what; where the results are, and what to type next."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from research.telechat2.checkpoint.storage.folders import latest_iteration
+from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED
+from research.telechat2.run.load_checkpoint import newest_file
+from research.telechat2.run.metrics import NAME, find_metrics
+from research.telechat2.run.save_checkpoint import checkpoint_folder
+from research.telechat2.run.training_record import is_data_parallel
+from research.telechat2.text.prompt_format import MANIFEST_SUFFIX, manifest_path
+
+MONITOR = "TelechatMonitor"
+DEGREES = ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage")
+
+
+def add_monitor(config: dict) -> None:
+    """Have every training show its progress, whatever callbacks its YAML names.
+
+    A resumed one goes on with the curve of the run it continues. Changes ``config``, the raw YAML with
+    overrides.
+    """
+    callbacks = config["callbacks"] = list(config.get("callbacks") or [{"type": "MFLossMonitor"}])
+    kinds = [callback.get("type") for callback in callbacks]
+    if MONITOR not in kinds:
+        callbacks.append({"type": MONITOR})
+    if config.get("resume_training"):
+        source = (config.get("checkpoint") or {}).get("load_path") or config.get("load_checkpoint") or ""
+        if found := find_metrics(source):
+            next(callback for callback in callbacks if callback.get("type") == MONITOR)["history"] = str(
+                found
+            )
+    if "CheckpointMonitor" not in kinds:
+        print(
+            "checkpoint: none will be saved, as `callbacks` of the YAML names no CheckpointMonitor",
+            flush=True,
+        )
+
+
+def print_plan(config: dict) -> None:
+    """Print the processes of a task, and its sizes."""
+    section = config.get("parallel_config") or {}
+    target = (config.get("context") or {}).get("device_target", "Ascend")
+    parts = [f"1 process on {target}"]
+    if config.get("use_parallel"):
+        workers = os.environ.get("MS_WORKER_NUM") or os.environ.get("RANK_SIZE") or "several"
+        degrees = [f"{name} {section[name]}" for name in DEGREES if (section.get(name) or 1) != 1]
+        parts = [f"{workers} processes on {target}", " x ".join(degrees)]
+    runner = config.get("runner_config") or {}
+    model = (config.get("model") or {}).get("model_config") or {}
+    if not str(config.get("run_mode")).startswith("predict"):
+        parts.append(f"batch_size {runner.get('batch_size', 1)}")
+        if (section.get("micro_batch_num") or 1) > 1 and config.get("use_parallel"):
+            parts.append(f"micro_batch_num {section['micro_batch_num']}")
+    if model.get("seq_length"):
+        parts.append(f"seq_length {model['seq_length']}")
+    print(f"plan: {', '.join(filter(None, parts))}", flush=True)
+
+
+def print_end(config: dict, path: Path, overrides: dict) -> None:
+    """Print where a training has left its checkpoint and its curve, and a command that goes on from there.
+
+    Args:
+        config: the settings of the run.
+        path: its YAML.
+        overrides: what the command line changed of it.
+    """
+    output, saved = Path(config["output_dir"]), saved_checkpoint(config)
+    print(f"checkpoint: {saved or 'none was saved'}", flush=True)
+    pictures = sorted(output.glob("loss_curve*.png"), key=lambda file: file.stat().st_mtime)
+    if pictures:
+        print(f"loss curve: {pictures[-1]} (its numbers: {output / NAME})", flush=True)
+    if events := (config.get("tensorboard") or {}).get("tensorboard_dir"):
+        print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(events))}", flush=True)
+    if saved:
+        purpose, words = next_command(config, path, overrides, saved)
+        print(f"next, {purpose}:\n  {shlex.join(words)}", flush=True)
+
+
+def saved_checkpoint(config: dict) -> Path | None:
+    """What a command is given to read the weights of this run; None: nothing was saved."""
+    folder = checkpoint_folder(config)
+    if config.get("checkpoint"):
+        return latest_iteration(folder) if any(folder.glob("iteration_*")) else None
+    kinds = {".safetensors", ".ckpt"}
+    saved = {rank: {path.suffix for path in rank.iterdir()} & kinds for rank in sorted(folder.glob("rank_*"))}
+    ranks = [rank for rank, found in saved.items() if found]
+    if not ranks:
+        return None
+    if is_data_parallel(config) or len(ranks) == 1:
+        return newest_file(ranks[0], saved[ranks[0]].pop()[1:])
+    return folder
+
+
+def next_command(config: dict, path: Path, overrides: dict, saved: Path) -> tuple[str, list[str]]:
+    """What most people do after this training, as purpose and words of a command line."""
+    if config.get("use_parallel") and not is_data_parallel(config):
+        words = ["--src_ckpt_strategy", Path(config["output_dir"]) / "strategy", "--src_ckpt_dir", saved]
+        words += ["--dst_ckpt_dir", Path(config["output_dir"]) / "merged"]
+        return "to merge the slices", _python("transform_ckpt.py", *words)
+    changed = {key: value for key, value in overrides.items() if key.split(".")[0] in ("model", "moe_config")}
+    predict = path.with_name(path.name.replace("finetune", "predict"))
+    data = ((config.get("train_dataset") or {}).get("data_loader") or {}).get("dataset_dir") or ""
+    vocab = _vocabulary(Path(data)) if isinstance(data, str) and data else None
+    if predict != path and predict.is_file() and vocab and not changed:
+        words = ["--yaml_file", predict, "--vocab_file_path", vocab, "--checkpoint_path", saved]
+        return "to ask the model", _python("run_telechat_predict.py", *words)
+    words = ["--config", path, "--run_mode", "eval", "--load_checkpoint", saved, "--eval_dataset_dir", data]
+    words += ["--output_dir", f"{config['output_dir']}_eval"]
+    if config.get("use_parallel"):
+        words += ["--use_parallel", "False"]
+    for key, value in changed.items():
+        words += [f"--{key}", value]
+    return "loss and perplexity", _python("run_mindformer.py", *words)
+
+
+def _python(script: str, *words) -> list[str]:
+    """A command line for a script of this checkout, with absolute paths: it is pasted anywhere."""
+    file = CHECKOUT / script if (CHECKOUT / script).is_file() else CHECKOUT / SHIPPED / script
+    active = shutil.which("python")
+    python = (
+        "python" if active and Path(active).absolute() == Path(sys.executable).absolute() else sys.executable
+    )
+    return [
+        python,
+        *(str(word.absolute()) if isinstance(word, Path) else str(word) for word in (file, *words)),
+    ]
+
+
+def _vocabulary(data: Path) -> Path | None:
+    """The tokenizer.model that the data was made with, if it is still where it was."""
+    manifests = (
+        sorted(data.glob(f"*.mindrecord{MANIFEST_SUFFIX}")) if data.is_dir() else [manifest_path(data)]
+    )
+    try:
+        told = json.loads(manifests[0].read_text(encoding="utf-8-sig"))["tokenizer"]
+        name, expected = Path(told["path"]), told["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    for folder in (Path.cwd(), *data.absolute().parents[:3]):
+        file = (folder / name).absolute()
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == expected:
+            return file
+    return None

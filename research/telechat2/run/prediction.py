@@ -1,0 +1,213 @@
+"""What run_mindformer.py looks at before MindFormers predicts: vocabulary, and length of the prompts."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from research.telechat2.config.evaluation import has_weights
+from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
+from research.telechat2.data.formats import holds_data, read_text_lines
+from research.telechat2.data.same_vocabulary import check_pieces
+from research.telechat2.data.sources import DATA_FILE
+from research.telechat2.infer.checks import check_length, check_vocabulary, length_of_config
+from research.telechat2.text.messages import is_blank, without_byte_order_marks
+
+TOKENIZER = "TelechatTokenizer"
+_FILE_NAME = re.compile(r"[^\s<>?]+\.(txt|text|csv|jsonl|ndjson|json)(\.(gz|zst))?", re.IGNORECASE)
+
+
+def check_vocab_file(config: dict) -> None:
+    """Refuse a missing vocabulary before the slow imports; ``config`` is the raw YAML with overrides.
+
+    Raises:
+        ValueError: no ``processor.tokenizer.vocab_file``, or there is no such file.
+    """
+    if not config.get("processor"):
+        raise ValueError("the config has no section processor, as one of training; use a predict YAML.")
+    vocab_file = (config["processor"].get("tokenizer") or {}).get("vocab_file")
+    if not vocab_file:
+        raise ValueError(
+            "the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model."
+        )
+    if not Path(vocab_file).is_file():
+        raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
+
+
+def check_request(config: dict) -> None:
+    """Refuse a prediction without weights or by an impossible batch; ``config`` as for check_vocab_file.
+
+    Raises:
+        ValueError: no ``load_checkpoint``, or a ``predict_batch_size`` below 1.
+    """
+    if not has_weights(config):
+        raise ValueError(
+            "no weights to predict with: give --load_checkpoint, a .safetensors or .ckpt file or a "
+            "directory. Answers of random weights are noise."
+        )
+    if (size := config.get("predict_batch_size")) is not None and size < 1:
+        raise ValueError(f"predict_batch_size is {size}; it must be a whole number of at least 1.")
+
+
+def keep_top_k(config) -> None:
+    """Have MindFormers' Trainer sample by the model's ``top_k``: 0 and null, all tokens, it takes for 1.
+
+    ``config``: MindFormers' whole config, changed in place.
+    """
+    if config.model.model_config.type == "TelechatConfig":
+        config.top_k = _with_defaults(config.model.model_config)["top_k"] or 0
+
+
+def seed_sampling(config) -> None:
+    """Begin the random numbers of sampling at ``config.seed``, the same in all processes; None: anywhere.
+
+    MindFormers' Trainer takes the seed 0 for none.
+    """
+    if config.seed is not None:
+        from mindspore import set_seed
+
+        set_seed(config.seed)
+
+
+def share_model(config: dict) -> None:
+    """Have the processes of a ``use_parallel`` prediction share the model, instead of slicing its graph.
+
+    Changes ``config``, the raw YAML with overrides; a single process predicts without ``use_parallel``.
+
+    Raises:
+        ValueError: as ``prediction_plan``; or several processes have no seed, and would sample differently.
+    """
+    model = config["model"]
+    if (model.get("model_config") or {}).get("type") != "TelechatConfig":
+        return
+    plan = prediction_plan(config, processes_of_run())
+    if plan is None:
+        config.pop("parallel_config", None)  # which means nothing without use_parallel
+        return
+    if plan and config.get("seed", 0) is None:
+        raise ValueError(
+            "seed is null, but the processes that share a model must draw the same random numbers; give "
+            "--seed with a number."
+        )
+    model["arch"] = {"type": PARALLEL_MODEL}
+    config["parallel"] = (config.get("parallel") or {}) | {
+        "parallel_mode": "STAND_ALONE",
+        "full_batch": False,
+    }
+    config["parallel_config"] = plan
+    config["use_parallel"] = bool(plan)
+
+
+def prepare_prompts(config) -> str | list[str]:
+    """Read the prompts of ``config.input_data``, and check that the model can answer each.
+
+    One word may name a UTF-8 text file of a prompt on each line, with ``\\n`` for a newline in it; what
+    looks like a file and is none, or holds data for ``--question_file``, is no prompt. Sets the
+    model's ``pad_token_id`` to the tokenizer's where it is -1: MindFormers pads with the one and measures
+    with the other. Has answers that a limit cuts inside a character end before it.
+
+    Args:
+        config: MindFormers' whole config (MindFormerConfig).
+
+    Returns:
+        One prompt, or several.
+
+    Raises:
+        ValueError: no prompts; one is empty or leaves no room for an answer; or the vocabulary is not the
+            model's.
+    """
+    prompts = _unmarked(_read(config.input_data))
+    section = dict(config.processor.tokenizer)
+    if (kind := section.pop("type", None)) != TOKENIZER:
+        check_pieces(section.get("vocab_file"), _with_defaults(config.model.model_config))
+        _check_all(prompts, _check_text)
+        print(f"lengths not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
+        return prompts
+    section.pop("auto_register", None)
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(**section)
+    settings = _with_defaults(config.model.model_config)
+    check_vocabulary(tokenizer, section["vocab_file"], settings)
+    config.processor.tokenizer.whole_characters = True
+    if settings["pad_token_id"] == -1:
+        config.model.model_config.pad_token_id = tokenizer.pad_token_id
+    limit = length_of_config(settings["max_decode_length"], settings["seq_length"])
+    _check_all(prompts, lambda text: _check(text, tokenizer, *limit))
+    return prompts
+
+
+def _read(input_data) -> str | list[str]:
+    words = [input_data] if isinstance(input_data, str) else list(input_data)
+    for word in words:
+        _check_word(word, alone=len(words) == 1)
+    if len(words) > 1:
+        return words
+    if not _exists(words[0]):
+        return words[0]
+    lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
+    if not lines:
+        raise ValueError(f"--predict_data {words[0]}: the file is empty; write a prompt on each line.")
+    return lines
+
+
+def _check_word(word: str, alone: bool) -> None:
+    """Refuse a word of --predict_data that is meant as a file, and could only be asked as text."""
+    named = f"--predict_data {word}"
+    if alone and _exists(word) and (Path(word).is_dir() or DATA_FILE.search(word) or holds_data(word)):
+        raise ValueError(
+            f"{named} is data in JSON or a folder, but a text file with a prompt on each line is asked as it "
+            f"is: run_telechat_predict.py --question_file {word} asks its conversations."
+        )
+    if not _FILE_NAME.fullmatch(word) or (alone and _exists(word)):
+        return
+    if _exists(word):
+        raise ValueError(f"{named} is a file beside other prompts; give one file alone, or prompts alone.")
+    raise ValueError(f"{named} names a file that does not exist; give its path, or a prompt.")
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # too long for a name, or a zero byte in it
+        return False
+
+
+def _check_all(prompts: str | list[str], check: Callable[[str], None]) -> None:
+    several = [prompts] if isinstance(prompts, str) else prompts
+    for number, prompt in enumerate(several, 1):
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
+
+
+def _unmarked(prompts: str | list[str]) -> str | list[str]:
+    """Prompts without byte order marks around them; ValueError for one inside, with the prompt's number."""
+    if isinstance(prompts, str):
+        return without_byte_order_marks(prompts)
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(without_byte_order_marks(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
+    return found
+
+
+def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:
+    _check_text(text)
+    check_length(len(tokenizer(text)["input_ids"]), max_length, limited_by)
+
+
+def _check_text(text: str) -> None:
+    if is_blank(text):
+        raise ValueError("it is empty, or blanks only; write it or remove the line.")
+
+
+def _with_defaults(model_config) -> dict:
+    """The settings of ``model_config``, and TelechatConfig's default where it has none."""
+    from research.telechat2.telechat_config import TelechatConfig
+
+    parameters = inspect.signature(TelechatConfig.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()} | dict(model_config)

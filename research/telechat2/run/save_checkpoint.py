@@ -1,0 +1,173 @@
+"""Where a run saves its checkpoints and answers, and the refusal to save over those of another."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from research.telechat2.checkpoint.llama.config_values import read_json
+from research.telechat2.checkpoint.llama.written import trained_config
+from research.telechat2.checkpoint.sizes import CONFIG, config_beside
+from research.telechat2.checkpoint.storage.folders import latest_iteration
+from research.telechat2.common.files import write_json
+from research.telechat2.config.settings import model_config, section_of, with_defaults
+from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
+from research.telechat2.run.training_record import is_data_parallel
+
+# the section `checkpoint:` -> the callback CheckpointMonitor
+MONITOR_KEYS = {
+    "save_max": "keep_checkpoint_max",
+    "save_interleaved_steps": "save_checkpoint_steps",
+    "save_path": "directory",
+    "prefix": "prefix",
+    "async_save": "async_save",
+}
+
+
+def settle_monitor(config: dict) -> None:
+    """Join what the section ``checkpoint:`` and the callback CheckpointMonitor say, in place.
+
+    Where there is the section MindFormers 1.9 reads it alone; what only the callback says is moved there.
+
+    Raises:
+        ValueError: both state a setting, and differ.
+    """
+    section = config.get("checkpoint")
+    if not section:
+        return
+    for callback in config.get("callbacks") or []:
+        if callback.get("type") != "CheckpointMonitor":
+            continue
+        for name, key in MONITOR_KEYS.items():
+            given, value = callback.get(key), section.get(name)
+            if given is None:
+                continue
+            if value is not None and value != given:
+                raise ValueError(
+                    f"callbacks: CheckpointMonitor.{key} is {given!r} and checkpoint.{name} is {value!r}, "
+                    f"which is taken; give --checkpoint.{name} {given}, or leave {key} out of the callback."
+                )
+            section[name] = given
+
+
+def leave_section_in_data_parallel(config: dict) -> None:
+    """Give the settings of the section ``checkpoint:`` to the CheckpointMonitor of a data parallel run.
+
+    The section's format describes slices by the strategies of a compiled plan; data parallelism has none, and
+    MindFormers 1.9 fails at the first save. Each rank then saves the whole model in its ``rank_*`` folder.
+    """
+    section = config.get("checkpoint")
+    if not section or not is_data_parallel(config):
+        return
+    del config["checkpoint"]
+    config["load_checkpoint"] = config.get("load_checkpoint") or section.get("load_path")
+    settings = {new: section[old] for old, new in MONITOR_KEYS.items() if section.get(old) is not None}
+    settings["save_optimizer"] = not section.get("no_save_optim", True)
+    for callback in config.get("callbacks") or []:
+        if callback.get("type") == "CheckpointMonitor":
+            callback.update({"checkpoint_format": "safetensors"} | settings)
+    print("checkpoint: data parallel, so each rank saves the whole model into checkpoint/rank_*", flush=True)
+
+
+def refuse_overwriting(config: dict) -> None:
+    """Refuse to train into a folder that already holds the weights of another run.
+
+    Folders and files are named by step alone, so a second run would replace the first's; so would a run that
+    continues from a step before the last.
+
+    Raises:
+        ValueError: the folder holds iterations or ``rank_*`` weights, and this run does not continue them
+            from the last.
+    """
+    folder = checkpoint_folder(config)
+    if config.get("checkpoint"):
+        _refuse_iterations(config, folder)
+    else:
+        _refuse_ranks(config, folder)
+
+
+def _refuse_iterations(config: dict, folder: Path) -> None:
+    iterations = sorted(folder.glob("iteration_*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    if not iterations:
+        return
+    source = Path(config["checkpoint"].get("load_path") or "").resolve()
+    if not config.get("resume_training") or source.parent != folder.resolve():
+        raise ValueError(
+            f"{folder} already holds {iterations[-1].name} of an earlier run: give another --output_dir, "
+            f"continue that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
+        )
+    # A run that was killed while it saved leaves an iteration that the tracker does not name yet.
+    latest = {iterations[-1].resolve(), latest_iteration(folder).resolve()}
+    if source not in latest:
+        raise ValueError(
+            f"continuing from {source.name} in its own folder would replace {iterations[-1].name}, which "
+            f"{folder} also holds: give another --output_dir, or continue from the last step "
+            f"(--load_checkpoint {folder} --resume_training True)."
+        )
+
+
+def _refuse_ranks(config: dict, folder: Path) -> None:
+    """Without the section, CheckpointMonitor saves ``rank_*/<prefix>…``."""
+    saved = [path for path in sorted(folder.glob("rank_*/*")) if path.suffix in (".safetensors", ".ckpt")]
+    continued = config.get("resume_training") and Path(config.get("load_checkpoint") or "").resolve()
+    if saved and not (continued and continued.is_relative_to(folder.resolve())):
+        raise ValueError(
+            f"{folder} already holds {saved[-1].relative_to(folder)} of an earlier run: give another "
+            f"--output_dir, or delete the folder."
+        )
+
+
+def checkpoint_folder(config: dict) -> Path:
+    """The folder that a training run writes its checkpoints into."""
+    output = Path(config.get("output_dir") or "./output")
+    if section := config.get("checkpoint"):
+        folder = section.get("save_path") or output / "checkpoint"
+    else:
+        monitors = [
+            callback
+            for callback in config.get("callbacks") or []
+            if callback.get("type") == "CheckpointMonitor"
+        ]
+        given = monitors[0].get("directory") if monitors else None
+        folder = Path(given or output) / "checkpoint"
+    return Path(folder).expanduser().absolute()
+
+
+def record_config(config: dict, weights: str | None, data: Iterable[Path] = ()) -> None:
+    """Write the config.json of what this run trains into its checkpoint folder, so that the numbers stay.
+
+    Args:
+        config: the settings, ``model_config`` as settled with ``weights``; template not needed.
+        weights: what the run begins with; None: random weights.
+        data: the MindRecord files that it trains on.
+    """
+    if section_of(config, "model.model_config").get("type") != "TelechatConfig":
+        return
+    fields = model_config(config, with_defaults(config, "parallel_config"))
+    source = config_beside(Path(weights).expanduser()) if weights else None
+    content = trained_config(fields, read_json(source) if source else None, from_scratch=not weights)
+    if vocabulary := data_vocabulary(data):
+        content[HASH_KEY] = vocabulary
+    folder = checkpoint_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, content)
+
+
+def answers_file(config: dict) -> Path:
+    """The file that a prediction writes its answers into: the YAML's ``save_file``, which must be new, or
+    the first free name of ``<output_dir>/text_generation_result.txt``, ``…_2.txt`` and so on.
+
+    Raises:
+        ValueError: ``save_file`` exists.
+    """
+    if given := config.get("save_file"):
+        path = Path(given).expanduser().absolute()
+        if path.exists():
+            raise ValueError(f"save_file {path} exists and is not overwritten; give another name.")
+        return path
+    stem = Path(config["output_dir"]) / "text_generation_result"
+    number = 1
+    while (
+        path := stem.with_name(f"{stem.name}_{number}.txt" if number > 1 else f"{stem.name}.txt")
+    ).exists():
+        number += 1
+    return path

@@ -1,0 +1,281 @@
+"""The folder that MindIE starts from: checked before anything is written, whole or absent."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.files import fsync
+from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.sharing import check_memory
+from research.telechat2.config.yaml_files import read_config
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary
+from research.telechat2.infer.checks import check_vocabulary, choose_prompt_format
+from research.telechat2.serve.mindie import settings
+from research.telechat2.serve.mindie.flat import flat_files
+
+SERVED = Path(__file__).with_name("classes.py")
+SELF_TEST = Path(__file__).with_name("self_test.py")
+FOLDER_MODE, FILE_MODE = 0o750, 0o640  # MindIE refuses what others may write or read
+
+
+@dataclass
+class Sources:
+    """What a folder is made of, checked against each other.
+
+    ``config``: the YAML with its bases. ``model_config``: its TelechatConfig.
+    """
+
+    yaml_file: Path
+    config: dict
+    model_config: object
+    checkpoint: Path
+    vocab_file: Path
+    prompt_format: str
+    world_size: int
+
+
+def read_sources(
+    yaml_file: Path,
+    checkpoint: Path | None,
+    vocab_file: Path | None,
+    prompt_format: str | None,
+    world_size: int | None,
+) -> Sources:
+    """Read and check what a folder is to be made of; of the weights only their headers.
+
+    Args:
+        yaml_file: a predict YAML, plain or parallel; the next two default to what it says.
+        checkpoint: weights of any layout, torch or MindSpore.
+        vocab_file: tokenizer.model, or the folder that it is in.
+        prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
+            the release whose vocabulary it is.
+        world_size: NPUs; by default as ``world_size_of`` says.
+
+    The prompt format and why it was chosen go to standard error.
+
+    Raises:
+        ValueError: something is missing, or does not fit the rest; the file to mend is named.
+    """
+    config = read_config(yaml_file)
+    for note in check_settings(config, source=yaml_file):
+        print(f"note: {note}", file=sys.stderr)
+    settings.check_predict_yaml(config, yaml_file)
+    checkpoint = _existing(
+        checkpoint, config.get("load_checkpoint"), "--checkpoint_path", "load_checkpoint", yaml_file
+    )
+    vocab_file = _existing(
+        vocab_file, settings.section(config, "processor", "tokenizer").get("vocab_file"),
+        "--vocab_file_path", "vocab_file", yaml_file,
+    )  # fmt: skip
+    vocab_file = vocab_file / "tokenizer.model" if vocab_file.is_dir() else vocab_file
+    if not vocab_file.is_file():
+        raise ValueError(f"{vocab_file} does not exist.")
+    if vocab_file.suffix == ".json":
+        raise ValueError(
+            f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
+            f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
+        )
+    moe = config.get("moe_config")
+    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe):
+        print(f"model_config: {line}", file=sys.stderr)
+    world_size = world_size or world_size_of(config, yaml_file)
+    model_config = model_config_of(config, yaml_file, world_size)
+    check_answering_vocabulary(vocab_file, checkpoint)
+    tokenizer = _checked_tokenizer(model_config, vocab_file)
+    _check_weights(model_config, checkpoint, world_size)
+    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
+    print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
+    return Sources(yaml_file, config, model_config, checkpoint, vocab_file, prompt_format, world_size)
+
+
+def _existing(given, configured, flag: str, key: str, yaml_file: Path) -> Path:
+    """The path of a flag, else of the YAML's key; the message names the one that it comes from."""
+    if not (path := given or configured):
+        raise ValueError(f"{yaml_file} names no {key}; give {flag}.")
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        raise ValueError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
+    return path
+
+
+def world_size_of(config: dict, yaml_file: Path) -> int:
+    """NPUs that a YAML speaks of: ``parallel_config.model_parallel`` where use_parallel is True, else 1.
+
+    Raises:
+        ValueError: use_parallel is True, but no model_parallel is there.
+    """
+    if not config.get("use_parallel"):
+        return 1
+    if (shared := settings.section(config, "parallel_config").get("model_parallel")) is None:
+        raise ValueError(
+            f"{yaml_file}: use_parallel is True, but parallel_config has no model_parallel to say how many "
+            f"NPUs share the model; set it there, or give build_mindie_folder.py --world_size."
+        )
+    return shared
+
+
+def model_config_of(config: dict, yaml_file: Path, world_size: int):
+    """The YAML's TelechatConfig, with every value that its own rules give.
+
+    Raises:
+        ValueError: with the file; also if so few NPUs cannot hold the model.
+    """
+    from research.telechat2.telechat_config import TelechatConfig
+
+    given = settings.section(config, "model", "model_config") | {
+        "moe_config": config.get("moe_config"),
+        "parallel_config": settings.parallel_plan(config, world_size),
+    }
+    context = settings.section(config, "context")
+    try:
+        model_config = TelechatConfig(**given)
+        if context.get("device_target", "Ascend") == "Ascend":
+            check_memory(model_config, world_size, context.get("max_device_memory", "58GB"))
+        return model_config
+    except ValueError as error:
+        raise ValueError(f"{yaml_file}: {error}") from error
+
+
+def _checked_tokenizer(model_config, vocab_file: Path):
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(vocab_file)
+    check_vocabulary(tokenizer, vocab_file, vars(model_config))
+    return tokenizer
+
+
+def _check_weights(model_config, checkpoint: Path, world_size: int) -> None:
+    """Names and shapes of what every rank would load."""
+    from research.telechat2.checkpoint.layouts.read import weights_of_rank
+    from research.telechat2.checkpoint.loading import sizes_of_model
+
+    weights_of_rank(
+        checkpoint, sizes_of_model(model_config), tensor_parallel=world_size, rank=0,
+        qkv_concat=model_config.qkv_concat,
+    )  # fmt: skip
+
+
+def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool | None = None) -> str:
+    """Write the folder, and return what is left to do.
+
+    Args:
+        sources: see read_sources.
+        folder: a path that does not exist.
+        npu_mem_size: GB of every NPU for the cache.
+        self_test: ask the folder's model before the folder gets its name; None: if its target is one CPU.
+
+    Raises:
+        ValueError: the folder exists, its name is no Python name's, or its model does not answer.
+    """
+    folder = folder.expanduser().absolute()
+    check_name(folder)
+    if self_test is None:
+        on_cpu = settings.section(sources.config, "context").get("device_target") == "CPU"
+        self_test = on_cpu and sources.world_size == 1
+    if self_test and sources.world_size > 1:
+        raise ValueError(
+            f"the self-test loads one process, but the folder is for {sources.world_size} NPUs; give "
+            f"--self_test False, or --world_size 1."
+        )
+    if folder.exists():
+        raise ValueError(f"{folder} exists; give another --output_path, or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    service = settings.service_config(
+        sources.model_config, folder, world_size=sources.world_size, npu_mem_size=npu_mem_size
+    )
+    text = settings.instructions(service, sources.prompt_format)
+    with tempfile.TemporaryDirectory(prefix=".part_", dir=folder.parent) as place:
+        staged = Path(place) / folder.name  # MindFormers names a package after the folder
+        staged.mkdir()
+        for name, content in _contents(sources, folder).items():
+            (staged / name).write_text(content, encoding="utf-8")
+        (staged / "mindie.txt").write_text(text, encoding="utf-8")
+        shutil.copyfile(sources.vocab_file, staged / "tokenizer.model")
+        for path in staged.iterdir():
+            path.chmod(FILE_MODE)
+            fsync(path)
+        staged.chmod(FOLDER_MODE)
+        fsync(staged)
+        said = test_folder(staged) if self_test else ""
+        os.rename(staged, folder)
+        fsync(folder.parent)
+    return f"{said}{text}"
+
+
+def check_name(folder: Path) -> None:
+    """ValueError for a name that MindFormers cannot make a package of, or MindIE no model's name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", folder.name):
+        raise ValueError(
+            f"the folder's name is {folder.name!r}, but MindFormers makes a Python package of it; use "
+            f"letters, digits, _ and - only."
+        )
+
+
+def _contents(sources: Sources, folder: Path) -> dict[str, str]:
+    """The texts of the folder's files by name."""
+    served = settings.served_yaml(
+        sources.config, checkpoint=str(sources.checkpoint), vocab_file=str(folder / "tokenizer.model"),
+        world_size=sources.world_size,
+    )  # fmt: skip
+    tokenizer = served["processor"]["tokenizer"]
+    return flat_files(SERVED, settings.CLASSES) | {
+        f"{sources.yaml_file.stem}.yaml": dump_yaml(served),
+        "config.json": dump_json(settings.config_json(sources.model_config, served)),
+        "tokenizer_config.json": dump_json(settings.tokenizer_config(tokenizer, sources.prompt_format)),
+        "generation_config.json": dump_json(settings.generation_config(sources.model_config)),
+    }
+
+
+def dump_yaml(content: dict) -> str:
+    """YAML of a dictionary, in its order."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def dump_json(content: dict) -> str:
+    """JSON of a dictionary, in its order, to read."""
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new_tokens: int = 16) -> str:
+    """Ask the folder's model one question as MindIE would, elsewhere; return what it said.
+
+    Raises:
+        ValueError: it does not answer.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        answer = Path(elsewhere) / "answer.json"
+        environment = _without_this_plugin() | {"GLOG_v": "3", "LOG_MF_PATH": elsewhere}
+        words = [sys.executable, "-P", SELF_TEST, folder, question, str(new_tokens), answer]
+        told = subprocess.run(
+            words, cwd=elsewhere, env=environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if told.returncode:
+            reason = (told.stdout.strip().splitlines() or ["no output"])[-1]
+            raise ValueError(
+                f"the self-test failed, and nothing was written: ModelRunner ended with {reason!r}. Mend "
+                f"what that names; --self_test False writes the folder without a test."
+            )
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    return (
+        f"self-test: ModelRunner loaded the folder in {found['seconds_to_load']:.0f} s; asked {question!r} "
+        f"it begins to answer: {found['text']!r}\n\n"
+    )
+
+
+def _without_this_plugin() -> dict[str, str]:
+    """The environment of a process that is to find the folder's code alone; CANN's paths stay."""
+    hidden = ("PYTHONPATH", "REGISTER_PATH", "OM_MODULES_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in paths if path and not Path(path, "research", "telechat2").is_dir()]
+    return environment | ({"PYTHONPATH": os.pathsep.join(others)} if others else {})

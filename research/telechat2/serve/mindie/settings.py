@@ -1,0 +1,200 @@
+"""What the files say that are no code: the YAML, config.json and its like, the values for MindIE's own."""
+
+import json
+from pathlib import Path
+
+from research.telechat2.config.sampling import SAMPLING
+from research.telechat2.serve.mindie.flat import ENTRY
+from research.telechat2.text.chat import conversation_text, render
+from research.telechat2.text.jinja_template import chat_template
+
+CONFIG, MODEL, TOKENIZER = CLASSES = [
+    "MindIETelechatConfig",
+    "MindIETelechatForCausalLM",
+    "MindIETelechatTokenizer",
+]
+MINDIE_FOLDER = "/usr/local/Ascend/mindie/latest/mindie-service"
+_QUESTION = "生抽与老抽的区别？"
+_SWAPPING = """\
+maxPreemptCount must be 0: a request that MindIE swaps to the host comes back in other blocks, and with
+DYNAMIC_NTK its rotary factor is known by its first block.
+
+"""
+
+
+def section(config: dict, *names: str) -> dict:
+    """A section of a YAML, empty where it is not there."""
+    for name in names:
+        config = config.get(name) or {}
+    return config
+
+
+def check_predict_yaml(config: dict, yaml_file: Path) -> None:
+    """Refuse a YAML that describes no prediction with a cache.
+
+    Raises:
+        ValueError: with the file and the key.
+    """
+    model_config = section(config, "model", "model_config")
+    if not model_config:
+        raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+    if model_config.get("type", "TelechatConfig") not in ("TelechatConfig", CONFIG):
+        raise ValueError(
+            f"{yaml_file}: model.model_config.type is {model_config['type']}, expected TelechatConfig; use a "
+            "predict YAML of a TeleChat2 model."
+        )
+    if config.get("use_legacy") is False:
+        raise ValueError(f"{yaml_file}: use_legacy is False, but TeleChat2 here needs True; set it so.")
+    for key in ("use_past", "is_dynamic"):
+        if model_config.get(key, key == "is_dynamic") is not True:
+            raise ValueError(
+                f"{yaml_file}: model.model_config.{key} is {model_config.get(key, False)}, but MindIE serves "
+                f"from a paged cache, in batches of every size; set it to True, or use a predict YAML."
+            )
+    if section(config, "context", "jit_config").get("jit_level") == "O1":
+        raise ValueError(f"{yaml_file}: context.jit_config.jit_level is O1; prediction needs O0.")
+
+
+def served_yaml(config: dict, *, checkpoint: str, vocab_file: str, world_size: int) -> dict:
+    """A predict YAML as MindFormers' ModelRunner reads it: our classes by ``auto_map``, paths, one level.
+
+    Args:
+        config: the YAML with its chain of bases resolved.
+        checkpoint, vocab_file: absolute paths, or "" where they are not known yet.
+        world_size: number of NPUs.
+    """
+    served = json.loads(json.dumps(config))
+    model, tokenizer = served["model"], served.setdefault("processor", {}).setdefault("tokenizer", {})
+    for part in (model["model_config"], model.setdefault("arch", {}), tokenizer):
+        part.pop("auto_register", None)
+    model["model_config"]["type"] = CONFIG
+    model["model_config"]["auto_map"] = {
+        "AutoConfig": f"{ENTRY}.{CONFIG}",
+        "AutoModel": f"{ENTRY}.{MODEL}",
+        "AutoTokenizer": [f"{ENTRY}.{TOKENIZER}", None],
+    }
+    model["arch"]["type"] = MODEL
+    tokenizer["type"] = TOKENIZER
+    tokenizer["vocab_file"] = vocab_file
+    served["run_mode"] = "predict"
+    served["load_checkpoint"] = checkpoint
+    served["auto_trans_ckpt"] = False
+    served["use_parallel"] = world_size > 1
+    if world_size > 1:
+        served.setdefault("parallel", {})["parallel_mode"] = "STAND_ALONE"
+        served["parallel_config"] = parallel_plan(served, world_size)
+    return served
+
+
+def parallel_plan(config: dict, world_size: int) -> dict:
+    """The YAML's section ``parallel_config`` for so many NPUs, which share every layer."""
+    plan = {"data_parallel": 1, "model_parallel": world_size, "pipeline_stage": 1, "vocab_emb_dp": False}
+    return section(config, "parallel_config") | plan
+
+
+def config_json(model_config, served: dict) -> dict:
+    """What MindIE and other tools read of the model, every effective setting, the mixture of experts too.
+
+    Args:
+        model_config: TelechatConfig of the YAML.
+        served: the YAML.
+    """
+    content = {
+        name: value
+        for name, value in model_config.to_dict().items()
+        if name not in ("parallel_config", "moe_config") and value is not None
+    }
+    moe = section(served, "moe_config")
+    if moe:
+        content["moe_config"] = moe
+    return content | {
+        "architectures": [MODEL],
+        "model_type": model_config.model_type,
+        "torch_dtype": content["compute_dtype"],  # MindIE reads this name, model_type and vocab_size
+        "auto_map": served["model"]["model_config"]["auto_map"],
+    }
+
+
+def tokenizer_config(tokenizer: dict, prompt_format: str) -> dict:
+    """tokenizer_config.json, which MindFormers prefers to the YAML's section."""
+    own = {name: value for name, value in tokenizer.items() if name not in ("type", "vocab_file")}
+    return own | {
+        "tokenizer_class": TOKENIZER,
+        "prompt_format": prompt_format,
+        "chat_template": chat_template(prompt_format),
+    }
+
+
+def generation_config(model_config) -> dict:
+    """generation_config.json, whose top_k MindIE reads."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", *SAMPLING)
+    return {name: getattr(model_config, name) for name in names}
+
+
+def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size: int) -> dict:
+    """The values for MindIE's own conf/config.json, where they stand in it."""
+    length = model_config.seq_length
+    # A request swapped out and in again lies in other blocks, and its rotary factor is kept by the first.
+    swapping = {"maxPreemptCount": 0} if model_config.extend_method == "DYNAMIC_NTK" else {}
+    return {
+        "ServerConfig": {"httpsEnabled": False},
+        "BackendConfig": {
+            "npuDeviceIds": [list(range(world_size))],
+            "ModelDeployConfig": {
+                "maxSeqLen": length,
+                "maxInputTokenLen": length * 3 // 4,
+                "ModelConfig": [
+                    {
+                        "modelName": folder.name,
+                        "modelWeightPath": str(folder),
+                        "worldSize": world_size,
+                        "npuMemSize": npu_mem_size,
+                        "backendType": "ms",
+                        "trustRemoteCode": False,
+                    }
+                ],
+            },
+            "ScheduleConfig": {
+                "templateType": "Standard",
+                "cacheBlockSize": model_config.block_size,
+                "maxPrefillTokens": max(length, 8192),
+                "maxIterTimes": length,
+                **swapping,
+            },
+        },
+    }
+
+
+def instructions(service: dict, prompt_format: str) -> str:
+    """What is left to do, to read and to type."""
+    deployed = service["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+    message = [{"role": "user", "content": _QUESTION}]
+    prompt = conversation_text(render(message, prompt_format=prompt_format, add_generation_prompt=True))
+    parameters = {"do_sample": False, "max_new_tokens": 512}
+    raw = {"inputs": prompt, "parameters": parameters, "stream": False}
+    swapping = "maxPreemptCount" in service["BackendConfig"]["ScheduleConfig"]
+    chat = {"model": deployed["modelName"], "messages": message, "max_tokens": 512, "stream": False}
+    return f"""\
+Set these in {MINDIE_FOLDER}/conf/config.json, each where it stands there:
+
+{json.dumps(service, indent=4, ensure_ascii=False)}
+
+{_SWAPPING if swapping else ""}Start the service; it runs when mindie.log says "Daemon start success!":
+
+cd {MINDIE_FOLDER}
+./bin/mindieservice_daemon > mindie.log 2>&1 &
+tail -f mindie.log
+
+Ask; /generate takes the text as it is, markers of the prompt format included:
+
+{_curl(chat, "/v1/chat/completions")}
+{_curl(raw, "/generate")}
+"""
+
+
+def _curl(body: dict, path: str) -> str:
+    text = json.dumps(body, ensure_ascii=False)
+    return (
+        'curl -w "\\ntime_total=%{time_total}\\n" -H "Accept: application/json" '
+        f"-H \"Content-type: application/json\" -X POST -d '{text}' http://127.0.0.1:1025{path}"
+    )

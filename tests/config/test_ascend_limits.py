@@ -1,0 +1,61 @@
+"""Configs that Ascend's kernels cannot run are refused when the model is built, with what to do."""
+
+import pytest
+
+from research.telechat2.model.kernels import ascend, reference, select
+from research.telechat2.telechat_config import TelechatConfig
+
+SMALL = {
+    "seq_length": 256, "hidden_size": 256, "num_layers": 1, "num_heads": 4, "vocab_size": 64,
+    "intermediate_size": 64, "compute_dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_ascend(monkeypatch):
+    monkeypatch.setattr(select, "is_cpu", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_dynamic": False}, "is_dynamic is False.*set model_config.is_dynamic: True"),
+        ({"use_flash_attention": False}, "use_flash_attention is False.*use_past: False"),
+        ({"compute_dtype": "float32"}, "compute_dtype is float32.*float16 or bfloat16"),
+        ({"compute_dtype": "bfloat16"}, "rotary_dtype is float32.*rotary_dtype: bfloat16"),
+        ({"block_size": 8}, "block_size is 8 .*multiple of 16"),
+        ({"num_heads": 2, "hidden_size": 640}, "head_dim 320.*at most 256"),
+    ],
+)
+def test_prediction_refuses_what_the_kernels_do_not_take(change, message):
+    with pytest.raises(ValueError, match=message):
+        select.paged_inputs(TelechatConfig(**{**SMALL, "use_past": True, **change}))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [("float16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")],
+)
+def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
+    compute, rotary = dtypes
+    config = TelechatConfig(**{**SMALL, "use_past": True, "compute_dtype": compute, "rotary_dtype": rotary})
+    assert isinstance(select.paged_inputs(config), ascend.PagedInputsFused)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compute_dtype": "float32"}, "compute_dtype is float32.*float16 or bfloat16"),
+        ({"hidden_size": 160}, "head_dim is 40.*multiple of 16"),
+        (
+            {"document_start_ids": [1], "batch_size": 9},
+            "batch_size 9 times max_documents 128 is 1152.*takes 1024",
+        ),
+    ],
+)
+def test_training_refuses_what_flash_attention_does_not_take(change, message):
+    config = {**SMALL, **change}
+    with pytest.raises(ValueError, match=message):
+        select.causal_attention(TelechatConfig(**config))
+    plain = select.causal_attention(TelechatConfig(**config, use_flash_attention=False))
+    assert isinstance(plain.kernel, reference.GroupedAttention)
