@@ -63,12 +63,14 @@ def own_imports(path: Path) -> set[Path]:
     return {file for name in names if (file := file_of(name)) not in (None, path, ROOT / "__init__.py")}
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_from_its_package_and_from_lower_layers(path):
-    own = place_of(path)
-    level = LEVEL.get(own, len(LAYERS))
-    places = {place_of(file) for file in own_imports(path)} - {own}
-    assert not [place for place in places if LEVEL.get(place, len(LAYERS)) >= level]
+def test_a_file_imports_from_its_package_and_from_lower_layers():
+    upward = []
+    for path in files():
+        own = place_of(path)
+        places = {place_of(file) for file in own_imports(path)} - {own}
+        level = LEVEL.get(own, len(LAYERS))
+        upward += [(str(path), place) for place in places if LEVEL.get(place, len(LAYERS)) >= level]
+    assert not upward
 
 
 def test_no_imports_go_in_a_circle():
@@ -105,3 +107,15 @@ def test_files_are_small_and_the_top_folder_is_short():
     long = {path.name: n for path in files() if (n := len(path.read_text().splitlines())) > MOST_LINES}
     assert not long
     assert len(list(ROOT.glob("*.py"))) <= MOST_COMMANDS
+
+
+def test_a_users_mistake_is_raised_as_one():
+    """A plain ValueError is printed with its traceback, as a defect; environment.py can import nothing."""
+    plain = [
+        (str(path), node.lineno)
+        for path in files()
+        if path.name != "environment.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and "ValueError" in ast.unparse(node)
+    ]
+    assert not plain

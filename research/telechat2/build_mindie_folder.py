@@ -17,6 +17,7 @@ if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.common.cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.common.errors import UsageError  # noqa: E402
 from research.telechat2.config.overrides import boolean  # noqa: E402
 from research.telechat2.config.yaml_files import resolve_config  # noqa: E402
 from research.telechat2.text.prompt_format import PROMPT_FORMATS  # noqa: E402
@@ -54,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("world_size", "npu_mem_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+            raise UsageError(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
     yaml_file = resolve_config(arguments.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()

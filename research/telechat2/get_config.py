@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 here = Path(__file__).resolve().parent
 if here.parts[-2:] == ("research", "telechat2"):
     sys.path[0] = str(here.parents[1])  # run as a file from anywhere
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model_path", type=Path, default=Path("."), help="the folder; by default this one")
     folder = parser.parse_args().model_path.absolute()
     if not folder.is_dir():
-        raise ValueError(f"--model_path {folder} is no directory.")
+        raise UsageError(f"--model_path {folder} is no directory.")
     quiet_libraries()
     from research.telechat2.serve.mindie.recipe import finish_folder
 

@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister, is_predict_run
 from research.telechat2.config.parallel import check_whole, copies_of
 from research.telechat2.generation.pretrained import PreTrainedModel, find_graph_again
@@ -210,7 +211,7 @@ class TelechatForCausalLM(PreTrainedModel):
         """Inputs of one step of ``generate``: all prompts flattened, or one token of each row."""
         if not self.use_past:
             if self.requests is not None:
-                raise ValueError(
+                raise UsageError(
                     "use_past is False, but with extend_method DYNAMIC_NTK only the cache gives each request "
                     "a rotary factor of its own; set use_past: True."
                 )

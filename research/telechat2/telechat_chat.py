@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from research.telechat2.text.vocabulary import Vocabulary
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.chat import TRAIN_ON, encode
 
@@ -64,7 +65,7 @@ def _show(args) -> None:
             print(f"--- line {number}{of}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
             print(coloured(ids, mask, words, colour))
     if not shown:
-        raise ValueError(
+        raise UsageError(
             f"{args.file} has no line {args.line} with a conversation"
             if args.line is not None
             else f"{args.file} is empty"

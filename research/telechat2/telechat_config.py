@@ -94,7 +94,7 @@ class TelechatConfig(PretrainedConfig):
             is a mixture of experts of width ``intermediate_size``, see MoESettings.
 
     Raises:
-        ValueError: for an unknown key (the nearest known one is named), an unknown dtype or
+        UsageError: for an unknown key (the nearest known one is named), an unknown dtype or
             ``extend_method``, or sizes that do not divide.
     """
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.common.placeholders import what_stands_here
 from research.telechat2.compat.library import (
@@ -51,7 +52,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     system prompt. ``add_bos_token``, ``add_eos_token``: whether
     ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. ``whole_characters``: whether decoded
     text leaves out a last character of which tokens are missing, as an answer that is cut may have one. The
-    markers must be in the vocabulary (ValueError); any other special token that is not maps to the model's
+    markers must be in the vocabulary (UsageError); any other special token that is not maps to the model's
     unknown id, with one warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the
     rest. Settings of the base class (``padding_side``, ``model_max_length``, …) are passed on; any other is
     named in a warning, since it has no effect.
@@ -156,7 +157,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         for marker in markers:
             if self.special_id(_text(marker)) is None:
                 some = ", ".join(self._pieces[i] for i in sorted(self._control_ids))
-                raise ValueError(
+                raise UsageError(
                     f"{self.vocab_file} has no control symbol {_text(marker)!r}; it has {some}: this is not "
                     f"a TeleChat2 vocabulary, or the token is misspelt"
                 )
@@ -202,7 +203,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ text -> ids
     def encode_text(self, text: str) -> list[int]:
-        """Encode ``text`` literally: ``<_end>`` in it is text. ValueError when it is not valid Unicode."""
+        """Encode ``text`` literally: ``<_end>`` in it is text. UsageError when it is not valid Unicode."""
         try:
             return (self._literal or self.sp_model).encode(text.encode("utf-8"))
         except UnicodeEncodeError as error:
@@ -210,7 +211,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
             found = f"half of a surrogate pair (U+{code:04X})"
             if 0xDC80 <= code <= 0xDCFF:  # what Python makes of such a byte of a command line or a terminal
                 found = f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8,"
-            raise ValueError(
+            raise UsageError(
                 f"the text is not valid Unicode: {found} at character {error.start}; repair the text"
             ) from error
 
@@ -304,18 +305,18 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return skip_special_tokens and index not in self._content_ids
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """ValueError for an id that is no row of the embedding (such as the ignored label -100)."""
+        """UsageError for an id that is no row of the embedding (such as the ignored label -100)."""
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             hint = "; -100 is an ignored label: leave those out" if wrong == -100 else ""
-            raise ValueError(
+            raise UsageError(
                 f"token id {wrong} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}{hint}"
             )
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         """Copy the SentencePiece model into ``save_directory``, over no other one; return ``(path,)``."""
         if not os.path.isdir(save_directory):
-            raise ValueError(
+            raise UsageError(
                 f"cannot save the vocabulary: {save_directory} is not a directory; create it first"
             )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
@@ -326,7 +327,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
             with atomic_write(target) as temporary:
                 shutil.copyfile(self.vocab_file, temporary)
         elif target.read_bytes() != Path(self.vocab_file).read_bytes():
-            raise ValueError(f"{target} is another vocabulary and is not overwritten; give another directory")
+            raise UsageError(f"{target} is another vocabulary and is not overwritten; give another directory")
         return (str(target),)
 
 
@@ -343,23 +344,23 @@ def _warn_unused(kwargs: dict) -> None:
 
 def _load(vocab_file) -> sentencepiece.SentencePieceProcessor | ByteLevelModel:
     if not vocab_file:
-        raise ValueError("vocab_file is not set; give the path of the model's tokenizer.model")
+        raise UsageError("vocab_file is not set; give the path of the model's tokenizer.model")
     path = Path(vocab_file)
     if path.is_dir():
-        raise ValueError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
+        raise UsageError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
     if not path.is_file():
-        raise ValueError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
+        raise UsageError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
     if path.name.endswith("tokenizer.json"):
         try:
             return ByteLevelModel(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"vocab_file {path}: {error}; give the one released with the weights") from error
+            raise UsageError(f"vocab_file {path}: {error}; give the one released with the weights") from error
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         if model.get_piece_size() == 0:
             raise RuntimeError("it holds no pieces")
     except (RuntimeError, OSError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"vocab_file {path} ({path.stat().st_size:,} bytes) is not a SentencePiece model ({error}); "
             "give the tokenizer.model that was released with the weights, and check that it is complete."
             + what_stands_here(path)

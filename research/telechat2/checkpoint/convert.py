@@ -22,6 +22,7 @@ from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_be
 from research.telechat2.checkpoint.storage.dtypes import WIDTH, widen
 from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.table import Side, canonical_name
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import prompt_format as prompt_formats
 
 CKPT_FORMATS = ("safetensors", "ckpt")
@@ -98,12 +99,12 @@ def convert_to_mindspore(
     such a config: see ``import_llama``.
 
     Raises:
-        ValueError: a source that is broken or not such a model, a target that exists, or as ``run_job``.
+        UsageError: a source that is broken or not such a model, a target that exists, or as ``run_job``.
     """
     source, target = given_path(torch_path, "torch_path"), given_path(mindspore_path, "mindspore_path")
     check_choice("ckpt_format", ckpt_format, CKPT_FORMATS)
     if target.suffix in (".safetensors", ".ckpt") and ckpt_format not in (None, target.suffix[1:]):
-        raise ValueError(
+        raise UsageError(
             f"{target} ends in {target.suffix}, but format {ckpt_format} is asked for; drop one of the two"
         )
     refuse_mindspore(source)
@@ -130,7 +131,7 @@ def convert_to_torch(
     ``vocab_file`` as in ``export_llama``, and only there.
 
     Raises:
-        ValueError: as ``convert_to_mindspore``.
+        UsageError: as ``convert_to_mindspore``.
     """
     source, target = given_path(mindspore_path, "mindspore_path"), given_path(torch_path, "torch_path")
     refuse_torch(source)
@@ -140,12 +141,12 @@ def convert_to_torch(
         config, vocab_file = (path and given_path(path, "the path given") for path in (config, vocab_file))
         return export_llama(source, target, checked_options(options), config, vocab_file)
     if was_llama:
-        raise ValueError(
+        raise UsageError(
             f"the config.json of {source} is that of a Llama model, which the torch code of TeleChat does "
             "not read; use format llama"
         )
     if config or vocab_file:
-        raise ValueError("a config or a vocabulary is only taken for format llama; drop them, or use it")
+        raise UsageError("a config or a vocabulary is only taken for format llama; drop them, or use it")
     return _convert(source, target, "mindspore", checked_options(options), (".safetensors", ".bin"))
 
 
@@ -156,7 +157,7 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
     NumPy has no bfloat16. Optimizer states and the like are left out.
 
     Raises:
-        ValueError: the checkpoint is broken or incomplete, or not a TeleChat model.
+        UsageError: the checkpoint is broken or incomplete, or not a TeleChat model.
     """
     source = given_path(path, "path")
     plan = plan_whole(source, sizes_beside(source))
@@ -246,11 +247,11 @@ def notes_of(plan: Plan, prompt_format: str | None, source: Path, config: str) -
 
 
 def checked_options(given: dict) -> Options:
-    """The options of these fields; ValueError for a value that is none."""
+    """The options of these fields; UsageError for a value that is none."""
     options = Options(**given)
     check_choice("dtype", options.dtype, WIDTH)
     if options.max_shard_size is not None and options.max_shard_size <= 0:
-        raise ValueError(f"max_shard_size is {options.max_shard_size}; expected a positive number of bytes")
+        raise UsageError(f"max_shard_size is {options.max_shard_size}; expected a positive number of bytes")
     return options
 
 
@@ -259,13 +260,13 @@ def _config_file(source: Path) -> Path:
 
 
 def check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
-    """ValueError if ``value`` is given, but none of ``choices``."""
+    """UsageError if ``value`` is given, but none of ``choices``."""
     if value is not None and value not in choices:
-        raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(choices)}")
+        raise UsageError(f"{what} {value!r} is unknown; expected one of {', '.join(choices)}")
 
 
 def given_path(path: str | Path, what: str) -> Path:
-    """A path; ValueError if it is empty, as an unset variable of a shell makes it."""
+    """A path; UsageError if it is empty, as an unset variable of a shell makes it."""
     if not str(path).strip():
-        raise ValueError(f"{what} is empty; expected the path of a file or a folder")
+        raise UsageError(f"{what} is empty; expected the path of a file or a folder")
     return Path(path)

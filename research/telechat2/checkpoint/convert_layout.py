@@ -36,6 +36,7 @@ from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.table import canonical_name
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import prompt_format as prompt_formats
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -73,7 +74,7 @@ def convert_layout(
         options: the fields of ``Options``.
 
     Raises:
-        ValueError: a source that is broken, sizes that do not divide, unknown heads, a name of another size,
+        UsageError: a source that is broken, sizes that do not divide, unknown heads, a name of another size,
             a layout that the target cannot have, a target that exists, or as ``run_job``.
     """
     source, target = given_path(path, "the path of the checkpoint"), given_path(target, "the new path")
@@ -128,11 +129,11 @@ def convert_layout(
 
 
 def sizes_of_release(name: str) -> TelechatSizes:
-    """The sizes of the release that ``name`` means, in any case; ValueError if it is none."""
+    """The sizes of the release that ``name`` means, in any case; UsageError if it is none."""
     spelled = {release.lower(): release for release in RELEASES}
     release = spelled.get(name.lower().replace("-", "_").replace("telechat2_", "telechat_"))
     if release is None:
-        raise ValueError(f"--model_name {name} is unknown; expected one of {', '.join(RELEASES)}, or none")
+        raise UsageError(f"--model_name {name} is unknown; expected one of {', '.join(RELEASES)}, or none")
     layers, hidden, ffn, heads, kv_heads, experts = RELEASES[release]
     return TelechatSizes(
         num_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=_VOCABULARY,
@@ -141,7 +142,7 @@ def sizes_of_release(name: str) -> TelechatSizes:
 
 
 def check_model_name(name: str, found: TelechatSizes) -> None:
-    """ValueError if ``name`` is none of the releases', or that of one of other sizes or heads."""
+    """UsageError if ``name`` is none of the releases', or that of one of other sizes or heads."""
     release = sizes_of_release(name)
     compared = ("num_layers", "hidden_size", "intermediate_size", "kv_size", "num_heads", "n_kv_heads")
     different = [
@@ -151,7 +152,7 @@ def check_model_name(name: str, found: TelechatSizes) -> None:
     ]
     expert_words = f", {release.num_experts} experts" if release.num_experts else ""
     if different or (found.num_experts or 0) != release.num_experts:
-        raise ValueError(
+        raise UsageError(
             f"--model_name {name} is a model of {release.num_layers} layers, hidden size "
             f"{release.hidden_size}{expert_words}, but the checkpoint is of "
             f"{found.describe()} ({', '.join(different) or 'other experts'}); give the name of this "
@@ -164,13 +165,13 @@ def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int | None, 
     if into_ranks or tensor_parallel is None:
         return
     if not qkv_concat:
-        raise ValueError(
+        raise UsageError(
             f"{target} is one file of all weights, which without --qkv_concat True is the same for any "
             "number of ranks; name a folder, which receives a file for each rank, or leave out "
             "--tensor_parallel"
         )
     if target.suffix == ".ckpt" and tensor_parallel > 1:
-        raise ValueError(
+        raise UsageError(
             f"{target}: a .ckpt file cannot say that its rows are joined for {tensor_parallel} ranks, and "
             "would be loaded wrongly by others; name a .safetensors file, or a folder"
         )
@@ -189,14 +190,14 @@ def _rank_files(
 
 def _refuse_ranks(folder: Path, options: Options, source: Path) -> None:
     if options.max_shard_size is not None:
-        raise ValueError("--max_shard_size does not go with ranks, each of which has one file; leave it out")
+        raise UsageError("--max_shard_size does not go with ranks, each of which has one file; leave it out")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
+        raise UsageError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
     if options.resume and part_folder(folder, "").exists():
         return
     refuse_own_folder(folder, source)
     if there := rank_folders(folder):
-        raise ValueError(
+        raise UsageError(
             f"{folder} already holds {there[0].name}; nothing is overwritten: give another folder, or delete "
             "the old checkpoint"
         )

@@ -8,6 +8,7 @@ from research.telechat2.checkpoint.cluster.own_slices import GroupPlace, own_sli
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 
 NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
 
@@ -36,7 +37,7 @@ def load_tensors(model, tensors: Mapping[str, StoredTensor], origin: str) -> Non
         origin: what messages call the checkpoint.
 
     Raises:
-        ValueError: names or shapes are not the model's (nothing is loaded then), or a value is beyond the
+        UsageError: names or shapes are not the model's (nothing is loaded then), or a value is beyond the
             range of the parameter's dtype.
     """
     parameters = _weights_of(model)
@@ -59,7 +60,7 @@ def load_slices(
     Parameters of other stages of the pipeline, and those that are no weights, stay as they are.
 
     Raises:
-        ValueError: as ``load_tensors``; every name is compared, also those of other stages.
+        UsageError: as ``load_tensors``; every name is compared, also those of other stages.
     """
     parameters = _weights_of(network)
     _compare_names(parameters, whole, origin)
@@ -102,7 +103,7 @@ def _compare_names(parameters: Mapping, tensors: Mapping[str, StoredTensor], ori
 
 def _refuse(different: list[str], origin: str) -> None:
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{origin} does not fit the model of the YAML, {len(different)} tensors differ: "
             f"{'; '.join(different[:10])}{'; …' if len(different) > 10 else ''}. Use the YAML of this "
             "checkpoint's size and kind, dense or mixture of experts."

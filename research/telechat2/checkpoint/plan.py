@@ -26,6 +26,7 @@ from research.telechat2.checkpoint.table import (
     ignored_as,
     place,
 )
+from research.telechat2.common.errors import UsageError
 
 TIED_COPY = "lm_head.weight, equal to the embeddings it is tied to"
 
@@ -74,7 +75,7 @@ def refuse_transposed(found: Mapping[str, StoredTensor], side: Side) -> None:
     Where hidden size and feed-forward size are equal the two layouts look the same, and pass.
 
     Raises:
-        ValueError: with the tensor that shows it.
+        UsageError: with the tensor that shows it.
     """
     norm = next((name for name in found if place(name, ATTENTION_ROWS[0], side)), None)
     if side == "torch" or norm is None:
@@ -85,7 +86,7 @@ def refuse_transposed(found: Mapping[str, StoredTensor], side: Side) -> None:
             if not place(name, row, side) or len(tensor.shape) != 3:
                 continue
             if tensor.shape[3 - axis] == found[norm].size != tensor.shape[axis]:
-                raise ValueError(
+                raise UsageError(
                     f"{name} {list(tensor.shape)} is transposed, expected [{', '.join(row.stacked)}]: "
                     "this is the layout that convert_gmm.py writes for inference with grouped matmul. "
                     "Give the checkpoint that convert_gmm.py was given, or swap the last two axes of every "
@@ -97,7 +98,7 @@ def infer_sizes(shapes: Shapes, side: Side) -> TelechatSizes:
     """Sizes by the first tensor of each row that is there.
 
     Raises:
-        ValueError: a size shows in no tensor, so this is no TeleChat checkpoint; or as ``count_experts``.
+        UsageError: a size shows in no tensor, so this is no TeleChat checkpoint; or as ``count_experts``.
     """
     layers = _layer_indices(shapes, side)
     expert = min(_expert_indices(shapes, side), default=0)
@@ -111,7 +112,7 @@ def infer_sizes(shapes: Shapes, side: Side) -> TelechatSizes:
                     dims.setdefault(symbol, size)
     absent = [symbol for symbol in ("vocab", "hidden", "ffn", "key_value") if symbol not in dims]
     if absent or not layers:
-        raise ValueError(
+        raise UsageError(
             f"this is no TeleChat checkpoint: none of its {len(shapes)} tensors shows the size of "
             f"{', '.join(absent) or 'a layer'}. Its first names are {sorted(shapes)[:5]}, expected names "
             f"such as {getattr(ATTENTION_ROWS[2], side).format(i=0)}"
@@ -135,11 +136,11 @@ def count_experts(shapes: Shapes, side: Side) -> int | None:
     expert numbers.
 
     Raises:
-        ValueError: some layers are dense and some have experts, or there are more experts than tensors.
+        UsageError: some layers are dense and some have experts, or there are more experts than tensors.
     """
     dense, moe = (_first_of(shapes, rows, side) for rows in (DENSE_ROWS, MOE_ROWS))
     if dense and moe:
-        raise ValueError(
+        raise UsageError(
             f"some of these tensors are of a dense model ({dense}) and some of a mixture of experts ({moe}); "
             "every layer of a TeleChat model is of the same kind. Give the files of one checkpoint"
         )
@@ -154,7 +155,7 @@ def count_experts(shapes: Shapes, side: Side) -> int | None:
     ]
     count = mode(counts) if counts else len(_expert_indices(shapes, side))
     if side == "torch" and count > len(shapes):  # do not build a table of that length
-        raise ValueError(
+        raise UsageError(
             f"the routers have rows for {count} experts, but there are only {len(shapes)} tensors; every "
             "expert has four in each layer. Files are missing, or the checkpoint is broken"
         )
@@ -197,7 +198,7 @@ def make_plan(tensors: list[StoredTensor], side: Side, sizes: TelechatSizes | No
     ``sizes`` None takes the sizes from the tensors; ``origin`` is what error messages call the checkpoint.
 
     Raises:
-        ValueError: tensors that are unknown, missing, twice there, misshapen or not floating point (the
+        UsageError: tensors that are unknown, missing, twice there, misshapen or not floating point (the
             first ten of each are listed), experts that do not make a stack, or a tied model whose
             ``lm_head`` is not its embedding.
     """
@@ -225,7 +226,7 @@ def make_plan(tensors: list[StoredTensor], side: Side, sizes: TelechatSizes | No
     if side == "torch":
         problems["to be stacked, but of different dtypes (save them in one)"] = mixed_dtypes(weights, found)
     if any(problems.values()):
-        raise ValueError(_report(problems, sizes, origin))
+        raise UsageError(_report(problems, sizes, origin))
     translate = _to_mindspore if side == "torch" else _to_torch
     return Plan(sizes, list(found.values()), translate(found, weights), dict(ignored))
 
@@ -253,12 +254,12 @@ def _settle_sizes(
     found: dict[str, StoredTensor], side: Side, sizes: TelechatSizes | None, origin: str
 ) -> TelechatSizes:
     if not found:
-        raise ValueError(f"{origin} holds no weights; expected those of a TeleChat model")
+        raise UsageError(f"{origin} holds no weights; expected those of a TeleChat model")
     shapes = {name: tensor.shape for name, tensor in found.items()}
     if sizes is None:
         return infer_sizes(shapes, side)
     if sizes.num_layers > len(found):
-        raise ValueError(
+        raise UsageError(
             f"the config says {sizes.num_layers} layers, but {origin} holds only {len(found)} tensors; "
             "the config or the weights belong to another model, or files are missing"
         )
@@ -269,7 +270,7 @@ def _settle_sizes(
         sizes = dataclasses.replace(sizes, num_experts=shown)
     if sizes.num_experts != shown:
         said, held = (f"{n} experts" if n else "a dense model" for n in (sizes.num_experts, shown))
-        raise ValueError(
+        raise UsageError(
             f"the config says {said}, but the weights in {origin} are those of {held}; the config or the "
             "weights belong to another model"
         )
@@ -307,7 +308,7 @@ def _is_float(text: str) -> bool:
 
 def _require_zero(tensor: StoredTensor) -> None:
     if any(any(block) for block in tensor.blocks()):
-        raise ValueError(
+        raise UsageError(
             f"{tensor.name} is not zero: this checkpoint's router adds a bias before it chooses experts, "
             "which the TeleChat2 models do not have, and without it other experts would be chosen. Give a "
             "checkpoint trained without balance_via_topk_bias"
@@ -319,7 +320,7 @@ def _require_same(head: StoredTensor, embedding: StoredTensor | None, origin: st
         return  # reported as missing with the rest
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if not same or any(bytes(a) != bytes(b) for a, b in zip(head.blocks(), embedding.blocks(), strict=True)):
-        raise ValueError(
+        raise UsageError(
             f"the config of {origin} says tie_word_embeddings, but lm_head.weight differs from the "
             "embeddings: set tie_word_embeddings to false if it is a weight of its own"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.storage.folders import TRACKER
 from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.checkpoint.table import canonical_name
+from research.telechat2.common.errors import UsageError
 
 # Beginnings of names that one side alone has; a Llama's layers begin as MindSpore's.
 _MINDSPORE = ("model.tok_embeddings.", "model.norm_out.")
@@ -12,7 +13,7 @@ _TORCH = ("transformer.", "model.embed_tokens.")
 
 
 def refuse_mindspore(path: Path) -> None:
-    """ValueError if a path for torch weights holds a MindSpore checkpoint."""
+    """UsageError if a path for torch weights holds a MindSpore checkpoint."""
     if path.suffix == ".ckpt" and path.is_file():
         found = "a .ckpt file"
     elif path.is_dir() and (any(path.glob("rank_*/")) or (path / TRACKER).is_file()):
@@ -23,7 +24,7 @@ def refuse_mindspore(path: Path) -> None:
         return
     else:
         found = f"its tensors have MindSpore's names, such as {name}"
-    raise ValueError(
+    raise UsageError(
         f"{path} holds MindSpore weights already ({found}), not torch weights. Commands of prediction and "
         "training take them as they are; for another layout give them as --pre_ckpt_path, and for torch "
         "weights use convert_reversed.py --mindspore_path"
@@ -31,7 +32,7 @@ def refuse_mindspore(path: Path) -> None:
 
 
 def refuse_torch(path: Path) -> None:
-    """ValueError if a path for a MindSpore checkpoint holds torch weights."""
+    """UsageError if a path for a MindSpore checkpoint holds torch weights."""
     if path.suffix == ".bin" and path.is_file():
         found = "a .bin file"
     elif path.is_dir() and any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
@@ -40,7 +41,7 @@ def refuse_torch(path: Path) -> None:
         return
     else:
         found = f"its tensors have names such as {name}"
-    raise ValueError(
+    raise UsageError(
         f"{path} holds torch weights already ({found}), not a MindSpore checkpoint; to convert them to one "
         "use convert_weight.py --torch_path"
     )

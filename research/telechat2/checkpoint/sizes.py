@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 CONFIG = "config.json"
 _PART_OF_A_RUN = re.compile(r"iteration_\d+|rank_\d+")
 
@@ -49,7 +51,7 @@ class TelechatSizes:
         0 and 1 experts both mean a dense model, as 1 does in MindFormers.
 
         Raises:
-            ValueError: a size is absent, is not a positive whole number, is given twice with two values, or
+            UsageError: a size is absent, is not a positive whole number, is given twice with two values, or
                 does not divide as it must.
         """
         found = {}
@@ -59,32 +61,32 @@ class TelechatSizes:
             if key is None and size in OPTIONAL:
                 continue
             if key is None:
-                raise ValueError(
+                raise UsageError(
                     f"the config has no {' or '.join(keys)}, so it is not that of a TeleChat model; "
                     f"it has {sorted(config)[:10]}"
                 )
             value = config[key]
             if other := next((name for name in keys if config.get(name) not in (None, value)), None):
-                raise ValueError(
+                raise UsageError(
                     f"the config says {key} = {value!r} and {other} = {config[other]!r}, which are one "
                     "setting; correct or remove one of them"
                 )
             if isinstance(value, bool) or not isinstance(value, int) or value < (size != "num_experts"):
-                raise ValueError(f"the config says {key} = {value!r}; expected a positive whole number")
+                raise UsageError(f"the config says {key} = {value!r}; expected a positive whole number")
             found[size] = value
         found.setdefault("n_kv_heads", found["num_heads"])  # multi-head attention: the key is often left out
         if found.get("num_experts") == 1:
             found["num_experts"] = 0
         tied = config.get("tie_word_embeddings")
         if tied is not None and not isinstance(tied, bool):
-            raise ValueError(f"the config says tie_word_embeddings = {tied!r}; expected true or false")
+            raise UsageError(f"the config says tie_word_embeddings = {tied!r}; expected true or false")
         if found["hidden_size"] % found["num_heads"]:
-            raise ValueError(
+            raise UsageError(
                 f"the config says hidden_size = {found['hidden_size']} and {found['num_heads']} heads; "
                 "the heads must divide hidden_size"
             )
         if found["num_heads"] % found["n_kv_heads"]:
-            raise ValueError(
+            raise UsageError(
                 f"the config says {found['num_heads']} heads and {found['n_kv_heads']} key/value heads; "
                 "the second must divide the first"
             )
@@ -131,7 +133,7 @@ def sizes_beside(path: Path) -> TelechatSizes | None:
     """Sizes from the config.json of a checkpoint, see config_beside; None if there is none.
 
     Raises:
-        ValueError: it is not the config of such a model.
+        UsageError: it is not the config of such a model.
     """
     file = config_beside(path)
     if file is None:
@@ -139,13 +141,13 @@ def sizes_beside(path: Path) -> TelechatSizes | None:
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
+        raise UsageError(f"{file} is not JSON ({error})") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a JSON {type(config).__name__}, expected an object")
+        raise UsageError(f"{file} holds a JSON {type(config).__name__}, expected an object")
     try:
         return TelechatSizes.from_hf_config(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
 
 
 def _with_moe_section(config: dict) -> dict:
@@ -154,7 +156,7 @@ def _with_moe_section(config: dict) -> dict:
     if section is None:
         return config
     if not isinstance(section, dict):
-        raise ValueError(
+        raise UsageError(
             f"the config says moe_config = {section!r}; expected an object such as expert_num: 16"
         )
     return {"expert_num": section.get("expert_num")} | config

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from research.telechat2.common.environment import PACKAGES, VERSIONS, remedy
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.interrupts import (
     STATUS,
     half_imported,
@@ -23,8 +24,8 @@ from research.telechat2.common.interrupts import (
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and end the process: 0 on success, 1 for a mistake a user can mend, 130 for Ctrl-C.
 
-    ``ValueError`` and ``OSError`` are the errors a user can cause (see the house rules); anything else
-    is a defect of ours and keeps its traceback.
+    ``UsageError`` is a user's mistake, ``OSError`` the system's refusal (a full disk, a missing permission);
+    anything else is a defect of ours and keeps its traceback.
     """
     with listening():
         try:
@@ -41,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _sentence(error: Exception) -> str:
     """What a user's mistake says; what is none is raised again."""
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, UsageError | OSError):
         return str(error)
     package = (getattr(error, "name", None) or "").split(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in {**PACKAGES, **VERSIONS}:

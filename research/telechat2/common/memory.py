@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 
 def host_memory() -> int | None:
     """Bytes of memory and swap that this machine has, free or not; None: not known."""
@@ -26,12 +28,12 @@ def check_host_memory(parts: dict[str, float], settings: str, total: int | None 
         total: bytes of the machine; by default those of this one.
 
     Raises:
-        ValueError: with every part.
+        UsageError: with every part.
     """
     total = host_memory() if total is None else total
     if total is None or sum(parts.values()) <= total:
         return
     listed = " and ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in parts.items() if size)
-    raise ValueError(
+    raise UsageError(
         f"this run needs {listed}, but this machine has {total / 1e9:,.1f} GB; lower {settings}."
     )

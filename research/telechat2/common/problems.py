@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from research.telechat2.common.errors import UsageError
 
-class SettingsError(ValueError):
+
+class SettingsError(UsageError):
     """One error or several; ``found``: a sentence for each, none twice."""
 
     def __init__(self, found: list[str], source: object = None):
@@ -18,17 +20,17 @@ class SettingsError(ValueError):
         )
 
 
-def problems_of(error: ValueError) -> list[str]:
+def problems_of(error: UsageError) -> list[str]:
     """The sentences of an error."""
     return list(error.found) if isinstance(error, SettingsError) else [str(error)]
 
 
 @contextmanager
 def noted_in(found: list[str]) -> Iterator[None]:
-    """Add a ValueError of the block to ``found`` instead of raising it."""
+    """Add a UsageError of the block to ``found`` instead of raising it."""
     try:
         yield
-    except ValueError as error:
+    except UsageError as error:
         found += problems_of(error)
 
 
@@ -39,10 +41,10 @@ def refuse(found: list[str], source: object = None) -> None:
 
 
 def check_all(*checks) -> None:
-    """Call every check, a tuple of a function and its arguments, also after one has raised a ValueError.
+    """Call every check, a tuple of a function and its arguments, also after one has raised a UsageError.
 
     Raises:
-        ValueError: of all checks together.
+        UsageError: of all checks together.
     """
     found: list[str] = []
     for check, *arguments in checks:

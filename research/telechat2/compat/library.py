@@ -53,6 +53,7 @@ from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as LibraryTrainOneStepCell
 from mindspore.train.callback import Callback
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.loading import _load_by_model
 
 __all__ = [
@@ -168,14 +169,14 @@ def join_processes() -> None:
     """Meet the other processes that msrun has started; its scheduler, which runs the command too, ends here.
 
     Raises:
-        ValueError: they do not come together.
+        UsageError: they do not come together.
     """
     try:
         ms.communication.init()
     except RuntimeError as error:
         if os.environ.get("MS_ROLE") == "MS_SCHED":
             raise SystemExit(1) from None  # a worker has failed, and says why
-        raise ValueError(
+        raise UsageError(
             "the processes of this run did not meet: "
             f"{str(error).strip().splitlines()[0]} Look into the other logs beside this one."
         ) from error
@@ -188,11 +189,11 @@ def is_predict_run() -> bool:
 
 @contextmanager
 def naming_target(target: str) -> Iterator[None]:
-    """Turn MindSpore's failure to set up a device target into a ValueError; around the set-up alone."""
+    """Turn MindSpore's failure to set up a device target into a UsageError; around the set-up alone."""
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(
+        raise UsageError(
             f"context.device_target is {target}, but MindSpore cannot use it here: "
             f"{str(error).strip().splitlines()[0]} Use a YAML for CPUs, or a machine with NPUs."
         ) from error
@@ -200,7 +201,7 @@ def naming_target(target: str) -> Iterator[None]:
 
 @contextmanager
 def naming_data() -> Iterator[None]:
-    """Turn MindSpore's failures to read a data set into a ValueError; others pass as they are."""
+    """Turn MindSpore's failures to read a data set into a UsageError; others pass as they are."""
     try:
         yield
     except RuntimeError as error:
@@ -208,7 +209,7 @@ def naming_data() -> Iterator[None]:
         if "MindDataset" not in text and "dataset pipeline" not in text:
             raise
         reasons = [line for line in text.splitlines() if "ERROR" in line] or text.splitlines()
-        raise ValueError(
+        raise UsageError(
             f"the data set cannot be read: {reasons[0]} Copy its .mindrecord and .db files again, or prepare "
             f"the data again."
         ) from error
@@ -230,13 +231,13 @@ class MoEConfig(_MoEConfig):
     """MindFormers' ``moe_config`` section with its ``ep_extend_tp``, which MindFormers checks and forgets.
 
     Raises:
-        ValueError: for a key or value that MindFormers refuses, and for loss factors without types, which it
+        UsageError: for a key or value that MindFormers refuses, and for loss factors without types, which it
             drops.
     """
 
     def __init__(self, *args, ep_extend_tp: bool = True, **kwargs):
         if kwargs.get("aux_loss_factors") and not kwargs.get("aux_loss_types"):
-            raise ValueError(
+            raise UsageError(
                 f"moe_config.aux_loss_factors is {kwargs['aux_loss_factors']} without aux_loss_types, which "
                 "MindFormers takes for no loss at all; add aux_loss_types: ['expert'], or remove the factors."
             )
@@ -244,7 +245,7 @@ class MoEConfig(_MoEConfig):
             super().__init__(*args, ep_extend_tp=ep_extend_tp, **kwargs)
         except (TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
-            raise ValueError(f"moe_config is refused by MindFormers: {reason}. Correct that key.") from error
+            raise UsageError(f"moe_config is refused by MindFormers: {reason}. Correct that key.") from error
         self.ep_extend_tp = ep_extend_tp
 
 
@@ -256,7 +257,7 @@ def moe_config_from(value) -> _MoEConfig:
     if isinstance(value, _MoEConfig):
         return value
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"moe_config is {value!r}; expected a section of settings.")
+        raise UsageError(f"moe_config is {value!r}; expected a section of settings.")
     return MoEConfig(**dict(value or {}))
 
 

@@ -3,13 +3,14 @@
     checked = check(settings, device_num=16)
     print(checked.table())
 
-A plan that breaks a rule is a ValueError with the values. The rules are those that TelechatConfig obeys when
+A plan that breaks a rule is a UsageError with the values. The rules are those that TelechatConfig obeys when
 a run starts; here is added only what its Trainer and MindSpore's context decide.
 """
 
 from dataclasses import asdict, dataclass
 from math import prod
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import noted_in, refuse
 from research.telechat2.common.tables import table
 from research.telechat2.config.kernel_limits import (
@@ -100,7 +101,7 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
         device_num: how many devices there are; None: as many as the plan takes.
 
     Raises:
-        ValueError: a rule is broken.
+        UsageError: a rule is broken.
     """
     kind, found = _kind(settings), []
     if settings.get("run_mode", "train") in ("train", "finetune"):
@@ -143,7 +144,7 @@ def _check_devices(settings: dict, config, kind: str, device_num: int | None, de
     if kind == "semi_auto":
         _check_context(settings, config, device_num or devices)
     elif device_num not in (None, 1) and kind == "single":
-        raise ValueError(
+        raise UsageError(
             f"use_parallel is False, so the run takes 1 device, not {device_num}; set use_parallel to "
             "True, or take 1."
         )
@@ -167,7 +168,7 @@ def _kind(settings: dict) -> str:
         return "semi_auto"
     if mode in DATA_PARALLEL:
         return "data_parallel"
-    raise ValueError(
+    raise UsageError(
         f"parallel.parallel_mode is {mode!r}; TeleChat2's graphs are split by 1 (semi-automatic) or copied "
         "by 0 (data parallel). Set one of them, or use_parallel: False."
     )
@@ -183,7 +184,7 @@ def _effective_plan(settings: dict, kind: str) -> dict:
         _check_count(f"parallel_config.{name}", given[name])
     for name in ("use_seq_parallel", "vocab_emb_dp"):
         if not isinstance(given[name], bool):
-            raise ValueError(f"parallel_config.{name} is {given[name]!r}; it must be True or False.")
+            raise UsageError(f"parallel_config.{name} is {given[name]!r}; it must be True or False.")
     if kind != "semi_auto":
         return DEFAULTS["parallel_config"]
     if given["pipeline_stage"] > 1:
@@ -193,7 +194,7 @@ def _effective_plan(settings: dict, kind: str) -> dict:
 
 def _check_count(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def _check_context(settings: dict, config, devices: int) -> None:
@@ -215,7 +216,7 @@ def _check_dataset_strategy(strategy, dp: int) -> None:
     """MindFormers' rule where processes read parts of the batch."""
     rows = strategy[0][0] if isinstance(strategy, list) and strategy and strategy[0] else None
     if rows != dp:
-        raise ValueError(
+        raise UsageError(
             f"parallel.full_batch is False and parallel.dataset_strategy {strategy!r}; each of the two "
             f"columns must be split data_parallel times: [[{dp}, 1], [{dp}, 1]]. Or set full_batch: True."
         )
@@ -232,7 +233,7 @@ def _batch(settings: dict, plan: dict, kind: str, devices: int) -> dict[str, int
         _check_count(name, value)
     stages = plan["pipeline_stage"]
     if accumulation > 1 and (kind != "semi_auto" or stages > 1):
-        raise ValueError(
+        raise UsageError(
             f"runner_config.gradient_accumulation_steps is {accumulation}, which MindFormers would take for "
             f"1 {'in a pipeline' if stages > 1 else 'where no graph is split'}; set it to 1, and "
             f"{'parallel_config.micro_batch_num' if stages > 1 else 'runner_config.batch_size'} higher."

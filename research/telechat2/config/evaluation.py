@@ -1,5 +1,6 @@
 """The settings of a run that evaluates: what MindFormers or MindSpore would refuse is set right here."""
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_run_numbers
 from research.telechat2.config.pipeline import partition
 
@@ -16,10 +17,10 @@ def check_evaluation_settings(config: dict, overrides: dict[str, object]) -> Non
         overrides: what the command line gave of them.
 
     Raises:
-        ValueError: records are counted for the training data, or a batch or a seed that cannot be.
+        UsageError: records are counted for the training data, or a batch or a seed that cannot be.
     """
     if (samples := overrides.get("train_dataset.data_loader.num_samples")) is not None:
-        raise ValueError(
+        raise UsageError(
             f"--num_samples {samples} is of the training data, which an evaluation does not read; give "
             f"--eval_dataset.data_loader.num_samples {samples}."
         )
@@ -37,7 +38,7 @@ def prepare_evaluation(config: dict, *, training: bool) -> None:
         training: whether it evaluates between steps of training (``do_eval``).
 
     Raises:
-        ValueError: another metric than loss and perplexity, no weights, or a parallel plan that can train but
+        UsageError: another metric than loss and perplexity, no weights, or a parallel plan that can train but
             not evaluate.
     """
     _fit_metric(config)
@@ -46,7 +47,7 @@ def prepare_evaluation(config: dict, *, training: bool) -> None:
     if training:
         return
     if not has_weights(config):
-        raise ValueError(
+        raise UsageError(
             "no weights to evaluate: give --load_checkpoint, a .safetensors or .ckpt file or a directory. "
             "Random weights have the loss of guessing, the logarithm of vocab_size."
         )
@@ -69,7 +70,7 @@ def _fit_metric(config: dict) -> None:
     names = [metric.get("type") for metric in (given if isinstance(given, list) else [given])]
     others = [name for name in names if name not in (None, METRIC, *REPLACED_METRICS)]
     if others:
-        raise ValueError(
+        raise UsageError(
             f"metric is {', '.join(others)}, but evaluation here is loss and perplexity: write metric: "
             f"{{type: {METRIC}}}, or compare answers of run_telechat_predict.py by a program of your own."
         )
@@ -84,7 +85,7 @@ def _check_experts(config: dict) -> None:
     mp = plan.get("model_parallel", 1)
     whole = moe.get("ep_extend_tp", True) and plan.get("use_seq_parallel", False)
     if _is_one_graph(config) and moe.get("expert_num", 1) > 1 and mp > 1 and not whole:
-        raise ValueError(
+        raise UsageError(
             f"evaluation drops no token, which takes whole experts on each device, but model_parallel {mp} "
             f"splits their width. Set moe_config.ep_extend_tp: True with parallel_config.use_seq_parallel: "
             f"True, or model_parallel: 1; without do_eval the plan can train as it is."
@@ -99,7 +100,7 @@ def _fit_stages(config: dict, training: bool) -> None:
     if not _is_one_graph(config) or stages == 1 or chunks == 1:
         return
     if training:
-        raise ValueError(
+        raise UsageError(
             f"do_eval is True and pp_interleave_num {chunks}: MindSpore 2.9 cannot evaluate with virtual "
             f"chunks. Set do_eval: False and evaluate a checkpoint (--run_mode eval), or set "
             f"pp_interleave_num: 1 and parallel.pipeline_config.pipeline_interleave: False."

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES, TELECHAT_CONFIGS
 from research.telechat2.config.kinds import read_value
 from research.telechat2.config.model import LIBRARY_KEYS, OTHERS_KEYS
@@ -135,7 +136,7 @@ def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
             continue
         try:
             section[key] = read_value(known[key], section[key])
-        except ValueError as error:
+        except UsageError as error:
             problems.append(f"{place}.{key} {error}.".lstrip("."))
     return sorted(problems)
 

@@ -1,5 +1,6 @@
 """Sections of a YAML that other files than the check of its keys ask for."""
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.tables import SECTIONS
 
 _TOP = SECTIONS[""]
@@ -12,12 +13,12 @@ def moe_section(config: dict) -> dict:
     """The section ``moe_config`` of a YAML, empty for a dense model.
 
     Raises:
-        ValueError: it is no section, or holds a key that nothing reads.
+        UsageError: it is no section, or holds a key that nothing reads.
     """
     settings = config.get("moe_config") or {}
     if not isinstance(settings, dict):
-        raise ValueError(f"`moe_config` is {settings!r}; expected a section of settings.")
+        raise UsageError(f"`moe_config` is {settings!r}; expected a section of settings.")
     for key in settings:
         if key not in SECTIONS["moe_config"]:
-            raise ValueError(f"the setting moe_config.{key} is read by nothing; remove or correct it.")
+            raise UsageError(f"the setting moe_config.{key} is read by nothing; remove or correct it.")
     return settings

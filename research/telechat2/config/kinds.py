@@ -7,6 +7,8 @@ number that it is. Quoted truth values and whole numbers stay errors: ``"False"`
 import math
 import re
 
+from research.telechat2.common.errors import UsageError
+
 _GIGABYTES = re.compile(r"[1-9]\d*(\.\d*)?GB|0\.\d*[1-9]\d*GB")  # what MindSpore reads
 _SPELLED = {"gigabytes": _GIGABYTES, "prefix": re.compile(r"[^/]*"), "level": re.compile(r"O[0-2]")}
 _ITEMS = {"reals": "real", "wholes": "whole", "texts": "text", "sections": "section"}  # of a list
@@ -42,7 +44,7 @@ def read_value(kind: str, value: object) -> object:
     """``value`` as one of the kinds that ``kind`` lists, ``a|b``; a text that is a number becomes one.
 
     Raises:
-        ValueError: it is of none of them; the message ends "…; it must be …".
+        UsageError: it is of none of them; the message ends "…; it must be …".
     """
     kinds = kind.split("|")
     if "any" in kinds or any(_is(name, value) for name in kinds):
@@ -56,7 +58,7 @@ def read_value(kind: str, value: object) -> object:
         if None not in numbers:
             return numbers
     expected = " or ".join(EXPECTED[name] for name in kinds)
-    raise ValueError(f"is {value!r}; it must be {expected}{_hint(kinds, value)}")
+    raise UsageError(f"is {value!r}; it must be {expected}{_hint(kinds, value)}")
 
 
 def _is(kind: str, value: object) -> bool:

@@ -4,6 +4,7 @@ The check of a plan obeys them, and a run before it starts: MindSpore would end 
 without a sentence.
 """
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 
 _LEVELS = ("level1", "level2", "level3")
@@ -16,7 +17,7 @@ def check_parallel_sections(settings: dict) -> None:
         settings: the YAML.
 
     Raises:
-        ValueError: with the values.
+        UsageError: with the values.
     """
     checks = [(_check_copies, settings.get("micro_batch_interleave_num"))]
     parallel = (settings.get("parallel") or {}) if settings.get("use_parallel") else {}
@@ -30,7 +31,7 @@ def check_parallel_sections(settings: dict) -> None:
 def _check_copies(copies) -> None:
     if copies in (None, 1) and copies is not True:
         return
-    raise ValueError(
+    raise UsageError(
         f"micro_batch_interleave_num is {copies!r}; MindSpore's MicroBatchInterleaved adds up the copies' "
         "losses and gradients instead of averaging them, so that a run would not train as with 1. Set it to "
         "1, and model_config.fine_grain_interleave: 2 to have copies of the tokens overlap."
@@ -41,7 +42,7 @@ def _check_pipeline(section: dict) -> None:
     name = "parallel.pipeline_config"
     for key in ("pipeline_interleave", "pipeline_scheduler"):
         if key not in section:
-            raise ValueError(
+            raise UsageError(
                 f"{name} is {section}, without {key}; MindSpore asks for both keys. Add it, as in "
                 "{pipeline_interleave: True, pipeline_scheduler: 1f1b}, or leave the section out."
             )
@@ -52,12 +53,12 @@ def _check_optimizer(section: dict) -> None:
     name = "parallel.parallel_optimizer_config"
     level = section.get("optimizer_level", _LEVELS[0])
     if level not in _LEVELS:
-        raise ValueError(f"{name}.optimizer_level is {level!r}; it must be one of {', '.join(_LEVELS)}.")
+        raise UsageError(f"{name}.optimizer_level is {level!r}; it must be one of {', '.join(_LEVELS)}.")
     if "gradient_accumulation_shard" in section:
         shard = section["gradient_accumulation_shard"]
         _check_bool(f"{name}.gradient_accumulation_shard", shard)
         if "optimizer_level" in section and level != "level2":
-            raise ValueError(
+            raise UsageError(
                 f"{name} has optimizer_level {level} and gradient_accumulation_shard {shard}; MindSpore "
                 "takes the latter beside level2 only. Remove gradient_accumulation_shard."
             )
@@ -68,11 +69,11 @@ def _check_optimizer(section: dict) -> None:
         value = section.get(key, least)
         if isinstance(value, bool) or not isinstance(value, int) or (value < least and value not in others):
             also = f", or {others[0]} for all" if others else ""
-            raise ValueError(
+            raise UsageError(
                 f"{name}.{key} is {value!r}; it must be a whole number of at least {least}{also}."
             )
 
 
 def _check_bool(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be True or False.")
+        raise UsageError(f"{name} is {value!r}; it must be True or False.")

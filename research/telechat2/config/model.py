@@ -8,6 +8,7 @@ import difflib
 import logging
 import math
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 from research.telechat2.config.rope import check_extension, complete_extension
 from research.telechat2.config.sampling import check_sampling
@@ -77,17 +78,17 @@ def library_keys(extra: dict, known: dict) -> dict:
     """``extra`` without keys that are not the model's; a key without effect is named in a warning.
 
     Raises:
-        ValueError: nobody knows a key, or a key without effect asks for what this model does not do.
+        UsageError: nobody knows a key, or a key without effect asks for what this model does not do.
     """
     for key, value in extra.items():
         if key in DEAD_KEYS:
             reason, harmless = DEAD_KEYS[key]
             if harmless is not None and value not in harmless:
-                raise ValueError(f"model_config has {key!r}: {value!r}, but {reason}. Remove it.")
+                raise UsageError(f"model_config has {key!r}: {value!r}, but {reason}. Remove it.")
             logger.warning("model_config.%s has no effect: %s.", key, reason)
             continue
         if key in OTHERS_KEYS:
-            raise ValueError(
+            raise UsageError(
                 f"model_config has the key {key!r}, which this model does not have: {OTHERS_KEYS[key]}. "
                 f"Remove {key}."
             )
@@ -99,15 +100,15 @@ def library_keys(extra: dict, known: dict) -> dict:
                 if nearest
                 else f"; known keys are {', '.join(sorted(known))}."
             )
-            raise ValueError(f"model_config has the key {key!r}, which TelechatConfig does not know{hint}")
+            raise UsageError(f"model_config has the key {key!r}, which TelechatConfig does not know{hint}")
     left = ("model_type", *TRAINER_KEYS, *DEAD_KEYS)
     return {key: value for key, value in extra.items() if key not in left}
 
 
 def dtype_name(name: str, value) -> str:
-    """``value`` as one of DTYPES, for the field ``name``; raises ValueError if it is none."""
+    """``value`` as one of DTYPES, for the field ``name``; raises UsageError if it is none."""
     if str(value).lower() not in DTYPES:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
     return str(value).lower()
 
 
@@ -133,7 +134,7 @@ def check_fields(config, *further: tuple) -> None:
     ``further``: checks that need sound sizes, as of check_all; their errors are raised with these.
 
     Raises:
-        ValueError: with the values.
+        UsageError: with the values.
     """
     check_all((_check_booleans, config), (_check_sizes, config), (_check_reals, config))
     check_all((_check_choices, config), (_check_rest, config), *further)
@@ -146,7 +147,7 @@ def _check_booleans(config) -> None:
         "use_flash_attention", "do_sample", "disable_lazy_inline",
     ):  # fmt: skip
         if not isinstance(getattr(config, name), bool):
-            raise ValueError(
+            raise UsageError(
                 f"{name} is {getattr(config, name)!r}; it must be True or False, without quotes."
             )
 
@@ -159,24 +160,24 @@ def _check_sizes(config) -> None:
     ):  # fmt: skip
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+            raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if config.hidden_size % config.num_heads:
-        raise ValueError(
+        raise UsageError(
             f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}; "
             "every head needs the same whole number of channels."
         )
     head_dim = config.hidden_size // config.num_heads
     if head_dim % 2:
-        raise ValueError(
+        raise UsageError(
             f"head_dim (hidden_size / num_heads) is {head_dim}; rotary embedding needs an even one."
         )
     if config.num_heads % config.n_kv_heads:
-        raise ValueError(
+        raise UsageError(
             f"num_heads {config.num_heads} is not divisible by n_kv_heads {config.n_kv_heads}; "
             "every key/value head serves the same number of query heads."
         )
     if config.use_past and config.seq_length % config.block_size:
-        raise ValueError(
+        raise UsageError(
             f"seq_length {config.seq_length} is not divisible by block_size {config.block_size}, "
             "so its last tokens would have no block in the paged cache; change one of them."
         )
@@ -187,15 +188,15 @@ def _check_reals(config) -> None:
         value = getattr(config, name)
         number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
         if not (number > 0 or (number == 0 and least == "0 or more")) or math.isinf(number):
-            raise ValueError(f"{name} is {value!r}; it must be a number {least}.")
+            raise UsageError(f"{name} is {value!r}; it must be a number {least}.")
 
 
 def _check_prefill_chunk(config) -> None:
     chunk = config.prefill_chunk
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0:
-        raise ValueError(f"prefill_chunk is {chunk!r}; it must be a number of tokens, or 0 for no chunks.")
+        raise UsageError(f"prefill_chunk is {chunk!r}; it must be a number of tokens, or 0 for no chunks.")
     if chunk and not (config.use_past and config.is_dynamic):
-        raise ValueError(
+        raise UsageError(
             f"prefill_chunk is {chunk}, but use_past is {config.use_past} and is_dynamic is "
             f"{config.is_dynamic}; prompts are read in pieces with both alone. Set both to True, or "
             "prefill_chunk to 0."
@@ -207,18 +208,18 @@ def _check_choices(config) -> None:
     check_extension(config)
     check_sampling(vars(config))
     if config.attention_dropout_prob != 0.0:
-        raise ValueError(
+        raise UsageError(
             f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
             "without dropout (every TeleChat2 model was trained with 0.0). Set it to 0.0."
         )
     if any(not 0 <= token < config.vocab_size for token in config.document_start_ids):
-        raise ValueError(
+        raise UsageError(
             f"document_start_ids is {config.document_start_ids}; ids lie between 0 and vocab_size - 1 = "
             f"{config.vocab_size - 1}."
         )
     for name in ("embed_dropout_prob", "hidden_dropout_prob"):
         if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")
+            raise UsageError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")
     if config.use_past and config.batch_size * config.seq_length > config.block_size * config.num_blocks:
         logger.warning(
             "The paged cache holds %d tokens, fewer than batch_size * seq_length = %d: long batches run out.",
@@ -230,13 +231,13 @@ def _check_choices(config) -> None:
 def _check_rest(config) -> None:
     """Refuse what this version would have to ignore."""
     if config.moe and config.hidden_dropout_prob:
-        raise ValueError(
+        raise UsageError(
             f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "
             "set it to 0.0."
         )
     for name in ("quantization_config", "quantization", "parallel_decoding_params", "pet_config"):
         if getattr(config, name, None):
-            raise ValueError(f"model_config has {name}, which this version does not support; remove it.")
+            raise UsageError(f"model_config has {name}, which this version does not support; remove it.")
 
 
 def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:

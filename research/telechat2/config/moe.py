@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
 
+from research.telechat2.common.errors import UsageError
+
 # MindFormers' defaults of keys that are looked at; a test compares them.
 DEFAULTS = {
     "expert_num": 1, "num_experts_chosen": 1, "capacity_factor": 1.1, "enable_sdrop": False,
@@ -76,7 +78,7 @@ class MoESettings:
         """From MindFormers' object of the section, or a plain_section; None of one expert: a dense model.
 
         Raises:
-            ValueError: for a value that asks for what the model does not have.
+            UsageError: for a value that asks for what the model does not have.
         """
         if section.expert_num == 1:
             return None
@@ -100,23 +102,23 @@ def plain_section(section: dict) -> SimpleNamespace:
     """The section as a YAML has it, with MindFormers' defaults and checked by its rules.
 
     Raises:
-        ValueError: MindFormers would refuse it.
+        UsageError: MindFormers would refuse it.
     """
     values = DEFAULTS | section
     for key, least in {"expert_num": 1, "num_experts_chosen": 1, **_COUNTS}.items():
         value = values.get(key, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"moe_config.{key} is {value!r}; it must be a whole number of at least {least}.")
+            raise UsageError(f"moe_config.{key} is {value!r}; it must be a whole number of at least {least}.")
     for key in ("num_experts_chosen", "hot_expert_num"):
         if values.get(key, 0) > values["expert_num"]:
-            raise ValueError(
+            raise UsageError(
                 f"moe_config.{key} is {values[key]}, but there are {values['expert_num']} experts "
                 "(expert_num); choose no more."
             )
     if not isinstance(values["ep_extend_tp"], bool):
-        raise ValueError(f"moe_config.ep_extend_tp is {values['ep_extend_tp']!r}; it must be True or False.")
+        raise UsageError(f"moe_config.ep_extend_tp is {values['ep_extend_tp']!r}; it must be True or False.")
     if not 0 < _number("cold_token_percent", values.get("cold_token_percent", 1.0)) <= 1:
-        raise ValueError(
+        raise UsageError(
             f"moe_config.cold_token_percent is {values['cold_token_percent']}; it must be above 0 and at "
             "most 1. Leave the key out."
         )
@@ -124,30 +126,30 @@ def plain_section(section: dict) -> SimpleNamespace:
 
 
 def _refuse_others(section, intermediate_size: int) -> None:
-    """Raise ValueError for what TeleChat2's mixture of experts is not."""
+    """Raise UsageError for what TeleChat2's mixture of experts is not."""
     for key, fixed in _FIXED.items():
         if getattr(section, key, fixed) != fixed:
-            raise ValueError(
+            raise UsageError(
                 f"moe_config.{key} is {getattr(section, key)!r}; TeleChat2's mixture of experts has "
                 f"{key}: {fixed} only. Set it so, or leave the key out."
             )
     for key, advice in _ADVICE.items():
         if getattr(section, key, DEFAULTS[key]) != DEFAULTS[key]:
-            raise ValueError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
+            raise UsageError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
     if not isinstance(section.enable_sdrop, bool):
-        raise ValueError(f"moe_config.enable_sdrop is {section.enable_sdrop!r}; it must be True or False.")
+        raise UsageError(f"moe_config.enable_sdrop is {section.enable_sdrop!r}; it must be True or False.")
     if section.first_k_dense_replace not in (True, False):
-        raise ValueError(
+        raise UsageError(
             f"moe_config.first_k_dense_replace is {section.first_k_dense_replace}, but every layer of "
             "TeleChat2 is a mixture of experts; leave the key out."
         )
     if section.moe_intermediate_size not in (DEFAULTS["moe_intermediate_size"], intermediate_size):
-        raise ValueError(
+        raise UsageError(
             f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
             f"expert is intermediate_size, {intermediate_size}; leave the first one out."
         )
     if str(section.router_dense_type).lower() not in ("float32", "none"):
-        raise ValueError(
+        raise UsageError(
             f"moe_config.router_dense_type is {section.router_dense_type}; the router is computed in "
             "float32. Set it so, or leave the key out."
         )
@@ -157,13 +159,13 @@ def _balance_factor(section) -> float:
     types, factors = section.aux_loss_types or [], section.aux_loss_factors or []
     listed = isinstance(types, list) and isinstance(factors, list) and len(types) == len(factors)
     if not listed or types not in ([], ["expert"]):
-        raise ValueError(
+        raise UsageError(
             f"moe_config.aux_loss_types is {types} and aux_loss_factors {factors}; TeleChat2 has the one "
             "auxiliary loss 'expert', with one factor: ['expert'] and [0.01] for the published model."
         )
     factor = _number("aux_loss_factors", factors[0]) if factors else 0.0
     if factor < 0:
-        raise ValueError(
+        raise UsageError(
             f"moe_config.aux_loss_factors is {factors}, which would reward uneven loads; use at least 0."
         )
     return factor
@@ -171,5 +173,5 @@ def _balance_factor(section) -> float:
 
 def _number(key: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"moe_config.{key} is {value!r}; it must be a finite number.")
+        raise UsageError(f"moe_config.{key} is {value!r}; it must be a finite number.")
     return float(value)

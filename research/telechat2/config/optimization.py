@@ -7,6 +7,7 @@ lengths of the warm-up one is not read.
 from collections.abc import Iterator
 from math import isfinite
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 
 _PEAKS = ("learning_rate", "base_lr")
@@ -29,7 +30,7 @@ def check_optimization(settings: dict) -> None:
         settings: of a YAML with its overrides; sections may be absent.
 
     Raises:
-        ValueError: with the setting, its value, and what it must be.
+        UsageError: with the setting, its value, and what it must be.
     """
     _check_stated_rate(settings)
     scaled = bool(settings.get("lr_scale"))
@@ -56,13 +57,13 @@ def check_run_numbers(settings: dict) -> None:
     """Check the numbers that evaluations have too: of ``runner_config``, records, and the seed.
 
     Raises:
-        ValueError: with the setting, its value, and what it must be.
+        UsageError: with the setting, its value, and what it must be.
     """
     runner = _section(settings, "runner_config")
     for key in ("epochs", "batch_size", "gradient_accumulation_steps"):
         _count(f"runner_config.{key}", runner.get(key))
     if (epochs := runner.get("epochs")) is not None and epochs > MOST_EPOCHS:
-        raise ValueError(
+        raise UsageError(
             f"runner_config.epochs is {epochs:,}; MindSpore counts to {MOST_EPOCHS:,}. Lower it."
         )
     if runner.get("sink_size") != -1:  # all steps of an epoch
@@ -74,9 +75,9 @@ def check_run_numbers(settings: dict) -> None:
 
 
 def check_seed(seed, name: str = "seed") -> None:
-    """ValueError if ``seed``, called ``name``, is none that NumPy takes; None is none given."""
+    """UsageError if ``seed``, called ``name``, is none that NumPy takes; None is none given."""
     if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
-        raise ValueError(f"{name} is {seed!r}; it must be a whole number from 0 to {2**32 - 1}.")
+        raise UsageError(f"{name} is {seed!r}; it must be a whole number from 0 to {2**32 - 1}.")
 
 
 def check_schedule_length(settings: dict, steps: int) -> list[str]:
@@ -90,7 +91,7 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
         What is legal and rarely meant; sentences.
 
     Raises:
-        ValueError: the rate of the first step would be NaN.
+        UsageError: the rate of the first step would be NaN.
     """
     notes = []
     for name, schedule in _schedules(settings):
@@ -100,7 +101,7 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
         if (ratio := schedule.get("warmup_ratio")) is not None:
             warmup = int(total * ratio)
         if schedule.get("type") == "WarmUpStableDecayLR" and warmup == 0:
-            raise ValueError(
+            raise UsageError(
                 f"{name}: WarmUpStableDecayLR of MindFormers 1.9 divides by 0 in a first step without "
                 f"warm-up (warmup_steps {schedule.get('warmup_steps')}, warmup_ratio {ratio} of {total} "
                 f"steps); give --{name}.warmup_ratio null --{name}.warmup_steps 1 or more."
@@ -158,14 +159,14 @@ def _check_stated_rate(settings: dict) -> None:
         if _peak(schedule)[1] is None and not unknown:
             rate = given if _is_rate(given) else "RATE"
             instead = "" if schedule else f" (MindFormers would take a cosine from {_TEMPLATE_RATE})"
-            raise ValueError(
+            raise UsageError(
                 f"{name}.learning_rate is not stated{instead}; give --{name}.learning_rate {rate}. A "
                 "learning_rate of the section optimizer is not read."
             )
     for name, schedule in schedules[:1]:
         key, peak = _peak(schedule)
         if given is not None and peak is not None and given != peak:
-            raise ValueError(
+            raise UsageError(
                 f"optimizer.learning_rate is {given} and {name}.{key} is {peak}, which MindFormers takes "
                 f"instead; give --{name}.{key} {given if _is_rate(given) else 'RATE'}, or leave "
                 "optimizer.learning_rate out (null)."
@@ -182,7 +183,7 @@ def _check_rates(name: str, schedule: dict, scaled: bool) -> None:
     _number(f"{name}.num_cycles", schedule.get("num_cycles"), "above 0", lambda value: value > 0)
     rates = [schedule.get(key) for key in _PEAKS]
     if None not in rates and rates[0] != rates[1]:
-        raise ValueError(
+        raise UsageError(
             f"{name} has learning_rate {rates[0]} and base_lr {rates[1]}, which alone is read; give "
             f"--{name}.base_lr, and --{name}.learning_rate null."
         )
@@ -193,7 +194,7 @@ def _check_rates(name: str, schedule: dict, scaled: bool) -> None:
         value = schedule.get(key)
         if value is not None and value > peak:
             course = "falls to the learning rate in the warm-up" if key == "warmup_lr_init" else "climbs"
-            raise ValueError(
+            raise UsageError(
                 f"{name}.{key} is {value}, which is above {peak_name} {peak}, so the rate {course}; give "
                 f"--{name}.{key} {peak / 10:.4g} or another value up to {peak}, or raise {peak_name}."
             )
@@ -204,23 +205,23 @@ def _check_lengths(name: str, schedule: dict) -> None:
         steps, ratio = f"{phase}_steps", f"{phase}_ratio"
         length, share = schedule.get(steps), schedule.get(ratio)
         if length is not None and not (_whole(length) and length >= 0):
-            raise ValueError(f"{name}.{steps} is {length!r}; it must be a whole number, 0 or more.")
+            raise UsageError(f"{name}.{steps} is {length!r}; it must be a whole number, 0 or more.")
         _number(f"{name}.{ratio}", share, "from 0 to 1", lambda value: 0 <= value <= 1)
         if length is not None and share is not None and (length or share):
-            raise ValueError(
+            raise UsageError(
                 f"{name} has {steps} {length} and {ratio} {share}, and MindFormers reads the ratio alone; "
                 f"give one of the two: --{name}.{ratio} null to take the steps, --{name}.{steps} null to "
                 "take the ratio."
             )
     if epochs := schedule.get("warmup_epochs"):
-        raise ValueError(
+        raise UsageError(
             f"{name}.warmup_epochs is {epochs!r}, which MindFormers 1.9 reads and then replaces by "
             "warmup_ratio; give warmup_steps or warmup_ratio."
         )
     total = schedule.get("total_steps")
     whole = _whole(total) or (isinstance(total, float) and total.is_integer())
     if total not in (None, -1) and not (whole and total >= 1):
-        raise ValueError(
+        raise UsageError(
             f"{name}.total_steps is {total!r}; it must be -1, for all steps of the run, or at least 1."
         )
 
@@ -229,7 +230,7 @@ def _check_optimizer(optimizer: dict) -> None:
     betas = optimizer.get("betas")
     if betas is not None:
         if not (isinstance(betas, (list, tuple)) and len(betas) == 2):
-            raise ValueError(f"optimizer.betas is {betas!r}; it must be two numbers, such as [0.9, 0.95].")
+            raise UsageError(f"optimizer.betas is {betas!r}; it must be two numbers, such as [0.9, 0.95].")
         for index, beta in enumerate(betas):
             _number(f"optimizer.betas[{index}]", beta, "between 0 and 1", lambda value: 0 < value < 1)
     eps = optimizer.get("eps")
@@ -250,7 +251,7 @@ def _whole(value) -> bool:
 
 def _count(name: str, value) -> None:
     if value is not None and not (_whole(value) and value >= 1):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def _positive(name: str, value) -> None:
@@ -262,6 +263,6 @@ def _number(name: str, value, expected: str, holds) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a number {expected}.")
+        raise UsageError(f"{name} is {value!r}; it must be a number {expected}.")
     if not holds(value):
-        raise ValueError(f"{name} is {value!r}; it must be {expected}.")
+        raise UsageError(f"{name} is {value!r}; it must be {expected}.")

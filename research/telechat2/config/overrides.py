@@ -7,6 +7,7 @@ import re
 
 import yaml
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.places import is_setting, settings_like
 
 
@@ -94,18 +95,18 @@ def parse_overrides(words: list[str]) -> dict[str, object]:
     """Read ``--a.b.c value`` and ``--a.b.c=value`` pairs into ``{"a.b.c": value}``.
 
     Raises:
-        ValueError: a value without a key, or a key without a value.
+        UsageError: a value without a key, or a key without a value.
     """
     overrides: dict[str, object] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"unexpected argument {word!r}: a setting is given as --section.key value.")
+            raise UsageError(f"unexpected argument {word!r}: a setting is given as --section.key value.")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{key} is given without a value; expected --{key} VALUE.")
+                raise UsageError(f"--{key} is given without a value; expected --{key} VALUE.")
             text = rest.pop(0)
         overrides[key] = parse_value(text)
     return overrides
@@ -115,13 +116,13 @@ def parse_options(words: list[str]) -> dict[str, object]:
     """Read the ``key=value`` words of ``--options``; ``a,b`` is a list.
 
     Raises:
-        ValueError: a word without ``=``.
+        UsageError: a word without ``=``.
     """
     options: dict[str, object] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"--options {word}: expected key=value.")
+            raise UsageError(f"--options {word}: expected key=value.")
         options[key] = (
             [parse_value(part) for part in text.split(",")] if _is_bare_list(text) else parse_value(text)
         )
@@ -145,13 +146,13 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
             sections inside, by their dotted names.
 
     Raises:
-        ValueError: a section or top-level key that neither the config nor MindFormers knows.
+        UsageError: a section or top-level key that neither the config nor MindFormers knows.
     """
     for key, value in overrides.items():
         *sections, last = key.split(".")
         if not sections and last not in config and last not in template[""]:
             known = sorted({*config, *template[""]})
-            raise ValueError(
+            raise UsageError(
                 f"{key} is neither an argument nor a key of the config. {_instead(key, last, known)}"
             )
         target, known_section = config, template
@@ -162,14 +163,14 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})
                 hint = _instead(key, section, known)
-                raise ValueError(f"{key}: the config has no section `{path}`. {hint}")
+                raise UsageError(f"{key}: the config has no section `{path}`. {hint}")
             target[section] = {} if target[section] is None else target[section]
             target, known_section = target[section], None
             if not isinstance(target, dict):
                 kind = (
                     "a list; change it in the YAML" if isinstance(target, list) else f"the value {target!r}"
                 )
-                raise ValueError(f"{key}: `{path}` is no section but {kind}.")
+                raise UsageError(f"{key}: `{path}` is no section but {kind}.")
         target[last] = value
 
 

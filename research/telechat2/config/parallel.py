@@ -1,5 +1,6 @@
 """What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 from research.telechat2.config.pipeline import partition_of
 from research.telechat2.config.rank_groups import check_groups
@@ -19,7 +20,7 @@ def check_plan(config) -> None:
     """Refuse a plan that cannot be, and what this model would have to ignore.
 
     Raises:
-        ValueError: sizes that do not divide, an impossible pipeline, or an option without effect.
+        UsageError: sizes that do not divide, an impossible pipeline, or an option without effect.
     """
     section = config.parallel_config
     check_all(
@@ -37,7 +38,7 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
     """Refuse to share one graph out to ``devices`` where plan or context do not fit.
 
     Raises:
-        ValueError: another number of devices than the plan's or MindSpore's, groups of ranks that nodes do
+        UsageError: another number of devices than the plan's or MindSpore's, groups of ranks that nodes do
             not have, gradients that would be averaged twice, or attention that cannot be split.
     """
     section = config.parallel_config
@@ -47,9 +48,9 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
         if section.context_parallel == 1:
             names.remove("context_parallel")
         factors = " times ".join(f"{name} {getattr(section, name)}" for name in names)
-        raise ValueError(f"{factors} is {product}, but {devices} devices take part; make them equal.")
+        raise UsageError(f"{factors} is {product}, but {devices} devices take part; make them equal.")
     if devices % 8 and devices not in (1, 2, 4):
-        raise ValueError(
+        raise UsageError(
             f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
             "Ascend's devices; choose data_parallel, model_parallel and pipeline_stage so."
         )
@@ -57,12 +58,12 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
     gather = section.context_parallel // exchange
     check_groups(section.data_parallel, section.model_parallel, section.pipeline_stage, gather, exchange)
     if gradients_mean:
-        raise ValueError(
+        raise UsageError(
             "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
             "more by the number of devices; set it to False."
         )
     if not config.use_flash_attention:
-        raise ValueError(
+        raise UsageError(
             "use_flash_attention is False, but only the fused attention is split over devices; set "
             "model_config.use_flash_attention: True, or use_parallel: False."
         )
@@ -90,11 +91,11 @@ def check_exchange(config, enable_alltoall: bool) -> None:
     """Refuse to gather what is to be exchanged.
 
     Raises:
-        ValueError: MindSpore's context forbids the exchange that the plan asks for.
+        UsageError: MindSpore's context forbids the exchange that the plan asks for.
     """
     exchange = exchange_of(config.parallel_config)
     if exchange > 1 and not enable_alltoall:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.context_parallel_algo {_algorithm(config.parallel_config)} has {exchange} "
             "devices exchange heads for tokens, but parallel.enable_alltoall is False, with which MindSpore "
             "would gather all of them; set it to True."
@@ -112,33 +113,33 @@ def _check_context_parallel(config, section) -> None:
         return
     name = f"parallel_config.context_parallel {context}"
     if algorithm not in ("colossalai_cp", "ulysses_cp", "hybrid_cp"):
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.context_parallel_algo is {algorithm!r}; it must be colossalai_cp, ulysses_cp "
             "or hybrid_cp."
         )
     if degree > 1 and algorithm != "hybrid_cp":
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
             "not read it; set context_parallel_algo: hybrid_cp, or remove it."
         )
     if degree < 1 or context % degree:
-        raise ValueError(f"{name} is not divisible by ulysses_degree_in_cp {degree}; change one of them.")
+        raise UsageError(f"{name} is not divisible by ulysses_degree_in_cp {degree}; change one of them.")
     if config.seq_length % context:
-        raise ValueError(f"seq_length {config.seq_length} is not divisible by {name}; change one of them.")
+        raise UsageError(f"seq_length {config.seq_length} is not divisible by {name}; change one of them.")
     if config.batch_size > 1:
-        raise ValueError(
+        raise UsageError(
             f"batch_size is {config.batch_size} and {name}; the tokens of one sequence are split, not of "
             "several. Set batch_size to 1, and gradient_accumulation_steps or micro_batch_num higher."
         )
     if config.moe:
-        raise ValueError(
+        raise UsageError(
             f"{name}, but the model has experts, which take whole sequences only; set context_parallel to "
             "1, and split heads by model_parallel."
         )
     owners = section.model_parallel * exchange_of(section)
     for heads in ("num_heads", "n_kv_heads"):
         if getattr(config, heads) % owners:
-            raise ValueError(
+            raise UsageError(
                 f"{heads} {getattr(config, heads)} is not divisible by {owners} (model_parallel "
                 f"{section.model_parallel} times {exchange_of(section)} devices that exchange heads, see "
                 "context_parallel_algo); let fewer exchange by hybrid_cp and ulysses_degree_in_cp, or none "
@@ -148,21 +149,21 @@ def _check_context_parallel(config, section) -> None:
 
 def _check_unsupported(config, section) -> None:
     if section.seq_split_num > 1:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.seq_split_num is {section.seq_split_num}; this model has no sequence pipeline. "
             "Set it to 1."
         )
     if section.swap.swap:
-        raise ValueError(
+        raise UsageError(
             "swap_config.swap is True; this version does not move activations to the host. Set it to False."
         )
     if section.optimizer_shard is not None:
-        raise ValueError(
+        raise UsageError(
             "parallel_config.optimizer_shard has no effect in MindFormers any more; "
             "remove it, and set parallel.enable_parallel_optimizer."
         )
     if config.use_past and section.pipeline_stage * section.context_parallel > 1:
-        raise ValueError(
+        raise UsageError(
             f"use_past is True, and parallel_config asks for context_parallel {section.context_parallel} and "
             f"pipeline_stage {section.pipeline_stage}; prediction with a cache shares a model out by "
             "model_parallel only. Set them to 1."
@@ -179,7 +180,7 @@ def _check_model_parallel(config, section) -> None:
     for name in sizes:
         if getattr(config, name) % mp:
             advice = ", or set vocab_emb_dp: True" if name == "vocab_size" else ""
-            raise ValueError(
+            raise UsageError(
                 f"{name} {getattr(config, name)} is not divisible by parallel_config.model_parallel {mp}; "
                 f"change one of them{advice}."
             )
@@ -187,7 +188,7 @@ def _check_model_parallel(config, section) -> None:
     context = section.context_parallel
     if section.use_seq_parallel and tokens % (mp * context):
         by = f"{mp}" if context == 1 else f"{mp} times context_parallel {context}"
-        raise ValueError(
+        raise UsageError(
             f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
             f"parallel_config.model_parallel {by}, as use_seq_parallel needs; change one of them, or set "
             "use_seq_parallel: False."
@@ -198,11 +199,11 @@ def check_whole(config) -> None:
     """Refuse to build a model on one device that its config shares out for prediction, or joins rows of.
 
     Raises:
-        ValueError: ``model_parallel`` or ``qkv_concat`` ask for ParallelTelechatForCausalLM.
+        UsageError: ``model_parallel`` or ``qkv_concat`` ask for ParallelTelechatForCausalLM.
     """
     mp = config.parallel_config.model_parallel
     if config.qkv_concat or (config.use_past and mp > 1):
-        raise ValueError(
+        raise UsageError(
             f"qkv_concat is {config.qkv_concat}, use_past {config.use_past} and "
             f"parallel_config.model_parallel {mp}, but TelechatForCausalLM keeps its rows apart and predicts "
             "with a cache on one device; set model.arch.type: ParallelTelechatForCausalLM, or qkv_concat: "
@@ -213,19 +214,19 @@ def check_whole(config) -> None:
 def _check_prediction(config, section) -> None:
     """Refuse what prediction with a cache would have to ignore: tensor parallelism is all there is."""
     if section.expert_parallel > 1:
-        raise ValueError(
+        raise UsageError(
             f"use_past is True and parallel_config.expert_parallel {section.expert_parallel}; in prediction "
             "the devices share every expert's width, by model_parallel. Set expert_parallel to 1."
         )
     if section.model_parallel == 1:
         return
     if section.use_seq_parallel:
-        raise ValueError(
+        raise UsageError(
             "use_past is True and parallel_config.use_seq_parallel too, but a step of prediction is not "
             "split by tokens; set use_seq_parallel: False."
         )
     if section.vocab_emb_dp:
-        raise ValueError(
+        raise UsageError(
             f"use_past is True, parallel_config.model_parallel {section.model_parallel} and vocab_emb_dp "
             "True (as if not set), but prediction shares the vocabulary out; set vocab_emb_dp: False."
         )
@@ -235,31 +236,31 @@ def _check_experts(config, section) -> None:
     mp, ep, dp = section.model_parallel, section.expert_parallel, section.data_parallel
     if not config.moe:
         if ep > 1:
-            raise ValueError(
+            raise UsageError(
                 f"parallel_config.expert_parallel is {ep}, but the model has no experts; set it to 1."
             )
         return
     if dp % ep:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.data_parallel {dp} is not divisible by expert_parallel {ep}: data-parallel "
             "ranks share the experts out. Change one of them."
         )
     extend = config.moe.ep_extend_tp and mp > 1
     if extend and not section.use_seq_parallel:
-        raise ValueError(
+        raise UsageError(
             f"moe_config.ep_extend_tp is True, model_parallel {mp} and use_seq_parallel False: tensor-"
             "parallel ranks with the same tokens cannot send them to experts of their own. Set "
             "use_seq_parallel: True, or ep_extend_tp: False."
         )
     if mp > 1 and not extend and config.moe.capacity_factor <= 0:
-        raise ValueError(
+        raise UsageError(
             f"moe_config.capacity_factor is {config.moe.capacity_factor} and model_parallel {mp} splits the "
             "experts' width, but experts without capacity lie whole on their devices. Set ep_extend_tp: True "
             "with use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
         )
     owners = ep * mp if extend else ep
     if config.moe.num_experts % owners:
-        raise ValueError(
+        raise UsageError(
             f"moe_config.expert_num {config.moe.num_experts} is not divisible by the {owners} devices that "
             f"share the experts (expert_parallel {ep}{f' times model_parallel {mp}' if extend else ''}); "
             "change one of them."
@@ -277,25 +278,25 @@ def copies_of(config) -> int:
 
 def _check_interleave(config, section) -> None:
     if config.moe and config.fine_grain_interleave > 1:
-        raise ValueError(
+        raise UsageError(
             f"fine_grain_interleave is {config.fine_grain_interleave}, but layers with experts are not "
             "computed in copies: their capacity and load are those of all tokens. Set it to 1."
         )
     copies = copies_of(config)
     if copies > 1 and section.context_parallel > 1:
-        raise ValueError(
+        raise UsageError(
             f"fine_grain_interleave is {copies} and parallel_config.context_parallel "
             f"{section.context_parallel}; only whole sequences are computed in copies. Set one of them to 1."
         )
     if copies > 2:
-        raise ValueError(
+        raise UsageError(
             f"fine_grain_interleave is {copies}, but MindSpore only has two copies take turns; set it to 2, "
             "or to 1 for plain layers."
         )
     tokens = config.batch_size * config.seq_length
     parts = copies * (section.model_parallel if section.use_seq_parallel else 1)
     if copies > 1 and tokens % parts:
-        raise ValueError(
+        raise UsageError(
             f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
             f"{parts} (fine_grain_interleave {copies} times the {parts // copies} devices that share the "
             "tokens); change one of them, or set fine_grain_interleave to 1."
@@ -305,7 +306,7 @@ def _check_interleave(config, section) -> None:
 def _check_pipeline(config, section) -> None:
     stages, chunks = section.pipeline_stage, config.pp_interleave_num
     if chunks > 1 and stages == 1:
-        raise ValueError(
+        raise UsageError(
             f"pp_interleave_num is {chunks}, but parallel_config.pipeline_stage is 1; virtual chunks need a "
             "pipeline. Set pp_interleave_num to 1."
         )
@@ -313,17 +314,17 @@ def _check_pipeline(config, section) -> None:
     if stages == 1:
         return
     if chunks > 1 and config.disable_lazy_inline:
-        raise ValueError(
+        raise UsageError(
             f"disable_lazy_inline is True, but pp_interleave_num {chunks} needs a model that is compiled "
             "once for all micro-batches; remove it."
         )
     if section.micro_batch_num < stages:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.micro_batch_num is {section.micro_batch_num}, less than pipeline_stage {stages}"
             "; a pipeline needs at least as many micro-batches as stages."
         )
     if config.tie_word_embeddings:
-        raise ValueError(
+        raise UsageError(
             f"tie_word_embeddings is True, and parallel_config.pipeline_stage {stages}: the embedding is on "
             "the first stage and the output projection on the last, so they cannot be one tensor. Set "
             "pipeline_stage to 1, or tie_word_embeddings to False."
@@ -333,10 +334,10 @@ def _check_pipeline(config, section) -> None:
 def _check_recompute(config, recompute) -> None:
     for name, advice in _WITHOUT_EFFECT.items():
         if getattr(recompute, name):
-            raise ValueError(f"recompute_config.{name} is set, but has no effect; {advice}.")
+            raise UsageError(f"recompute_config.{name} is set, but has no effect; {advice}.")
     tables = read_recompute(config)
     if config.moe and (selected := tables.selected.get(SELECTED)) and _reaches_beyond(selected, tables.whole):
-        raise ValueError(
+        raise UsageError(
             f"recompute_config.select_recompute is {recompute.select_recompute}, which chooses operators of "
             "the dense feed-forward block, but the layers have experts. Set it to False, and choose whole "
             "layers by recompute."

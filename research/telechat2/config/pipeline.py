@@ -6,6 +6,8 @@ activations pass through all stages once for each chunk. Tables here are ``[chun
 
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
+
 
 class Place(NamedTuple):
     """Where a layer is: its chunk and stage, and its number among the layers there."""
@@ -23,14 +25,14 @@ def partition(num_layers: int, stages: int, chunks: int, offset: int | list) -> 
             of them must add up to ``num_layers % (stages * chunks)``.
 
     Raises:
-        ValueError: ``offset`` has another shape or sum, or leaves a chunk without layers. The first and the
+        UsageError: ``offset`` has another shape or sum, or leaves a chunk without layers. The first and the
             last chunk may have none: they have the embedding and the output projection.
     """
     base, remainder = divmod(num_layers, stages * chunks)
     offsets = _table(offset, stages, chunks)
     total = sum(map(sum, offsets))
     if total != remainder:
-        raise ValueError(
+        raise UsageError(
             f"model_config.offset is {offset}, which adds {total} layers, but {num_layers} layers on "
             f"{stages} stages of {chunks} chunks are {base} each and {remainder} more; offset must add up to "
             f"{remainder}: {_example(remainder, stages, chunks)} for one."
@@ -38,7 +40,7 @@ def partition(num_layers: int, stages: int, chunks: int, offset: int | list) -> 
     counts = [[base + value for value in row] for row in offsets]
     flat = sum(counts, [])
     if any(count < 0 for count in flat) or any(count < 1 for count in flat[1:-1]):
-        raise ValueError(
+        raise UsageError(
             f"model_config.offset is {offset}, which gives the stages {_written(counts)} of the {num_layers} "
             "layers; all but the first and the last need at least one."
         )
@@ -65,20 +67,20 @@ def check_schedule(chunks: int, scheduler: str, interleaved: bool) -> None:
     """Refuse what ``parallel.pipeline_config`` says and this model cannot do.
 
     Raises:
-        ValueError: another schedule, or chunks and interleaving that do not fit.
+        UsageError: another schedule, or chunks and interleaving that do not fit.
     """
     if scheduler not in ("1f1b", "gpipe"):
-        raise ValueError(
+        raise UsageError(
             f"parallel.pipeline_config.pipeline_scheduler is {scheduler}, but this model has 1f1b, and gpipe "
             "for chunks; set it to 1f1b."
         )
     if (chunks > 1) != interleaved:
-        raise ValueError(
+        raise UsageError(
             f"model_config.pp_interleave_num is {chunks}, but parallel.pipeline_config.pipeline_interleave "
             f"is {interleaved}; it must be {chunks > 1}."
         )
     if scheduler == "gpipe" and chunks == 1:
-        raise ValueError(
+        raise UsageError(
             "parallel.pipeline_config.pipeline_scheduler is gpipe, which MindSpore has for chunks only, and "
             "model_config.pp_interleave_num is 1; set the scheduler to 1f1b."
         )
@@ -92,7 +94,7 @@ def _table(offset, stages: int, chunks: int) -> list[list[int]]:
     listed = isinstance(offset, list | tuple) and len(offset) == chunks
     if listed and all(_is_row(row, stages) for row in offset):
         return [list(row) for row in offset]
-    raise ValueError(
+    raise UsageError(
         f"model_config.offset is {offset!r}; it must be a whole number, a list of {stages} (pipeline_stage), "
         f"or {chunks} (pp_interleave_num) lists of {stages}."
     )

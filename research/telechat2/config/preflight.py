@@ -33,7 +33,7 @@ def check_settings(
         A note for each setting that has no effect.
 
     Raises:
-        ValueError: lists all settings that are to be changed; or no random numbers begin at the seed.
+        UsageError: lists all settings that are to be changed; or no random numbers begin at the seed.
     """
     notes, problems = leave_out(settings)
     problems += settle_classes(settings, register)

@@ -8,6 +8,8 @@ one half (0-3 or 4-7), two of a half, or two or four in pairs that are four apar
 
 from collections.abc import Iterator
 
+from research.telechat2.common.errors import UsageError
+
 _NODE = 8
 
 
@@ -19,11 +21,11 @@ def check_groups(dp: int, mp: int, stages: int, gather: int = 1, exchange: int =
         gather, exchange: factors of context parallel: see exchange_of.
 
     Raises:
-        ValueError: names the group and its ranks.
+        UsageError: names the group and its ranks.
     """
     for name, ranks in _groups(dp, mp, stages, gather, exchange):
         if not _is_possible(ranks):
-            raise ValueError(
+            raise UsageError(
                 f"{name} would communicate between the ranks {_listed(ranks)}, but MindSpore makes no such "
                 f"group on nodes of {_NODE} NPUs: its ranks must have the same places on every node, one, "
                 "two, four or eight of them. Choose powers of two, or other devices for each stage."

@@ -8,6 +8,7 @@ n of each stage and chunk (a list of lists).
 
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.pipeline import partition_of
 
 # What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
@@ -26,7 +27,7 @@ def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]
         counts: the layers of each chunk and stage.
 
     Raises:
-        ValueError: another type or shape, or more layers than there are.
+        UsageError: another type or shape, or more layers than there are.
     """
     chunks, stages = len(counts), len(counts[0])
     if isinstance(setting, bool):
@@ -42,7 +43,7 @@ def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]
             [_deal(name, row[stage], [have[stage]], stage)[0] for stage in range(stages)]
             for row, have in zip(setting, counts, strict=True)
         ]
-    raise ValueError(
+    raise UsageError(
         f"recompute_config.{name} is {setting!r}; it must be True, False, a list of {stages} numbers of "
         f"layers (one for each stage), or {chunks} such lists (one for each chunk)."
     )
@@ -57,7 +58,7 @@ def _deal(name: str, number, have: list[int], stage: int) -> list[int]:
     if isinstance(number, bool):
         return [count * number for count in have]
     if not 0 <= number <= sum(have):
-        raise ValueError(
+        raise UsageError(
             f"recompute_config.{name} asks for {number} layers of stage {stage}, which has {sum(have)}."
         )
     dealt = [0] * len(have)
@@ -80,7 +81,7 @@ def read_recompute(config) -> Recompute:
     """What a TelechatConfig asks for.
 
     Raises:
-        ValueError: see first_layers.
+        UsageError: see first_layers.
     """
     section, counts = config.parallel_config.recompute, partition_of(config)
     return Recompute(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.rope import spelled_method, trained_alpha
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model, written in its code and not in its config.json
@@ -45,7 +46,7 @@ def settle(stated: Mapping, said: Said | None, where: str) -> tuple[dict, list[s
         The values that ``stated`` lacks, and a line for each kind of thing that a user should know.
 
     Raises:
-        ValueError: both state a value, and differ; every such value is named.
+        UsageError: both state a value, and differ; every such value is named.
     """
     stated = {name: value for name, value in stated.items() if value is not None}
     if said is None:
@@ -53,7 +54,7 @@ def settle(stated: Mapping, said: Said | None, where: str) -> tuple[dict, list[s
     values = dict(said.values)
     notes = _keep_own_rotation(stated, values, said, where)
     if differing := _differing(stated, values, said):
-        raise ValueError(
+        raise UsageError(
             f"{where} and {said.file} state different values for one model:\n  "
             + "\n  ".join(differing)
             + f"\nTo use what {said.file} says, remove these lines from {where}. If it is wrong, correct it "

@@ -3,6 +3,8 @@
 Needs neither MindSpore nor MindFormers, as config/model.py, of which this is a part.
 """
 
+from research.telechat2.common.errors import UsageError
+
 EXTEND_METHODS = ("None", "PI", "linear", "NTK", "YARN", "DYNAMIC_NTK")
 _FACTOR_METHODS = ("PI", "linear", "NTK")
 _YARN_KEYS = (
@@ -55,24 +57,24 @@ def check_extension(config) -> None:
     """Refuse methods and factors that are none, and settings that the method would ignore.
 
     Raises:
-        ValueError: with the values.
+        UsageError: with the values.
     """
     method = config.extend_method
     if method not in EXTEND_METHODS:
-        raise ValueError(f"extend_method is {method!r}; it must be one of {', '.join(EXTEND_METHODS)}.")
+        raise UsageError(f"extend_method is {method!r}; it must be one of {', '.join(EXTEND_METHODS)}.")
     if method in _FACTOR_METHODS:
         stretch_factor(config)
     elif method == "YARN":
         yarn_settings(config)
     elif config.scaling_factor != 1.0:
-        raise ValueError(
+        raise UsageError(
             f"scaling_factor is {config.scaling_factor}, but extend_method is {method!r} and would ignore "
             "it; choose another extend_method or leave scaling_factor at 1.0."
         )
     if method == "None" and config.max_position_embedding < config.seq_length:
         trained = config.max_position_embedding
         name = "training_seqlen" if config.training_seqlen == trained else "max_position_embedding"
-        raise ValueError(
+        raise UsageError(
             f"seq_length {config.seq_length} exceeds {name} {trained}, the length the model was trained at; "
             "choose an extend_method, or change one of the two."
         )
@@ -83,7 +85,7 @@ def _check_dynamic(config) -> None:
     """The release's lengths, and the settings of DYNAMIC_NTK, which no other method reads."""
     dynamic = config.extend_method == "DYNAMIC_NTK"
     if config.extend_by_prompt and not dynamic:
-        raise ValueError(
+        raise UsageError(
             f"extend_by_prompt is {config.extend_by_prompt}, but extend_method is {config.extend_method!r}; "
             "only DYNAMIC_NTK reads it. Remove it, or choose that method."
         )
@@ -92,20 +94,20 @@ def _check_dynamic(config) -> None:
     for name in _LENGTHS:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+            raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if config.max_position_embedding != config.training_seqlen:
-        raise ValueError(
+        raise UsageError(
             f"max_position_embedding is {config.max_position_embedding} and training_seqlen "
             f"{config.training_seqlen}, but both are the length the model was trained at; remove one of them."
         )
     stretched = dynamic or config.training_seqlen > config.base_seqlen
     if stretched and config.hidden_size // config.num_heads < 4:
-        raise ValueError(
+        raise UsageError(
             f"head_dim is {config.hidden_size // config.num_heads}; DYNAMIC_NTK needs at least 4 "
             "(its base grows by a power of head_dim / (head_dim - 2))."
         )
     if dynamic and config.use_past and not config.is_dynamic:
-        raise ValueError(
+        raise UsageError(
             "is_dynamic is False, but MindFormers predicts with extend_method DYNAMIC_NTK only where it is "
             "True; set is_dynamic: True."
         )
@@ -115,13 +117,13 @@ def stretch_factor(config) -> float:
     """The factor of PI, linear and NTK: ``scaling_factor``, a number or ``{factor: number}``.
 
     Raises:
-        ValueError: it is neither, or less than 1.
+        UsageError: it is neither, or less than 1.
     """
     factor = config.scaling_factor
     if isinstance(factor, dict) and list(factor) == ["factor"]:
         factor = factor["factor"]
     if not _is_number(factor) or factor < 1:
-        raise ValueError(
+        raise UsageError(
             f"scaling_factor is {config.scaling_factor!r}; {config.extend_method} takes a number of at least "
             "1, such as 2.0."
         )
@@ -136,16 +138,16 @@ def yarn_settings(config) -> dict:
         ``beta_fast`` (32), ``beta_slow`` (1), ``mscale`` (1) and ``mscale_all_dim`` (0).
 
     Raises:
-        ValueError: no dictionary, an unknown or missing key, or a value that cannot be.
+        UsageError: no dictionary, an unknown or missing key, or a value that cannot be.
     """
     given = config.scaling_factor
     if not isinstance(given, dict) or "factor" not in given or set(given) - set(_YARN_KEYS):
-        raise ValueError(
+        raise UsageError(
             f"scaling_factor is {given!r}; YARN takes a section with factor, and if need be "
             f"{', '.join(_YARN_KEYS[1:])}."
         )
     if ("mscale" in given) != ("mscale_all_dim" in given):
-        raise ValueError(
+        raise UsageError(
             f"scaling_factor is {given!r}; YARN's mscale and mscale_all_dim make one scale: give both or "
             "none of them."
         )
@@ -157,11 +159,11 @@ def yarn_settings(config) -> dict:
     bounds = {"factor": 1, "original_max_position_embeddings": 1} | dict.fromkeys(_YARN_KEYS[2:], 0)
     for name, least in bounds.items():
         if not _is_number(found[name]) or found[name] < least:
-            raise ValueError(
+            raise UsageError(
                 f"scaling_factor.{name} is {found[name]!r}; it must be a number of at least {least}."
             )
     if found["beta_fast"] < found["beta_slow"] or not found["beta_slow"]:
-        raise ValueError(
+        raise UsageError(
             f"scaling_factor.beta_fast is {found['beta_fast']} and beta_slow {found['beta_slow']}; they "
             "count turns over the trained length, beta_fast not fewer than beta_slow and both above 0."
         )

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
+from research.telechat2.common.errors import UsageError
+
 # Each setting with the value that leaves the distribution as the model has it; None does so, too.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 SAMPLING = ("do_sample", *NEUTRAL)
@@ -20,20 +22,20 @@ def check_sampling(values: Mapping[str, object]) -> None:
     value.
 
     Raises:
-        ValueError: with the setting, its value and what it may be.
+        UsageError: with the setting, its value and what it may be.
     """
     for name in SAMPLING:
         if (value := values.get(name)) is not None:
             expected = _EXPECTED[name]
             if not _RULES[name](value):
-                raise ValueError(f"{name} is {value!r}; expected {expected}.")
+                raise UsageError(f"{name} is {value!r}; expected {expected}.")
 
 
 def check_spelling(names: Iterable[str]) -> None:
-    """ValueError if one of ``names``, which no library knows, is nearly a setting of sampling."""
+    """UsageError if one of ``names``, which no library knows, is nearly a setting of sampling."""
     for name in names:
         if meant := difflib.get_close_matches(name, SAMPLING, n=1, cutoff=0.8):
-            raise ValueError(f"{name} is no setting of an answer. Did you mean {meant[0]}?")
+            raise UsageError(f"{name} is no setting of an answer. Did you mean {meant[0]}?")
 
 
 def _is_positive(value) -> bool:

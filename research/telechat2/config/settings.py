@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config import parallel as rules
 from research.telechat2.config.keys import TEMPLATE
 from research.telechat2.config.model import DTYPE_FIELDS, check_fields, complete, dtype_name, library_keys
@@ -40,7 +41,7 @@ def read_settings(name: str, changes: dict[str, object], cwd: Path) -> tuple[Pat
     """The file that ``--config name`` means, and its settings with ``changes``, dotted key to value.
 
     Raises:
-        ValueError: no such file, or see check_settings.
+        UsageError: no such file, or see check_settings.
     """
     return read_with_notes(name, changes, cwd)[:2]
 
@@ -63,7 +64,7 @@ def section_of(settings: dict, dotted: str) -> dict:
     """The section ``a.b``, empty where there is none.
 
     Raises:
-        ValueError: it is no section.
+        UsageError: it is no section.
     """
     found = settings
     for name in dotted.split("."):
@@ -71,7 +72,7 @@ def section_of(settings: dict, dotted: str) -> dict:
         if found is None:
             return {}
         if not isinstance(found, dict):
-            raise ValueError(f"`{dotted}` is {found!r}; expected a section of settings.")
+            raise UsageError(f"`{dotted}` is {found!r}; expected a section of settings.")
     return found
 
 
@@ -88,7 +89,7 @@ def model_config(settings: dict, plan: dict) -> SimpleNamespace:
         plan: its ``parallel_config``, complete, as the run would have it.
 
     Raises:
-        ValueError: see TelechatConfig.
+        UsageError: see TelechatConfig.
     """
     given = section_of(settings, "model.model_config")
     values = model_defaults()

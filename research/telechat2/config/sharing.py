@@ -3,6 +3,7 @@
 import os
 import re
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.config.kernel_limits import check_cpu_dtypes, check_paged_kernels
 from research.telechat2.config.settings import DEFAULTS, model_config, section_of
@@ -26,7 +27,7 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
         processes: see ``processes_of_run``.
 
     Raises:
-        ValueError: another number of processes runs, or they cannot share this model: sizes that do not
+        UsageError: another number of processes runs, or they cannot share this model: sizes that do not
             divide, no cache, other kinds of parallelism, dtypes that the target's kernels do not have, or too
             little memory for each.
     """
@@ -34,16 +35,16 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
     given = section.get("model_parallel") if settings.get("use_parallel") else 1
     shared = processes if given is None else given
     if shared != processes:
-        raise ValueError(_other_number(settings, shared, processes))
+        raise UsageError(_other_number(settings, shared, processes))
     if (copies := section.get("data_parallel", 1)) != 1 and shared > 1:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.data_parallel is {copies}, but processes that predict share one model, by "
             "model_parallel. Set it to 1."
         )
     plan = {"vocab_emb_dp": False} | section | {"model_parallel": shared} if shared > 1 else {}
     config = model_config(settings, DEFAULTS["parallel_config"] | plan)
     if settings.get("use_parallel") and not config.use_past:
-        raise ValueError("use_past is False, but processes that share a model predict with a cache; set it.")
+        raise UsageError("use_past is False, but processes that share a model predict with a cache; set it.")
     context = section_of(settings, "context")
     on_cpu = context.get("device_target", "Ascend") == "CPU"
     if on_cpu:
@@ -81,15 +82,15 @@ def check_memory(config, ranks: int, limit: str) -> None:
         limit: ``context.max_device_memory``, as "58GB".
 
     Raises:
-        ValueError: with the sizes.
+        UsageError: with the sizes.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", str(limit))
     if found is None:
-        raise ValueError(f"context.max_device_memory is {limit!r}; expected a size such as 58GB.")
+        raise UsageError(f"context.max_device_memory is {limit!r}; expected a size such as 58GB.")
     allowed = float(found[1]) * _UNITS[found[2]]
     weights, cache = memory_of_rank(config, ranks)
     if weights + cache > allowed:
-        raise ValueError(
+        raise UsageError(
             f"each process needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for its "
             f"part of a cache of {config.num_blocks * config.block_size} tokens, and more to compute, "
             f"but context.max_device_memory is {limit}. Share the model by more than {ranks} "

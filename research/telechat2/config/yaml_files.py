@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.overrides import load_yaml
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -30,7 +31,7 @@ def resolve_config(name: str, cwd: Path, checkout: Path = CHECKOUT) -> Path:
     ``research/telechat2/infer/predict_telechat2_7b.yaml``, bare names) are resolved in the last step.
 
     Raises:
-        ValueError: no such file, or several shipped files of that name.
+        UsageError: no such file, or several shipped files of that name.
     """
     for base in (cwd, checkout):
         if (base / name).is_file():
@@ -46,10 +47,10 @@ def resolve_config(name: str, cwd: Path, checkout: Path = CHECKOUT) -> Path:
         return matches[0]
     if matches:
         listed = ", ".join(str(path.relative_to(checkout)) for path in matches)
-        raise ValueError(
+        raise UsageError(
             f"--config {name} names {len(matches)} shipped files: {listed}. Give one of these paths."
         )
-    raise ValueError(
+    raise UsageError(
         f"there is no config {name}, neither below {cwd} nor below {checkout}. {_nearest(name, shipped)}"
     )
 
@@ -87,7 +88,7 @@ def resolve_folder(name: str, cwd: Path, checkout: Path = CHECKOUT) -> Path:
     for base in (cwd, checkout):
         if (base / name).is_dir():
             return (base / name).resolve()
-    raise ValueError(
+    raise UsageError(
         f"--register_path {name} is no directory, neither below {cwd} nor below {checkout}; "
         f"leave it out to use {SHIPPED} of this checkout."
     )
@@ -115,31 +116,31 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
     ``above``: the files that stand on this one.
 
     Raises:
-        ValueError: not YAML in UTF-8, no mapping, a chain without end, or an alias inside of itself.
+        UsageError: not YAML in UTF-8, no mapping, a chain without end, or an alias inside of itself.
         OSError: a file of the chain cannot be read.
     """
     if path.resolve() in above:
-        raise ValueError(f"{above[-1]} stands on base_config {path}, which stands on it again; remove one.")
+        raise UsageError(f"{above[-1]} stands on base_config {path}, which stands on it again; remove one.")
     try:
         own = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is not UTF-8 at byte {error.start}; convert it: iconv -f GB18030 -t UTF-8"
         ) from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be settings.") from None
+        raise UsageError(f"{path} is nested too deeply to be settings.") from None
     if holds_itself(own):
-        raise ValueError(f"{path} has an alias (*) inside of what it stands for (&); remove it.")
+        raise UsageError(f"{path} has an alias (*) inside of what it stands for (&); remove it.")
     if not isinstance(own, dict):
-        raise ValueError(
+        raise UsageError(
             f"{path} holds {type(own).__name__}, expected sections such as `model:` and `trainer:`."
         )
     bases = own.pop("base_config", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) for base in bases):
-        raise ValueError(
+        raise UsageError(
             f"{path}: base_config is {bases!r}; it must be the path of a YAML, or a list of such."
         )
     merged: dict = {}
@@ -147,7 +148,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
         places = (path.parent / base, CHECKOUT / SHIPPED / base)
         base_path = next((place for place in places if place.is_file()), None)
         if base_path is None:
-            raise ValueError(f"{path} stands on base_config {base}, but there is no file {places[0]}.")
+            raise UsageError(f"{path} stands on base_config {base}, but there is no file {places[0]}.")
         merged.update(read_config(base_path, (*above, path.resolve())))
     return _merge(merged, own)
 
@@ -164,13 +165,13 @@ def join_overrides(*groups: dict[str, object]) -> dict[str, object]:
     """The settings of several groups of arguments.
 
     Raises:
-        ValueError: two of them give one setting two values.
+        UsageError: two of them give one setting two values.
     """
     joined: dict[str, object] = {}
     for group in groups:
         for key, value in group.items():
             if key in joined and joined[key] != value:
-                raise ValueError(
+                raise UsageError(
                     f"{key} is given twice on the command line, as {joined[key]!r} and as {value!r}; give it "
                     "once."
                 )

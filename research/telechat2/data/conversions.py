@@ -2,6 +2,7 @@
 
 import re
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import chat, exact_json
 from research.telechat2.text.messages import NOTHING, is_blank
 
@@ -39,13 +40,13 @@ def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             is_messages = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
             remedy = "; a list of role and content is called messages" if is_messages else ""
-            raise ValueError(
+            raise UsageError(
                 f"turn {number} of conversations lacks from or value (it has {_keys(turn)}); expected "
                 f"both{remedy}"
             )
         speaker = turn["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise ValueError(
+            raise UsageError(
                 f"turn {number} of conversations is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}"
             )
         message = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -63,10 +64,10 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
         messages.append({"role": "system", "content": _string(data, "system")})
     history = [] if data.get("history") in NOTHING else data["history"]
     if not isinstance(history, list):
-        raise ValueError(f"history is a {type(history).__name__}; expected a list of [question, answer]")
+        raise UsageError(f"history is a {type(history).__name__}; expected a list of [question, answer]")
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"pair {number} of history is not a list of two; expected [question, answer]")
+            raise UsageError(f"pair {number} of history is not a list of two; expected [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = _string(data, "instruction")
     if data.get("input") not in NOTHING:
@@ -79,7 +80,7 @@ def from_input(data: dict) -> list[dict]:
     """The README's input and output, as messages; of an older one, all in the input, its last answer too."""
     question = _string(data, "input")
     if chat.SYSTEM in question:
-        raise ValueError(
+        raise UsageError(
             f"input contains {chat.SYSTEM}, but this format has no system prompt; "
             f"write the conversation as messages, or as system and dialog"
         )
@@ -87,16 +88,16 @@ def from_input(data: dict) -> list[dict]:
     if messages[-1]["role"] == "user":
         return messages + _answer(data)
     if data.get("output") not in NOTHING:
-        raise ValueError("input ends with an answer; it must end with the question that output answers")
+        raise UsageError("input ends with an answer; it must end with the question that output answers")
     return messages
 
 
 def non_empty(data: dict, key: str) -> str:
-    """Return a string of pretraining data; ValueError when it is none, or empty."""
+    """Return a string of pretraining data; UsageError when it is none, or empty."""
     text = _string(data, key)
     if is_blank(text):
         blank = "blank" if text else "empty"
-        raise ValueError(f"{key} is {blank}; there is nothing to learn from it: remove the line")
+        raise UsageError(f"{key} is {blank}; there is nothing to learn from it: remove the line")
     return text
 
 
@@ -118,7 +119,7 @@ def _turns(text: str) -> list[dict]:
     for number, (marker, content) in enumerate(turns):
         expected = chat.BOT if number % 2 else chat.USER
         if marker != expected:
-            raise ValueError(
+            raise UsageError(
                 f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
             )
         if marker == chat.BOT:
@@ -136,7 +137,7 @@ def _tools(data: dict) -> list[dict] | None:
     if isinstance(tools, str):
         tools = _json(tools, "tools are") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
+        raise UsageError(f"tools are a {type(tools).__name__}; expected a list of function descriptions")
     return tools
 
 
@@ -151,7 +152,7 @@ def _json(text: str, what: str) -> object:
     try:
         return exact_json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} not JSON ({error}); correct it") from error
+        raise UsageError(f"{what} not JSON ({error}); correct it") from error
 
 
 def _keys(value: object) -> str:
@@ -167,11 +168,11 @@ def _string(data: dict, key: str) -> str:
             is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
             remedy = " (of an object around the data give the array alone)" if is_rows else ""
             remedy = remedy or " (a table is written row by row, a conversation as messages)"
-        raise ValueError(f"{key} {found}; expected a string{remedy}")
+        raise UsageError(f"{key} {found}; expected a string{remedy}")
     return value
 
 
 def _list(data: dict, key: str) -> list:
     if not isinstance(data[key], list):
-        raise ValueError(f"{key} is a {type(data[key]).__name__}; expected a list of messages")
+        raise UsageError(f"{key} is a {type(data[key]).__name__}; expected a list of messages")
     return data[key]

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from research.telechat2.common.cli import interrupt_afterwards, quiet_libraries
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data import encoding
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.sources import Batch
@@ -118,11 +119,11 @@ def _vocabulary(proto: bytes) -> Vocabulary:
 
 
 def check(engine: str) -> None:
-    """ValueError for an engine that is unknown or not installed."""
+    """UsageError for an engine that is unknown or not installed."""
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
+        raise UsageError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
     if engine == "ray" and find_spec("ray") is None:
-        raise ValueError(
+        raise UsageError(
             "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
         )
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Set
 from functools import lru_cache
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text.messages import (
     BYTE_ORDER_MARK,
     KNOWN_KEYS,
@@ -67,7 +68,7 @@ _REASONS = {
 }
 
 
-class LostText(ValueError):  # noqa: N818 (a line is at fault, not a programme)
+class LostText(UsageError):  # noqa: N818 (a line is at fault, not a programme)
     """Fields whose text would be lost; ``names`` are theirs."""
 
     def __init__(self, message: str, names: list[str]):
@@ -101,7 +102,7 @@ def of_table(data: dict) -> dict:
     """``data`` without what a table leaves in it: a byte order mark before the first column, NaN for nothing.
 
     Raises:
-        ValueError: a key stands twice, with the mark and without.
+        UsageError: a key stands twice, with the mark and without.
     """
     if any(_is_nan(value) for value in data.values()):
         data = {name: None if _is_nan(value) else value for name, value in data.items()}
@@ -109,7 +110,7 @@ def of_table(data: dict) -> dict:
         names = [name.lstrip(BYTE_ORDER_MARK) for name in data]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r} stands there with a byte order mark and without; keep one")
+            raise UsageError(f"the key {twice!r} stands there with a byte order mark and without; keep one")
         data = dict(zip(names, data.values(), strict=True))
     return data
 
@@ -153,10 +154,10 @@ def check_unused(
 
 
 def check_preference(data: dict) -> None:
-    """ValueError for a line of preference data, whose other keys are often of no format."""
+    """UsageError for a line of preference data, whose other keys are often of no format."""
     found = [name for name in data if _REASONS.get(_same(name)) == _PREFERENCE]
     if found:
-        raise ValueError(f"has {' and '.join(found)}: {_PREFERENCE}, as instruction and output")
+        raise UsageError(f"has {' and '.join(found)}: {_PREFERENCE}, as instruction and output")
 
 
 def says_something(value: object) -> bool:
@@ -183,7 +184,7 @@ def judgement(data: dict, ignored: Set[str]) -> None:
     """Refuse a line that says of itself that it is not to be learnt (KTO's ``label: false``).
 
     Raises:
-        ValueError: it does, or says something else than true and false. ``ignored`` does not help against
+        UsageError: it does, or says something else than true and false. ``ignored`` does not help against
             ``false`` itself, but where the name may mean something else (``VERDICTS``).
     """
     for name, value in data.items():
@@ -193,13 +194,13 @@ def judgement(data: dict, ignored: Set[str]) -> None:
         said = value.strip().lower() if isinstance(value, str) else value
         if said is False or said == "false":
             other = f", or --ignore_fields {name} if it says something else" if same in _VERDICTS else ""
-            raise ValueError(
+            raise UsageError(
                 f"has {name} {value!r}: it is an answer that is not to be learnt (KTO); remove the line, or "
                 f"leave such lines out with --bad_lines skip{other}"
             )
         is_known = not says_something(value) or said == "true" or (not isinstance(said, list) and said == 1)
         if same in _JUDGEMENTS and name not in ignored and not is_known:
-            raise ValueError(
+            raise UsageError(
                 f"has {name} {value!r}; expected true, or false for what is not to be learnt; if it says "
                 f"something else, leave it out knowingly: --ignore_fields {name}"
             )
@@ -209,7 +210,7 @@ def weight_of(data: dict, where: str = "") -> int | None:
     """The mark of what is not to be trained (0) or is (1), under any of its names; None without one.
 
     Raises:
-        ValueError: a value that is neither, or two that differ.
+        UsageError: a value that is neither, or two that differ.
     """
     found = {
         name: value
@@ -218,13 +219,13 @@ def weight_of(data: dict, where: str = "") -> int | None:
     }
     for name, value in found.items():
         if isinstance(value, (str, list, dict)) or value not in (0, 1):
-            raise ValueError(
+            raise UsageError(
                 f"{where}has {name} {value!r}; expected 0 (not trained) or 1; if it says something else, "
                 f"leave it out knowingly: --ignore_fields {name}"
             )
     if len(set(found.values())) > 1:
         said = " and ".join(f"{name} {value!r}" for name, value in found.items())
-        raise ValueError(f"{where}has {said}, which contradict each other; keep one")
+        raise UsageError(f"{where}has {said}, which contradict each other; keep one")
     return int(next(iter(found.values()))) if found else None
 
 
@@ -240,7 +241,7 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
     A content that is a list of text parts becomes one text.
 
     Raises:
-        ValueError: a field whose text would be lost, in the message, its parts or its calls, or a mark that
+        UsageError: a field whose text would be lost, in the message, its parts or its calls, or a mark that
             is none.
     """
     if type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str:
@@ -258,7 +259,7 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
         unused += check_unused(message, KNOWN_KEYS | masks, where, strict=True)
     except LostText as error:
         if {"from", "value"} <= set(error.names):
-            raise ValueError(
+            raise UsageError(
                 f"{where}has from and value, as ShareGPT's turns have: call the list conversations, or "
                 f"write role and content"
             ) from error

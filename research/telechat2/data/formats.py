@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data import conversions, fields, sources
 from research.telechat2.text import chat, exact_json
 from research.telechat2.text.messages import ANSWERS, BYTE_ORDER_MARK, check_question
@@ -56,7 +57,7 @@ UNUSED = "with a field that is not used: "
 WEIGHT_0 = "left out by its own weight of 0"
 
 
-class UnusableLine(ValueError):  # noqa: N818 (a line is at fault, not a programme)
+class UnusableLine(UsageError):  # noqa: N818 (a line is at fault, not a programme)
     """A line that cannot be used; ``reason`` names its kind, the message the details."""
 
     def __init__(self, reason: str, message: object):
@@ -109,7 +110,7 @@ class Text(NamedTuple):
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) of every line of a data file, blank ones too.
 
-    The file may be packed, or one JSON array, whose items count as lines. ValueError where it is not UTF-8.
+    The file may be packed, or one JSON array, whose items count as lines. UsageError where it is not UTF-8.
     """
     for unit, number, line in sources.read_file(path):
         with naming(path, number, unit):
@@ -118,12 +119,12 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a text file, packed or not; ValueError where it is no UTF-8."""
+    """Yield (line number from 1, text) of a text file, packed or not; UsageError where it is no UTF-8."""
     for unit, number, line in sources.read_file(path, is_data=False):
         with naming(path, number, unit):
             text = decode_line(line)
             if "\0" in text:
-                raise ValueError("holds NUL characters: it is no text, or UTF-16; convert the file to UTF-8")
+                raise UsageError("holds NUL characters: it is no text, or UTF-16; convert the file to UTF-8")
         yield number, text
 
 
@@ -167,22 +168,22 @@ def decode_line(line: bytes) -> str:
 
 @contextmanager
 def naming(path: str | Path, number: int, unit: str = "line") -> Iterator[None]:
-    """Put file and line number before the message of a ValueError."""
+    """Put file and line number before the message of a UsageError."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}, {unit} {number}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{path}, {unit} {number}: {error}") from error
 
 
 def parse_line(line: str, ignored: Set[str] = frozenset()) -> Conversation:
-    """Parse one jsonl line that holds a conversation. ValueError when it does not."""
+    """Parse one jsonl line that holds a conversation. UsageError when it does not."""
     return _conversation(*parse(line, ignored))
 
 
 def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     """Parse a line of a test set: a conversation without its last answer, which may be empty or missing.
 
-    Fields that say what the answer should be, or whether it is trained, are left out. ValueError when it is
+    Fields that say what the answer should be, or whether it is trained, are left out. UsageError when it is
     no conversation.
     """
     data = _read(line)
@@ -216,7 +217,7 @@ def _without_answer(parsed: Conversation) -> Conversation:
 
 def _conversation(kind: str, parsed: Conversation | Text) -> Conversation:
     if isinstance(parsed, Text):
-        raise ValueError(f"has the keys {kind}; expected a conversation: {_EXPECTED}")
+        raise UsageError(f"has the keys {kind}; expected a conversation: {_EXPECTED}")
     return parsed
 
 
@@ -240,7 +241,7 @@ def _read(line: str) -> object:
         ) from error
 
 
-def _why_not_json(line: str, error: ValueError | RecursionError) -> str:
+def _why_not_json(line: str, error: UsageError | RecursionError) -> str:
     """What a line seems to be that is no JSON, with the remedy; "" where nothing is known."""
     start = line[:64].lstrip().encode(errors="replace")
     if known := next((what for first, what in _STARTS.items() if start.startswith(first)), ""):
@@ -294,7 +295,7 @@ def _parsed(data: object, ignored: Set[str], is_question: bool = False) -> tuple
 def _check_judgement(data: dict, ignored: Set[str]) -> None:
     try:
         fields.judgement(data, ignored)
-    except ValueError as error:
+    except UsageError as error:
         raise UnusableLine(NOT_TRAINED, error) from error
 
 
@@ -303,13 +304,13 @@ def _check_marks(data: dict) -> None:
     _check_judgement(data, frozenset())
     try:
         weight = fields.weight_of(data)
-    except ValueError as error:
+    except UsageError as error:
         raise UnusableLine(NOT_TRAINED, error) from error
     if weight == 0:
         raise UnusableLine(WEIGHT_0, "has the weight 0")
 
 
-def unusable(error: ValueError | RecursionError) -> UnusableLine:
+def unusable(error: UsageError | RecursionError) -> UnusableLine:
     """Return the error of a line that is not what its format asks for; one may be nested too deeply."""
     message = f"is nested too deeply ({error})" if isinstance(error, RecursionError) else error
     return UnusableLine("not what its format asks for", message)
@@ -330,7 +331,7 @@ def _kind(data: object) -> str:
     if kind is None:
         try:
             fields.check_preference(data)
-        except ValueError as error:
+        except UsageError as error:
             raise UnusableLine(reason, error) from error
         raise UnusableLine(
             reason,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data.sources import Source
 from research.telechat2.text import chat
 from research.telechat2.text.vocabulary import Vocabulary
@@ -28,20 +29,20 @@ class Options(NamedTuple):
         return ignored_fields(self.ignore_fields)
 
     def check(self) -> None:
-        """ValueError for a value that is none of those allowed."""
+        """UsageError for a value that is none of those allowed."""
         for name, least in (("max_length", 2), ("seed", 0), ("records_per_file", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+                raise UsageError(f"{name} is {value}; expected at least {least}")
         if self.max_length > LONGEST_RECORD:
-            raise ValueError(
+            raise UsageError(
                 f"max_length is {self.max_length:,}, but a record of MindRecord holds at most "
                 f"{LONGEST_RECORD:,} tokens; give the model's seq_length, such as 8192"
             )
         choices = {"train_on": chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+                raise UsageError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
 
 
 def ignored_fields(names: str | None) -> frozenset[str]:

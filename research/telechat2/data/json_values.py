@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from research.telechat2.common.errors import UsageError
+
 _CHUNK = 1 << 20  # characters
 _ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # byte order marks stand where files were joined
@@ -39,14 +41,14 @@ def items(path: Path, file: BinaryIO, longest: int) -> Iterator[bytes]:
     """Yield the items of the arrays in a file, and the objects that stand in none.
 
     Raises:
-        ValueError: an item that is not JSON, one of more than ``longest`` characters, a file that is cut
+        UsageError: an item that is not JSON, one of more than ``longest`` characters, a file that is cut
             short or not UTF-8; file and item are named.
     """
     text = _Text(path, io.TextIOWrapper(file, "utf-8", newline=""))
     number, in_array = 0, False
     while (character := text.peek()) or in_array:
         if not character:
-            raise ValueError(
+            raise UsageError(
                 f"{path} ends within its array, after item {number}; it was cut short: fetch it again"
             )
         if character == "[" and not in_array:
@@ -62,7 +64,7 @@ def items(path: Path, file: BinaryIO, longest: int) -> Iterator[bytes]:
             continue
         behind = text.peek()
         if behind not in ("", ",", "]"):
-            raise ValueError(
+            raise UsageError(
                 f"{path}: {behind!r} stands behind item {number}; expected a comma, or ] at the end"
             )
         text.skip()
@@ -101,12 +103,12 @@ class _Text:
                 error = found
             left = len(self.text) - self.at
             if left > longest:
-                raise ValueError(f"{self.path}, item {number} is not JSON, or longer than {longest >> 20} MB")
+                raise UsageError(f"{self.path}, item {number} is not JSON, or longer than {longest >> 20} MB")
             if not self._more(max(_CHUNK, left)):
                 if error is None:
                     break
                 said = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(
+                raise UsageError(
                     f"{self.path}, item {number}: not JSON ({said}); the file begins as one JSON array or "
                     f"object, so all of it must be JSON"
                 )
@@ -117,6 +119,6 @@ class _Text:
         try:
             new = self.file.read(size)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+            raise UsageError(f"{self.path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
         self.text, self.at = self.text[self.at :] + new, 0
         return bool(new)

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data import formats, writing
 from research.telechat2.data.encoding import TOO_LONG, Problem
 from research.telechat2.data.job import Job, Part
@@ -51,7 +52,7 @@ def output_of(manifest: dict, target: Path) -> Path:
 
 
 def check_totals(totals: Totals, found: list[Source], complete: bool) -> None:
-    """ValueError when lines are refused: at the end, or as soon as there are more than are named at once.
+    """UsageError when lines are refused: at the end, or as soon as there are more than are named at once.
 
     And when all has been read and there is nothing to write.
     """
@@ -59,11 +60,11 @@ def check_totals(totals: Totals, found: list[Source], complete: bool) -> None:
     skipped = totals.counts["skipped"]
     count = sum(skipped[reason] for reason in {problem.reason for problem in fatal})
     if fatal and (complete or count > _NAMED_LINES):
-        raise ValueError(_describe(fatal, count, totals.counts["totals"]["lines"], complete))
+        raise UsageError(_describe(fatal, count, totals.counts["totals"]["lines"], complete))
     if complete and not totals.counts["totals"]["tokens"]:
         names = ", ".join(str(source.path) for source in found)
         reasons = "; ".join(f"{number} {reason}" for reason, number in skipped.items()) or "no lines"
-        raise ValueError(f"{names} holds no conversation to write ({reasons}); nothing was written")
+        raise UsageError(f"{names} holds no conversation to write ({reasons}); nothing was written")
 
 
 def _describe(fatal: list[Problem], count: int, lines: int, complete: bool) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2.common.cli import quiet_libraries
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
 from research.telechat2.data import engines, manifests, packing, sources, spool, writing
 from research.telechat2.data.encoding import Encoded, Settings
@@ -48,15 +49,15 @@ def prepare(
     "ray"). ``html_report``: the language of a page of statistics and samples (en, zh), "" for none.
     ``resume``: continue a run that was stopped, or begin when there is none.
 
-    Raises ValueError for options and inputs that cannot be used, lines that are refused, an empty data set,
+    Raises UsageError for options and inputs that cannot be used, lines that are refused, an empty data set,
     an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
     """
     options.check()
     engines.check(engine)
     if workers is not None and workers < 1:
-        raise ValueError(f"workers are {workers}; expected at least 1")
+        raise UsageError(f"workers are {workers}; expected at least 1")
     if engine == "processes" and workers and workers > MOST_WORKERS:
-        raise ValueError(
+        raise UsageError(
             f"workers are {workers:,}, each a process of this machine, which has {os.cpu_count()} cores; "
             f"expected at most {MOST_WORKERS}"
         )
@@ -71,7 +72,7 @@ def prepare(
         if not (folder / "moves.json").is_file():
             try:
                 _make(job, workers, engine, html_report)
-            except ValueError:
+            except UsageError:
                 _leave(job, created)
                 raise
             except KeyboardInterrupt:
@@ -95,13 +96,13 @@ def _enter(job: Job, resume: bool) -> list[Path]:
         write_json(job_file, described)
         return created
     if not resume:
-        raise ValueError(
+        raise UsageError(
             f"{job.folder} exists: another run is writing there, or one was interrupted; in that case "
             f"continue it with --resume, or delete it and repeat"
         )
     before = json.loads(job_file.read_text(encoding="utf-8")) if job_file.is_file() else described
     if different := [key for key in described if before.get(key) != described[key]]:
-        raise ValueError(
+        raise UsageError(
             f"{job.folder} is of a run with another {' and '.join(different)}: it cannot be continued; "
             f"repeat the command of that run, or delete the folder"
         )

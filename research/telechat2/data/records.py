@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data.writing import count_documents
 
 _LEAST_PADDING = 3  # one or two may end a text, where padding and end share an id
@@ -55,7 +56,7 @@ def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
     """Look through records.
 
     Raises:
-        ValueError: a record breaks a rule, or none of them has a trained token; names file and record.
+        UsageError: a record breaks a rule, or none of them has a trained token; names file and record.
     """
     seen = Seen()
     for row in rows:
@@ -71,7 +72,7 @@ def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
             seen.untrained += 1
             seen.first_untrained = seen.first_untrained or where
     if seen.records and seen.untrained == seen.records:
-        raise ValueError(
+        raise UsageError(
             f"none of the {seen.records:,} records read has a trained token ({seen.first_untrained} is the "
             f"first): every label is {rules.ignored}, ignore_token_id. Label what is to be trained by "
             f"its id; {_PREPARE}."
@@ -84,12 +85,12 @@ def _check_form(where: str, row: Row) -> None:
         if values is None:
             continue
         if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(
+            raise UsageError(
                 f"{where}: {name} is {values.dtype} of shape {list(values.shape)}, expected whole numbers in "
                 f"one row, such as int32 [seq_length + 1]; {_PREPARE}."
             )
     if row.labels is not None and len(row.labels) != len(row.input_ids):
-        raise ValueError(
+        raise UsageError(
             f"{where}: {len(row.input_ids)} input_ids, but {len(row.labels)} labels; each id needs one. "
             f"{_PREPARE[0].upper()}{_PREPARE[1:]}."
         )
@@ -97,11 +98,11 @@ def _check_form(where: str, row: Row) -> None:
 
 def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -> None:
     if rules.seq_length is not None and length - 1 > rules.seq_length:
-        raise ValueError(too_long(row.file, length - 1, rules.seq_length))
+        raise UsageError(too_long(row.file, length - 1, rules.seq_length))
     if length < 2:
-        raise ValueError(f"{where}: {length} ids, but a record needs two, one to read and one to predict.")
+        raise UsageError(f"{where}: {length} ids, but a record needs two, one to read and one to predict.")
     if rules.one_length and seen.records and length != seen.length:
-        raise ValueError(
+        raise UsageError(
             f"{where}: {length} ids, but the records before it have {seen.length}: all of a data set must be "
             f"equally long. Fill the shorter ones with the pad id and the label {rules.ignored}, or "
             f"{_PREPARE}."
@@ -111,7 +112,7 @@ def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -
 def _check_ids(where: str, ids: np.ndarray, vocab_size: int | None) -> None:
     if ids.min() < 0:
         position = int(ids.argmin())
-        raise ValueError(
+        raise UsageError(
             f"{where}: id {ids[position]} at position {position} is no token; ids begin at 0. Only "
             f"labels may "
             f"be negative: fill input_ids with the pad id."
@@ -119,7 +120,7 @@ def _check_ids(where: str, ids: np.ndarray, vocab_size: int | None) -> None:
     if vocab_size is not None and ids.max() >= vocab_size:
         position = int(ids.argmax())
         found = f"{where}: id {ids[position]} at position {position}"
-        raise ValueError(too_many_tokens(found, int(ids[position]) + 1, vocab_size))
+        raise UsageError(too_many_tokens(found, int(ids[position]) + 1, vocab_size))
 
 
 def too_long(file, tokens: int, seq_length: int) -> str:
@@ -148,10 +149,10 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     trained[0] = False
     wrong = np.flatnonzero(trained & (labels != ids))
     if len(wrong):
-        raise ValueError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules)}")
+        raise UsageError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules)}")
     padding = _length_of_end(trained & (ids == rules.pad))
     if padding >= _LEAST_PADDING:
-        raise ValueError(
+        raise UsageError(
             f"{where}: the last {padding} ids are {rules.pad}, the pad id, and labelled as trained: "
             f"the model would learn padding. Label them {rules.ignored} (ignore_token_id), or, if "
             f"{rules.pad} is text, set --model.model_config.pad_token_id to the id that fills records."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text.prompt_format import manifest_path
 
 MODEL = "tokenizer.model"
@@ -23,13 +24,13 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
     Files without a manifest, and weights without a tokenizer or a record of it, are not compared.
 
     Raises:
-        ValueError: two vocabularies; with the files that say so.
+        UsageError: two vocabularies; with the files that say so.
     """
     made = [(file, tokenizer) for file in files if (tokenizer := _tokenizer_of(file)).get("sha256")]
     for file, tokenizer in made[1:]:
         first_file, first = made[0]
         if not _same(tokenizer, first["sha256"], _existing(first)):
-            raise ValueError(
+            raise UsageError(
                 f"{first_file} and {file} were made with two vocabularies ({first.get('path')} and "
                 f"{tokenizer.get('path')}), whose ids mean different text: prepare all data with one "
                 "tokenizer.model."
@@ -39,7 +40,7 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
     file, tokenizer = made[0]
     digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
     if digest and not _same(tokenizer, digest, beside):
-        raise ValueError(
+        raise UsageError(
             f"{file} was made with {tokenizer.get('path')} ({_short(tokenizer['sha256'])}), but the weights "
             f"{weights} belong to another vocabulary ({_short(digest)}, {where}): its ids mean other "
             "text. Prepare the data again with the tokenizer.model of these weights, or load the weights "
@@ -51,14 +52,14 @@ def check_answering_vocabulary(vocab_file: str | Path, weights: str | Path | Non
     """Compare the vocabulary of a prediction with that of the weights, where something tells it.
 
     Raises:
-        ValueError: they are two.
+        UsageError: they are two.
     """
     if weights is None or Path(vocab_file).suffix != ".model":
         return
     digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
     own = {"sha256": sha256(vocab_file), "path": str(vocab_file)}
     if digest and not _same(own, digest, beside):
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} ({_short(own['sha256'])}) is not the vocabulary of the weights {weights} "
             f"({_short(digest)}, {where}); give the tokenizer.model that they were trained with."
         )
@@ -68,14 +69,14 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
     """Compare a SentencePiece vocabulary of another kind, such as a Llama's, with ``model_config``.
 
     Raises:
-        ValueError: more pieces than the embedding has rows, or an ordinary piece begins or ends answers.
+        UsageError: more pieces than the embedding has rows, or an ordinary piece begins or ends answers.
     """
     model = _load(Path(vocab_file)) if vocab_file and Path(vocab_file).is_file() else None
     if model is None:
         return
     size, rows = model.get_piece_size(), settings["vocab_size"]
     if size > rows:
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} has {size} pieces, but the model's vocab_size is {rows}; this is another model's "
             "vocabulary."
         )
@@ -89,7 +90,7 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
                 model.is_control(index) or model.is_unknown(index) or re.fullmatch(r"[<\[].*[>\]]", piece)
             )
             if not marked or model.is_byte(index):
-                raise ValueError(
+                raise UsageError(
                     f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}; its "
                     f"own is {own}. Correct {name} in the YAML and in config.json, or give the vocabulary of "
                     "this model."

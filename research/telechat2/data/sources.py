@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data import json_values
 from research.telechat2.text.messages import short
 
@@ -75,7 +76,7 @@ def input_files(path: str | Path) -> list[Path]:
     Of a folder the data files (``DATA_FILE``) are taken; what else is there is named on standard error.
     Folders in a folder are not entered; a pattern with ``**`` does that.
 
-    ValueError if there is none.
+    UsageError if there is none.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,7 +84,7 @@ def input_files(path: str | Path) -> list[Path]:
         files = [file for file in there if DATA_FILE.search(file.name) and not _is_single_object(file)]
         others = [file.name for file in there if file not in files]
         if not files:
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds no .jsonl file (nor .ndjson or .json, packed as .gz or .zst or not) itself"
                 f"{', only ' + _listed(others) if others else ''}; give a jsonl file, a directory of such, "
                 f"or, for directories in it, a pattern in quotes: '{path}/**/*.jsonl'"
@@ -99,18 +100,18 @@ def input_files(path: str | Path) -> list[Path]:
     if glob.has_magic(str(path)):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not files:
-            raise ValueError(f"no file fits the pattern {path}; put it in quotes, and check it with ls")
+            raise UsageError(f"no file fits the pattern {path}; put it in quotes, and check it with ls")
         return files
     if path.exists():
-        raise ValueError(f"{path} is a pipe or device, which is read once only; write its content to a file")
+        raise UsageError(f"{path} is a pipe or device, which is read once only; write its content to a file")
     several = ": several paths are separated by blanks, not by commas" if "," in str(path) else ""
-    raise ValueError(f"{path} does not exist; give a jsonl file or a directory of such{several}")
+    raise UsageError(f"{path} does not exist; give a jsonl file or a directory of such{several}")
 
 
 def find(paths: list[str | Path]) -> list[Source]:
     """Return all files of ``paths``; a ``.json`` of one object is a mixture: paths and their weights.
 
-    ValueError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
+    UsageError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
     is needed and not installed.
     """
     sources = []
@@ -122,14 +123,14 @@ def find(paths: list[str | Path]) -> list[Source]:
     seen: set[Path] = set()
     for source in sources:
         if (real := source.path.resolve()) in seen:
-            raise ValueError(
+            raise UsageError(
                 f"{source.path} is given twice; to take its lines more than once, "
                 f'give a mixture file: {{"{source.path}": 2}}'
             )
         seen.add(real)
     packed = next((source.path for source in sources if source.path.suffix.lower() == ".zst"), None)
     if packed and find_spec("zstandard") is None:
-        raise ValueError(f"{packed} {_ZSTANDARD.format(packed)}")
+        raise UsageError(f"{packed} {_ZSTANDARD.format(packed)}")
     return sources
 
 
@@ -160,42 +161,42 @@ def _listed(names: list[str]) -> str:
 
 def _mixture(path: Path) -> list[Source]:
     if not path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip():
-        raise ValueError(f"{path} is empty; {_JSON_FILES}")
+        raise UsageError(f"{path} is empty; {_JSON_FILES}")
     try:
         # pairs, as a dict would keep the last weight of a path and lose the others
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
     except ValueError as error:
-        raise ValueError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
+        raise UsageError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
     if not isinstance(content, tuple) or not content:
-        raise ValueError(f'{path} is no mixture; expected {{"path": weight, …}}; {_JSON_FILES}')
+        raise UsageError(f'{path} is no mixture; expected {{"path": weight, …}}; {_JSON_FILES}')
     for name, times in Counter(name for name, _ in content).items():
         if times > 1:
-            raise ValueError(f"{path} gives {name} {times} weights; expected one: write their sum")
+            raise UsageError(f"{path} gives {name} {times} weights; expected one: write their sum")
     sources = []
     for name, weight in content:
         _check_weight(path, name, weight)
         try:
             files = input_files(path.parent / name)
-        except ValueError as error:
+        except UsageError as error:
             slashes = "; write / for \\" if "\\" in name else ""
-            raise ValueError(
+            raise UsageError(
                 f"{path}: {error} (paths in a mixture start from its own folder{slashes})"
             ) from error
         if inner := next((file for file in files if _is_single_object(file)), None):
-            raise ValueError(f"{path} names {inner}, which is no data but an object; mixtures do not nest")
+            raise UsageError(f"{path} names {inner}, which is no data but an object; mixtures do not nest")
         sources += [Source(file, float(weight)) for file in files]
     return sources
 
 
 def _check_weight(path: Path, name: str, weight: object) -> None:
     if isinstance(weight, (list, tuple)):  # an object is a tuple of pairs here
-        raise ValueError(
+        raise UsageError(
             f"{path} is no mixture: {name} is {'a list' if isinstance(weight, list) else 'an object'}, "
             f"and no weight; of an object around the data give the array alone, one conversation for "
             f"each item; {_JSON_FILES}"
         )
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-        raise ValueError(
+        raise UsageError(
             f"{path} gives {name} the weight {short(weight)}; expected a number in (0, 1000]; {_JSON_FILES}"
         )
 
@@ -205,7 +206,7 @@ def read_batches(
 ) -> Iterator[Batch | FileState]:
     """Yield the batches of all files from number ``skip`` on, and a FileState where a file ends.
 
-    ``advance`` is told how many bytes of the files (as they lie on the disk) have been read. ValueError when
+    ``advance`` is told how many bytes of the files (as they lie on the disk) have been read. UsageError when
     a packed file is broken or cut short, or a line is no line.
     """
     number = 0
@@ -230,7 +231,7 @@ def read_batches(
 def read_file(path: str | Path, is_data: bool = True) -> Iterator[tuple[str, int, bytes]]:
     """Yield (unit, number from 1, bytes) of every line of a file, or of every item of its JSON array.
 
-    ``is_data``: False for a text, whose lines are lines whatever it begins with. ValueError as in
+    ``is_data``: False for a text, whose lines are lines whatever it begins with. UsageError as in
     ``read_batches``.
     """
     number = 0
@@ -250,7 +251,7 @@ def _open_packed(path: Path, raw: io.RawIOBase) -> BinaryIO:
     if suffix != ".zst":
         return file
     if find_spec("zstandard") is None:
-        raise ValueError(f"{path} is packed; {_ZSTANDARD.format(path)}")
+        raise UsageError(f"{path} is packed; {_ZSTANDARD.format(path)}")
     return io.BufferedReader(_Zstandard(file), BATCH_BYTES)
 
 
@@ -272,7 +273,7 @@ def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tu
                 yield unit, lines
                 size, lines = 0, []
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is broken after {unit} {number} ({error}); it was cut short or damaged: fetch or pack "
             f"it again"
         ) from error
@@ -285,7 +286,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     while line := file.readline(LINE_BYTES + 1):
         number += 1
         if len(line) > LINE_BYTES:
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number} is longer than {LINE_BYTES >> 20} MB; "
                 f"jsonl has one conversation or text on a line: split it"
             )

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2.common.cli import interrupt_afterwards
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.text import prompt_format
@@ -51,29 +52,29 @@ def report_file(path: Path) -> Path:
 
 
 def check_absent(path: Path) -> None:
-    """ValueError when the result or part of it exists, or a file is in the way."""
+    """UsageError when the result or part of it exists, or a file is in the way."""
     file = next((folder for folder in path.parents if folder.is_file()), None)
     if file:
-        raise ValueError(
+        raise UsageError(
             f"cannot write {path}: {file} is a file, not a directory; choose another --output_path"
         )
     numbered = sorted(path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
     manifest = prompt_format.manifest_path(path)
     for existing in (path, index_of(path), manifest, report_file(path), *numbered):
         if existing.exists():
-            raise ValueError(
+            raise UsageError(
                 f"{existing} exists and is not overwritten; delete it or choose another --output_path"
             )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; ValueError when one is in it. The lock ends with the process."""
+    """Keep other runs out of a folder; UsageError when one is in it. The lock ends with the process."""
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another run is writing in {folder}; wait for it, or end it") from error
+            raise UsageError(f"another run is writing in {folder}; wait for it, or end it") from error
         yield
 
 
@@ -82,7 +83,7 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
 
     Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever a token is not
     trained, and at the first, which has no position to predict it from; labels[i] belongs to input_ids[i]
-    (the model shifts). ValueError when nothing is trained.
+    (the model shifts). UsageError when nothing is trained.
     """
     tokens = np.full(length, pad_token_id, np.uint32)
     end = 0
@@ -94,7 +95,7 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
     labels = np.where(tokens >= TRAINED, input_ids, np.int32(IGNORED_LABEL))
     labels[0] = IGNORED_LABEL
     if not (labels != IGNORED_LABEL).any():
-        raise ValueError("a record has no trained token; its conversations hold no answer")
+        raise UsageError("a record has no trained token; its conversations hold no answer")
     return {"input_ids": input_ids, "labels": labels}
 
 

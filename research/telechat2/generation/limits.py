@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 
 def blocks_needed(tokens: int, block_size: int) -> int:
     """Blocks that a row takes when prompt and answer have ``tokens`` tokens: the last one is never cached."""
@@ -16,11 +18,11 @@ def check_pool(config, longest) -> None:
         longest: ``[B]``, tokens at which ``generate`` ends each row, see limits_of_rows.
 
     Raises:
-        ValueError: with the numbers of blocks.
+        UsageError: with the numbers of blocks.
     """
     needed = sum(blocks_needed(tokens, config.block_size) for tokens in longest)
     if needed > config.num_blocks:
-        raise ValueError(
+        raise UsageError(
             f"a batch of {len(longest)} prompts with their answers needs up to {needed} blocks of "
             f"{config.block_size} tokens, but the cache has {config.num_blocks}; raise "
             "model_config.num_blocks, or ask for fewer prompts or shorter answers at once."

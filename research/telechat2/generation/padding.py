@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 
 class Rows(list):
     """Prompts as lists of ids, none of which is padding."""
@@ -39,13 +41,13 @@ def check_ids(rows: np.ndarray, lengths: Sequence[int], vocab_size: int) -> None
         vocab_size: rows of the embedding.
 
     Raises:
-        ValueError: names the row, the position and the id.
+        UsageError: names the row, the position and the id.
     """
     inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
     wrong = np.argwhere(inside & ((rows < 0) | (rows >= vocab_size)))
     if len(wrong):
         row, position = wrong[0]
-        raise ValueError(
+        raise UsageError(
             f"prompt {row + 1} of {len(rows)} has the id {rows[row, position]} at position {position}, but "
             f"the model's vocab_size is {vocab_size}; encode it with the tokenizer of this model."
         )

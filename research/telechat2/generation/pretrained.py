@@ -49,7 +49,7 @@ class PreTrainedModel(LibraryPreTrainedModel):
         with NumPy's global random numbers.
 
         Raises:
-            ValueError: a setting of sampling is none or misspelt, the seed is none, an id is no row of the
+            UsageError: a setting of sampling is none or misspelt, the seed is none, an id is no row of the
                 embedding, the blocks of the cache may run out, or the logits of a step are no numbers.
         """
         check_seed(seed)
@@ -133,7 +133,7 @@ class PreTrainedModel(LibraryPreTrainedModel):
             (else None), ``is_finished``.
 
         Raises:
-            ValueError: logits are NaN or infinite.
+            UsageError: logits are NaN or infinite.
         """
         logits = res[0] if isinstance(res, tuple) else res
         logits = logits.reshape((-1, logits.shape[-1]))

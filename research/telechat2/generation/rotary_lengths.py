@@ -7,6 +7,8 @@ of a request share one factor, and an answer is that of a full forward pass with
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 
 class RequestLengths:
     """The lengths whose factors the live requests have, each kept by the first block of its cache.
@@ -31,7 +33,7 @@ class RequestLengths:
                 prefill only. Without it those that the blocks reserved for it hold, or ``extend_by_prompt``.
 
         Raises:
-            ValueError: a row goes on whose beginning was not seen.
+            UsageError: a row goes on whose beginning was not seen.
         """
         lengths, tables = np.asarray(lengths), np.asarray(block_tables)
         firsts = tables[:, 0]
@@ -46,7 +48,7 @@ class RequestLengths:
         if first_block < 0:
             return 0
         if first_block not in self.by_first_block:
-            raise ValueError(
+            raise UsageError(
                 f"a request goes on whose first block is {first_block}, but no prefill began in that block, "
                 f"so that its rotary factor (extend_method DYNAMIC_NTK) is unknown; read its prompt again."
             )

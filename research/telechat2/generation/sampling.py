@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import NEUTRAL, SAMPLING, check_sampling
 
 _HEAD = 1024  # likeliest tokens that most often have the share of top-p
@@ -27,7 +28,7 @@ class Sampling:
     of a row, of its answer, before which none of ``end_tokens`` may come.
 
     Raises:
-        ValueError: see check_sampling.
+        UsageError: see check_sampling.
     """
 
     do_sample: bool = False
@@ -61,7 +62,7 @@ def check_finite(logits: np.ndarray, step: int, position: int, row: int = 0, row
     """Refuse logits ``[V]`` that are no numbers: no token is the likeliest of them.
 
     Raises:
-        ValueError: names the token of the answer (``step``, from 1), its position in the sequence, and the
+        UsageError: names the token of the answer (``step``, from 1), its position in the sequence, and the
             row where there are several.
     """
     if np.isfinite(logits.min()) and np.isfinite(logits.max()):  # NaN passes through both
@@ -69,7 +70,7 @@ def check_finite(logits: np.ndarray, step: int, position: int, row: int = 0, row
     broken = ~np.isfinite(logits)
     where = f" of row {row + 1} of {rows}" if rows > 1 else ""
     nans = int(np.isnan(logits).sum())
-    raise ValueError(
+    raise UsageError(
         f"the model's logits are no numbers: for token {step} of the answer{where} (position {position}), "
         f"{nans} of {len(logits)} are NaN and {int(broken.sum()) - nans} infinite. The weights hold NaN or "
         f"infinite values, or compute_dtype is too narrow for them (float16 ends at 65504): check the "

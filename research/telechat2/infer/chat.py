@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import nullcontext
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import DRAWN_ONLY, NEUTRAL
 from research.telechat2.data import formats, sources
 from research.telechat2.data.formats import Conversation, naming, parse_question
@@ -24,7 +25,7 @@ from research.telechat2.text.messages import (
 def question(text: str, system: str | None = None) -> Conversation:
     """A conversation of one question, after a system message if there is one, which may be empty.
 
-    ValueError for a byte order mark inside; those around are taken off.
+    UsageError for a byte order mark inside; those around are taken off.
     """
     content = without_byte_order_marks(text)
     return Conversation([*_system(system), {"role": "user", "content": content}], None, "chat")
@@ -46,7 +47,7 @@ def read_questions(
     that count as absent.
 
     Raises:
-        ValueError: no question at all, or a line that is no conversation (file and line are named).
+        UsageError: no question at all, or a line that is no conversation (file and line are named).
     """
     is_data = _is_data(Path(path))
     if not is_data and (is_data := formats.holds_data(path)):
@@ -60,7 +61,7 @@ def read_questions(
             listed = ", ".join(f"{count} {name}" for name, count in left_out.items())
             print(f"{path}: fields that are not used: {listed}", file=sys.stderr)
     if not questions:
-        raise ValueError(f"{path} holds no question.")
+        raise UsageError(f"{path} holds no question.")
     return questions
 
 
@@ -91,7 +92,7 @@ def read_prompts(
     """What ``--input_txt`` names: a text file is one question, data are as for ``read_questions``.
 
     Raises:
-        ValueError: an empty file, one that is not UTF-8, or a line that is no conversation.
+        UsageError: an empty file, one that is not UTF-8, or a line that is no conversation.
     """
     if _is_data(Path(path)):
         return read_questions(path, system, ignored)
@@ -99,7 +100,7 @@ def read_prompts(
     lines = [line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_text_lines(path)]
     text = "\n".join(lines).strip()
     if is_blank(text):
-        raise ValueError(f"{path} holds no question.")
+        raise UsageError(f"{path} holds no question.")
     return [question(text, system)]
 
 
@@ -107,15 +108,15 @@ def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: 
     """Answer conversations in batches, and print each with its question.
 
     Raises:
-        ValueError: one cannot be asked (its number is given); nothing is answered then.
+        UsageError: one cannot be asked (its number is given); nothing is answered then.
     """
     prompts = []
     for number, asked in enumerate(questions, 1):
         try:
             prompts.append(predictor.prompt_ids(asked))
             predictor.check(prompts[-1:])
-        except ValueError as error:
-            raise ValueError(f"question {number} of {len(questions)}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"question {number} of {len(questions)}: {error}") from error
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     for batch in batches:
         predictor.check(prompts[batch])
@@ -187,7 +188,7 @@ def chat(
     conversation. Returns the number of lines that were not asked.
 
     Raises:
-        ValueError: the prompt format has no place for ``system``, or the model fails.
+        UsageError: the prompt format has no place for ``system``, or the model fails.
         KeyboardInterrupt: Ctrl-C without ``terminal``, or twice.
     """
     start = _system(system)
@@ -210,7 +211,7 @@ def chat(
             try:
                 text = without_byte_order_marks(text)
                 asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
-            except ValueError as error:
+            except UsageError as error:
                 print(f"(not asked: {error})", file=sys.stderr)
                 refused += 1
                 continue
@@ -247,7 +248,7 @@ def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None,
 def _that_fit(predictor: Predictor, messages: list[dict], keep: int) -> list[dict]:
     """``messages`` without as many of the oldest questions and answers as leave room for an answer.
 
-    ValueError if even the last question alone leaves none.
+    UsageError if even the last question alone leaves none.
     """
     for forgotten in range(0, len(messages) - keep, 2):
         kept = messages[:keep] + messages[keep + forgotten :]

@@ -1,12 +1,13 @@
 """What a prediction checks before it loads a model."""
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import prompt_format as prompt_formats
 
 
 def check_length(tokens: int, max_length: int, limited_by: str) -> None:
-    """ValueError if a prompt of ``tokens`` tokens leaves no room for an answer."""
+    """UsageError if a prompt of ``tokens`` tokens leaves no room for an answer."""
     if tokens >= max_length:
-        raise ValueError(
+        raise UsageError(
             f"the prompt has {tokens} tokens, but prompt and answer together may have {max_length} "
             f"({limited_by}); shorten the prompt or raise that."
         )
@@ -32,16 +33,16 @@ def choose_prompt_format(given: str | None, checkpoint, tokenizer) -> tuple[str,
 
 
 def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
-    """ValueError if a vocabulary and the ``model_config`` settings of a model do not go together."""
+    """UsageError if a vocabulary and the ``model_config`` settings of a model do not go together."""
     if tokenizer.vocab_size > settings["vocab_size"]:
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} has {tokenizer.vocab_size} tokens, but the YAML's vocab_size is "
             f"{settings['vocab_size']}; this is another model's vocabulary."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found, expected = getattr(tokenizer, name), settings[name]
         if found != expected and (name, expected) != ("pad_token_id", -1):
-            raise ValueError(
+            raise UsageError(
                 f"the model's {name} is {expected}, but in {vocab_file} it is {found}; correct it in the "
                 "YAML's model_config or the config.json beside the weights, whichever states it, or use the "
                 "vocabulary of this model."

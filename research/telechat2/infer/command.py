@@ -19,6 +19,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.convert import JOINED_FOR
 from research.telechat2.checkpoint.layouts.read import assume_joined_for
 from research.telechat2.common.cli import quiet_libraries
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import boolean
 from research.telechat2.config.sampling import SAMPLING, check_sampling
@@ -140,26 +141,26 @@ def main() -> None:
     elif sys.stdin.isatty():
         _converse(predictor, args)
     elif refused := asking.chat(predictor, args.system, predictor.group.lines(sys.stdin)):
-        raise ValueError(f"{refused} lines of standard input were not asked; see above.")
+        raise UsageError(f"{refused} lines of standard input were not asked; see above.")
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     if args.src_strategy_path_or_dir:
-        raise ValueError(
+        raise UsageError(
             f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: weights of any layout are read as "
             "they are, but slices of training are not; merge those with research/telechat2/transform_ckpt.py."
         )
     if args.device_id is not None and "MS_ROLE" in os.environ:
-        raise ValueError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
+        raise UsageError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
     for name in ("batch_size", "max_new_tokens", "max_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+            raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
     check_seed(args.seed, "--seed")
     for name in ("input_txt", "question_file"):
         for given in getattr(args, name):
             if not Path(given).expanduser().exists():
-                raise ValueError(
+                raise UsageError(
                     f"--{name} {given} does not exist; a question itself is given without --{name}."
                 )
     for text in args.question:

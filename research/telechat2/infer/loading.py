@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.keys import moe_section
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import did_you_mean
@@ -60,7 +61,7 @@ def load_predictor(
         seed: of sampling; by default the YAML's.
 
     Raises:
-        ValueError: a file is missing or does not fit the others; names and shapes are given. Or a setting
+        UsageError: a file is missing or does not fit the others; names and shapes are given. Or a setting
             of sampling is none.
     """
     check_generation(generation or {})
@@ -69,7 +70,7 @@ def load_predictor(
     for note in check_settings(config, source=yaml_file):
         print(f"note: {note}", file=sys.stderr)
     if not _section(config, "model", "model_config"):
-        raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+        raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if use_past is not None:
         config["model"]["model_config"]["use_past"] = use_past
     if use_parallel is not None:
@@ -114,22 +115,22 @@ def load_predictor(
 
 
 def _check_arguments(prompt_format: str | None, max_length: int | None, seed: int | None) -> None:
-    """ValueError if an argument of ``load_predictor`` is none, before anything is read."""
+    """UsageError if an argument of ``load_predictor`` is none, before anything is read."""
     check_seed(seed)
     if prompt_format is not None:
         prompt_formats.check(prompt_format)
     if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}; it must be at least 1.")
+        raise UsageError(f"max_length is {max_length}; it must be at least 1.")
 
 
 def check_generation(given: dict) -> None:
-    """ValueError if an argument of ``generate`` is misspelt, or none."""
+    """UsageError if an argument of ``generate`` is misspelt, or none."""
     for name in given:
         if name not in GENERATION:
-            raise ValueError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
+            raise UsageError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
     check_sampling(given)
     if (tokens := given.get("max_new_tokens")) is not None and tokens < 1:
-        raise ValueError(f"max_new_tokens is {tokens}; it must be at least 1.")
+        raise UsageError(f"max_new_tokens is {tokens}; it must be at least 1.")
 
 
 def _vocab_file_beside(checkpoint) -> Path | None:
@@ -150,7 +151,7 @@ def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int
         own = config.seq_length if "max_new_tokens" in generation else config.max_decode_length
         return length_of_config(own, config.seq_length)
     if max_length > config.seq_length:
-        raise ValueError(
+        raise UsageError(
             f"max_length is {max_length}, but the YAML's seq_length is {config.seq_length}; lower it, or "
             f"raise seq_length in the YAML."
         )
@@ -167,14 +168,14 @@ def _section(config: dict, *names: str) -> dict:
 def _check_files(yaml_file, vocab_file, checkpoint, named: tuple[str, str]) -> None:
     """Refuse what is missing before the slow imports; ``named``: what names the two paths."""
     if not vocab_file:
-        raise ValueError(f"{yaml_file} names no vocab_file; give --vocab_file_path tokenizer.model.")
+        raise UsageError(f"{yaml_file} names no vocab_file; give --vocab_file_path tokenizer.model.")
     if not checkpoint:
-        raise ValueError(
+        raise UsageError(
             f"{yaml_file} names no load_checkpoint; give --checkpoint_path, or the answers are noise."
         )
     for name, path in zip(named, (vocab_file, checkpoint), strict=True):
         if not Path(path).exists():
-            raise ValueError(f"{name} {path} does not exist.")
+            raise UsageError(f"{name} {path} does not exist.")
 
 
 def _model_config(settings: dict):
@@ -222,7 +223,7 @@ def _set_context(context: dict, device_id: int | None) -> None:
     jit = {"jit_level": context.get("jit_level", "O0"), "infer_boost": context.get("infer_boost", "on")}
     jit |= {name: value for name, value in (context.get("jit_config") or {}).items() if value}
     if jit["jit_level"] == "O1":
-        raise ValueError("context.jit_config.jit_level is O1, which prediction does not support; use O0.")
+        raise UsageError("context.jit_config.jit_level is O1, which prediction does not support; use O0.")
     with naming_target(target):
         ms.set_context(mode=ms.GRAPH_MODE, device_target=target, device_id=device_id, jit_config=jit)
     if target == "Ascend":
@@ -236,7 +237,7 @@ def load_weights(model, checkpoint: str | Path) -> None:
     process that shares the model reads its part alone.
 
     Raises:
-        ValueError: the checkpoint is broken, or its names or shapes are not the model's.
+        UsageError: the checkpoint is broken, or its names or shapes are not the model's.
     """
     if hasattr(model, "load_weights"):
         model.load_weights(checkpoint)

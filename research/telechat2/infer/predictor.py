@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data.formats import Conversation
 from research.telechat2.generation.answer import STOPPED, Answer, Clock, Stopped
 from research.telechat2.generation.limits import check_pool, limits_of_rows
@@ -46,12 +47,12 @@ class Predictor:
         """Whether a prompt leaves room for a token of answer, and the cache has room for both."""
         try:
             self.check([prompt])
-        except ValueError:
+        except UsageError:
             return False
         return True
 
     def check(self, prompts: list[list[int]]) -> None:
-        """ValueError if a prompt leaves no room for an answer, or the cache has none for the batch."""
+        """UsageError if a prompt leaves no room for an answer, or the cache has none for the batch."""
         for ids in prompts:
             check_length(len(ids), self.max_length, self.limited_by)
         config = self.model.config
@@ -86,7 +87,7 @@ class Predictor:
         """Answer a batch of prompts given as ids, each as if asked alone.
 
         ``on_token(id)`` hears every token of a single prompt; ``stop()`` is asked after each of them whether
-        its answer ends there. Raises ValueError as ``check`` does, or if logits are no numbers.
+        its answer ends there. Raises UsageError as ``check`` does, or if logits are no numbers.
         """
         self.check(prompts)
         single = len(prompts) == 1

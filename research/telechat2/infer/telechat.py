@@ -4,6 +4,7 @@ import mindspore as ms
 
 from research.telechat2.checkpoint.layouts.read import weights_of_rank
 from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister
 from research.telechat2.infer.telechat_transformers import (
     JoinedDecoderLayer,
@@ -24,13 +25,13 @@ class ParallelTelechatForCausalLM(TelechatForCausalLM):
     ``[B, V]`` float32. Its blocks of the cache hold the keys and values of its heads.
 
     Raises:
-        ValueError: ``use_past`` is not set, sizes do not divide, or another number of processes runs.
+        UsageError: ``use_past`` is not set, sizes do not divide, or another number of processes runs.
     """
 
     def parts(self, config):
         """The decoder stack and the output projection of this process."""
         if not config.use_past:
-            raise ValueError(
+            raise UsageError(
                 "use_past is False, but ParallelTelechatForCausalLM predicts with a cache only; set "
                 "model_config.use_past: True, or model.arch.type: TelechatForCausalLM."
             )
@@ -58,7 +59,7 @@ class ParallelTelechatForCausalLM(TelechatForCausalLM):
         weights_of_rank.
 
         Raises:
-            ValueError: names, shapes or sizes are not this model's; nothing is loaded then.
+            UsageError: names, shapes or sizes are not this model's; nothing is loaded then.
         """
         weights = weights_of_rank(
             path, sizes_of_model(self.config), tensor_parallel=self.ranks.size, rank=self.ranks.rank,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mindspore.ops import operations as P  # noqa: N812
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import process_group
 
 
@@ -42,12 +43,12 @@ def ranks_of(config) -> Ranks:
     """The ranks of ``parallel_config.model_parallel``, which are all processes of this run.
 
     Raises:
-        ValueError: another number of processes runs.
+        UsageError: another number of processes runs.
     """
     size = config.parallel_config.model_parallel
     processes, rank, group = process_group()
     if processes != size:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.model_parallel is {size}, but this run has {processes} "
             f"{'process' if processes == 1 else 'processes'}; prediction has one process for each part of "
             f"the model. Start {size} by scripts/msrun_launcher.sh with use_parallel True, or set "

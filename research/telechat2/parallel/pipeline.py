@@ -1,5 +1,6 @@
 """Put each layer on its pipeline stage."""
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.pipeline import check_schedule, partition_of, places
 
 
@@ -7,7 +8,7 @@ def assign_stages(model, config) -> None:
     """Put each layer of a TelechatForCausalLM on its stage, the embedding on the first, the loss on the last.
 
     Raises:
-        ValueError: MindSpore's context asks for another pipeline than the config.
+        UsageError: MindSpore's context asks for another pipeline than the config.
     """
     stages = config.parallel_config.pipeline_stage
     _check_context(stages, config.pp_interleave_num)
@@ -25,7 +26,7 @@ def _check_context(stages: int, chunks: int) -> None:
 
     running = ms.get_auto_parallel_context("pipeline_stages")
     if running != stages:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.pipeline_stage is {stages}, but MindSpore is set up for {running} stages; "
             "set both, pipeline_stage and parallel.pipeline_stages, to one number, or leave the latter out."
         )

@@ -2,6 +2,7 @@
 
 import re
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.pipeline import Place, partition_of, places
 from research.telechat2.config.recompute import read_recompute
 
@@ -12,7 +13,7 @@ def recompute_layers(model, config) -> None:
     A layer that is computed again as a whole is not searched for operators.
 
     Raises:
-        ValueError: a pattern matches no operator of a layer.
+        UsageError: a pattern matches no operator of a layer.
     """
     section = config.parallel_config.recompute
     tables = read_recompute(config)
@@ -49,7 +50,7 @@ def _matching(name: str, pattern: str, layer) -> list:
     }
     found = [operator for path, operator in operators.items() if re.fullmatch(pattern, path)]
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"recompute_config.{name} names {pattern!r}, which matches no operator of a layer; there are "
             f"{', '.join(sorted(operators))}."
         )

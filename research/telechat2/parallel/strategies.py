@@ -90,7 +90,7 @@ def apply_plan(model, config) -> None:
     """Make a TelechatForCausalLM follow the config's plan: recompute, and on a cluster strategies and stages.
 
     Raises:
-        ValueError: MindSpore's context does not fit the plan, or see recompute_layers.
+        UsageError: MindSpore's context does not fit the plan, or see recompute_layers.
     """
     if config.use_past:
         return  # prediction with a cache is not split, see check_plan

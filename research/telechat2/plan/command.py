@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.check import check
 from research.telechat2.config.settings import read_with_notes
@@ -43,12 +44,12 @@ def plan(
         json_file: a new file for the result.
 
     Raises:
-        ValueError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
+        UsageError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
     """
     _refuse_arguments(json_file, picture, dry, rank, output_dir)
     for name, number in (("--device_num", device_num), ("--search", search_gb)):
         if number is not None and not 0 < number < inf:
-            raise ValueError(f"{name} is {number}; it must be above 0.")
+            raise UsageError(f"{name} is {number}; it must be above 0.")
     checking = _check_of(device_num, search_gb)
     path, settings, notes = read_with_notes(config_name, changes, Path.cwd(), checking)
     asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
@@ -75,7 +76,7 @@ def plan(
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if found and not found.plans:
         print("\n\n".join(texts[:-1]))
-        raise ValueError(f"no plan of {device_num or checked.device_num} NPUs is found: {found.table()}")
+        raise UsageError(f"no plan of {device_num or checked.device_num} NPUs is found: {found.table()}")
     return "\n\n".join(texts)
 
 
@@ -93,11 +94,11 @@ def _check_of(device_num: int | None, search_gb: float | None) -> Callable[[dict
 def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:
     for name, file in (("--json", json_file), ("--plot", picture)):
         if file and file.exists():
-            raise ValueError(f"{file} exists and is not overwritten; give {name} another name.")
+            raise UsageError(f"{file} exists and is not overwritten; give {name} another name.")
         if file and not file.absolute().parent.is_dir():
-            raise ValueError(f"{name} {file}: there is no folder {file.absolute().parent}; make it first.")
+            raise UsageError(f"{name} {file}: there is no folder {file.absolute().parent}; make it first.")
     if not dry and (rank is not None or output_dir):
-        raise ValueError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
+        raise UsageError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
 
 
 def _compiled(settings, device_num, rank, output_dir, texts: list[str], stages: int) -> list[dict]:
@@ -112,7 +113,7 @@ def _compiled(settings, device_num, rank, output_dir, texts: list[str], stages: 
 
 def _refuse_of_prediction(path: Path, flags: list[str]) -> None:
     if flags:
-        raise ValueError(
+        raise UsageError(
             f"{path} is of a prediction, and {' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for "
             "training; use the finetune YAML of this model, or leave that out. --estimate tells the memory."
         )

@@ -56,7 +56,7 @@ def check_prediction(settings: dict, device_num: int | None = None) -> CheckedPr
         device_num: how many devices there are; None: as many as the YAML says, or one.
 
     Raises:
-        ValueError: a rule is broken, see prediction_plan.
+        UsageError: a rule is broken, see prediction_plan.
     """
     shared = bool(settings.get("use_parallel"))
     given = section_of(settings, "parallel_config").get("model_parallel") if shared else 1

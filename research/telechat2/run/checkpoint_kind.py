@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from research.telechat2.checkpoint.storage.folders import TRACKER
+from research.telechat2.common.errors import UsageError
 from research.telechat2.run.resuming import COMMON, whole_iterations
 
 
@@ -11,14 +12,14 @@ def checkpoint_kind(path: Path) -> str:
     ``iteration`` (written by the ``checkpoint:`` section) or ``ranks`` (a folder of ``rank_*`` folders).
 
     Raises:
-        ValueError: it does not exist, or is none of these.
+        UsageError: it does not exist, or is none of these.
     """
     if path.is_file():
         if path.suffix in (".ckpt", ".safetensors"):
             return path.suffix[1:]
-        raise ValueError(f"{path} is no checkpoint: its name must end in .safetensors or .ckpt.")
+        raise UsageError(f"{path} is no checkpoint: its name must end in .safetensors or .ckpt.")
     if not path.is_dir():
-        raise ValueError(
+        raise UsageError(
             f"there is no checkpoint {path}; give --load_checkpoint a file or a directory that exists."
         )
     if (path / TRACKER).is_file() or (path / COMMON).is_file():
@@ -29,15 +30,15 @@ def checkpoint_kind(path: Path) -> str:
     if len(found) == 1:
         return f"{found[0]} folder"
     if found:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
         )
     if any(path.glob("iteration_*/")):
         whole = whole_iterations(path)
         instead = f"give the latest that is whole: --load_checkpoint {whole[0]}" if whole else "none is whole"
-        raise ValueError(
+        raise UsageError(
             f"{path} holds iterations, but no {TRACKER}, which names the last that was saved; {instead}."
         )
     inside = path / "checkpoint"
     hint = f" Did you mean {inside}?" if inside.is_dir() else ""
-    raise ValueError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
+    raise UsageError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")

@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.kernel_limits import MAX_DOCUMENTS
 from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
@@ -29,7 +30,7 @@ def check_dataset(config: dict, which: str) -> None:
         which: "train" or "eval".
 
     Raises:
-        ValueError: with the file, what it holds, and what the model takes.
+        UsageError: with the file, what it holds, and what the model takes.
     """
     section = config.get(f"{which}_dataset") or {}
     loader = section.get("data_loader") or {}
@@ -79,16 +80,16 @@ def _input_columns(section: dict, which: str) -> tuple[str, ...]:
     """The columns that the model is given, in its order.
 
     Raises:
-        ValueError: others than it takes.
+        UsageError: others than it takes.
     """
     columns = tuple(section.get("input_columns") or COLUMNS)
     if columns not in (COLUMNS, COLUMNS[:1]):
-        raise ValueError(
+        raise UsageError(
             f"{which}_dataset.input_columns is {list(columns)}, but the model takes {list(COLUMNS)} in this "
             f"order (or input_ids alone, of which all but padding is trained); set it so."
         )
     if section.get("eod_reset"):
-        raise ValueError(
+        raise UsageError(
             f"{which}_dataset.eod_reset is {section['eod_reset']}, which gives the model position ids "
             f"and masks in the labels' place; remove it, and set model.model_config.document_start_ids to "
             f"keep packed documents apart."
@@ -110,7 +111,7 @@ def _rules(model: dict, section: dict) -> Rules:
 def _checked_manifest(file: Path, rules: Rules) -> dict:
     """A file's manifest, compared with the model and with the index; empty where there is none."""
     if not Path(f"{file}.db").is_file():
-        raise ValueError(
+        raise UsageError(
             f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
             f"or prepare the data again with telechat_preprocess.py."
         )
@@ -118,7 +119,7 @@ def _checked_manifest(file: Path, rules: Rules) -> dict:
     _compare(file, manifest, rules)
     starts = manifest.get("document_start_ids")
     if rules.start_ids and starts is not None and sorted(starts) != list(rules.start_ids):
-        raise ValueError(
+        raise UsageError(
             f"{file} was prepared with documents that begin with the ids {sorted(starts)}, but the model's "
             f"document_start_ids is {list(rules.start_ids)}, by which it would not keep them apart: set "
             f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may "
@@ -128,7 +129,7 @@ def _checked_manifest(file: Path, rules: Rules) -> dict:
     parts = {part.get("name"): part.get("records") for part in manifest.get("files") or []}
     told, found = parts.get(file.name, manifest.get("records")), count_records([file])
     if None not in (told, found) and told != found:
-        raise ValueError(
+        raise UsageError(
             f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says "
             f"{told:,}: they "
             f"are not of one preparation. Copy all files of the data again, or delete the manifest."
@@ -151,8 +152,8 @@ def _check_shorter(config: dict, length: int, which: str) -> None:
     model = config["model"] | {"model_config": config["model"]["model_config"] | {"seq_length": length - 1}}
     try:
         check(config | {"model": model}, device_num() if is_data_parallel(config) else None)
-    except ValueError as error:
-        raise ValueError(
+    except UsageError as error:
+        raise UsageError(
             f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this "
             f"plan cannot "
             f"split: {error} (Or prepare the data with --max_length {seq_length}.)"
@@ -168,7 +169,7 @@ def record_files(config: dict, which: str) -> list[Path]:
 def files_of_loader(loader: dict, which: str) -> list[Path]:
     """The MindRecord files that MindFormers reads for a data_loader; makes ``dataset_dir`` absolute."""
     if not (given := loader.get("dataset_dir") or loader.get("dataset_files")):
-        raise ValueError(
+        raise UsageError(
             f"no data: give --{which}_dataset_dir a .mindrecord file or a directory of them, as written by "
             f"research/telechat2/telechat_preprocess.py."
         )
@@ -184,16 +185,16 @@ def files_of_loader(loader: dict, which: str) -> list[Path]:
             [path] if path.is_file() else sorted(f for f in inside if re.search(r"mindrecord\d*$", f.name))
         )
         if path.is_dir() and not files:
-            raise ValueError(f"{path} holds no .mindrecord file; give --{which}_dataset_dir one that does.")
+            raise UsageError(f"{path} holds no .mindrecord file; give --{which}_dataset_dir one that does.")
         files = files or [path]
     for file in files:
         if file.parent.name.endswith(".partial"):
-            raise ValueError(
+            raise UsageError(
                 f"{file.parent} is of a preparation that is under way or was stopped, and would be read too: "
                 f"end it (telechat_preprocess.py, --resume), or delete the folder."
             )
         if not file.is_file():
-            raise ValueError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
+            raise UsageError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
     return files
 
 
@@ -205,9 +206,9 @@ def _manifest(file: Path) -> dict:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); correct or delete it.") from error
+            raise UsageError(f"{path} is not JSON ({error}); correct or delete it.") from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
+        raise UsageError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
     return manifest
 
 
@@ -215,14 +216,14 @@ def _compare(file: Path, manifest: dict, rules: Rules) -> None:
     """The model with what the data was prepared for, of which the records may not use all."""
     length, vocab_size = manifest.get("max_length"), (manifest.get("tokenizer") or {}).get("vocab_size")
     if None not in (length, rules.seq_length) and length > rules.seq_length:
-        raise ValueError(too_long(file, length, rules.seq_length))
+        raise UsageError(too_long(file, length, rules.seq_length))
     if None not in (vocab_size, rules.vocab_size) and vocab_size > rules.vocab_size:
-        raise ValueError(too_many_tokens(file, vocab_size, rules.vocab_size))
+        raise UsageError(too_many_tokens(file, vocab_size, rules.vocab_size))
 
 
 def _compare_documents(file: Path, documents: int, limit: int) -> None:
     if documents > limit:
-        raise ValueError(
+        raise UsageError(
             f"{file} holds records of {documents} documents, but the model keeps {limit} apart: set "
             f"--model.model_config.max_documents {documents}, or leave document_start_ids out."
         )

@@ -25,6 +25,7 @@ from research.telechat2.checkpoint.layouts.tensor_parallel import is_joined
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes
 from research.telechat2.checkpoint.storage.folders import latest_iteration, read_mindspore_source
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.keys import moe_section
 from research.telechat2.config.model import feed_forward_width
@@ -51,7 +52,7 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
         What ``run/weights.py`` is to load; None where MindFormers' loaders do.
 
     Raises:
-        ValueError: the path does not exist, holds no checkpoint, or cannot be loaded in this way.
+        UsageError: the path does not exist, holds no checkpoint, or cannot be loaded in this way.
     """
     section = config.get("checkpoint") or None
     given = config.get("load_checkpoint") or (section or {}).get("load_path")
@@ -62,7 +63,7 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     path = Path(given).expanduser().absolute()
     on_cpus = _is_parallel(config) and (config.get("context") or {}).get("device_target") == "CPU"
     if on_cpus and resume:
-        raise ValueError(
+        raise UsageError(
             "a parallel run on CPUs cannot be resumed: MindFormers 1.9 synchronises ranks with the operator "
             "Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
             "--resume_training to start from the weights."
@@ -98,7 +99,7 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
 def _prepare_own(config: dict, path: Path, resume: bool | str) -> None:
     """Settings for weights that our own reader loads: MindFormers is only told that there are some."""
     if resume:
-        raise ValueError(
+        raise UsageError(
             f"cannot resume from {path}: it holds weights, but no optimizer state and step. Leave out "
             "--resume_training to start from these weights."
         )
@@ -148,10 +149,10 @@ def _latest(path: Path) -> Path:
     """The iteration that a ``checkpoint`` folder's tracker names, or ``path`` itself."""
     try:
         return latest_iteration(path)
-    except ValueError as error:
+    except UsageError as error:
         whole = whole_iterations(path)
         hint = f": --load_checkpoint {whole[0]} is whole" if whole else ""
-        raise ValueError(f"{error}{hint}") from error
+        raise UsageError(f"{error}{hint}") from error
 
 
 def check_weights(config: dict, source: Path, kind: str) -> bool:
@@ -164,7 +165,7 @@ def check_weights(config: dict, source: Path, kind: str) -> bool:
         Whether rows are joined (qkv_concat), so that our own reader has to part them.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
+        UsageError: tensors that are missing, unknown or of another shape, or a torch checkpoint.
     """
     if reason := _not_comparable(config, kind):
         print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
@@ -219,7 +220,7 @@ def _no_sizes(config: dict) -> str | None:
 
 def _no_checkpoint(config: dict, resume: bool | str) -> None:
     if resume:
-        raise ValueError(
+        raise UsageError(
             "resume_training is set, but there is nothing to resume from: give --load_checkpoint the "
             "`checkpoint` folder of the run that is to be continued."
         )
@@ -229,7 +230,7 @@ def _no_checkpoint(config: dict, resume: bool | str) -> None:
 def _folder_and_name(file: Path) -> tuple[Path, str]:
     """The folder of the ``rank_*`` folders and the name in them, by which MindFormers resumes from a file."""
     if not file.parent.name.startswith("rank_"):
-        raise ValueError(
+        raise UsageError(
             f"cannot resume from {file}: MindFormers resumes from a file in a folder rank_0, beside "
             "those of other ranks; make one and put the file there, or leave out --resume_training."
         )
@@ -241,7 +242,7 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
     if not resume:
         return
     if sectioned and isinstance(resume, str):
-        raise ValueError(
+        raise UsageError(
             f"resume_training is {resume!r}, but this config has the section `checkpoint:`, which resumes "
             f"from the folder of --load_checkpoint: give --resume_training True, and the `checkpoint` folder "
             f"or one of its iteration_* folders as --load_checkpoint."
@@ -252,13 +253,13 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
             if path.name.startswith("iteration_")
             else "optimizer state and step"
         )
-        raise ValueError(
+        raise UsageError(
             f"cannot resume from {path}: it holds weights, but no {lacks}. Resume from the "
             f"`checkpoint` folder of a run that was trained with the section `checkpoint:`, or leave out "
             f"--resume_training to start from these weights."
         )
     if not sectioned and not parallel and not _is_ckpt(path):
-        raise ValueError(
+        raise UsageError(
             f"cannot resume from {path} on one device: this config has no section `checkpoint:`, and "
             f"without it MindFormers resumes .ckpt files only. Add the section `checkpoint:` to the YAML."
         )
@@ -285,7 +286,7 @@ def _only_rank(path: Path) -> str:
     """The suffix of the files in ``path/rank_0``, which must be the only rank."""
     ranks = sorted(folder.name for folder in path.glob("rank_*/"))
     if ranks != ["rank_0"]:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds slices of {len(ranks)} ranks ({', '.join(ranks[:8])}): load them with "
             f"--use_parallel True and --auto_trans_ckpt True, or merge them first {MERGING}."
         )
@@ -300,7 +301,7 @@ def newest_file(folder: Path, suffix: str) -> Path:
         if numbers:
             steps[int(numbers[1]), int(numbers[2])] = path
     if not steps:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds no file named <prefix>-<epoch>_<step>.{suffix}; give the file itself."
         )
     return steps[max(steps)]
@@ -312,7 +313,7 @@ def _model_files(path: Path) -> list[Path]:
         file for file in sorted(path.glob("*.safetensors")) if re.search(r"(^|-)model-\d+-\d+$", file.stem)
     ]
     if len(files) != 1:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds the weights in {len(files)} files, one for each rank that saved; predicting and "
             f"evaluating load one file. Merge them first {MERGING}."
         )
@@ -347,7 +348,7 @@ def _link(link: Path, target: Path) -> None:
 def _ckpt_as_safetensors(config: dict, path: Path, kind: str) -> Path:
     """Write .ckpt weights as safetensors, which is all the ``checkpoint:`` loader reads; one device only."""
     if _is_parallel(config):
-        raise ValueError(
+        raise UsageError(
             f"{path} is in .ckpt format, and a parallel run whose config has the section `checkpoint:` loads "
             f"safetensors only. Convert it once (in research/telechat2: convert_reversed.py --mindspore_path "
             f"{path} --torch_path TORCH_DIR, then convert_weight.py --torch_path TORCH_DIR --mindspore_path "

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 NAME = ".training.lock"
 
 
@@ -25,7 +27,7 @@ def only_training_in(folder: Path) -> Iterator[None]:
     A file system without locks is printed, and trained on.
 
     Raises:
-        ValueError: another training holds it.
+        UsageError: another training holds it.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def _open_locked(path: Path) -> int | None:
         except BlockingIOError:
             holder = _holder(path)
             os.close(file)
-            raise ValueError(
+            raise UsageError(
                 f"another training is writing into {path.parent} ({holder}): give another --output_dir, or "
                 "wait until it has ended."
             ) from None

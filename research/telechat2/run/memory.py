@@ -15,7 +15,7 @@ def check_training_memory(config: dict, processes: int) -> None:
         processes: copies of the model on this machine.
 
     Raises:
-        ValueError: with the sizes.
+        UsageError: with the sizes.
     """
     settings = model_config(config, DEFAULTS["parallel_config"])
     settings.use_past = False

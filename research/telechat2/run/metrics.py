@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 
 NAME = "metrics.jsonl"
@@ -32,7 +33,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The steps of a file, in their order; a last line that was cut when the run was killed is left out.
 
     Raises:
-        ValueError: another line is none of a step.
+        UsageError: another line is none of a step.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     steps = []
@@ -42,7 +43,7 @@ def read_metrics(path: Path) -> list[dict]:
             steps.append(step | {"step": int(step["step"]), "loss": float(step["loss"])})
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {number}: no step of a training ({line[:60]!r}); remove the line, or move "
                     "the file away."
                 ) from error

@@ -6,6 +6,7 @@ import time
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import (
     Callback,
     MindFormerModuleType,
@@ -114,7 +115,7 @@ class TelechatMonitor(Callback):
             self.metrics.add(step, loss, learning_rate=rate, grad_norm=norm, seconds=round(seconds, 4))
             self.metrics.draw_now_and_then()
         if rate is not None and not np.isfinite(rate):
-            raise ValueError(
+            raise UsageError(
                 f"the learning rate of step {step} is {rate}, and so are the weights from this step on; "
                 "change lr_schedule, and start again from the last checkpoint before."
             )
@@ -123,10 +124,10 @@ class TelechatMonitor(Callback):
         """Refuse to call a training done that has ended without a loss.
 
         Raises:
-            ValueError: the last loss is not finite.
+            UsageError: the last loss is not finite.
         """
         if self.not_finite and self.losses:
-            raise ValueError(
+            raise UsageError(
                 f"the loss is not finite since step {self.not_finite_since} ({self.losses[-1]} at step "
                 f"{self.steps[-1]}): the last checkpoint is of no use. Lower the learning rate, or go on "
                 "from a checkpoint before that step."

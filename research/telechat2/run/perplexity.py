@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister, process_group
 
 
@@ -40,13 +41,13 @@ class TelechatPerplexity(nn.Metric):
         """Add a batch: the sum of the losses of its trained tokens, and their number, of one element each.
 
         Raises:
-            ValueError: the sum is not finite, or the model returns something else.
+            UsageError: the sum is not finite, or the model returns something else.
         """
         self.batches += 1
         if not self.has_losses:
             return  # of this stage the model returns what it gives to the next one
         if len(outputs) != 2:
-            raise ValueError(
+            raise UsageError(
                 "the evaluation data have no column labels, from which the model takes what is trained; set "
                 "eval_dataset.input_columns: ['input_ids', 'labels']."
             )
@@ -62,7 +63,7 @@ class TelechatPerplexity(nn.Metric):
         """``{"loss": nats per trained token, "PPL": its exponential, "tokens": trained tokens}``, printed.
 
         Raises:
-            ValueError: no token was trained, or the loss is not finite.
+            UsageError: no token was trained, or the loss is not finite.
         """
         if not self.has_losses:
             print(f"evaluation: its result is in the log of rank {self.last_rank}", flush=True)
@@ -71,7 +72,7 @@ class TelechatPerplexity(nn.Metric):
             self.total, self.count = _of_all_processes(self.total, self.count)
             self._check_finite()
         if self.count == 0:
-            raise ValueError(
+            raise UsageError(
                 "the evaluation data hold no trained token: every label is ignored. Prepare them with "
                 "telechat_preprocess.py, which refuses such records."
             )
@@ -92,7 +93,7 @@ class TelechatPerplexity(nn.Metric):
 
     def _check_finite(self) -> None:
         if not math.isfinite(self.total):
-            raise ValueError(
+            raise UsageError(
                 f"the loss is {self.total} after {self.batches} evaluation batches, so the logits are not "
                 "finite: the weights hold infinite values or NaN (look for the step at which training "
                 "overflowed), or compute_dtype float16 overflows (use bfloat16 or float32)."

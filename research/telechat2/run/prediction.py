@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.evaluation import has_weights
 from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.data.formats import holds_data, read_text_lines
@@ -21,32 +22,32 @@ def check_vocab_file(config: dict) -> None:
     """Refuse a missing vocabulary before the slow imports; ``config`` is the raw YAML with overrides.
 
     Raises:
-        ValueError: no ``processor.tokenizer.vocab_file``, or there is no such file.
+        UsageError: no ``processor.tokenizer.vocab_file``, or there is no such file.
     """
     if not config.get("processor"):
-        raise ValueError("the config has no section processor, as one of training; use a predict YAML.")
+        raise UsageError("the config has no section processor, as one of training; use a predict YAML.")
     vocab_file = (config["processor"].get("tokenizer") or {}).get("vocab_file")
     if not vocab_file:
-        raise ValueError(
+        raise UsageError(
             "the config names no vocab_file; give --processor.tokenizer.vocab_file tokenizer.model."
         )
     if not Path(vocab_file).is_file():
-        raise ValueError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
+        raise UsageError(f"processor.tokenizer.vocab_file is {vocab_file}, but there is no such file.")
 
 
 def check_request(config: dict) -> None:
     """Refuse a prediction without weights or by an impossible batch; ``config`` as for check_vocab_file.
 
     Raises:
-        ValueError: no ``load_checkpoint``, or a ``predict_batch_size`` below 1.
+        UsageError: no ``load_checkpoint``, or a ``predict_batch_size`` below 1.
     """
     if not has_weights(config):
-        raise ValueError(
+        raise UsageError(
             "no weights to predict with: give --load_checkpoint, a .safetensors or .ckpt file or a "
             "directory. Answers of random weights are noise."
         )
     if (size := config.get("predict_batch_size")) is not None and size < 1:
-        raise ValueError(f"predict_batch_size is {size}; it must be a whole number of at least 1.")
+        raise UsageError(f"predict_batch_size is {size}; it must be a whole number of at least 1.")
 
 
 def keep_top_k(config) -> None:
@@ -75,7 +76,7 @@ def share_model(config: dict) -> None:
     Changes ``config``, the raw YAML with overrides; a single process predicts without ``use_parallel``.
 
     Raises:
-        ValueError: as ``prediction_plan``; or several processes have no seed, and would sample differently.
+        UsageError: as ``prediction_plan``; or several processes have no seed, and would sample differently.
     """
     model = config["model"]
     if (model.get("model_config") or {}).get("type") != "TelechatConfig":
@@ -85,7 +86,7 @@ def share_model(config: dict) -> None:
         config.pop("parallel_config", None)  # which means nothing without use_parallel
         return
     if plan and config.get("seed", 0) is None:
-        raise ValueError(
+        raise UsageError(
             "seed is null, but the processes that share a model must draw the same random numbers; give "
             "--seed with a number."
         )
@@ -113,7 +114,7 @@ def prepare_prompts(config) -> str | list[str]:
         One prompt, or several.
 
     Raises:
-        ValueError: no prompts; one is empty or leaves no room for an answer; or the vocabulary is not the
+        UsageError: no prompts; one is empty or leaves no room for an answer; or the vocabulary is not the
             model's.
     """
     prompts = _unmarked(_read(config.input_data))
@@ -147,7 +148,7 @@ def _read(input_data) -> str | list[str]:
         return words[0]
     lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
     if not lines:
-        raise ValueError(f"--predict_data {words[0]}: the file is empty; write a prompt on each line.")
+        raise UsageError(f"--predict_data {words[0]}: the file is empty; write a prompt on each line.")
     return lines
 
 
@@ -155,15 +156,15 @@ def _check_word(word: str, alone: bool) -> None:
     """Refuse a word of --predict_data that is meant as a file, and could only be asked as text."""
     named = f"--predict_data {word}"
     if alone and _exists(word) and (Path(word).is_dir() or DATA_FILE.search(word) or holds_data(word)):
-        raise ValueError(
+        raise UsageError(
             f"{named} is data in JSON or a folder, but a text file with a prompt on each line is asked as it "
             f"is: run_telechat_predict.py --question_file {word} asks its conversations."
         )
     if not _FILE_NAME.fullmatch(word) or (alone and _exists(word)):
         return
     if _exists(word):
-        raise ValueError(f"{named} is a file beside other prompts; give one file alone, or prompts alone.")
-    raise ValueError(f"{named} names a file that does not exist; give its path, or a prompt.")
+        raise UsageError(f"{named} is a file beside other prompts; give one file alone, or prompts alone.")
+    raise UsageError(f"{named} names a file that does not exist; give its path, or a prompt.")
 
 
 def _exists(word: str) -> bool:
@@ -178,20 +179,20 @@ def _check_all(prompts: str | list[str], check: Callable[[str], None]) -> None:
     for number, prompt in enumerate(several, 1):
         try:
             check(prompt)
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(several)}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"prompt {number} of {len(several)}: {error}") from error
 
 
 def _unmarked(prompts: str | list[str]) -> str | list[str]:
-    """Prompts without byte order marks around them; ValueError for one inside, with the prompt's number."""
+    """Prompts without byte order marks around them; UsageError for one inside, with the prompt's number."""
     if isinstance(prompts, str):
         return without_byte_order_marks(prompts)
     found = []
     for number, prompt in enumerate(prompts, 1):
         try:
             found.append(without_byte_order_marks(prompt))
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from error
     return found
 
 
@@ -202,7 +203,7 @@ def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:
 
 def _check_text(text: str) -> None:
     if is_blank(text):
-        raise ValueError("it is empty, or blanks only; write it or remove the line.")
+        raise UsageError("it is empty, or blanks only; write it or remove the line.")
 
 
 def _with_defaults(model_config) -> dict:

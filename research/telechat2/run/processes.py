@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.run.training_record import is_data_parallel
 
 LAUNCHER = 'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N'
@@ -23,10 +24,10 @@ def check_cpu_plan(config: dict) -> None:
         config: the raw YAML with overrides.
 
     Raises:
-        ValueError: ``use_parallel`` on CPUs is other than data parallelism.
+        UsageError: ``use_parallel`` on CPUs is other than data parallelism.
     """
     if config.get("use_parallel") and _target(config) == "CPU" and not is_data_parallel(config):
-        raise ValueError(
+        raise UsageError(
             "use_parallel on CPUs is data parallelism only: MindSpore slices models for Ascend alone. Give "
             "--parallel.parallel_mode 0 --parallel.full_batch False, or --use_parallel False."
         )
@@ -39,16 +40,16 @@ def check_processes(config: dict) -> None:
         config: the raw YAML with overrides.
 
     Raises:
-        ValueError: ``use_parallel`` without a launcher, or several processes without ``use_parallel``.
+        UsageError: ``use_parallel`` without a launcher, or several processes without ``use_parallel``.
     """
     several = int(os.environ.get("MS_WORKER_NUM", "1")) if "MS_ROLE" in os.environ else 1
     if several > 1 and not config.get("use_parallel"):
-        raise ValueError(
+        raise UsageError(
             f"use_parallel is False, so the run takes 1 device, not {several}: each process would do "
             "the same. Give --use_parallel True, or start the command without the launcher."
         )
     if config.get("use_parallel") and not any(os.environ.get(name) for name in LAUNCHED_BY):
-        raise ValueError(
+        raise UsageError(
             f"use_parallel is True, but this is a single process: start several with {LAUNCHER}, "
             "or give --use_parallel False."
         )
@@ -58,7 +59,7 @@ def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
     """Refuse a process that has no NPU of its own, where the machine's NPUs can be counted.
 
     Raises:
-        ValueError: more processes on this machine than NPUs, or a ``device_id`` beyond them.
+        UsageError: more processes on this machine than NPUs, or a ``device_id`` beyond them.
     """
     if _target(config) != "Ascend" or os.environ.get("MS_SIMULATION_LEVEL"):
         return
@@ -72,12 +73,12 @@ def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
     launched = "MS_ROLE" in os.environ
     workers = int(os.environ.get("TELECHAT_LOCAL_WORKERS", "0")) if launched else 0
     if workers > count:
-        raise ValueError(
+        raise UsageError(
             f"{workers} workers are started here, but {named} {count} NPUs; start at most {count}."
         )
     device = (config.get("context") or {}).get("device_id") or 0
     if not launched and isinstance(device, int) and device >= count:
-        raise ValueError(
+        raise UsageError(
             f"context.device_id is {device}, but {named} {count} NPUs, 0 to {count - 1}; give --device_id."
         )
 

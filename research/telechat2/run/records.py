@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data.records import Row
 from research.telechat2.run.training_record import (
     count_records,
@@ -46,12 +47,12 @@ def read_rows(files: list[Path], columns: tuple[str, ...]) -> tuple[Iterator[Row
     """The records of ``sample``, read as they come, and how many records there are.
 
     Raises:
-        ValueError: a file is not readable, or lacks a column.
+        UsageError: a file is not readable, or lacks a column.
     """
     counts = [count_records([file]) or 0 for file in files]
     first = next(_read(files[0], columns, [0]), None)
     if first is None:
-        raise ValueError(_unreadable(files[0]))
+        raise UsageError(_unreadable(files[0]))
     chosen = sample(counts, len(np.atleast_1d(first.input_ids)))
     rows = (row for file, numbers in zip(files, chosen, strict=True) for row in _read(file, columns, numbers))
     return rows, sum(counts)
@@ -65,7 +66,7 @@ def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[
     try:
         found = ds.MindDataset([str(file)], shuffle=False).get_col_names()
         if missing := [name for name in columns if name not in found]:
-            raise ValueError(
+            raise UsageError(
                 f"{file} has the columns {', '.join(sorted(found))}, but none named {' and '.join(missing)}; "
                 f"prepare the data with telechat_preprocess.py{_without_labels(found)}."
             )
@@ -77,7 +78,7 @@ def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[
         ):
             yield Row(str(file), number, row[0], row[1] if len(row) > 1 else None)
     except RuntimeError as error:
-        raise ValueError(_unreadable(file)) from error
+        raise UsageError(_unreadable(file)) from error
 
 
 def _without_labels(found: list[str]) -> str:
@@ -101,7 +102,7 @@ def check_steps(config: dict, records: int) -> list[str]:
         Sentences to print.
 
     Raises:
-        ValueError: they do not fill a single step, or the last batch could not be split.
+        UsageError: they do not fill a single step, or the last batch could not be split.
     """
     devices = device_num() if config.get("use_parallel") else 1
     batch = global_batch_size(config, devices)
@@ -110,7 +111,7 @@ def check_steps(config: dict, records: int) -> list[str]:
     records = min(records, loader.get("num_samples") or records)
     steps = steps_per_epoch(config, records, batch, devices)
     if steps == 0:
-        raise ValueError(
+        raise UsageError(
             f"the data has {counted(records)}, but a step takes {_described(config, batch)}: lower "
             f"--batch_size{' or the factors of the plan' if config.get('use_parallel') else ''}, or "
             f"give more "
@@ -134,7 +135,7 @@ def check_steps(config: dict, records: int) -> list[str]:
             f"{_described(config, batch)} each"
         )
     elif rest and config.get("use_parallel") and shards == 1:
-        raise ValueError(
+        raise UsageError(
             f"train_dataset.drop_remainder is False, and {counted(records)} in steps of "
             f"{_described(config, batch)} leave a last one of {rest}, which the plan cannot split: set it to "
             f"True."

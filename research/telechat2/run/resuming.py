@@ -10,6 +10,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.loading import NO_WEIGHTS
 from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
+from research.telechat2.common.errors import UsageError
 from research.telechat2.run.training_record import NAME, TrainingRecord, read_record
 
 COMMON = "common.json"
@@ -30,20 +31,20 @@ def check_resumption(saved: TrainingRecord | None, common: dict, now: TrainingRe
         What the user should know: the position, and settings that change from here on.
 
     Raises:
-        ValueError: with all that differs: the records of the next steps would not be those of a run that was
+        UsageError: with all that differs: the records of the next steps would not be those of a run that was
             never stopped, or the optimizer's states not be those that it reads.
     """
     step = common["step_num"]
     differing = _differing(saved, common, now)
     if differing:
         listed = "\n".join(f"  {line}" for line in differing)
-        raise ValueError(
+        raise UsageError(
             f"cannot resume{_after(step)}: the run would not go on as it stopped.\n"
             f"{listed}\nGive these as they were. {_WITHOUT}"
         )
     total = now.total_steps
     if None not in (step, total) and step >= total:
-        raise ValueError(
+        raise UsageError(
             f"nothing is left to train: the checkpoint is of step {step}, and {now.epochs} epochs of "
             f"{now.steps_per_epoch} steps are {total}. Raise --runner_config.epochs to train longer (the "
             f"learning rate then follows the longer schedule). {_WITHOUT}"
@@ -170,19 +171,19 @@ def read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
     """The ``common.json`` and the record of an ``iteration_*`` folder of which all files are whole.
 
     Raises:
-        ValueError: a file is missing or broken, with the latest iteration beside it that is whole.
+        UsageError: a file is missing or broken, with the latest iteration beside it that is whole.
     """
     try:
         return _read_iteration(folder)
-    except ValueError as error:
-        raise ValueError(f"cannot resume from {folder}: {error}\n{_instead(folder)}") from error
+    except UsageError as error:
+        raise UsageError(f"cannot resume from {folder}: {error}\n{_instead(folder)}") from error
 
 
 def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
     common = _read_common(folder)
     number = re.fullmatch(r"iteration_0*(\d+)", folder.name)
     if number and int(number[1]) != common["step_num"]:
-        raise ValueError(
+        raise UsageError(
             f"its {COMMON} is of step {common['step_num']}; copy the files of one iteration together."
         )
     weights = {name for name in _names_of(folder, "model") if not name.endswith(NO_WEIGHTS)}
@@ -191,7 +192,7 @@ def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
         moments = {name.removeprefix(prefix) for name in states if name.startswith(prefix)}
         missing = sorted(weights - moments)
         if moments and missing:
-            raise ValueError(
+            raise UsageError(
                 f"the optimizer's files hold no {prefix}{missing[0]} ({len(missing)} of {len(weights)} "
                 "parameters have none)."
             )
@@ -201,14 +202,14 @@ def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
 def _read_common(folder: Path) -> dict:
     path = folder / COMMON
     if not path.is_file():
-        raise ValueError(f"{COMMON} is missing, which says how many steps were done.")
+        raise UsageError(f"{COMMON} is missing, which says how many steps were done.")
     try:
         common = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: common[name] for name in ("step_num", "epoch_num", "global_batch_size")}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{COMMON} is broken ({type(error).__name__}: {error}).") from error
+        raise UsageError(f"{COMMON} is broken ({type(error).__name__}: {error}).") from error
     if not all(isinstance(value, int) and value >= 1 for value in numbers.values()):
-        raise ValueError(f"{COMMON} says {numbers}; expected whole numbers of at least 1.")
+        raise UsageError(f"{COMMON} says {numbers}; expected whole numbers of at least 1.")
     return common
 
 
@@ -219,12 +220,12 @@ def _names_of(folder: Path, kind: str) -> set[str]:
     files = {path: match for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))}
     if not files:
         hint = "" if kind == "model" else " (a run with checkpoint.no_save_optim: True saves none)"
-        raise ValueError(f"the file of the {what} is missing: *-{kind}-0000000-0000001.safetensors{hint}.")
+        raise UsageError(f"the file of the {what} is missing: *-{kind}-0000000-0000001.safetensors{hint}.")
     here = {int(match[1]) for match in files.values()}
     total = {int(match[2]) for match in files.values()}
     missing = sorted(set(range(max(total))) - here)
     if missing or len(total) > 1:
-        raise ValueError(
+        raise UsageError(
             f"{len(files)} files of the {what} are there, of {max(total)} that the processes saved: number "
             f"{missing[0] if missing else sorted(total)} is missing or of another run."
         )

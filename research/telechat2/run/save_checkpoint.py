@@ -8,6 +8,7 @@ from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.llama.written import trained_config
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.storage.folders import latest_iteration
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
 from research.telechat2.config.settings import model_config, section_of, with_defaults
 from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
@@ -29,7 +30,7 @@ def settle_monitor(config: dict) -> None:
     Where there is the section MindFormers 1.9 reads it alone; what only the callback says is moved there.
 
     Raises:
-        ValueError: both state a setting, and differ.
+        UsageError: both state a setting, and differ.
     """
     section = config.get("checkpoint")
     if not section:
@@ -42,7 +43,7 @@ def settle_monitor(config: dict) -> None:
             if given is None:
                 continue
             if value is not None and value != given:
-                raise ValueError(
+                raise UsageError(
                     f"callbacks: CheckpointMonitor.{key} is {given!r} and checkpoint.{name} is {value!r}, "
                     f"which is taken; give --checkpoint.{name} {given}, or leave {key} out of the callback."
                 )
@@ -75,7 +76,7 @@ def refuse_overwriting(config: dict) -> None:
     continues from a step before the last.
 
     Raises:
-        ValueError: the folder holds iterations or ``rank_*`` weights, and this run does not continue them
+        UsageError: the folder holds iterations or ``rank_*`` weights, and this run does not continue them
             from the last.
     """
     folder = checkpoint_folder(config)
@@ -91,14 +92,14 @@ def _refuse_iterations(config: dict, folder: Path) -> None:
         return
     source = Path(config["checkpoint"].get("load_path") or "").resolve()
     if not config.get("resume_training") or source.parent != folder.resolve():
-        raise ValueError(
+        raise UsageError(
             f"{folder} already holds {iterations[-1].name} of an earlier run: give another --output_dir, "
             f"continue that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
         )
     # A run that was killed while it saved leaves an iteration that the tracker does not name yet.
     latest = {iterations[-1].resolve(), latest_iteration(folder).resolve()}
     if source not in latest:
-        raise ValueError(
+        raise UsageError(
             f"continuing from {source.name} in its own folder would replace {iterations[-1].name}, which "
             f"{folder} also holds: give another --output_dir, or continue from the last step "
             f"(--load_checkpoint {folder} --resume_training True)."
@@ -110,7 +111,7 @@ def _refuse_ranks(config: dict, folder: Path) -> None:
     saved = [path for path in sorted(folder.glob("rank_*/*")) if path.suffix in (".safetensors", ".ckpt")]
     continued = config.get("resume_training") and Path(config.get("load_checkpoint") or "").resolve()
     if saved and not (continued and continued.is_relative_to(folder.resolve())):
-        raise ValueError(
+        raise UsageError(
             f"{folder} already holds {saved[-1].relative_to(folder)} of an earlier run: give another "
             f"--output_dir, or delete the folder."
         )
@@ -157,12 +158,12 @@ def answers_file(config: dict) -> Path:
     the first free name of ``<output_dir>/text_generation_result.txt``, ``…_2.txt`` and so on.
 
     Raises:
-        ValueError: ``save_file`` exists.
+        UsageError: ``save_file`` exists.
     """
     if given := config.get("save_file"):
         path = Path(given).expanduser().absolute()
         if path.exists():
-            raise ValueError(f"save_file {path} exists and is not overwritten; give another name.")
+            raise UsageError(f"save_file {path} exists and is not overwritten; give another name.")
         return path
     stem = Path(config["output_dir"]) / "text_generation_result"
     number = 1

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 # Warnings of MindFormers and MindSpore about what this plugin chooses or replaces; they stay in the log.
 EXPECTED = re.compile(
     r"The input config \w+ is empty|Some configs in yaml are useless|is deprecated|will be deprecated"
@@ -159,7 +161,7 @@ def own_lines(output_dir: str, verbose: bool, hidden: re.Pattern = EXPECTED) -> 
         with _shown_warnings(screens[1], hidden):
             yield
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError)):  # a defect, whose reason the libraries may have told
+        if not isinstance(error, (UsageError, OSError)):  # a defect, whose reason the libraries may have told
             print(f"log: {path} has all that was written until then", file=screens[1], flush=True)
         raise
     finally:

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MOMENTS_BYTES = 8  # of a parameter: two of AdamW, float32
 
@@ -42,13 +44,13 @@ def check_space(folder: Path, each: int, count: int) -> str | None:
         A warning where not all ``count`` of them fit; None if they do.
 
     Raises:
-        ValueError: not even one fits.
+        UsageError: not even one fits.
     """
     if not count:
         return None
     free = free_bytes(folder)
     if free < each:
-        raise ValueError(
+        raise UsageError(
             f"{folder} cannot take a checkpoint: one needs about {gigabytes(each)}, and {gigabytes(free)} "
             "are free on its disk. Make room, or give another --output_dir."
         )

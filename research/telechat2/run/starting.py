@@ -20,7 +20,7 @@ def starting_right(check: Check | None) -> Iterator[None]:
     """Around the Trainer: complete the record; where a run resumes, call ``check`` before the model is built.
 
     Raises:
-        ValueError: of ``check``.
+        UsageError: of ``check``.
     """
     before = base_trainer.check_runner_config
 

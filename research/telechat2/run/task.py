@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.environment import prepare_environment
 from research.telechat2.config.check import check as check_plan
 from research.telechat2.config.evaluation import check_evaluation_settings, prepare_evaluation
@@ -77,7 +78,7 @@ def run(
         The answers, for a prediction, which are also printed; None otherwise.
 
     Raises:
-        ValueError: whatever a user can mend in the config, the overrides, the data or the checkpoint.
+        UsageError: whatever a user can mend in the config, the overrides, the data or the checkpoint.
     """
     with shown_by_launcher(verbose):
         answers = _run(config_name, overrides, register_path, verbose)
@@ -175,7 +176,7 @@ def _weights(config: dict) -> str | None:
     given = config.get("load_checkpoint") or None
     other = (config.get("checkpoint") or {}).get("load_path") or None
     if given and other and Path(given).expanduser().resolve() != Path(other).expanduser().resolve():
-        raise ValueError(
+        raise UsageError(
             f"load_checkpoint is {given} and checkpoint.load_path is {other}: which of them is loaded? Give "
             "--load_checkpoint alone (--checkpoint.load_path null)."
         )
@@ -188,9 +189,9 @@ def _check_output(folder: Path) -> None:
     while not place.exists() and not place.is_symlink():
         place = place.parent
     if not place.is_dir():
-        raise ValueError(f"output_dir is {folder}, but {place} is no directory; give another --output_dir.")
+        raise UsageError(f"output_dir is {folder}, but {place} is no directory; give another --output_dir.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir is {folder}, but {place} is not writable; give another --output_dir.")
+        raise UsageError(f"output_dir is {folder}, but {place} is not writable; give another --output_dir.")
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
@@ -206,22 +207,22 @@ def _move_output(config: dict, output_dir: str, old: str) -> None:
 def _check_task(config: dict, path: Path) -> str:
     mode = config.get("run_mode")
     if mode not in RUN_MODES:
-        raise ValueError(
+        raise UsageError(
             f"{path}: run_mode is {mode!r}, expected one of {', '.join(RUN_MODES)}; set it or --run_mode."
         )
     if (config.get("context") or {}).get("mode", 0) != 0:
-        raise ValueError("context.mode must be 0: the TeleChat2 models run in static graph mode only.")
+        raise UsageError("context.mode must be 0: the TeleChat2 models run in static graph mode only.")
     needed = ["model", "trainer"] + (
         ["train_dataset", "optimizer", "runner_wrapper"] if mode in TRAINING else []
     )
     missing = [section for section in needed if not config.get(section)]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{path} has no section {', '.join(missing)}, which run_mode {mode} needs; "
             f"use the {'finetune' if mode in TRAINING else 'predict'} YAML of this model."
         )
     if mode.startswith("predict") and not config.get("input_data"):
-        raise ValueError(
+        raise UsageError(
             "nothing to predict: give --predict_data PROMPT…, or a text file with a prompt on each line."
         )
     return mode
@@ -278,7 +279,7 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
     from research.telechat2.run.evaluation_data import evaluation_data
 
     if config.remote_save_url and not check_in_modelarts():
-        raise ValueError(
+        raise UsageError(
             f"remote_save_url is {config.remote_save_url}, but results are uploaded on "
             "ModelArts only; remove it from the command or the YAML."
         )
@@ -291,7 +292,7 @@ def _carry_out(raw: dict, source: Path | None, training: Training | None, path: 
         with naming_data(), evaluating_on(evaluation_data), _own_loader(source), _watched(training):
             return _run_task(Trainer(config), config)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error}{_save_traceback(config.output_dir)}") from error
+        raise UsageError(f"{error}{_save_traceback(config.output_dir)}") from error
 
 
 def _watched(training: Training | None):
@@ -324,7 +325,7 @@ def _build_config(raw: dict, path: Path):
     try:
         ConfigTemplate.apply_template(raw)
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"MindFormers does not accept {path} with these settings: {error.args[0]}."
         ) from error
     return MindFormerConfig(**raw)

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from research.telechat2.checkpoint.table import expand
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_schedule_length
 from research.telechat2.run.dataset import record_files
 from research.telechat2.run.end import saved_checkpoint
@@ -42,7 +43,7 @@ class Training:
     Attributes:
         record: to be saved beside its checkpoints.
         check: for a run that resumes, called once the data is open, with the steps done, those of an epoch,
-            the records of a step and MindFormers' factor of the steps; raises ValueError.
+            the records of a step and MindFormers' factor of the steps; raises UsageError.
     """
 
     record: TrainingRecord
@@ -60,7 +61,7 @@ def train(
         weights: what the user gave to begin with; None: random weights.
 
     Raises:
-        ValueError: another training writes there; what cannot be resumed; no room for a checkpoint.
+        UsageError: another training writes there; what cannot be resumed; no room for a checkpoint.
         Interrupted: after Ctrl-C, with what is saved and the command that resumes.
     """
     first = is_first_process()
@@ -141,7 +142,7 @@ def _check_sinks(record: TrainingRecord) -> None:
         return
     steps, size = record.steps_per_epoch * record.epochs, record.sink_size
     if steps < size:
-        raise ValueError(
+        raise UsageError(
             f"runner_config.sink_size is {size}, and the run has {steps} steps ({record.epochs} epochs of "
             f"{record.steps_per_epoch}): no sink is full, and nothing would be trained; lower sink_size."
         )
@@ -157,7 +158,7 @@ def _check_position(config: dict, record: TrainingRecord) -> Callable[[int, int,
     """Compare with the run that saved, now as far as that is known, and later, when the data is open."""
     for key in ("ignore_data_skip", "data_skip_steps"):
         if config.get(key):
-            raise ValueError(
+            raise UsageError(
                 f"{key} is {config[key]!r} in a run that resumes: the data would not go on where it "
                 f"stopped; leave {key} out, or leave out --resume_training."
             )

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.model_fields import model_defaults
 
@@ -86,7 +87,7 @@ def read_record(folder: Path) -> TrainingRecord | None:
     """The record beside a checkpoint; None where an earlier version of the plugin, or another program, saved.
 
     Raises:
-        ValueError: the file is broken.
+        UsageError: the file is broken.
     """
     path = folder / NAME
     if not path.is_file():
@@ -96,7 +97,7 @@ def read_record(folder: Path) -> TrainingRecord | None:
         names = [field.name for field in fields(TrainingRecord) if field.name != "others"]
         return TrainingRecord(**{name: found[name] for name in names}, others=found.get("others"))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is broken ({error}); copy the checkpoint again, or delete this file: the data is then "
             "not compared."
         ) from error

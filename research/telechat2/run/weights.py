@@ -43,7 +43,7 @@ def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
         layouts: MindSpore's, of the parameters that this process has slices of.
 
     Raises:
-        ValueError: the checkpoint is broken, or its names or shapes are not the network's.
+        UsageError: the checkpoint is broken, or its names or shapes are not the network's.
     """
     if hasattr(network, "load_weights"):
         network.load_weights(source)

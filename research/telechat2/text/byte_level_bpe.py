@@ -9,11 +9,13 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 
+from research.telechat2.common.errors import UsageError
+
 _RENAMED = {"<pad>": "<_pad>", "<unk>": "<_unk>"}
 
 
 class ByteLevelModel:
-    """``content``: that of a tokenizer.json. ValueError when it is no byte-level BPE."""
+    """``content``: that of a tokenizer.json. UsageError when it is no byte-level BPE."""
 
     def __init__(self, content: bytes):
         from tokenizers import Tokenizer
@@ -30,7 +32,7 @@ class ByteLevelModel:
             }
             self._encoder = Tokenizer.from_str(json.dumps(bare))
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"it is not a tokenizer.json of BPE ({error})") from None
+            raise UsageError(f"it is not a tokenizer.json of BPE ({error})") from None
         names = {index: name for name, index in vocabulary.items()}
         self._pieces = [names.get(index, f"<unused{index}>") for index in range(max(names) + 1)]
         self._pieces = [
@@ -38,11 +40,11 @@ class ByteLevelModel:
             for name in self._pieces
         ]
         if "<_unk>" not in self._pieces:
-            raise ValueError("it has neither <unk> nor <_unk>, one of which every TeleChat vocabulary has")
+            raise UsageError("it has neither <unk> nor <_unk>, one of which every TeleChat vocabulary has")
         self._control = frozenset(added.values()) | set(range(len(self._pieces))) - names.keys()
         foreign = {c for i in names.keys() - self._control for c in names[i]} - _BYTE_OF.keys()
         if foreign:
-            raise ValueError(f"it is not byte-level: its pieces hold {', '.join(sorted(foreign)[:5])}")
+            raise UsageError(f"it is not byte-level: its pieces hold {', '.join(sorted(foreign)[:5])}")
 
     def get_piece_size(self) -> int:
         """Number of ids; every id is below it."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import exact_json
 from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.literal import TOOL_TAGS
@@ -68,11 +69,11 @@ def render(
     questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the results of
     tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
 
-    Raises ValueError naming the message at fault.
+    Raises UsageError naming the message at fault.
     """
     prompt_formats.check(prompt_format)
     if train_on not in TRAIN_ON:
-        raise ValueError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
+        raise UsageError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
     messages = checked(messages, add_generation_prompt if allow_empty is None else allow_empty)
     everything = train_on == "everything"
     answers = trained_answers(messages, train_on)
@@ -110,7 +111,7 @@ def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> li
 
     ``special_id`` gives the id of a special token, None where the vocabulary has none. Adjacent text is
     joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special token it
-    lacks a ValueError.
+    lacks a UsageError.
     """
     found: list[tuple[int | str, bool]] = []
     before = None  # the text that what follows may belong to
@@ -121,7 +122,7 @@ def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> li
             before = None
             continue
         if special and text not in TOOL_TAGS:
-            raise ValueError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
+            raise UsageError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
         if before is None:
             before = text
             found.append((text, trained))
@@ -210,7 +211,7 @@ def _text_with_tags(text: str) -> list[Segment]:
 def _call_json(call: dict, where: str) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
+        raise UsageError(
             f"{where} has the tool call {short(call)}; "
             f'expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
         )
@@ -219,30 +220,30 @@ def _call_json(call: dict, where: str) -> str:
         try:
             arguments = exact_json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
             ) from error
     if not isinstance(arguments, dict):
-        raise ValueError(
+        raise UsageError(
             f"{where}: the arguments of tool call {function['name']!r} are {arguments!r}; expected an object"
         )
     try:
         return exact_json.dumps({"name": function["name"], "arguments": arguments})
     except ValueError as error:
-        raise ValueError(f"{where}: in the arguments of tool call {function['name']!r}, {error}") from error
+        raise UsageError(f"{where}: in the arguments of tool call {function['name']!r}, {error}") from error
 
 
 # ---------------------------------------------------------------------- checks
 def _tool_json(tool, number: int) -> str:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
+        raise UsageError(
             f'tool {number} is {short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
         )
     try:
         return exact_json.dumps(tool)
     except ValueError as error:
-        raise ValueError(f"in tool {number} ({function['name']!r}), {error}") from error
+        raise UsageError(f"in tool {number} ({function['name']!r}), {error}") from error
 
 
 def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
@@ -251,6 +252,6 @@ def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
     if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         used = "tools"
     if used:
-        raise ValueError(
+        raise UsageError(
             f"the {prompt_format} prompt format has no place for {used}; use the prompt format 'chat'"
         )

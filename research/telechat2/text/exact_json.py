@@ -6,6 +6,8 @@ keeps the last value: in the arguments of a tool call that is another call.
 
 import json
 
+from research.telechat2.common.errors import UsageError
+
 
 class Digits(float):
     """A number whose digits a float or an int would change; ``text`` is how it was written."""
@@ -19,19 +21,19 @@ class Digits(float):
 
 
 def loads(text: str) -> object:
-    """Parse JSON. ValueError when it is none, or an object has a key twice. NaN and Infinity are read."""
+    """Parse JSON. UsageError when it is none, or an object has a key twice. NaN and Infinity are read."""
     return _DECODER.decode(text)
 
 
 def dumps(value: object) -> str:
     """Write ``value`` on one line, as ``json.dumps`` does, with the digits that ``loads`` has read.
 
-    ValueError for NaN and Infinity, which JSON does not have, and for what is nested too deeply.
+    UsageError for NaN and Infinity, which JSON does not have, and for what is nested too deeply.
     """
     try:
         return _dumps(value)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise UsageError("it is nested too deeply") from error
 
 
 def _dumps(value: object) -> str:
@@ -42,7 +44,7 @@ def _dumps(value: object) -> str:
     if isinstance(value, Digits):
         return value.text
     if isinstance(value, float) and value - value != 0:
-        raise ValueError(f"it holds {json.dumps(value)}, which JSON does not have; expected a number")
+        raise UsageError(f"it holds {json.dumps(value)}, which JSON does not have; expected a number")
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -65,7 +67,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     if len(content) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands {keys.count(twice)} times in one object; keep one")
+        raise UsageError(f"the key {twice!r} stands {keys.count(twice)} times in one object; keep one")
     return content
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 MARKERS = ("<_start>", "<_end>", "<_user>", "<_bot>", "<_system>", "<_pad>")
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 BLANK_MARK = "▁"  # U+2581
@@ -43,18 +45,18 @@ class LiteralText:
         return any(found in text for found, _ in self._replaced)
 
     def encode(self, text: bytes, encode: Callable[[bytes], Sequence[int]] | None = None) -> list[int]:
-        """The ids of UTF-8 text. ValueError where the vocabulary has no bytes to write it with."""
+        """The ids of UTF-8 text. UsageError where the vocabulary has no bytes to write it with."""
         encode = encode or self.model.encode
         if not self.needs_care(text):
             return list(encode(text))
         if self._first_byte is None:
-            raise ValueError("the text holds U+2581 or a marker, and the vocabulary has no pieces for bytes")
+            raise UsageError("the text holds U+2581 or a marker, and the vocabulary has no pieces for bytes")
         stand_ins = iter([c.encode() for c in _STAND_INS if c.encode() not in text])
         used: list[tuple[bytes, bytes]] = []
         for found, by_bytes in self._replaced:
             if found in text:
                 if (stand_in := next(stand_ins, None)) is None:
-                    raise ValueError("the text holds all of the noncharacters U+FDD0 to U+FDEF; remove some")
+                    raise UsageError("the text holds all of the noncharacters U+FDD0 to U+FDEF; remove some")
                 text = text.replace(found, stand_in + found.removeprefix(by_bytes))
                 used.append((stand_in, by_bytes))
         ids = np.array(encode(text), np.int32)

@@ -1,5 +1,7 @@
 """What messages may be, their roles, contents and order: the renderer checks each conversation by this."""
 
+from research.telechat2.common.errors import UsageError
+
 ROLES = ("system", "user", "assistant", "bot", "tool")
 ANSWERS = ("assistant", "bot")
 # Keys of a message that name or link things the template does not print.
@@ -22,13 +24,13 @@ def without_byte_order_marks(text: str) -> str:
     """A question or prompt without the byte order marks around it, which belong to the file it is from.
 
     Raises:
-        ValueError: one stands inside, where nobody sees it and the answer is another.
+        UsageError: one stands inside, where nobody sees it and the answer is another.
     """
     if BYTE_ORDER_MARK not in text:
         return text
     content = text.strip(BYTE_ORDER_MARK)
     if BYTE_ORDER_MARK in content:
-        raise ValueError(
+        raise UsageError(
             f"a byte order mark (U+FEFF) stands at character {text.index(BYTE_ORDER_MARK, 1) + 1} of "
             f"{short(text)}, as where files are joined without a line break: put one there, or remove it"
         )
@@ -44,7 +46,7 @@ def joined(message: object, number: int) -> object:
     """A message whose content is a list of OpenAI's text parts, with their texts joined; others as they are.
 
     Raises:
-        ValueError: a part is no text; the message, by its ``number`` from 1, and the part are named.
+        UsageError: a part is no text; the message, by its ``number`` from 1, and the part are named.
     """
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
@@ -57,7 +59,7 @@ def _text_of_parts(parts: list, number: int) -> str:
         is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
         if not is_text or not isinstance(part.get("text"), str):
             found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
-            raise ValueError(
+            raise UsageError(
                 f"message {number} has content {short(parts)}; expected a string, or parts "
                 f'{{"type": "text", "text": "…"}}, but part {i} is {found}: a text model reads no others'
             )
@@ -71,47 +73,47 @@ def checked(messages, allow_empty: bool) -> list[dict]:
     ``allow_empty``: nothing of it is trained, so its messages may say nothing.
 
     Raises:
-        ValueError: what cannot be rendered, or not be trained; the message is named.
+        UsageError: what cannot be rendered, or not be trained; the message is named.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages are {short(messages)}; expected a list of at least one message")
+        raise UsageError(f"messages are {short(messages)}; expected a list of at least one message")
     answer: dict = {}  # the last one
     open_calls: list[str | None] | None = []  # ids of its calls that wait for a result; None: not counted yet
     previous, found = None, []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise ValueError(f"message {number} is {short(message)}; expected a dict with role and content")
+            raise UsageError(f"message {number} is {short(message)}; expected a dict with role and content")
         where = f"message {number}"
         if not _is_simple(message):
             message = joined(message, number)
             _check_message(message, where, allow_empty)
         role = message["role"]
         if role == "system" and number > 1:
-            raise ValueError(f"{where} has role 'system'; a system message must be the first one")
+            raise UsageError(f"{where} has role 'system'; a system message must be the first one")
         if role == "tool":
             open_calls = _calls_of(answer) if open_calls is None else open_calls
             _close_call(message, open_calls, where)
         elif role in ANSWERS:
             answer, open_calls = message, None
             if previous in ANSWERS and not allow_empty and not _answers_rightly(messages, number):
-                raise ValueError(
+                raise UsageError(
                     f"{where} has role {role!r} as the one before it has: an answer to no question would be "
                     f'trained; correct the role, join the two, or give this one "weight": 0'
                 )
         previous = role
         found.append(message)
     if not any(message["role"] == "user" for message in found):
-        raise ValueError("the conversation has no user turn; expected at least one message with role 'user'")
+        raise UsageError("the conversation has no user turn; expected at least one message with role 'user'")
     return found
 
 
 def check_question(messages: list[dict]) -> None:
-    """ValueError if the last message is a question that asks nothing, or there is none."""
+    """UsageError if the last message is a question that asks nothing, or there is none."""
     if not messages:
-        raise ValueError("there is no message to answer; expected at least a question")
+        raise UsageError("there is no message to answer; expected at least a question")
     last = messages[-1]
     if last["role"] == "user" and is_blank(joined(last, len(messages))["content"]):
-        raise ValueError(f"message {len(messages)} is an empty question; expected some text to answer")
+        raise UsageError(f"message {len(messages)} is an empty question; expected some text to answer")
 
 
 def out_of_turn(messages: list[dict]) -> int:
@@ -143,7 +145,7 @@ def _calls_of(message: dict) -> list[str | None]:
 
 def _close_call(message: dict, open_calls: list[str | None], where: str) -> None:
     if not open_calls:
-        raise ValueError(
+        raise UsageError(
             f"{where} is a tool's result, but no assistant message with a tool call that waits for one "
             f"stands before it"
         )
@@ -153,7 +155,7 @@ def _close_call(message: dict, open_calls: list[str | None], where: str) -> None
     elif answered is None or None in open_calls:
         open_calls.pop(0 if answered is None else open_calls.index(None))
     else:
-        raise ValueError(
+        raise UsageError(
             f"{where} is the result of the tool call {short(answered)}, but those that wait for one are "
             f"{', '.join(map(short, open_calls))}"
         )
@@ -172,23 +174,23 @@ def _is_simple(message: dict) -> bool:
 def _check_message(message: dict, where: str, allow_empty: bool) -> None:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
-        raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
+        raise UsageError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
     if not message.keys() <= KNOWN_KEYS and (
         unknown := [key for key in message if key not in KNOWN_KEYS and message[key] not in NOTHING]
     ):
-        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
+        raise UsageError(f"{where} has {', '.join(map(repr, unknown))}, which cannot be rendered; remove it")
     is_answer = role in ANSWERS
     if calls and not is_answer:
-        raise ValueError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
+        raise UsageError(f"{where} has tool_calls, but its role is {role!r}; only the assistant calls tools")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise ValueError(f"{where} has weight {short(weight)}; expected 0 (not trained) or 1")
+        raise UsageError(f"{where} has weight {short(weight)}; expected 0 (not trained) or 1")
     if weight and not is_answer:
-        raise ValueError(f"{where} has weight {weight}, but its role is {role!r}; only answers have a weight")
+        raise UsageError(f"{where} has weight {weight}, but its role is {role!r}; only answers have a weight")
     if calls is not None and not isinstance(calls, list):
-        raise ValueError(f"{where} has tool_calls {short(calls)}; expected a list")
+        raise UsageError(f"{where} has tool_calls {short(calls)}; expected a list")
     if not isinstance(content, str) and not (content is None and is_answer and (calls or allow_empty)):
-        raise ValueError(f"{where} has content {short(content)}; expected a string")
+        raise UsageError(f"{where} has content {short(content)}; expected a string")
     if not allow_empty and is_blank(content or "") and not calls and weight != 0:
         _refuse_blank(role, content, where)
 
@@ -196,11 +198,11 @@ def _check_message(message: dict, where: str, allow_empty: bool) -> None:
 def _refuse_blank(role: str, content: str, where: str) -> None:
     blank = "a blank" if content else "an empty"
     if role in ANSWERS:
-        raise ValueError(
+        raise UsageError(
             f"{where} is {blank} answer; there is nothing to learn from it: remove it or fill it in"
         )
     if role == "user":
-        raise ValueError(f"{where} is {blank} question; remove it or fill it in")
+        raise UsageError(f"{where} is {blank} question; remove it or fill it in")
 
 
 def short(value) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
 
 PROMPT_FORMATS = ("chat", "plain", "v1")
@@ -18,9 +19,9 @@ _FOLDER_OF_A_RUN = re.compile(r"checkpoint|iteration_\d+|rank_\d+")
 
 
 def check(prompt_format: str) -> str:
-    """Return ``prompt_format``; ValueError when it is none of PROMPT_FORMATS."""
+    """Return ``prompt_format``; UsageError when it is none of PROMPT_FORMATS."""
     if prompt_format not in PROMPT_FORMATS:
-        raise ValueError(
+        raise UsageError(
             f"prompt format {prompt_format!r} is unknown; expected one of {', '.join(PROMPT_FORMATS)}"
         )
     return prompt_format
@@ -29,7 +30,7 @@ def check(prompt_format: str) -> str:
 def find(path: str | Path) -> str | None:
     """Return the format recorded for a checkpoint file or directory, None when none is.
 
-    Looks where ``record_of`` does. ValueError when a record is not readable.
+    Looks where ``record_of`` does. UsageError when a record is not readable.
     """
     record = record_of(path)
     return None if record is None else _read(record)
@@ -52,13 +53,13 @@ def record_of(path: str | Path) -> Path | None:
 
 
 def write(directory: str | Path, prompt_format: str) -> None:
-    """Record ``prompt_format`` in ``directory``, atomically; ValueError when another one is there."""
+    """Record ``prompt_format`` in ``directory``, atomically; UsageError when another one is there."""
     path = Path(directory) / FILE_NAME
     check(prompt_format)
     if path.exists():
         recorded = _read(path)
         if recorded != prompt_format:
-            raise ValueError(
+            raise UsageError(
                 f"{path} says prompt format {recorded!r}, but {prompt_format!r} was to be recorded "
                 f"there: one folder holds checkpoints of one format; use another output folder, or delete "
                 f"the file if it is wrong"
@@ -70,7 +71,7 @@ def write(directory: str | Path, prompt_format: str) -> None:
 def of_dataset(path: str | Path) -> str | None:
     """Return the format of a MindRecord file, or of all those under a directory; None when no manifest tells.
 
-    Raises ValueError when two files disagree or a manifest is not readable.
+    Raises UsageError when two files disagree or a manifest is not readable.
     """
     path = Path(path)
     manifests = (
@@ -82,7 +83,7 @@ def of_dataset(path: str | Path) -> str | None:
             found.setdefault(_read(manifest), manifest)
     if len(found) > 1:
         said = " and ".join(f"{manifest} says {name!r}" for name, manifest in sorted(found.items()))
-        raise ValueError(
+        raise UsageError(
             f"the data sets in {path} differ in prompt format: {said}; train on one format at a time"
         )
     return next(iter(found), None)
@@ -98,6 +99,6 @@ def _read(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         return check(content["prompt_format"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f'{path} does not hold {{"prompt_format": "chat"}} or "plain" ({error}); correct or delete it'
         ) from error

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.placeholders import what_stands_here
 from research.telechat2.text import chat
 from research.telechat2.text.literal import MARKERS, LiteralText, marker_id
@@ -30,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Vocabulary:
-    """``proto``: the bytes of a ``tokenizer.model``. ValueError when they are no TeleChat2 vocabulary."""
+    """``proto``: the bytes of a ``tokenizer.model``. UsageError when they are no TeleChat2 vocabulary."""
 
     def __init__(self, proto: bytes):
         self.proto = proto
@@ -43,7 +44,7 @@ class Vocabulary:
         for marker in MARKERS:
             if self.special_id(marker) is None:
                 controls = [self.model.id_to_piece(i) for i in range(self.size) if self.model.is_control(i)]
-                raise ValueError(
+                raise UsageError(
                     f"the vocabulary has no control symbol {marker!r}; it has {', '.join(controls)}: "
                     f"this is not a TeleChat2 vocabulary"
                 )
@@ -70,11 +71,11 @@ class Vocabulary:
         return self._special[token]
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of one text; see ``encode``. ValueError when it is not valid Unicode."""
+        """Return the ids of one text; see ``encode``. UsageError when it is not valid Unicode."""
         try:
             return self._literal.encode(text.encode())
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"the text is not valid Unicode: half of a surrogate pair "
                 f"(U+{ord(error.object[error.start]):04X}) at character {error.start}; repair the text"
             ) from error
@@ -109,14 +110,14 @@ class Vocabulary:
 
 
 def load(vocab_file: str | Path) -> Vocabulary:
-    """Read a ``tokenizer.model``. ValueError when it is missing or no TeleChat2 vocabulary."""
+    """Read a ``tokenizer.model``. UsageError when it is missing or no TeleChat2 vocabulary."""
     path = Path(vocab_file)
     if path.is_dir():
-        raise ValueError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
+        raise UsageError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
     if not path.is_file():
-        raise ValueError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
+        raise UsageError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
     if path.suffix == ".json":
-        raise ValueError(
+        raise UsageError(
             f"vocab_file {path} is no SentencePiece model, and data are prepared with one alone; give the "
             f"tokenizer.model of the release"
         )
@@ -124,10 +125,10 @@ def load(vocab_file: str | Path) -> Vocabulary:
     try:
         return Vocabulary(proto)
     except RuntimeError as error:
-        raise ValueError(
+        raise UsageError(
             f"vocab_file {path} ({len(proto):,} bytes) is not a SentencePiece model ({error}); "
             "give the tokenizer.model that was released with the weights, and check that it is complete."
             + what_stands_here(path)
         ) from error
     except ValueError as error:
-        raise ValueError(f"vocab_file {path}: {error}") from error
+        raise UsageError(f"vocab_file {path}: {error}") from error

@@ -6,6 +6,7 @@ from math import prod
 from research.telechat2.checkpoint.cluster.strategies import Layout
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.storage.views import part_of
+from research.telechat2.common.errors import UsageError
 
 GroupPlace = Callable[
     [str], tuple[int, int]
@@ -24,7 +25,7 @@ def own_slices(
         rank: in the whole cluster.
 
     Raises:
-        ValueError: a layout is of a parameter of another shape than the weight.
+        UsageError: a layout is of a parameter of another shape than the weight.
     """
     return {
         name: _slice(whole[name], layout, rank, place_in_group)
@@ -36,7 +37,7 @@ def own_slices(
 def _slice(tensor: StoredTensor, layout: tuple, rank: int, place_in_group: GroupPlace) -> StoredTensor:
     device_matrix, tensor_map, *_, group, full_shape = layout[:7]
     if full_shape and tuple(full_shape) != tensor.shape:
-        raise ValueError(
+        raise UsageError(
             f"{tensor.name} is {list(tensor.shape)}, but the compiled model has it as {list(full_shape)}; "
             "use the YAML of this checkpoint's size"
         )

@@ -22,6 +22,7 @@ from research.telechat2.checkpoint.storage.folders import read_mindspore_source
 from research.telechat2.checkpoint.storage.rank_folders import Shards, saved_shards, width_of
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
 from research.telechat2.checkpoint.table import ignored_as
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text import prompt_format as prompt_formats
 
 ACCUMULATED = "accu_grads."  # gradients of a step that is under way
@@ -119,13 +120,13 @@ def transform(
         dst_ckpt_strategy: those of the cluster that is to load it; None: one device, ``rank_0``.
 
     Raises:
-        ValueError: slices that are missing, of different steps, dtypes or shapes, strategies of another run
+        UsageError: slices that are missing, of different steps, dtypes or shapes, strategies of another run
             or model, or a target that exists. Nothing is written then.
     """
     if not re.fullmatch(r"[^/\\\0]*", prefix):
-        raise ValueError(f"--prefix is {prefix!r}; expected the beginning of a file's name, without slashes")
+        raise UsageError(f"--prefix is {prefix!r}; expected the beginning of a file's name, without slashes")
     if not (src_ckpt_strategy or dst_ckpt_strategy):
-        raise ValueError(
+        raise UsageError(
             "neither --src_ckpt_strategy nor --dst_ckpt_strategy is given; the first merges what a cluster "
             "saved, the second cuts a checkpoint for a cluster, both together do one after the other"
         )
@@ -189,7 +190,7 @@ def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
         holders[place].append(rank)
     held = {place: [rank for rank in ranks if name in shards[rank]] for place, ranks in holders.items()}
     if empty := [place for place in held if not held[place]]:
-        raise ValueError(
+        raise UsageError(
             f"{name} is not complete: none of the ranks {_listed(holders[empty[0]])} holds its part "
             f"{list(empty[0])} of {list(layout.parts)}. Copy their files again"
         )
@@ -197,13 +198,13 @@ def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
     if len(kinds) > 1:
         usual, other = (kind for kind, _ in kinds.most_common(2))
         odd = next(rank for rank in ranks if name in shards[rank] and _kind(shards[rank][name]) == other)
-        raise ValueError(
+        raise UsageError(
             f"{shards[odd][name].file} holds {name} as {_described(other)}, other ranks hold theirs as "
             f"{_described(usual)}; expected slices of one shape. They are of different runs"
         )
     dtype, local = next(iter(kinds))
     if len(local) != len(layout.parts):
-        raise ValueError(
+        raise UsageError(
             f"{name} has {len(local)} axes, {list(local)}, but the strategies split {len(layout.parts)}; "
             "they are of another model. Give those of the run that saved the checkpoint"
         )
@@ -217,7 +218,7 @@ def _same_everywhere(name: str, shards: Shards) -> Whole:
     content = b"".join(first.blocks()) if others else b""
     for other in others:
         if _kind(other) != _kind(first) or b"".join(other.blocks()) != content:
-            raise ValueError(
+            raise UsageError(
                 f"{name} is in no strategy file, and {first.file} and {other.file} hold different values of "
                 "it: the strategies are of another model, or some of the files of another step"
             )
@@ -230,7 +231,7 @@ def _require_all(expected: set[str], found: Mapping[str, Whole], lack: str) -> N
     if not any(map(_is_state, found)):  # saved without them
         absent = [name for name in absent if not _is_state(name)]
     if absent:
-        raise ValueError(
+        raise UsageError(
             f"{lack} {len(absent)} of the {len(expected)} tensors of the strategies: {_listed(absent)}. "
             "The strategies are of another model, or the checkpoint is not complete"
         )
@@ -247,7 +248,7 @@ def _cut(
     if target is None:
         return [[whole.cut(whole.box) for whole in (*sliced.values(), *copied.values())]]
     if unknown := sorted(sliced.keys() - target.names):
-        raise ValueError(
+        raise UsageError(
             f"the strategies of the target do not know {len(unknown)} tensors of the checkpoint: "
             f"{_listed(unknown)}. They are of another model, or miss a stage"
         )
@@ -261,7 +262,7 @@ def _cut(
             if len(whole.shape) != len(layout.parts) or any(
                 length % parts for length, parts in zip(whole.shape, layout.parts, strict=False)
             ):
-                raise ValueError(
+                raise UsageError(
                     f"{name}, {list(whole.shape)}, cannot be cut into {list(layout.parts)} parts as the "
                     "strategies of the target say; they are of another model"
                 )

@@ -11,6 +11,8 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 Box = tuple[tuple[int, int], ...]  # of each axis, the first index and the one after the last
 
 
@@ -100,13 +102,13 @@ def read_strategies(path: str | Path) -> Cluster:
     stage or of several that MindSpore's ``merge_pipeline_strategys`` put together.
 
     Raises:
-        ValueError: no strategy files, or files that do not describe one cluster together.
+        UsageError: no strategy files, or files that do not describe one cluster together.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.ckpt"))
     if not files:
         there = "is an empty folder, or one of other files" if path.is_dir() else "does not exist"
-        raise ValueError(
+        raise UsageError(
             f"{path} {there}; expected strategy files such as ckpt_strategy_rank_0.ckpt, as training writes "
             "them into output/strategy, and telechat_plan.py --dry_run --output_dir NEW_DIR into "
             "NEW_DIR/strategy"
@@ -120,18 +122,18 @@ def read_strategies(path: str | Path) -> Cluster:
         read[content] = file
         for stage, layouts in _parse(file, content).items():
             if stages.setdefault(stage, layouts) != layouts:
-                raise ValueError(
+                raise UsageError(
                     f"{file} and another file beside it describe stage {stage} differently: they are of two "
                     "runs. Give the strategies of the run that saved the checkpoint alone"
                 )
     if sorted(stages) != list(range(len(stages))):
-        raise ValueError(
+        raise UsageError(
             f"{path} holds strategies of the pipeline stages {sorted(stages)}; those of stages before or "
             "between them are missing. Give the files of all ranks, or of one rank of each stage"
         )
     sizes = {prod(layout.device_matrix) for layouts in stages.values() for layout in layouts.values()}
     if len(sizes) != 1:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds layouts of {' and '.join(map(str, sorted(sizes)))} ranks; expected the same "
             "number in all stages. Give the strategies of one run"
         )
@@ -150,7 +152,7 @@ def _parse(file: Path, content: bytes) -> dict[int, dict[str, Layout]]:
     except DecodeError:
         complete = False
     if not complete:
-        raise ValueError(
+        raise UsageError(
             f"{file} is not a MindSpore strategy file with layouts. Copy it again, or move it away"
         )
     own_stage = strategy.parallel_strategy_item[0].parallel_strategys.stage
@@ -165,7 +167,7 @@ def _parse(file: Path, content: bytes) -> dict[int, dict[str, Layout]]:
 
 def _layout(file: Path, name: str, stored) -> Layout:
     if any(entry.dim for entry in stored.param_split_shape) or stored.field:
-        raise ValueError(
+        raise UsageError(
             f"{file} splits {name} unequally, which no TeleChat2 plan does, and cannot be transformed"
         )
     maps = [tuple(entry.dim) for entry in stored.tensor_map]

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from research.telechat2.checkpoint.storage.rank_folders import _CODE, width_of
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 
 
@@ -18,12 +19,12 @@ def refuse_existing(folder: Path) -> None:
     """Refuse a target that is a file, or that holds ranks of another checkpoint.
 
     Raises:
-        ValueError: with what is in the way.
+        UsageError: with what is in the way.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
+        raise UsageError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
     if there := sorted(folder.glob("rank_*")):
-        raise ValueError(
+        raise UsageError(
             f"{folder} already holds {there[0].name}; nothing is overwritten: give another --dst_ckpt_dir, "
             "or delete the old checkpoint"
         )
@@ -35,7 +36,7 @@ def write_ranks(folder: Path, prefix: str, ranks: list[list[StoredTensor]]) -> i
     The folders get their names when all files are on the disk, that of rank 0 last.
 
     Raises:
-        ValueError: too little room on the disk, or a target that appeared meanwhile.
+        UsageError: too little room on the disk, or a target that appeared meanwhile.
     """
     sizes = [sum(tensor.size * width_of(tensor.dtype) for tensor in tensors) for tensors in ranks]
     created = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -44,7 +45,7 @@ def write_ranks(folder: Path, prefix: str, ranks: list[list[StoredTensor]]) -> i
     named = []
     try:
         if sum(sizes) > (free := shutil.disk_usage(folder).free):
-            raise ValueError(
+            raise UsageError(
                 f"{folder} has room for {free:,} bytes, the checkpoint needs {sum(sizes):,}; free space, or "
                 "give another place"
             )

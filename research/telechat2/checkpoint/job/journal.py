@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 
 JOURNAL = "journal"
@@ -48,7 +49,7 @@ class Staging:
         """Give all files their own names, in this order; the last one is what makes the result valid.
 
         Raises:
-            ValueError: one of them has appeared meanwhile, or is gone.
+            UsageError: one of them has appeared meanwhile, or is gone.
         """
         if not self.naming:
             self._append({"naming": names})
@@ -58,7 +59,7 @@ class Staging:
             if self.naming and not part.exists() and file.exists():
                 continue  # named before this run took over
             if file.exists():
-                raise ValueError(f"{file} appeared during the conversion; nothing is overwritten")
+                raise UsageError(f"{file} appeared during the conversion; nothing is overwritten")
             file.parent.mkdir(parents=True, exist_ok=True)
             part.rename(file)
             self.named.append(file)
@@ -79,12 +80,12 @@ def staging(folder: Path, name: str, identity: dict, resume: bool) -> Iterator[S
     what must agree for a conversion to be the one that was begun: names of its aspects -> JSON values.
 
     Raises:
-        ValueError: an unfinished conversion is there and ``resume`` is not asked for, or it is another one,
+        UsageError: an unfinished conversion is there and ``resume`` is not asked for, or it is another one,
             or it is running.
     """
     path = part_folder(folder, name)
     if path.exists() and not resume:
-        raise ValueError(
+        raise UsageError(
             f"{path} is what an unfinished conversion to this place left; continue it with --resume, or "
             "delete that folder"
         )
@@ -117,7 +118,7 @@ def _lock(journal: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another conversion is writing to {path}; wait for it, or stop it") from None
+        raise UsageError(f"another conversion is writing to {path}; wait for it, or stop it") from None
 
 
 def _take_over(stage: Staging, identity: dict) -> None:
@@ -136,7 +137,7 @@ def _take_over(stage: Staging, identity: dict) -> None:
         return
     stage.journal.truncate(whole)
     if different := [key for key in identity if entries[0].get(key) != identity[key]]:
-        raise ValueError(
+        raise UsageError(
             f"{stage.path} was left by a conversion that differs from this one in: {', '.join(different)}. "
             "Give the same again to continue it, or delete that folder"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.job.journal import part_folder
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 
 Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
 
@@ -30,11 +31,11 @@ def deal(
     for shards of at most ``options.max_shard_size`` bytes, or (``as_ckpt``) for ``model.ckpt``.
 
     Raises:
-        ValueError: something of that kind exists, or a single file is to have a largest size.
+        UsageError: something of that kind exists, or a single file is to have a largest size.
     """
     is_folder = target.suffix not in suffixes
     if (as_ckpt or not is_folder) and options.max_shard_size is not None:
-        raise ValueError(
+        raise UsageError(
             f"{target} is to be one file with all weights, but shards of {options.max_shard_size:,} bytes "
             "are asked for; name a folder for safetensors, or leave out --max_shard_size"
         )
@@ -59,31 +60,31 @@ def require_new(target: Path, is_folder: bool, source: Path) -> None:
     """Refuse a target that exists, or that would mix its tensors with those of the source.
 
     Raises:
-        ValueError: with what is in the way.
+        UsageError: with what is in the way.
     """
     if is_folder:
         if target.exists() and not target.is_dir():
-            raise ValueError(f"{target} is a file; expected a folder, or a path that does not exist yet")
+            raise UsageError(f"{target} is a file; expected a folder, or a path that does not exist yet")
         refuse_own_folder(target, source)
         there = [*sorted(target.glob("[!.]*.safetensors*")), *target.glob("model.ckpt")]
         if there:
-            raise ValueError(
+            raise UsageError(
                 f"{target} already holds {there[0].name}; nothing is overwritten: give another folder, or "
                 "delete the old checkpoint"
             )
     elif target.exists():
         same = " (it is the input)" if target.resolve() == source.resolve() else ""
-        raise ValueError(f"{target} exists{same}; nothing is overwritten: give another path, or delete it")
+        raise UsageError(f"{target} exists{same}; nothing is overwritten: give another path, or delete it")
     elif target.suffix == ".safetensors" and target.parent.resolve() == source.resolve():
-        raise ValueError(
+        raise UsageError(
             f"{target} would lie among the files it is converted from; give a path in another folder"
         )
 
 
 def refuse_own_folder(target: Path, source: Path) -> None:
-    """ValueError if the folder ``target`` is the one that ``source`` is, or lies in."""
+    """UsageError if the folder ``target`` is the one that ``source`` is, or lies in."""
     if target.resolve() == (source if source.is_dir() else source.parent).resolve():
-        raise ValueError(
+        raise UsageError(
             f"{target} cannot receive the result: it is the input's folder, where the new files would be "
             "read in place of the old ones; give another folder"
         )
@@ -127,7 +128,7 @@ def missing_beside(folder: Path, beside: Mapping[str, bytes], source: Path) -> d
     """Those small files that the folder does not have yet.
 
     Raises:
-        ValueError: it has another of that name.
+        UsageError: it has another of that name.
     """
     missing = {}
     for name, content in beside.items():
@@ -135,7 +136,7 @@ def missing_beside(folder: Path, beside: Mapping[str, bytes], source: Path) -> d
         if not there.exists():
             missing[name] = content
         elif there.read_bytes() != content:
-            raise ValueError(
+            raise UsageError(
                 f"{there} differs from that of {source}, which belongs to the weights; nothing is "
                 "overwritten: give another folder, or delete it"
             )
@@ -143,20 +144,20 @@ def missing_beside(folder: Path, beside: Mapping[str, bytes], source: Path) -> d
 
 
 def require_absent(folder: Path, names: Iterable[str]) -> None:
-    """ValueError if one of these files is there."""
+    """UsageError if one of these files is there."""
     for name in names:
         if (folder / name).exists():
-            raise ValueError(
+            raise UsageError(
                 f"{folder / name} exists; nothing is overwritten: give another path, or delete it"
             )
 
 
 def require_room(folder: Path, nbytes: int) -> None:
-    """ValueError if the disk has less room than that, beside what ``folder`` takes already."""
+    """UsageError if the disk has less room than that, beside what ``folder`` takes already."""
     taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
     free = shutil.disk_usage(folder).free
     if nbytes > free + taken:
-        raise ValueError(
+        raise UsageError(
             f"{folder.parent} has room for {free:,} bytes, the converted checkpoint needs "
             f"{nbytes - taken:,}; free space, or give another place"
         )

@@ -34,6 +34,7 @@ from research.telechat2.checkpoint.job.verify import failed, prove
 from research.telechat2.checkpoint.storage.folders import READERS
 from research.telechat2.checkpoint.storage.framework_formats import write_bin, write_ckpt
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 
 Contents = dict[tuple[str, str], Content]  # by file and tensor
@@ -123,7 +124,7 @@ def run_job(job: Job, folder: Path, options: Options) -> Written:
     """Write and prove the files of ``job`` in ``folder``: all of them, or none.
 
     Raises:
-        ValueError: something is in the way or changes meanwhile, there is too little room, a value does not
+        UsageError: something is in the way or changes meanwhile, there is too little room, a value does not
             fit the new dtype, or the result does not prove to be what was read.
     """
     began = time.monotonic()
@@ -144,7 +145,7 @@ def run_job(job: Job, folder: Path, options: Options) -> Written:
             require_absent(folder, names)
             sizes, contents = _fill(job, stage, options)
             if _identities(job.sources.values()) != read:
-                raise ValueError(f"{job.source} changed while it was read; convert it again")
+                raise UsageError(f"{job.source} changed while it was read; convert it again")
             said = {"dtype": options.dtype, "verified": options.verify, "layout": dict(job.layout)}
             files = {name: (sizes[name], weights) for name, weights in job.files.items()}
             text = manifest.manifest_bytes(job.source, read, files, contents, job.sources, said)

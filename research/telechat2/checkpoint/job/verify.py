@@ -15,6 +15,7 @@ from threading import Event
 from research.telechat2.checkpoint.job.copy import Output, Placed, checksum_of, work
 from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import Extent, StoredTensor, clip
+from research.telechat2.common.errors import UsageError
 
 Weights = list[tuple[StoredTensor, str]]
 
@@ -32,12 +33,12 @@ def prove(
     other formats are not in it, and are compared by reading.
 
     Raises:
-        ValueError: a tensor is not where, what or all that it should be.
+        UsageError: a tensor is not where, what or all that it should be.
     """
     _require_placed(tensors, outputs)
     try:
         found = {name: view for view, name in back(tensors)}
-    except ValueError as error:
+    except UsageError as error:
         raise failed(f"the way back is refused: {error}") from None
     if found.keys() != sources.keys():
         raise failed(f"the way back gives other tensors: {sorted(found.keys() ^ sources.keys())[:10]}")
@@ -55,9 +56,9 @@ def prove(
     work(to_read, Event())
 
 
-def failed(what: str) -> ValueError:
+def failed(what: str) -> UsageError:
     """The error of a verification."""
-    return ValueError(
+    return UsageError(
         f"the written checkpoint is not the one that was read: {what}. Convert again; if it happens twice, "
         "check the disk and the memory of this machine"
     )

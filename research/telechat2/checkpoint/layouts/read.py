@@ -27,6 +27,7 @@ from research.telechat2.checkpoint.storage.rank_folders import saved_shards
 from research.telechat2.checkpoint.storage.safetensors_format import read_metadata, read_safetensors
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.table import canonical_name
+from research.telechat2.common.errors import UsageError
 
 QKV_CONCAT, TENSOR_PARALLEL = "qkv_concat", "tensor_parallel"  # keys of headers
 
@@ -47,7 +48,7 @@ def weights_of_rank(
     along their columns (wo and w2), whole rows.
 
     Raises:
-        ValueError: a checkpoint that is broken, incomplete, or of other sizes, or sizes that do not divide.
+        UsageError: a checkpoint that is broken, incomplete, or of other sizes, or sizes that do not divide.
     """
     check_divisible(sizes, tensor_parallel)
     found, whole = whole_weights(path, sizes)
@@ -62,7 +63,7 @@ def whole_weights(path: str | Path, sizes: TelechatSizes | None = None) -> tuple
     ``sizes`` only the heads are used, and only to part joined rows that have no config.json beside them.
 
     Raises:
-        ValueError: a checkpoint that is broken, incomplete, or not as its config.json says; or of other
+        UsageError: a checkpoint that is broken, incomplete, or not as its config.json says; or of other
             heads than ``sizes`` says.
     """
     path = Path(path)
@@ -82,15 +83,15 @@ def plan_whole(path: Path, configured: TelechatSizes | None, sizes: TelechatSize
     ``sizes`` are for joined rows without a config.json, see read_whole.
 
     Raises:
-        ValueError: a checkpoint that is broken, incomplete, or not as its config.json says.
+        UsageError: a checkpoint that is broken, incomplete, or not as its config.json says.
     """
     tensors = read_whole(path, configured or sizes)
     try:
         return make_plan(tensors, "mindspore", configured, str(path))
-    except ValueError as error:
+    except UsageError as error:
         if len(rank_folders(path)) < 2:
             raise
-        raise ValueError(
+        raise UsageError(
             f"{error}\nIts ranks are taken for those of tensor parallelism. If each of them has saved the "
             "whole model (data parallelism), give one file of rank_0; if a training cluster has saved its "
             "slices, merge them first with research/telechat2/transform_ckpt.py"
@@ -104,7 +105,7 @@ def read_whole(path: Path, sizes: TelechatSizes | None, joined_for: int | None =
     show it by their number. ``joined_for``: the user's word where nothing does.
 
     Raises:
-        ValueError: nothing there to read, ranks that do not go together, or joined rows and no ``sizes``.
+        UsageError: nothing there to read, ranks that do not go together, or joined rows and no ``sizes``.
     """
     ranks = rank_folders(path)
     if len(ranks) > 1:
@@ -115,14 +116,14 @@ def read_whole(path: Path, sizes: TelechatSizes | None, joined_for: int | None =
         tensors, group = read_mindspore_source(path), 1
     recorded = _recorded(tensors if group == 1 else [tensor for shard in shards for tensor in shard.values()])
     if recorded.get(TENSOR_PARALLEL, group) != group:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds {group} of the {recorded[TENSOR_PARALLEL]} ranks that its checkpoint is cut for; "
             f"give the folder that holds rank_0 to rank_{recorded[TENSOR_PARALLEL] - 1}"
         )
     if not is_joined(tensor.name for tensor in tensors):
         return tensors
     if sizes is None:
-        raise ValueError(
+        raise UsageError(
             f"{path} has joined rows (qkv_concat), which take the number of heads to part, and that the "
             "tensors do not show; put the model's config.json beside them"
         )
@@ -136,12 +137,12 @@ def read_whole(path: Path, sizes: TelechatSizes | None, joined_for: int | None =
         )
     asked = joined_for or _ASKED.get("joined_for")
     if known and asked and known != asked:
-        raise ValueError(
+        raise UsageError(
             f"--joined_for is {asked}, but the rows of {path} are joined for {known}, as recorded with it; "
             "leave --joined_for out"
         )
     if (found := known or asked) is None:
-        raise ValueError(
+        raise UsageError(
             f"{path} has joined rows (qkv_concat), but neither its header nor a manifest beside it says for "
             "how many ranks they are joined, and the tensors do not show it: another number would load "
             "without an error, and answer nonsense. Give --joined_for N (1 for a file that MindFormers' "
@@ -149,7 +150,7 @@ def read_whole(path: Path, sizes: TelechatSizes | None, joined_for: int | None =
             "run_telechat_predict.py and run_mindformer.py take; or convert the original weights again"
         )
     if group not in (1, found):
-        raise ValueError(f"{path} holds {group} ranks, but says that its rows are joined for {found}")
+        raise UsageError(f"{path} holds {group} ranks, but says that its rows are joined for {found}")
     return part_rows(tensors, sizes, found)
 
 
@@ -160,10 +161,10 @@ def assume_joined_for(ranks: int | None) -> None:
     """Take the command line's word, in this process, for checkpoints that record no layout.
 
     Raises:
-        ValueError: it is no number of ranks.
+        UsageError: it is no number of ranks.
     """
     if ranks is not None and ranks < 1:
-        raise ValueError(f"--joined_for is {ranks}; expected the number of ranks, 1 or more")
+        raise UsageError(f"--joined_for is {ranks}; expected the number of ranks, 1 or more")
     _ASKED.clear()
     if ranks is not None:
         _ASKED["joined_for"] = ranks
@@ -184,7 +185,7 @@ def _of_manifest(tensors: list[StoredTensor]) -> int | None:
 
 def _number_of_ranks(value: object, file: Path) -> int:
     if not re.fullmatch("[1-9][0-9]*", str(value)):
-        raise ValueError(f"{file} says {QKV_CONCAT} = {value!r}; expected a number of ranks")
+        raise UsageError(f"{file} says {QKV_CONCAT} = {value!r}; expected a number of ranks")
     return int(value)
 
 
@@ -192,7 +193,7 @@ def is_torch_source(path: Path) -> bool:
     """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; only headers are read.
 
     Raises:
-        ValueError: a file is broken, or it is the folder of a Llama, which needs YAMLs of its own.
+        UsageError: a file is broken, or it is the folder of a Llama, which needs YAMLs of its own.
     """
     if path.is_file():
         files = [path]
@@ -206,7 +207,7 @@ def is_torch_source(path: Path) -> bool:
     files = (file for file in files if file.suffix == ".safetensors")
     names = [tensor.name for file in files for tensor in read_safetensors(file)]
     if any(name.endswith(".self_attn.q_proj.weight") for name in names):
-        raise ValueError(
+        raise UsageError(
             f"{path} holds a Llama model of Hugging Face; convert it first with "
             f"research/telechat2/convert_weight.py --torch_path {path} --mindspore_path NEW_DIR, which also "
             "writes the YAMLs that run it"
@@ -218,7 +219,7 @@ def _require_heads_of(path: Path, found: TelechatSizes, sizes: TelechatSizes) ->
     """Heads show in no tensor: with another number of them the same rows would load, and answer nonsense."""
     heads = found.num_heads, found.n_kv_heads
     if None not in (sizes.num_heads, sizes.n_kv_heads) and heads != (sizes.num_heads, sizes.n_kv_heads):
-        raise ValueError(
+        raise UsageError(
             f"the config.json of {path} says {heads[0]} heads and {heads[1]} key/value heads, but the model "
             f"of the YAML has {sizes.num_heads} and {sizes.n_kv_heads}. Use the YAML of this checkpoint's "
             "size"
@@ -234,7 +235,7 @@ def _require_sizes(path: str | Path, found: TelechatSizes, sizes: TelechatSizes)
         if (here := getattr(sizes, name)) is not None and (there := getattr(found, name)) != here
     ]
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{path} does not fit the model of the YAML: it has {', '.join(different)}. Use the YAML of this "
             "checkpoint's size and kind, dense or mixture of experts"
         )
@@ -263,7 +264,7 @@ def _recorded(tensors: list[StoredTensor]) -> dict[str, int]:
     """What the files' headers say of their layout; they must agree.
 
     Raises:
-        ValueError: they do not, or say what is no number of ranks.
+        UsageError: they do not, or say what is no number of ranks.
     """
     recorded: dict[str, int] = {}
     first = None
@@ -275,10 +276,10 @@ def _recorded(tensors: list[StoredTensor]) -> dict[str, int]:
             for key, value in found.items()
             if not re.fullmatch("[1-9][0-9]*", str(value))
         ]:
-            raise ValueError(f"{file} says {wrong[0]} in its header; expected a number of ranks")
+            raise UsageError(f"{file} says {wrong[0]} in its header; expected a number of ranks")
         found = {key: int(value) for key, value in found.items()}
         if first is not None and found != recorded:
-            raise ValueError(
+            raise UsageError(
                 f"{first} and {file} say different things of their layout ({recorded or 'nothing'} and "
                 f"{found or 'nothing'}); they are of different checkpoints"
             )

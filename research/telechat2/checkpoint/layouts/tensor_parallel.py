@@ -12,6 +12,7 @@ from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.storage.views import glue, part_of, rows_of
 from research.telechat2.checkpoint.table import JOINED, ROWS, Joined, ignored_as, place
+from research.telechat2.common.errors import UsageError
 
 Tensors = dict[str, StoredTensor]  # by MindSpore name
 RowRange = tuple[str, int, int]  # name, first row, the row after the last
@@ -21,10 +22,10 @@ def check_divisible(sizes: TelechatSizes, tensor_parallel: int) -> None:
     """Refuse a group whose ranks would not get equal parts.
 
     Raises:
-        ValueError: heads, kv heads, feed-forward size or vocabulary are no multiples of ``tensor_parallel``.
+        UsageError: heads, kv heads, feed-forward size or vocabulary are no multiples of ``tensor_parallel``.
     """
     if tensor_parallel < 1:
-        raise ValueError(f"tensor parallel is {tensor_parallel}; expected 1 or more ranks")
+        raise UsageError(f"tensor parallel is {tensor_parallel}; expected 1 or more ranks")
     if tensor_parallel == 1:
         return
     _require_heads(sizes, f"cutting it for {tensor_parallel} ranks")
@@ -36,7 +37,7 @@ def check_divisible(sizes: TelechatSizes, tensor_parallel: int) -> None:
     }
     uneven = [f"{what} {length}" for what, length in lengths.items() if length % tensor_parallel]
     if uneven:
-        raise ValueError(
+        raise UsageError(
             f"tensor parallel {tensor_parallel} does not divide {', '.join(uneven)} of this model; expected "
             "a number of ranks that divides heads, key/value heads, feed-forward size and vocabulary"
         )
@@ -53,11 +54,11 @@ def part_of_rank(
         qkv_concat: join the rows.
 
     Raises:
-        ValueError: sizes that do not divide or are unknown, or parts of different dtypes to be joined.
+        UsageError: sizes that do not divide or are unknown, or parts of different dtypes to be joined.
     """
     check_divisible(sizes, tensor_parallel)
     if not 0 <= rank < tensor_parallel:
-        raise ValueError(f"rank is {rank}; expected 0 to {tensor_parallel - 1}, as tensor parallel says")
+        raise UsageError(f"rank is {rank}; expected 0 to {tensor_parallel - 1}, as tensor parallel says")
     own = {}
     for name, tensor in whole.items():
         axis = _split_axis(name)
@@ -71,7 +72,7 @@ def join_rows(whole: Mapping[str, StoredTensor], sizes: TelechatSizes, tensor_pa
     """A whole model with joined rows, those of each of ``tensor_parallel`` ranks together.
 
     Raises:
-        ValueError: as ``part_of_rank``.
+        UsageError: as ``part_of_rank``.
     """
     check_divisible(sizes, tensor_parallel)
 
@@ -93,7 +94,7 @@ def part_rows(
     """The inverse of ``join_rows``; what is not joined stays as it is.
 
     Raises:
-        ValueError: a joined tensor is not of the shape that ``sizes`` make, or sizes as in ``part_of_rank``.
+        UsageError: a joined tensor is not of the shape that ``sizes`` make, or sizes as in ``part_of_rank``.
     """
     check_divisible(sizes, tensor_parallel)
     parted = []
@@ -109,7 +110,7 @@ def glue_ranks(ranks: list[Mapping[str, StoredTensor]]) -> list[StoredTensor]:
     Of what is no weight, one rank's is given.
 
     Raises:
-        ValueError: a rank lacks a weight, or has one of another shape or dtype, or another value of one that
+        UsageError: a rank lacks a weight, or has one of another shape or dtype, or another value of one that
             all have whole.
     """
     whole = []
@@ -140,7 +141,7 @@ def _with_joined(whole, others, sizes: TelechatSizes, ranges) -> Tensors:
             dtypes = {whole[part].dtype: part for part in parts}
             if len(dtypes) > 1:
                 listed = " but ".join(f"{part} is {dtype}" for dtype, part in dtypes.items())
-                raise ValueError(f"{listed}; rows of different dtypes cannot be joined: convert them to one")
+                raise UsageError(f"{listed}; rows of different dtypes cannot be joined: convert them to one")
             pieces = [(whole[part], first, last) for part, first, last in ranges(joined, layer)]
             for part in parts:
                 del result[part]
@@ -160,7 +161,7 @@ def _part(
             place_now += last - first
     expected = (place_now, sizes.hidden_size)
     if tensor.shape != expected:
-        raise ValueError(
+        raise UsageError(
             f"{tensor.name} {list(tensor.shape)} in {tensor.file} should be {list(expected)} in a model of "
             f"{sizes.describe()}; the config or the weights belong to another model"
         )
@@ -200,7 +201,7 @@ def _split_axis(name: str) -> int | None:
 
 def _require_heads(sizes: TelechatSizes, doing: str) -> None:
     if sizes.num_heads is None or sizes.n_kv_heads is None:
-        raise ValueError(
+        raise UsageError(
             f"{doing} needs the number of heads, which the tensors do not show; put the model's config.json "
             "beside them, or give convert_weight.py --model_name, such as telechat_7B"
         )
@@ -208,14 +209,14 @@ def _require_heads(sizes: TelechatSizes, doing: str) -> None:
 
 def _require_alike(name: str, ranks: list[Mapping[str, StoredTensor]]) -> None:
     if lacking := [rank for rank, tensors in enumerate(ranks) if name not in tensors]:
-        raise ValueError(
+        raise UsageError(
             f"rank {lacking[0]} lacks {name}, which other ranks have; expected the same names in all "
             f"{len(ranks)} ranks. Copy the files of all ranks of one checkpoint again"
         )
     first = ranks[0][name]
     for other in (tensors[name] for tensors in ranks):
         if (other.shape, other.dtype) != (first.shape, first.dtype):
-            raise ValueError(
+            raise UsageError(
                 f"{other.file} holds {name} as {other.dtype} {list(other.shape)}, but {first.file} as "
                 f"{first.dtype} {list(first.shape)}; the ranks are of different checkpoints"
             )
@@ -225,7 +226,7 @@ def _require_same(tensors: list[StoredTensor]) -> None:
     first = b"".join(map(bytes, tensors[0].blocks()))
     for other in tensors[1:]:
         if b"".join(map(bytes, other.blocks())) != first:
-            raise ValueError(
+            raise UsageError(
                 f"{tensors[0].file} and {other.file} hold different values of {other.name}, of which every "
                 "rank has a copy; the ranks are of different checkpoints, or not of a tensor-parallel group"
             )

@@ -15,6 +15,7 @@ from research.telechat2.checkpoint.llama.description import (
 from research.telechat2.checkpoint.llama.fast_tokenizer import tokenizer_json
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.table import Side
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text.jinja_template import chat_template
 from research.telechat2.text.literal import marker_id
 
@@ -78,7 +79,7 @@ def _llama_tokenizer(vocabulary: bytes) -> dict | None:
         if model.get_piece_size() == 0:
             raise RuntimeError("it holds no pieces")
     except RuntimeError as error:
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
         ) from None
     if all(marker_id(model, marker) is not None for marker in ("<_user>", "<_bot>")):
@@ -104,7 +105,7 @@ def telechat_files(
     along that the other side needs later; MindSpore weights of TeleChat v1 get YAMLs, since none is shipped.
 
     Raises:
-        ValueError: the config asks for what no TeleChat model here has.
+        UsageError: the config asks for what no TeleChat model here has.
     """
     files = companions(config.parent)
     notes = (f"{', '.join(files)} go along too",) if files else ()
@@ -114,8 +115,8 @@ def telechat_files(
         return files, notes
     try:
         description = describe_telechat(content, read_json(config.parent / GENERATION), sizes)
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{config}: {error}") from None
     notes += (f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens",)
     if description.origin == "telechat v1" and side == "torch":
         yamls = yaml_files(description)
@@ -161,10 +162,10 @@ def exported_tokenizer(
     a model, else chat); any other tokenizer goes along as it is.
 
     Raises:
-        ValueError: a vocabulary that is none, or has more ids than the model has embeddings.
+        UsageError: a vocabulary that is none, or has more ids than the model has embeddings.
     """
     if vocab_file is not None and not vocab_file.is_file():
-        raise ValueError(f"{vocab_file} does not exist; give the path of the model's tokenizer.model")
+        raise UsageError(f"{vocab_file} does not exist; give the path of the model's tokenizer.model")
     file = vocab_file or folder / MODEL
     prompt_format = prompt_format or ("v1" if description.origin == "telechat v1" else "chat")
     if file.is_file() and file.suffix == ".model" and description.origin != "llama":

@@ -5,6 +5,7 @@ from research.telechat2.checkpoint.llama.description import Description, refuse_
 from research.telechat2.checkpoint.llama.kinds import is_mistral, model_kind, window_of
 from research.telechat2.checkpoint.llama.rotary import llama_scaling, read_scaling
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.common.errors import UsageError
 
 # Keys that do not change what the model computes here: notes of the library, dropout (TeleChat's attention
 # has none), how transformers computes.
@@ -31,7 +32,7 @@ _SPELLINGS = {
 
 
 def is_llama(config: dict | None) -> bool:
-    """Whether a config.json is that of a Llama model, see model_kind; ValueError for another's."""
+    """Whether a config.json is that of a Llama model, see model_kind; UsageError for another's."""
     return config is not None and model_kind(config) == "llama"
 
 
@@ -39,7 +40,7 @@ def describe_llama(config: dict, generation: dict | None = None) -> Description:
     """Read a Llama config.json.
 
     Raises:
-        ValueError: a size is absent or impossible, or the config asks for what TeleChat's layers cannot
+        UsageError: a size is absent or impossible, or the config asks for what TeleChat's layers cannot
             compute: another activation, heads of another width, quantized weights, ``rope_scaling`` of
             another kind than linear and yarn.
     """
@@ -106,7 +107,7 @@ def llama_config(description: Description, dtype: str) -> dict:
 def _sizes(config: dict) -> TelechatSizes:
     lacking = [key for key in _SPELLINGS.values() if key != "num_key_value_heads" and config.get(key) is None]
     if lacking:
-        raise ValueError(
+        raise UsageError(
             f"the config is that of a Llama model, but has no {', '.join(lacking)}; take config.json from "
             "the release of the weights"
         )
@@ -126,11 +127,11 @@ def _refuse_what_differs(config: dict, sizes: TelechatSizes) -> None:
     refuse_activation(config)
     for key, (expected, reason) in reasons.items():
         if config.get(key) not in (None, expected):
-            raise ValueError(
+            raise UsageError(
                 f"the config says {key} = {config[key]!r}, but {reason}: this model cannot be expressed"
             )
     if config.get("quantization_config"):
-        raise ValueError(
+        raise UsageError(
             "the config has a quantization_config; give the weights from before quantization, in float32, "
             "float16 or bfloat16"
         )

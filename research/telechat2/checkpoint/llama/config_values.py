@@ -4,21 +4,23 @@ import json
 import math
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 
 def read_json(file: Path) -> dict | None:
     """The JSON object in a file, None where there is no file.
 
     Raises:
-        ValueError: it is something else.
+        UsageError: it is something else.
     """
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
+        raise UsageError(f"{file} is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+        raise UsageError(f"{file} holds a JSON {type(content).__name__}, expected an object")
     return content
 
 
@@ -31,13 +33,13 @@ def number(config: dict, key: str, default: float) -> float:
     """A positive number of a config.
 
     Raises:
-        ValueError: it is something else.
+        UsageError: it is something else.
     """
     value = config.get(key)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"the config says {key} = {value!r}; expected a positive number")
+        raise UsageError(f"the config says {key} = {value!r}; expected a positive number")
     return float(value)
 
 
@@ -45,11 +47,11 @@ def whole_number(config: dict, key: str, default: int) -> int:
     """A positive whole number of a config.
 
     Raises:
-        ValueError: it is something else.
+        UsageError: it is something else.
     """
     value = number(config, key, default)
     if value != int(value):
-        raise ValueError(f"the config says {key} = {value!r}; expected a whole number")
+        raise UsageError(f"the config says {key} = {value!r}; expected a whole number")
     return int(value)
 
 
@@ -57,12 +59,12 @@ def one_of(config: dict, keys: tuple[str, ...]) -> str | None:
     """The key of ``keys`` that a config gives one value under; None if it has none of them.
 
     Raises:
-        ValueError: it has several, with different values.
+        UsageError: it has several, with different values.
     """
     given = [key for key in keys if config.get(key) is not None]
     if any(config[key] != config[given[0]] for key in given[1:]):
         listed = " and ".join(f"{key} = {config[key]!r}" for key in given)
-        raise ValueError(f"the config says {listed}, which are one setting; correct or remove one of them")
+        raise UsageError(f"the config says {listed}, which are one setting; correct or remove one of them")
     return given[0] if given else None
 
 
@@ -70,9 +72,9 @@ def flag(config: dict, key: str) -> bool:
     """Whether a config says yes; absent is no.
 
     Raises:
-        ValueError: it says something else.
+        UsageError: it says something else.
     """
     value = config.get(key)
     if value not in (None, True, False):
-        raise ValueError(f"the config says {key} = {value!r}; expected true or false")
+        raise UsageError(f"the config says {key} = {value!r}; expected true or false")
     return bool(value)

@@ -39,6 +39,7 @@ from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.yaml_files import resolve_config
 from research.telechat2.text import prompt_format as prompt_formats
 
@@ -61,7 +62,7 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
     tokenizer as they are, and YAMLs for prediction and training.
 
     Raises:
-        ValueError: a model that TeleChat's layers cannot express, a broken source, or a target that exists.
+        UsageError: a model that TeleChat's layers cannot express, a broken source, or a target that exists.
     """
     origin = folder_of(source)
     config, generation = read_json(origin / CONFIG), read_json(origin / GENERATION)
@@ -111,10 +112,10 @@ def export_llama(
     tokenizer.model, by default the tokenizer beside that config.
 
     Raises:
-        ValueError: a mixture of experts, no config, a broken source, or a target that exists.
+        UsageError: a mixture of experts, no config, a broken source, or a target that exists.
     """
     if target.suffix in (".safetensors", ".bin"):
-        raise ValueError(
+        raise UsageError(
             f"{target} names one file, but a Llama model is a folder with its config; give a folder"
         )
     file = _config_of(source, config)
@@ -156,7 +157,7 @@ def _config_of(source: Path, config: Path | None) -> Path:
         return resolve_config(str(config), Path.cwd())
     file = config or config_beside(source) or folder_of(source) / CONFIG
     if not file.is_file():
-        raise ValueError(
+        raise UsageError(
             f"{file} does not exist, and the weights alone do not tell how many heads the model has; name "
             "its config.json, or the YAML it was trained with, with --config"
         )
@@ -179,7 +180,7 @@ def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
         else:
             described = _naming(file, lambda: describe_telechat(content, generation, plan.sizes))
     if plan.sizes.num_experts:
-        raise ValueError(
+        raise UsageError(
             f"{source} holds a mixture of {plan.sizes.num_experts} experts, which is no Llama, and no common "
             "Hugging Face model has biases in its experts; only dense models can be exported"
         )
@@ -238,5 +239,5 @@ def _naming(file: Path, read: Callable):
     """The value of ``read()``, whose errors are those of ``file``."""
     try:
         return read()
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None

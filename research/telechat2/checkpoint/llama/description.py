@@ -11,6 +11,7 @@ from typing import Literal
 from research.telechat2.checkpoint.llama.config_values import number, one_of, whole_number
 from research.telechat2.checkpoint.llama.rotary import NONE, Extension, kind_of, rope_section, stretched_base
 from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.rope import base_of_release, stretch_factor, yarn_settings
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model within its base length
@@ -57,21 +58,21 @@ def token_ids(config: dict, generation: dict | None) -> dict:
 
 
 def refuse_activation(config: dict) -> None:
-    """ValueError if a config.json names another activation than SwiGLU's."""
+    """UsageError if a config.json names another activation than SwiGLU's."""
     if config.get("hidden_act") not in (None, "silu", "swish"):
-        raise ValueError(
+        raise UsageError(
             f"the config says hidden_act = {config['hidden_act']!r}, but TeleChat's feed-forward blocks are "
             "SwiGLU throughout: this model cannot be expressed"
         )
 
 
 def refuse_unlike_telechat(config: dict) -> None:
-    """ValueError if a TeleChat config.json asks for what no TeleChat model here has, and no tensor shows."""
+    """UsageError if a TeleChat config.json asks for what no TeleChat model here has, and no tensor shows."""
     for key in ("embed_layernorm", "apply_residual_connection_post_layernorm"):
         if config.get(key):
-            raise ValueError(f"the config says {key} = {config[key]!r}, which no released TeleChat model has")
+            raise UsageError(f"the config says {key} = {config[key]!r}, which no released TeleChat model has")
     if config.get("norm_topk_prob") is False:
-        raise ValueError(
+        raise UsageError(
             "the config says norm_topk_prob = False, but TeleChat's router divides the probabilities of the "
             "chosen experts by their sum"
         )
@@ -82,11 +83,11 @@ def stated_base(config: dict) -> tuple[str | None, float]:
     """The key and the rotary base that a TeleChat config.json gives; None and the family's if it gives none.
 
     Raises:
-        ValueError: no number, two that differ, or an extension, which TeleChat's own code does not read.
+        UsageError: no number, two that differ, or an extension, which TeleChat's own code does not read.
     """
     section = rope_section(config)
     if (kind := kind_of(section)) != "default":
-        raise ValueError(
+        raise UsageError(
             f"the config says rope_scaling {kind!r}, which TeleChat's own code does not read; it extends by "
             "base_seqlen and training_seqlen. Remove it; a YAML extends by extend_method"
         )
@@ -100,7 +101,7 @@ def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSize
     """Read a TeleChat config.json, or one in MindFormers' spelling; ``sizes`` are settled with the weights.
 
     Raises:
-        ValueError: a number is none, or the config asks for what no TeleChat model here has.
+        UsageError: a number is none, or the config asks for what no TeleChat model here has.
     """
     refuse_unlike_telechat(config)
     trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
@@ -126,7 +127,7 @@ def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool
     With DYNAMIC_NTK it is the model within ``training_seqlen``.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        UsageError: sizes that do not fit each other.
     """
     names = ("num_layers", "hidden_size", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
     sizes = TelechatSizes.from_hf_config({name: getattr(config, name) for name in names})
@@ -157,7 +158,7 @@ def model_section(description: Description) -> dict:
     since MindFormers stops at each; a TeleChat model the first, as its tokenizer has one (see lost_ids).
 
     Raises:
-        ValueError: an id is none.
+        UsageError: an id is none.
     """
     sizes, (method, factor) = description.sizes, description.extension
     section = {
@@ -177,7 +178,7 @@ def model_section(description: Description) -> dict:
     for key, value in description.ids.items():
         ids = value if isinstance(value, list) else [value] if value is not None else []
         if not all(type(each) is int for each in ids):
-            raise ValueError(
+            raise UsageError(
                 f"the config says {key} = {value!r}; expected the id of a token, or a list of ids"
             )
         if len(ids) > 1 and description.origin == "llama" and key == "eos_token_id":

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.text.literal import MARKERS, TOOL_TAGS
 
 _NORMAL, _USER_DEFINED = 1, 4  # SentencePiece's types of pieces
@@ -20,19 +21,19 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
     """The content of tokenizer.json for a SentencePiece BPE model with TeleChat's markers, and notes on it.
 
     Raises:
-        ValueError: it is no such model, it has more than ``vocab_size`` ids, or it changes text in ways that
+        UsageError: it is no such model, it has more than ``vocab_size`` ids, or it changes text in ways that
             have no counterpart.
     """
     model = _read(vocab_file)
     pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
     if len(pieces) > vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} has {len(pieces)} ids, but the model has embeddings for {vocab_size}; give the "
             "tokenizer.model that belongs to it"
         )
     lacking = [token for token in ("<_end>", "<_user>", "<_bot>") if token not in pieces]
     if lacking:
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} has no {', '.join(lacking)}; expected the tokenizer.model of a TeleChat model"
         )
     # Those of TeleChat v1 12B are ordinary pieces; here, too, they are special (see text/literal.py).
@@ -76,10 +77,10 @@ def _read(vocab_file: Path):
     try:
         model.ParseFromString(vocab_file.read_bytes())
     except Exception as error:  # protobuf's own class
-        raise ValueError(f"{vocab_file} is not a SentencePiece model ({error})") from None
+        raise UsageError(f"{vocab_file} is not a SentencePiece model ({error})") from None
     spec = model.normalizer_spec
     if model.trainer_spec.model_type != 2 or spec.precompiled_charsmap or spec.remove_extra_whitespaces:
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} is not a BPE model that takes text as it is; expected the tokenizer.model of a "
             "TeleChat release, or one trained as examples/train_tokenizer.py does"
         )

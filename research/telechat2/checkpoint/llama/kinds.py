@@ -1,5 +1,7 @@
 """Whose model a config.json describes: TeleChat's, a Llama's, which TeleChat's layers can be, or another."""
 
+from research.telechat2.common.errors import UsageError
+
 MISTRAL_CLASSES = ("MistralForCausalLM",)
 MISTRAL_WINDOW = 4096  # of transformers' MistralConfig where the config does not say
 _EXPERTS = "its experts and router are of another kind"
@@ -36,7 +38,7 @@ def model_kind(config: dict) -> str:
     A Mistral without a sliding window is a Llama. A config that names no model is taken for TeleChat's.
 
     Raises:
-        ValueError: it names another model; which, and why that one cannot be expressed.
+        UsageError: it names another model; which, and why that one cannot be expressed.
     """
     classes = config.get("architectures") or []
     classes = [str(name) for name in (classes if isinstance(classes, list) else [classes])]
@@ -55,7 +57,7 @@ def model_kind(config: dict) -> str:
         return "telechat"
     known = [other for other in _OTHERS if name.replace("moe", "_moe").replace("__", "_").startswith(other)]
     reason = _OTHERS[max(known, key=len)] if known else "its layers are not known to be those of either"
-    raise ValueError(
+    raise UsageError(
         f"the config is that of a {kind} model ({', '.join(classes) or 'no architectures'}), which is "
         f"neither a TeleChat nor a Llama model: {reason}. Supported are TeleChat, Llama, and Mistral without "
         "a sliding window"
@@ -77,7 +79,7 @@ def window_of(config: dict) -> int | None:
 def _require_no_window(config: dict) -> None:
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
     if isinstance(window, int) and not (isinstance(longest, int) and window >= longest):
-        raise ValueError(
+        raise UsageError(
             f"the config is that of a Mistral with sliding_window = {window} and max_position_embeddings = "
             f"{longest}, but TeleChat's attention sees all tokens. Texts of up to {window} tokens are the "
             f"same: in a copy of config.json set max_position_embeddings to {window}"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from research.telechat2.checkpoint.llama.config_values import number, one_of
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.rope import trained_alpha
 
 Extension = tuple[str, float | dict]  # TelechatConfig's extend_method and scaling_factor
@@ -26,7 +27,7 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
     section's, or else that beside it.
 
     Raises:
-        ValueError: a kind of extension, or a setting of it, that TelechatConfig does not have; two sections
+        UsageError: a kind of extension, or a setting of it, that TelechatConfig does not have; two sections
             that differ.
     """
     scaling = rope_section(config)
@@ -38,7 +39,7 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
         return theta, ("PI", _factor(scaling))
     if kind == "yarn":
         return theta, ("YARN", _read_yarn(scaling, seq_length))
-    raise ValueError(
+    raise UsageError(
         f"the config says rope_scaling {kind!r}; only 'linear' (extend_method PI) and 'yarn' (YARN) can be "
         "expressed. For texts no longer than the model was first trained on, remove rope_scaling from a copy "
         "of config.json and set max_position_embeddings to that length, if its authors say that this is exact"
@@ -50,14 +51,14 @@ def rope_section(config: dict) -> dict:
     given = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
     for key, section in given.items():
         if not isinstance(section, dict):
-            raise ValueError(f"the config says {key} = {section!r}; expected a section such as rope_type")
+            raise UsageError(f"the config says {key} = {section!r}; expected a section such as rope_type")
         if nested := [name for name, value in section.items() if isinstance(value, dict)]:
-            raise ValueError(
+            raise UsageError(
                 f"the config says {key} for {', '.join(nested)}; TeleChat rotates all layers alike: this "
                 "model cannot be expressed"
             )
         if section.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ValueError(
+            raise UsageError(
                 f"the config says {key}.partial_rotary_factor = {section['partial_rotary_factor']!r}, but "
                 "TeleChat rotates all channels of a head: this model cannot be expressed"
             )
@@ -67,7 +68,7 @@ def rope_section(config: dict) -> dict:
         keys = [key for key in sorted(both[0].keys() | both[1].keys()) if key != "type"]
         if differing := [key for key in keys if both[0].get(key) != both[1].get(key)]:
             key = differing[0]
-            raise ValueError(
+            raise UsageError(
                 f"the config has two sections that differ: rope_scaling.{key} = {both[0].get(key)!r}, "
                 f"rope_parameters.{key} = {both[1].get(key)!r}; remove the one that the weights were not "
                 "trained with"
@@ -83,7 +84,7 @@ def kind_of(section: dict) -> str:
 
 def _factor(scaling: dict) -> float:
     if scaling.get("factor") is None:
-        raise ValueError(f"the config says rope_scaling {kind_of(scaling)!r} without factor; add it")
+        raise UsageError(f"the config says rope_scaling {kind_of(scaling)!r} without factor; add it")
     return number(scaling, "factor", 1.0)
 
 
@@ -97,11 +98,11 @@ def _read_yarn(scaling: dict, seq_length: int) -> dict:
         "beta_slow": number(scaling, "beta_slow", 1.0),
     }
     if scaling.get("truncate") is False:
-        raise ValueError("the config says rope_scaling yarn with truncate false, which cannot be expressed")
+        raise UsageError("the config says rope_scaling yarn with truncate false, which cannot be expressed")
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         settings |= {key: number(scaling, key, 1.0) for key in ("mscale", "mscale_all_dim")}
     if scaling.get("attention_factor") not in (None, yarn_scale(settings)):
-        raise ValueError(
+        raise UsageError(
             f"the config says rope_scaling yarn with attention_factor {scaling['attention_factor']!r}; only "
             f"the one that follows from the factor, {yarn_scale(settings)!r}, can be expressed"
         )

@@ -15,6 +15,7 @@ from research.telechat2.checkpoint.llama.description import (
 )
 from research.telechat2.checkpoint.llama.rotary import NONE
 from research.telechat2.checkpoint.sizes import TelechatSizes, config_beside
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.release import Said, settle
 
 CHOSEN = "num_experts_chosen"  # of moe_config
@@ -34,7 +35,7 @@ def settle_with(
         Lines that say what was taken from where; none without a checkpoint.
 
     Raises:
-        ValueError: config.json is broken, or states another value than ``model_config``.
+        UsageError: config.json is broken, or states another value than ``model_config``.
     """
     if not checkpoint or model_config.get("type", "TelechatConfig") not in OURS:
         return []
@@ -57,7 +58,7 @@ def said_beside(path: Path, tied: bool | None = None) -> Said | None:
     ``tied``: whether the output layer is the embedding, where config.json does not say: TeleChat v1 7B's does
     not, and its code has a base length of its own.
     Raises:
-        ValueError: it is broken, or gives one number in two ways.
+        UsageError: it is broken, or gives one number in two ways.
     """
     file = config_beside(path)
     if file is None:
@@ -68,8 +69,8 @@ def said_beside(path: Path, tied: bool | None = None) -> Said | None:
             config["tie_word_embeddings"] = tied
         values, names = (_of_llama if is_llama(config) else _of_telechat)(config, generation)
         sizes = TelechatSizes.from_hf_config(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
     return Said(str(file), values, sizes.hidden_size // sizes.num_heads, names)
 
 
@@ -102,7 +103,7 @@ def _of_telechat(config: dict, generation: dict | None) -> tuple[dict, dict]:
     for key, ids in token_ids(config, generation).items():
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(each) is int for each in listed):
-            raise ValueError(f"the config says {key} = {ids!r}; expected the id of a token, or a list of ids")
+            raise UsageError(f"the config says {key} = {ids!r}; expected the id of a token, or a list of ids")
         if listed and listed[0] >= 0:
             values[key] = listed[0]  # as the tokenizer of TeleChat has one; generate stops at no others
     values = {key: value for key, value in values.items() if value is not None}

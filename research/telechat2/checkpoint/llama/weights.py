@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from research.telechat2.checkpoint.llama.description import Description
 from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, cut, join, zeros
+from research.telechat2.common.errors import UsageError
 
 Weights = list[tuple[StoredTensor, str]]
 
@@ -121,7 +122,7 @@ def from_llama(tensors: list[StoredTensor], description: Description, origin: st
     """Llama's weights under TeleChat's torch names; ``origin`` is what messages call the checkpoint.
 
     Raises:
-        ValueError: tensors that are unknown, missing, there twice, misshapen or no weights (the first ten of
+        UsageError: tensors that are unknown, missing, there twice, misshapen or no weights (the first ten of
             each are listed), K and V of different dtypes, or a bias that TeleChat lacks and is not zero.
     """
     found: dict[str, StoredTensor] = {}
@@ -137,7 +138,7 @@ def from_llama(tensors: list[StoredTensor], description: Description, origin: st
     _check(found, twice, description, origin)
     for name in [name for name in found if name.endswith((*ATTENTION_ZEROS, *MLP_ZEROS))]:
         if not is_zero(found[name]):
-            raise ValueError(
+            raise UsageError(
                 f"{name} in {origin} is not zero; TeleChat's layers have biases on the output and down "
                 "projections alone, so this model cannot be expressed"
             )
@@ -164,7 +165,7 @@ def _to_telechat(found: dict[str, StoredTensor], description: Description) -> It
 
 def _packed(key: StoredTensor, value: StoredTensor, name: str, description: Description) -> StoredTensor:
     if key.dtype != value.dtype:
-        raise ValueError(
+        raise UsageError(
             f"{key.name} is {key.dtype}, but {value.name} is {value.dtype}; TeleChat packs both in one "
             "tensor: save them in one dtype"
         )
@@ -210,7 +211,7 @@ def is_zero(tensor: StoredTensor) -> bool:
 def _check(found: dict[str, StoredTensor], twice: list[str], description: Description, origin: str) -> None:
     sizes = description.sizes
     if sizes.num_layers > len(found):  # do not build a table of that length
-        raise ValueError(
+        raise UsageError(
             f"the config says {sizes.num_layers} layers, but {origin} holds only {len(found)} tensors; the "
             "config or the weights belong to another model, or files are missing"
         )
@@ -232,7 +233,7 @@ def _check(found: dict[str, StoredTensor], twice: list[str], description: Descri
         ],
     }
     if any(problems.values()):
-        raise ValueError(
+        raise UsageError(
             f"{origin} is not the Llama checkpoint that its config describes: {sizes.describe()}. "
             "Tensors that are\n"
             + "\n".join(_listed(kind, names) for kind, names in problems.items() if names)

@@ -5,6 +5,8 @@ NumPy has no bfloat16: here it is its bit pattern, uint16, the upper half of a f
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns, without the sign
 NOT_READ = (
@@ -20,7 +22,7 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
     Infinities and NaN stay what they are.
 
     Raises:
-        ValueError: a finite value of tensor ``name`` is beyond the range of ``target``.
+        UsageError: a finite value of tensor ``name`` is beyond the range of ``target``.
     """
     if source == target:
         return memoryview(block)
@@ -30,7 +32,7 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
     result = _to_bfloat16(values) if target == "bfloat16" else _to_float16(values)
     infinite = (result.view(np.uint16) & 0x7FFF) == INFINITY[target]
     if infinite.any() and np.isfinite(values[infinite]).any():
-        raise ValueError(
+        raise UsageError(
             f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, which {target} cannot hold "
             f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or ask for another"
         )

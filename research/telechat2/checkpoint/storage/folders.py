@@ -8,6 +8,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.storage.framework_formats import read_bin, read_ckpt
 from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 
 READERS = {".safetensors": read_safetensors, ".bin": read_bin, ".ckpt": read_ckpt}
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -20,11 +21,11 @@ def read_torch_source(path: Path) -> list[StoredTensor]:
     present, the safetensors are read.
 
     Raises:
-        ValueError: nothing there to read, or files that do not agree with their index or numbering.
+        UsageError: nothing there to read, or files that do not agree with their index or numbering.
     """
     adapters = [path] if path.is_file() else _files(path, "adapter_model.*")
     if any(file.name.startswith("adapter_model.") for file in adapters):
-        raise ValueError(
+        raise UsageError(
             f"{adapters[0]} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
             "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
         )
@@ -32,7 +33,7 @@ def read_torch_source(path: Path) -> list[StoredTensor]:
         return _read_files([path], (".safetensors", ".bin"))
     files = _files(path, "*.safetensors") or _files(path, "pytorch_model*.bin")
     if not files:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds no *.safetensors and no pytorch_model*.bin; expected the folder of a "
             f"Hugging Face checkpoint, found {_listing(path)}"
         )
@@ -46,7 +47,7 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     (the iteration named in its tracker file, or its only ``rank_0``).
 
     Raises:
-        ValueError: nothing there to read, or more than one checkpoint.
+        UsageError: nothing there to read, or more than one checkpoint.
     """
     if path.is_file():
         return _read_files([path], (".safetensors", ".ckpt"))
@@ -54,15 +55,15 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     files = _files(folder, "*.safetensors") or _files(folder, "*.ckpt")
     steps = [file for file in files if re.search(r"-[0-9]+_[0-9]+\.(safetensors|ckpt)$", file.name)]
     if len(files) > 1 and (steps or files[0].suffix == ".ckpt"):
-        raise ValueError(f"{folder} holds several checkpoints ({_names(files)}); name the file to convert")
+        raise UsageError(f"{folder} holds several checkpoints ({_names(files)}); name the file to convert")
     ranks = [match for file in files if (match := re.search(r"-model-[0-9]{7}-([0-9]{7})\.", file.name))]
     if any(int(match[1]) > 1 for match in ranks):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds what {int(ranks[0][1])} devices saved: {_names(files)}. If each of them held "
             "the whole model (data parallel), give one of the -model- files; if not, merge them first"
         )
     if not files:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds no *.safetensors and no *.ckpt; found {_listing(folder)}. "
             "Give a checkpoint file, or the folder that holds it"
         )
@@ -73,7 +74,7 @@ def latest_iteration(path: Path) -> Path:
     """The ``iteration_*`` folder that MindFormers' tracker in ``path`` names; ``path`` if it has no tracker.
 
     Raises:
-        ValueError: the tracker names no folder that is there.
+        UsageError: the tracker names no folder that is there.
     """
     tracker = path / TRACKER
     if not tracker.is_file():
@@ -81,7 +82,7 @@ def latest_iteration(path: Path) -> Path:
     number = tracker.read_text(encoding="utf-8", errors="replace").strip()
     folder = path / f"iteration_{number:0>8}"
     if not (number.isascii() and number.isdigit() and folder.is_dir()):
-        raise ValueError(
+        raise UsageError(
             f"{tracker} names iteration {number[:20]!r}, but has no folder {folder.name[:40]} beside it; "
             "give the folder of an iteration"
         )
@@ -94,7 +95,7 @@ def _training_folder(path: Path) -> Path:
         return folder
     ranks = sorted(path.glob("rank_*/"))
     if len(ranks) > 1:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds {len(ranks)} folders rank_*: the checkpoint was cut up for {len(ranks)} "
             "devices; merge it first with transform_ckpt.py in research/telechat2, and convert the result"
         )
@@ -112,7 +113,7 @@ def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
     here = {file.name for file in files}
     absent, extra = sorted(expected.keys() - here), sorted(here - expected.keys())
     if absent or extra:
-        raise ValueError(
+        raise UsageError(
             f"{index_file} and the files beside it do not agree."
             + (f" {len(absent)} of its files are absent: {_first(absent)}. Download them." if absent else "")
             + (f" {len(extra)} files are not in it: {_first(extra)}. Move them elsewhere." if extra else "")
@@ -126,7 +127,7 @@ def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
     ]
     unlisted = [f"{name} ({file})" for file in sorted(held) for name in sorted(held[file] - expected[file])]
     if lacking or unlisted:
-        raise ValueError(
+        raise UsageError(
             f"{index_file} and the tensors in its files do not agree:"
             + (f" {len(lacking)} tensors are not where it says: {_first(lacking)}." if lacking else "")
             + (f" {len(unlisted)} tensors are not listed: {_first(unlisted)}." if unlisted else "")
@@ -145,12 +146,12 @@ def _read_index(file: Path) -> dict[str, set[str]]:
     tensors = defaultdict(set)
     for name, shard in pairs:
         if not isinstance(shard, str) or "/" in shard or "\\" in shard:
-            raise ValueError(
+            raise UsageError(
                 f"{file} says that {name} is in {shard!r}; expected the name of a file beside it"
             )
         tensors[shard].add(name)
     if not tensors:
-        raise ValueError(
+        raise UsageError(
             f'{file} is not an index of weights; expected JSON such as {{"weight_map": {{name: file}}}}'
         )
     return tensors
@@ -161,7 +162,7 @@ def _check_numbering(folder: Path, files: list[Path]) -> None:
     numbers = [re.search(r"-([0-9]{5})-of-([0-9]{5})\.[a-z]+$", file.name) for file in files]
     totals = {int(match[2]) for match in numbers if match}
     if totals and (len(totals) > 1 or not all(numbers) or len(files) != min(totals)):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds {len(files)} files of a checkpoint in {' or '.join(map(str, sorted(totals)))} "
             f"parts, and no index: {_names(files)}. Download what is missing, move away what does not belong"
         )
@@ -171,7 +172,7 @@ def _read_files(files: list[Path], allowed) -> list[StoredTensor]:
     tensors = []
     for file in files:
         if file.suffix not in allowed:
-            raise ValueError(f"{file} ends in {file.suffix!r}; expected {' or '.join(allowed)}, or a folder")
+            raise UsageError(f"{file} ends in {file.suffix!r}; expected {' or '.join(allowed)}, or a folder")
         tensors += READERS[file.suffix](file)
     return tensors
 
@@ -179,7 +180,7 @@ def _read_files(files: list[Path], allowed) -> list[StoredTensor]:
 def _files(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
-        raise ValueError(
+        raise UsageError(
             f"{folder} does not exist; expected a checkpoint file or folder"
             + ("; names of models on a hub are not looked up, download the model first" if hub else "")
         )

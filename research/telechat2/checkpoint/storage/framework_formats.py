@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.placeholders import what_stands_here
 
 
@@ -23,7 +24,7 @@ def read_bin(file: Path) -> list[StoredTensor]:
     """The tensors of a ``torch.save`` file of a dictionary of tensors (and no code: ``weights_only``).
 
     Raises:
-        ValueError: torch is not installed, or the file is broken or holds something else.
+        UsageError: torch is not installed, or the file is broken or holds something else.
     """
     torch = _import_torch(file)
     try:
@@ -35,22 +36,22 @@ def read_bin(file: Path) -> list[StoredTensor]:
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         what = found[1] if found else _unread_pickle(file)
         if what is None:
-            raise ValueError(
+            raise UsageError(
                 f"{file} is not a complete torch file. Download or copy it again.{what_stands_here(file)}"
             ) from None
-        raise ValueError(
+        raise UsageError(
             f"{file} holds Python objects ({what}) beside tensors; loading those "
             "could run code that came with it, so nothing of it is loaded. Take the safetensors of this "
             "model, or have its author save the state_dict() alone"
         ) from None
     except Exception as error:  # a broken pickle can fail in any way
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
+        raise UsageError(
             f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again."
             + what_stands_here(file)
         ) from None
     if not isinstance(content, dict) or not all(torch.is_tensor(tensor) for tensor in content.values()):
-        raise ValueError(
+        raise UsageError(
             f"{file} does not hold a dictionary of tensors, which is what model weights are saved as; "
             "save the model's state_dict() alone"
         )
@@ -86,17 +87,17 @@ def read_ckpt(file: Path) -> list[StoredTensor]:
     """The tensors of a MindSpore ``.ckpt`` file.
 
     Raises:
-        ValueError: the file is broken or holds something else.
+        UsageError: the file is broken or holds something else.
     """
     import mindspore
 
     if not file.stat().st_size:
-        raise ValueError(f"{file} is empty. Download or copy it again")
+        raise UsageError(f"{file} is empty. Download or copy it again")
     try:
         content = mindspore.load_checkpoint(str(file))
     except Exception as error:  # so can a broken protobuf
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UsageError(
             f"{file} is not a complete MindSpore checkpoint ({reason}).{what_stands_here(file)}"
         ) from None
     return [_from_mindspore(name, value, file) for name, value in content.items()]
@@ -126,7 +127,7 @@ def _import_torch(file: Path):
     try:
         import torch
     except ImportError:
-        raise ValueError(
+        raise UsageError(
             f"{file.name} is a torch file, and torch is not installed: pip install torch "
             "(safetensors files need neither torch nor MindSpore)"
         ) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.storage.folders import READERS, latest_iteration
 from research.telechat2.checkpoint.storage.safetensors_format import CODES, ITEM_BYTES
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.errors import UsageError
 
 Shards = list[dict[str, StoredTensor]]  # of each rank, its tensors by name
 
@@ -29,21 +30,21 @@ def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
     ``reason`` tells in an error's sentence why there must be so many.
 
     Raises:
-        ValueError: other ranks than these, a rank without a file of the newest step, or a broken file.
+        UsageError: other ranks than these, a rank without a file of the newest step, or a broken file.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; expected the checkpoint folder that all ranks saved into")
+        raise UsageError(f"{folder} is no folder; expected the checkpoint folder that all ranks saved into")
     folder = latest_iteration(folder)
     files = _in_rank_folders(folder) or _of_iteration(folder)
     if not files:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds no rank_* folders and no *-model-0000000-*.safetensors; expected what "
             f"{device_num} devices saved, such as output/checkpoint"
         )
     absent = list(islice((f"rank_{rank}" for rank in range(device_num) if rank not in files), 10))
     if absent or len(files) != device_num:
         what = f"lacks {', '.join(absent)}" if absent else f"holds {len(files)} ranks"
-        raise ValueError(
+        raise UsageError(
             f"{folder} {what}; expected rank_0 to rank_{device_num - 1}, since {reason}. Copy the files of "
             "all devices there"
         )
@@ -70,7 +71,7 @@ def _in_rank_folders(folder: Path) -> dict[int, list[Path]]:
         ]
         if len(of_step) != 1:
             step = f"of epoch {newest[0]}, step {newest[1]}, the newest" if newest else "with weights"
-            raise ValueError(
+            raise UsageError(
                 f"{folder / f'rank_{rank}'} holds {len(of_step)} files {step} that a rank has; expected one. "
                 "Copy what is missing, or, if not all ranks saved that step, move its files elsewhere"
             )
@@ -93,7 +94,7 @@ def _of_iteration(folder: Path) -> dict[int, list[Path]]:
             if "-opt-" in match[0]:
                 with_states.add(int(match[1]))
     if with_states and with_states != found.keys():
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds the optimizer's states (*-opt-*) of some ranks, but not of "
             f"{sorted(found.keys() - with_states)[:10]}; expected those of all or of none. Copy the others"
         )
@@ -105,7 +106,7 @@ def _read(files: list[Path]) -> dict[str, StoredTensor]:
     for file in files:
         for tensor in READERS[file.suffix](file):
             if _CODE.get(tensor.dtype, tensor.dtype) not in ITEM_BYTES:
-                raise ValueError(
+                raise UsageError(
                     f"{file} holds {tensor.name} as {tensor.dtype}, which is no dtype of tensors"
                 )
             tensors[tensor.name] = tensor

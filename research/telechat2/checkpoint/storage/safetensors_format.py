@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from research.telechat2.checkpoint.storage.dtypes import NOT_READ
 from research.telechat2.checkpoint.storage.tensor import BLOCK_BYTES, StoredTensor
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.placeholders import what_stands_here
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -32,7 +33,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     """The tensors of a file, in the order of their bytes; only the header is read.
 
     Raises:
-        ValueError: the file is not safetensors, or is cut off.
+        UsageError: the file is not safetensors, or is cut off.
     """
     with open(file, "rb") as stream:
         header = _read_header(file, stream)
@@ -43,7 +44,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
         begin, next_begin = _offsets(file, name, entry)
         code, shape = entry.get("dtype"), _shape(file, name, entry)
         if not isinstance(code, str) or code not in ITEM_BYTES:
-            raise ValueError(f"{file}: tensor {name} is stored as {code!r}, but {NOT_READ}.")
+            raise UsageError(f"{file}: tensor {name} is stored as {code!r}, but {NOT_READ}.")
         if begin != end or next_begin - begin != prod(shape) * ITEM_BYTES[code]:
             raise _broken(
                 file,
@@ -65,7 +66,7 @@ def read_metadata(file: Path) -> dict[str, str]:
     """What a file's header says beside its tensors, such as ``{"format": "ms"}``, if anything.
 
     Raises:
-        ValueError: the file is not safetensors.
+        UsageError: the file is not safetensors.
     """
     with open(file, "rb") as stream:
         metadata = _read_header(file, stream).get("__metadata__")
@@ -162,8 +163,8 @@ def _fill(stream: BinaryIO, block: memoryview, file: Path) -> None:
         done += count
 
 
-def _broken(file: Path, what: str) -> ValueError:
-    return ValueError(
+def _broken(file: Path, what: str) -> UsageError:
+    return UsageError(
         f"{file} is not a complete safetensors file: {what}. Download or copy it again, and check its size."
         + what_stands_here(file)
     )

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 
 from research.telechat2.checkpoint.storage.dtypes import NOT_READ, WIDTH, cast
+from research.telechat2.common.errors import UsageError
 
 BLOCK_BYTES = 1 << 20  # a multiple of every element's width, and little enough for a core's cache
 
@@ -36,10 +37,10 @@ class StoredTensor:
         return prod(self.shape)
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Number of bytes, as stored or as another dtype of weights; ValueError for what is none of these."""
+        """Number of bytes, as stored or as another dtype of weights; UsageError for what is none of these."""
         kind = dtype or self.dtype
         if kind not in WIDTH:
-            raise ValueError(f"{self.name} in {self.file} is stored as {kind}, but {NOT_READ}.")
+            raise UsageError(f"{self.name} in {self.file} is stored as {kind}, but {NOT_READ}.")
         return self.size * WIDTH[kind]
 
     def blocks_as(self, dtype: str) -> Iterator[memoryview]:

@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.plan.dry_run.elf import mentioned, read_library
 
 _RECIPE = 2  # part of the cache's name: to be raised with every change of what is built
@@ -60,7 +61,7 @@ def ascend_environment(device_num: int, rank: int) -> dict[str, str]:
     stand-ins, which are built on first use.
 
     Raises:
-        ValueError: no stand-ins can be built here; the message says why.
+        UsageError: no stand-ins can be built here; the message says why.
         OSError: the user's cache directory cannot be written.
     """
     environment = dict(os.environ, MS_SIMULATION_LEVEL="0", RANK_SIZE=str(device_num), RANK_ID=str(rank))
@@ -87,7 +88,7 @@ def stub_directory() -> Path:
     not at all; of two processes that build it at once, one is in vain.
 
     Raises:
-        ValueError, OSError: see ascend_environment.
+        UsageError, OSError: see ascend_environment.
     """
     version, machine = importlib.metadata.version("mindspore"), platform.machine()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "telechat2")
@@ -129,7 +130,7 @@ def _missing() -> tuple[set[str], set[str], set[str]]:
     plugins = [lib / "plugin" / name for name in ("libmindspore_ascend.so.2", "libmindspore_ops_ascend.so")]
     plugins += (lib / "plugin" / "ascend").rglob("*.so")
     if missing := [path for path in plugins if not path.exists()]:
-        raise ValueError(
+        raise UsageError(
             f"MindSpore's Ascend plugin is not where it was expected: {missing[0]} does not exist. "
             "Reinstall MindSpore with pip; the wheel for Linux brings the plugin."
         )
@@ -164,7 +165,7 @@ def _compiler() -> str:
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return path
-    raise ValueError(
+    raise UsageError(
         "compiling for Ascend without CANN needs stand-ins for CANN's libraries, which a C compiler builds, "
         "and none of cc, gcc and clang is on PATH. Install one (Debian and Ubuntu: apt install gcc; "
         "openEuler: dnf install gcc), or install CANN and source its set_env.sh."
@@ -196,7 +197,7 @@ def _compile(compiler: str, symbols: set[str], library: Path, more: str = "") ->
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(
+        raise UsageError(
             f"{compiler} cannot build the stand-ins for CANN's libraries: {done.stderr.strip()[:500]} "
             "Try another C compiler, as the first cc on PATH."
         )
@@ -206,7 +207,7 @@ def _compile(compiler: str, symbols: set[str], library: Path, more: str = "") ->
 def _mindspore_libraries() -> Path:
     spec = importlib.util.find_spec("mindspore")
     if spec is None:
-        raise ValueError("MindSpore is not installed; install this project with pip.")
+        raise UsageError("MindSpore is not installed; install this project with pip.")
     return Path(spec.origin).parent / "lib"
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
+
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _SHT_DYNAMIC, _SHT_DYNSYM, _SHT_GNU_VERSYM = 6, 11, 0x6FFFFFFF
@@ -47,7 +49,7 @@ def read_library(path: str | Path) -> Library:
     a library: only glibc, libstdc++ and their like have versions.
 
     Raises:
-        ValueError: ``path`` is not a 64-bit little-endian ELF file.
+        UsageError: ``path`` is not a 64-bit little-endian ELF file.
     """
     with _open(path) as (data, sections):
         by_kind = {section.kind: section for section in sections}
@@ -76,7 +78,7 @@ def mentioned(path: str | Path, pattern: str) -> set[str]:
     """The whole strings of ``path``'s read-only data that match the regular expression ``pattern``.
 
     Raises:
-        ValueError: ``path`` is not a 64-bit little-endian ELF file.
+        UsageError: ``path`` is not a 64-bit little-endian ELF file.
     """
     search = re.compile(rb"\0(" + pattern.encode() + rb")(?=\0)")
     with _open(path) as (data, sections):
@@ -90,7 +92,7 @@ def mentioned(path: str | Path, pattern: str) -> set[str]:
 def _open(path) -> Iterator[tuple[mmap.mmap, list[_Section]]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:6] != b"\x7fELF\x02\x01":
-            raise ValueError(f"{path} is not a 64-bit little-endian ELF file.")
+            raise UsageError(f"{path} is not a 64-bit little-endian ELF file.")
         (offset,) = struct.unpack_from("<Q", data, 40)
         _, count = struct.unpack_from("<HH", data, 58)
         yield data, [_Section(*_SECTION.unpack_from(data, offset + i * _SECTION.size)) for i in range(count)]

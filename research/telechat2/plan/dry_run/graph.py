@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
+
 _BYTES = {
     "Bool": 1, "Int8": 1, "UInt8": 1, "Float16": 2, "BFloat16": 2, "Int16": 2, "UInt16": 2, "Float32": 4,
     "Int32": 4, "UInt32": 4, "Float64": 8, "Int64": 8, "UInt64": 8, "Complex64": 8,
@@ -21,10 +23,10 @@ class TensorType(NamedTuple):
         """Bytes of one such tensor.
 
         Raises:
-            ValueError: the shape is dynamic.
+            UsageError: the shape is dynamic.
         """
         if -1 in self.shape:
-            raise ValueError(f"the bytes of a tensor of the dynamic shape {self.shape} are unknown.")
+            raise UsageError(f"the bytes of a tensor of the dynamic shape {self.shape} are unknown.")
         return prod(self.shape) * _BYTES[self.dtype]
 
 

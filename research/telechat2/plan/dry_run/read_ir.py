@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.plan.dry_run.graph import Collective, Graph, Operator, ParameterLayout, TensorType
 
 COLLECTIVES = (
@@ -49,7 +50,7 @@ def read_graph(folder: str | Path, layouts: dict[str, list], rank: int) -> Graph
         layouts: the compiled cell's ``parameter_layout_dict``.
 
     Raises:
-        ValueError: there is no IR, or it is not written as this reader knows it: another MindSpore?
+        UsageError: there is no IR, or it is not written as this reader knows it: another MindSpore?
     """
     path = _last_dump(Path(folder))
     with open(path, encoding="utf-8") as lines:
@@ -75,7 +76,7 @@ def read_graph(folder: str | Path, layouts: dict[str, list], rank: int) -> Graph
 def _last_dump(folder: Path) -> Path:
     dumps = sorted(folder.glob("*_validate_*.ir"), key=lambda path: int(path.stem.rpartition("_")[2]))
     if not dumps:
-        raise ValueError(
+        raise UsageError(
             f"MindSpore left no IR of its pass 'validate' in {folder}; install the MindSpore that this "
             "project names in pyproject.toml."
         )
@@ -115,13 +116,13 @@ def _nodes(lines) -> Iterator[_Node]:
     for line in lines:
         if line.startswith("  %"):
             if text:
-                raise ValueError(f"the IR is not written as expected: no scope follows {text.strip()[:200]}")
+                raise UsageError(f"the IR is not written as expected: no scope follows {text.strip()[:200]}")
             text, types = line, None
         elif line.startswith("      : (") and types is None:  # a second such line has symbols of shapes
             types = line
         elif line.startswith(_SCOPE) and text:
             if subgraph is None or types is None:
-                raise ValueError(f"the IR is not written as expected, near: {text.strip()[:200]}")
+                raise UsageError(f"the IR is not written as expected, near: {text.strip()[:200]}")
             found = _NODE.match(text)
             yield _Node(subgraph, found[1] if found else "", text, types, line[len(_SCOPE) : -2])
             text = None
@@ -133,7 +134,7 @@ def _executions(nodes: list[_Node], entry: str) -> dict[str, int]:
     """How often each function of the graph runs per step; of branches, each as if it were taken.
 
     Raises:
-        ValueError: a function runs in a loop, or nothing calls it in a way known here.
+        UsageError: a function runs in a loop, or nothing calls it in a way known here.
     """
     callers: dict[str, list[str]] = {}
     for node in nodes:
@@ -148,7 +149,7 @@ def _executions(nodes: list[_Node], entry: str) -> dict[str, int]:
             counts[name] = sum(map(count, callers[name]))
         if counts.get(name) is None:
             why = "calls itself" if name in counts else "is called in no way that is known here"
-            raise ValueError(f"the function {name} of the graph {why}, so how often it runs cannot be told.")
+            raise UsageError(f"the function {name} of the graph {why}, so how often it runs cannot be told.")
         return counts[name]
 
     return {node.subgraph: count(node.subgraph) for node in nodes}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.common.tables import table
 from research.telechat2.config.check import check
@@ -114,12 +115,12 @@ def dry_run(
         output_dir: where ``strategy/ckpt_strategy_rank_*.ckpt`` are written; ranks of a stage have the same.
 
     Raises:
-        ValueError: the plan breaks a rule, is not of one graph for several devices, has no such rank, or a
+        UsageError: the plan breaks a rule, is not of one graph for several devices, has no such rank, or a
             strategy file exists. CompilationError, a subclass: MindSpore refuses it.
     """
     checked = check(settings, device_num)
     if checked.kind != "semi_auto":
-        raise ValueError(
+        raise UsageError(
             "the dry run compiles one graph that is shared out to a cluster, but this run is of "
             f"{'one device' if checked.kind == 'single' else 'processes that are copies of each other'}. Use "
             "a config with use_parallel: True and parallel.parallel_mode: 1."
@@ -127,7 +128,7 @@ def dry_run(
     each = checked.device_num // len(checked.stages)
     ranks = [rank] if rank is not None else range(0, checked.device_num, each)
     if not all(0 <= rank < checked.device_num for rank in ranks):
-        raise ValueError(f"--rank is {rank}, but ranks are 0 to {checked.device_num - 1}.")
+        raise UsageError(f"--rank is {rank}, but ranks are 0 to {checked.device_num - 1}.")
     files = {rank: _strategy_file(output_dir, rank) for rank in ranks}
     for rank in ranks:
         report = _compile(settings, checked.device_num, rank, files[rank])
@@ -139,7 +140,7 @@ def _strategy_file(output_dir, rank: int) -> Path | None:
         return None
     path = Path(output_dir).absolute() / "strategy" / STRATEGY_FILE.format(rank=rank)
     if path.exists():
-        raise ValueError(f"{path} exists and is not overwritten; give another --output_dir.")
+        raise UsageError(f"{path} exists and is not overwritten; give another --output_dir.")
     return path
 
 

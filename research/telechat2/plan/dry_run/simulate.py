@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.plan.dry_run.cann_stub import ascend_environment
 from research.telechat2.plan.dry_run.graph import Collective, Operator, ParameterLayout
 from research.telechat2.plan.dry_run.read_ir import read_graph
@@ -23,7 +24,7 @@ from research.telechat2.plan.dry_run.read_ir import read_graph
 TIME_LIMIT = 3600.0
 
 
-class CompilationError(ValueError):
+class CompilationError(UsageError):
     """What was to be compiled is not legal, or could not be compiled; the message says why in a sentence."""
 
 
@@ -81,10 +82,10 @@ def simulate(
 
     Raises:
         CompilationError: the plan is illegal, or the child crashed or took too long; names the log.
-        ValueError: ``folder`` exists and is not empty, or see ascend_environment.
+        UsageError: ``folder`` exists and is not empty, or see ascend_environment.
     """
     if not 0 <= rank < device_num:
-        raise ValueError(f"rank is {rank}, but ranks of {device_num} devices are 0 to {device_num - 1}.")
+        raise UsageError(f"rank is {rank}, but ranks of {device_num} devices are 0 to {device_num - 1}.")
     environment = ascend_environment(device_num, rank)
     kept = folder is not None
     folder = _new_folder(folder) if kept else Path(tempfile.mkdtemp(prefix="telechat_dry_run_"))
@@ -118,7 +119,7 @@ def simulate(
 def _new_folder(folder) -> Path:
     folder = Path(folder).absolute()
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; name a new folder, since nothing is overwritten.")
+        raise UsageError(f"{folder} is not empty; name a new folder, since nothing is overwritten.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

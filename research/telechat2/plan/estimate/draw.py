@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.plan.estimate.estimate import Estimate
 from research.telechat2.plan.estimate.schedule import Pass
@@ -34,13 +35,13 @@ def draw(estimate: Estimate, path: str | Path, memory_gb: float | None = None) -
         memory_gb: a line at what an NPU has; None for none.
 
     Raises:
-        ValueError: the file exists, or is not called ``.png``.
+        UsageError: the file exists, or is not called ``.png``.
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"{path} is to be a picture, which is written as PNG only; call it {path.stem}.png.")
+        raise UsageError(f"{path} is to be a picture, which is written as PNG only; call it {path.stem}.png.")
     if path.exists():
-        raise ValueError(f"{path} exists and is not overwritten; give another name.")
+        raise UsageError(f"{path} exists and is not overwritten; give another name.")
     figure = figure_of(estimate, memory_gb)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -10,6 +10,7 @@ are formulas; see memory.py, communication.py and throughput.py.
 import re
 from dataclasses import asdict, dataclass, field, replace
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.tables import table
 from research.telechat2.config.settings import section_of
 from research.telechat2.plan.estimate.communication import Communication, stage_communication
@@ -77,7 +78,7 @@ def throughput(run: Workload, efficiency: Efficiency = FITTED, costs: StepCosts 
         costs: the run's, if they are known.
 
     Raises:
-        ValueError: see schedule.
+        UsageError: see schedule.
     """
     costs = costs or step_costs(run)
     forward, backward = (
@@ -193,11 +194,11 @@ def estimate(settings: dict) -> Estimate:
     """Of the settings of ``read_settings``.
 
     Raises:
-        ValueError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
+        UsageError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
     """
     context = section_of(settings, "context")
     if context.get("device_target") == "CPU":
-        raise ValueError(
+        raise UsageError(
             "context.device_target is CPU, but memory and speed are estimated for Ascend's NPUs. Set "
             "context.device_target=Ascend and model.model_config.compute_dtype=bfloat16 to estimate this "
             "model there."
@@ -213,7 +214,7 @@ def memory_gb(limit: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", str(limit))
     if found is None or not float(found[1]):
-        raise ValueError(f"context.max_device_memory is {limit!r}; it must be a size such as 58GB.")
+        raise UsageError(f"context.max_device_memory is {limit!r}; it must be a size such as 58GB.")
     return float(found[1])
 
 
@@ -221,7 +222,7 @@ def estimate_workload(run: Workload) -> Estimate:
     """Of a workload.
 
     Raises:
-        ValueError: see schedule.
+        UsageError: see schedule.
     """
     speed = throughput(run)
     stages = range(run.pp)

@@ -7,6 +7,8 @@ on GPU Clusters Using Megatron-LM, section 2.2). Stages may take different times
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from research.telechat2.common.errors import UsageError
+
 
 class Pass(NamedTuple):
     """A forward or backward pass of one chunk of one stage with one micro-batch; times in seconds."""
@@ -55,16 +57,16 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
         micro_batches: of a step.
 
     Raises:
-        ValueError: virtual chunks, and the micro-batches are no multiple of the stages; or too many passes.
+        UsageError: virtual chunks, and the micro-batches are no multiple of the stages; or too many passes.
     """
     chunks, stages = len(forward), len(forward[0])
     if chunks * stages * micro_batches > MOST_PASSES:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.micro_batch_num is {micro_batches:,}; a schedule of {stages} stages and "
             f"{chunks} chunks is estimated up to {MOST_PASSES // stages // chunks:,} micro-batches. Lower it."
         )
     if chunks > 1 and micro_batches % stages:
-        raise ValueError(
+        raise UsageError(
             f"parallel_config.micro_batch_num is {micro_batches}, pipeline_stage {stages} and "
             f"pp_interleave_num {chunks}; with virtual chunks the schedule is known for multiples of "
             f"pipeline_stage. Set micro_batch_num to {-(-micro_batches // stages) * stages}, for one."

@@ -13,6 +13,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import problems_of
 from research.telechat2.common.tables import table
 from research.telechat2.config.check import check
@@ -116,11 +117,11 @@ def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -
         count: most plans to return.
 
     Raises:
-        ValueError: the config is not of a cluster, or not legal itself.
+        UsageError: the config is not of a cluster, or not legal itself.
     """
     checked = check(settings)
     if checked.kind != "semi_auto":
-        raise ValueError(
+        raise UsageError(
             "plans are searched for a run on a cluster, but this config is of none; take one with "
             "use_parallel: True and parallel.parallel_mode: 1."
         )
@@ -134,7 +135,7 @@ def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -
         tried += 1
         try:
             run, changes = _fitted(config, settings, changes, memory_gb * GB)
-        except ValueError as error:
+        except UsageError as error:
             problem = problems_of(error)[0]
             rule = re.sub(r"\d+", "", problem)
             rules[rule] += 1
@@ -232,7 +233,7 @@ def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Worklo
     """The plan with as few layers computed again as fit; where not even all suffice, the bytes it takes then.
 
     Raises:
-        ValueError: the plan is not legal.
+        UsageError: the plan is not legal.
     """
     run = _workload(config, settings, changes)
     unit = [[1.0] * run.pp for _ in range(run.chunks)]

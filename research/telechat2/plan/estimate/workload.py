@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.parallel import copies_of, exchange_of
 from research.telechat2.config.pipeline import partition_of
@@ -146,7 +147,7 @@ def workload(settings: dict) -> Workload:
     """From the settings of ``read_settings``.
 
     Raises:
-        ValueError: the plan is not legal, see check, or it asks for what is not estimated.
+        UsageError: the plan is not legal, see check, or it asks for what is not estimated.
     """
     semi_auto = check(settings).kind == "semi_auto"
     plan = with_defaults(settings, "parallel_config") if semi_auto else DEFAULTS["parallel_config"]
@@ -198,7 +199,7 @@ def _sharing(settings: dict) -> dict:
     options = section_of(settings, "parallel.parallel_optimizer_config")
     level = options.get("optimizer_level", "level1")
     if options.get("gradient_accumulation_shard") or level not in ("level1", "level3"):
-        raise ValueError(
+        raise UsageError(
             f"parallel.parallel_optimizer_config has optimizer_level {level} and gradient_accumulation_shard "
             f"{options.get('gradient_accumulation_shard')}; the estimate knows level1 and level3 without "
             "shared accumulation. Set one of them, or ask for --dry_run."
@@ -213,7 +214,7 @@ def _sharing(settings: dict) -> dict:
 
 def _built_in(name: str, tables: dict[str, Table], pattern: str) -> Table:
     if list(tables) != [pattern]:
-        raise ValueError(
+        raise UsageError(
             f"recompute_config.{name} names operators of its own; the estimate knows the built-in choice. "
             "Use True or numbers of layers, or ask for --dry_run."
         )

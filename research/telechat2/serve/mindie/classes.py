@@ -6,6 +6,7 @@ each row, ``[B, 1]``; MindFormers' own ``generate``, which the model is written 
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister, logger
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
@@ -42,7 +43,7 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
 
     def __init__(self, config: MindIETelechatConfig):
         if not config.checkpoint_path:  # ModelRunner would go on with random weights
-            raise ValueError("the folder's YAML names no load_checkpoint; set it to the weights to serve.")
+            raise UsageError("the folder's YAML names no load_checkpoint; set it to the weights to serve.")
         super().__init__(config)
 
     def prepare_inputs_for_predict_layout(self, input_ids, **kwargs):
@@ -81,12 +82,12 @@ def prompt_rows(input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Prompts ``[1, T]`` one after the other as padded rows ``[B, max(lengths)]``; rows stay as they are.
 
     Raises:
-        ValueError: there are not as many tokens as ``lengths`` say.
+        UsageError: there are not as many tokens as ``lengths`` say.
     """
     if input_ids.shape[0] == len(lengths) and input_ids.shape[1] >= lengths.max():
         return input_ids
     if input_ids.size != lengths.sum():
-        raise ValueError(
+        raise UsageError(
             f"a prefill brings {input_ids.size} tokens of prompts that have {lengths.sum()}: MindIE left out "
             "some, as its prefix cache and split prefill do. Remove plugin_params from its conf/config.json "
             "and set templateType to Standard."
@@ -105,7 +106,7 @@ def newest_rows(input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _refuse_speculation(inputs: dict) -> None:
     if inputs.get("spec_mask") is not None:
-        raise ValueError(
+        raise UsageError(
             "MindIE asks for speculative decoding, which this model does not do; remove plugin_params from "
             "its conf/config.json."
         )

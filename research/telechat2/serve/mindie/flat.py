@@ -10,6 +10,8 @@ Python and nothing to that expression.
 import ast
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
+
 PACKAGE = "research.telechat2"
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,13 +37,13 @@ def flat_files(module: Path, classes: list[str]) -> dict[str, str]:
         classes: what the entry file ``telechat_mindie.py`` is to offer of it.
 
     Raises:
-        ValueError: a file imports in a way that cannot be made flat, or two have one flat name.
+        UsageError: a file imports in a way that cannot be made flat, or two have one flat name.
     """
     sources, names = {}, {}
     for path in _closure(module):
         name = flat_name(path)
         if name in names or name == ENTRY:
-            raise ValueError(
+            raise UsageError(
                 f"{path} and {names.get(name, 'the entry file')} would both be {name}.py in one folder; "
                 f"rename one of them."
             )
@@ -86,7 +88,7 @@ def _own_imports(path: Path) -> list[ast.ImportFrom]:
         else:
             continue
         if getattr(node, "level", 0) or any(map(_is_own, names)):
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {node.lineno}: `{ast.unparse(node)}` cannot be made flat; write "
                 f"`from {PACKAGE}.… import …`."
             )
@@ -107,7 +109,7 @@ def _targets(node: ast.ImportFrom, path: Path) -> list[tuple[Path, ast.alias | N
             continue
         file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
         if not file.is_file() or file == ROOT / "__init__.py":
-            raise ValueError(f"{path}, line {node.lineno}: there is no file for `{ast.unparse(node)}`.")
+            raise UsageError(f"{path}, line {node.lineno}: there is no file for `{ast.unparse(node)}`.")
         targets.append((file, alias))
     return targets
 

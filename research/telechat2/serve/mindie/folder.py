@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.sharing import check_memory
@@ -63,7 +64,7 @@ def read_sources(
     The prompt format and why it was chosen go to standard error.
 
     Raises:
-        ValueError: something is missing, or does not fit the rest; the file to mend is named.
+        UsageError: something is missing, or does not fit the rest; the file to mend is named.
     """
     config = read_config(yaml_file)
     for note in check_settings(config, source=yaml_file):
@@ -78,9 +79,9 @@ def read_sources(
     )  # fmt: skip
     vocab_file = vocab_file / "tokenizer.model" if vocab_file.is_dir() else vocab_file
     if not vocab_file.is_file():
-        raise ValueError(f"{vocab_file} does not exist.")
+        raise UsageError(f"{vocab_file} does not exist.")
     if vocab_file.suffix == ".json":
-        raise ValueError(
+        raise UsageError(
             f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
             f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
         )
@@ -100,10 +101,10 @@ def read_sources(
 def _existing(given, configured, flag: str, key: str, yaml_file: Path) -> Path:
     """The path of a flag, else of the YAML's key; the message names the one that it comes from."""
     if not (path := given or configured):
-        raise ValueError(f"{yaml_file} names no {key}; give {flag}.")
+        raise UsageError(f"{yaml_file} names no {key}; give {flag}.")
     path = Path(path).expanduser().absolute()
     if not path.exists():
-        raise ValueError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
+        raise UsageError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
     return path
 
 
@@ -111,12 +112,12 @@ def world_size_of(config: dict, yaml_file: Path) -> int:
     """NPUs that a YAML speaks of: ``parallel_config.model_parallel`` where use_parallel is True, else 1.
 
     Raises:
-        ValueError: use_parallel is True, but no model_parallel is there.
+        UsageError: use_parallel is True, but no model_parallel is there.
     """
     if not config.get("use_parallel"):
         return 1
     if (shared := settings.section(config, "parallel_config").get("model_parallel")) is None:
-        raise ValueError(
+        raise UsageError(
             f"{yaml_file}: use_parallel is True, but parallel_config has no model_parallel to say how many "
             f"NPUs share the model; set it there, or give build_mindie_folder.py --world_size."
         )
@@ -127,7 +128,7 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
     """The YAML's TelechatConfig, with every value that its own rules give.
 
     Raises:
-        ValueError: with the file; also if so few NPUs cannot hold the model.
+        UsageError: with the file; also if so few NPUs cannot hold the model.
     """
     from research.telechat2.telechat_config import TelechatConfig
 
@@ -141,8 +142,8 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
         if context.get("device_target", "Ascend") == "Ascend":
             check_memory(model_config, world_size, context.get("max_device_memory", "58GB"))
         return model_config
-    except ValueError as error:
-        raise ValueError(f"{yaml_file}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{yaml_file}: {error}") from error
 
 
 def _checked_tokenizer(model_config, vocab_file: Path):
@@ -174,7 +175,7 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
         self_test: ask the folder's model before the folder gets its name; None: if its target is one CPU.
 
     Raises:
-        ValueError: the folder exists, its name is no Python name's, or its model does not answer.
+        UsageError: the folder exists, its name is no Python name's, or its model does not answer.
     """
     folder = folder.expanduser().absolute()
     check_name(folder)
@@ -182,12 +183,12 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
         on_cpu = settings.section(sources.config, "context").get("device_target") == "CPU"
         self_test = on_cpu and sources.world_size == 1
     if self_test and sources.world_size > 1:
-        raise ValueError(
+        raise UsageError(
             f"the self-test loads one process, but the folder is for {sources.world_size} NPUs; give "
             f"--self_test False, or --world_size 1."
         )
     if folder.exists():
-        raise ValueError(f"{folder} exists; give another --output_path, or remove it.")
+        raise UsageError(f"{folder} exists; give another --output_path, or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     service = settings.service_config(
         sources.model_config, folder, world_size=sources.world_size, npu_mem_size=npu_mem_size
@@ -212,9 +213,9 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
 
 
 def check_name(folder: Path) -> None:
-    """ValueError for a name that MindFormers cannot make a package of, or MindIE no model's name."""
+    """UsageError for a name that MindFormers cannot make a package of, or MindIE no model's name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", folder.name):
-        raise ValueError(
+        raise UsageError(
             f"the folder's name is {folder.name!r}, but MindFormers makes a Python package of it; use "
             f"letters, digits, _ and - only."
         )
@@ -249,7 +250,7 @@ def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new
     """Ask the folder's model one question as MindIE would, elsewhere; return what it said.
 
     Raises:
-        ValueError: it does not answer.
+        UsageError: it does not answer.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
         answer = Path(elsewhere) / "answer.json"
@@ -261,7 +262,7 @@ def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new
         )  # fmt: skip
         if told.returncode:
             reason = (told.stdout.strip().splitlines() or ["no output"])[-1]
-            raise ValueError(
+            raise UsageError(
                 f"the self-test failed, and nothing was written: ModelRunner ended with {reason!r}. Mend "
                 f"what that names; --self_test False writes the folder without a test."
             )

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.overrides import load_yaml
 from research.telechat2.config.preflight import check_settings
@@ -29,12 +30,12 @@ def finish_folder(folder: Path) -> str:
         What was done, and what is left to do.
 
     Raises:
-        ValueError: there is no YAML or several, it is none of a prediction, or config.json exists.
+        UsageError: there is no YAML or several, it is none of a prediction, or config.json exists.
     """
     yaml_file = _only_yaml(folder)
     for name in ("config.json", f"{settings.ENTRY}.py"):
         if (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; remove it to have it written anew.")
+            raise UsageError(f"{folder / name} exists; remove it to have it written anew.")
     config = _read_copy(yaml_file)
     check_settings(config, source=yaml_file)
     settings.check_predict_yaml(config, yaml_file)
@@ -73,7 +74,7 @@ def _only_yaml(folder: Path) -> Path:
     found = sorted(folder.glob("*.yaml"))
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
-        raise ValueError(
+        raise UsageError(
             f"{folder} must hold exactly one .yaml file, the model's, since MindIE takes any; there is "
             f"{listed}. Copy a predict YAML into it, or remove the others."
         )
@@ -93,7 +94,7 @@ def _read_copy(yaml_file: Path) -> dict:
                 copy = Path(place) / yaml_file.name
                 copy.write_text(dump_yaml(own), encoding="utf-8")
                 return read_config(copy)
-    raise ValueError(
+    raise UsageError(
         f"{yaml_file} stands on base_config {base}, which is neither beside it nor in the installed plugin; "
         f"copy that file too, or use a shipped YAML."
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from research.telechat2.common.errors import UsageError
+
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -44,11 +46,11 @@ class Engine:
         """A request with blocks for its prompt and its answer.
 
         Raises:
-            ValueError: there are not as many.
+            UsageError: there are not as many.
         """
         count = -(-(len(prompt) + new_tokens) // self.block_size)
         if count > len(self.free):
-            raise ValueError(
+            raise UsageError(
                 f"a prompt of {len(prompt)} tokens and an answer of {new_tokens} need {count} blocks of "
                 f"{self.block_size} tokens, but the cache has {len(self.free)} free; give it more memory."
             )
@@ -84,7 +86,7 @@ class Engine:
             prefill_head_indices=np.cumsum(lengths) - 1,
         ).asnumpy()
         if logits.shape[0] != len(rows) or not np.isfinite(logits).all():
-            raise ValueError(
+            raise UsageError(
                 f"a step with {len(rows)} rows gave logits {list(logits.shape)}, of which "
                 f"{(~np.isfinite(logits)).sum()} are not finite; check the weights and compute_dtype."
             )

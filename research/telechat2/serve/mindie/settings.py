@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import SAMPLING
 from research.telechat2.serve.mindie.flat import ENTRY
 from research.telechat2.text.chat import conversation_text, render
@@ -33,26 +34,26 @@ def check_predict_yaml(config: dict, yaml_file: Path) -> None:
     """Refuse a YAML that describes no prediction with a cache.
 
     Raises:
-        ValueError: with the file and the key.
+        UsageError: with the file and the key.
     """
     model_config = section(config, "model", "model_config")
     if not model_config:
-        raise ValueError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+        raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if model_config.get("type", "TelechatConfig") not in ("TelechatConfig", CONFIG):
-        raise ValueError(
+        raise UsageError(
             f"{yaml_file}: model.model_config.type is {model_config['type']}, expected TelechatConfig; use a "
             "predict YAML of a TeleChat2 model."
         )
     if config.get("use_legacy") is False:
-        raise ValueError(f"{yaml_file}: use_legacy is False, but TeleChat2 here needs True; set it so.")
+        raise UsageError(f"{yaml_file}: use_legacy is False, but TeleChat2 here needs True; set it so.")
     for key in ("use_past", "is_dynamic"):
         if model_config.get(key, key == "is_dynamic") is not True:
-            raise ValueError(
+            raise UsageError(
                 f"{yaml_file}: model.model_config.{key} is {model_config.get(key, False)}, but MindIE serves "
                 f"from a paged cache, in batches of every size; set it to True, or use a predict YAML."
             )
     if section(config, "context", "jit_config").get("jit_level") == "O1":
-        raise ValueError(f"{yaml_file}: context.jit_config.jit_level is O1; prediction needs O0.")
+        raise UsageError(f"{yaml_file}: context.jit_config.jit_level is O1; prediction needs O0.")
 
 
 def served_yaml(config: dict, *, checkpoint: str, vocab_file: str, world_size: int) -> dict:
