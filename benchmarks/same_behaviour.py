@@ -30,13 +30,14 @@ MODELS = {
     "moe": {"sizes": {"num_experts": 4, "num_experts_per_tok": 2}},
 }
 SCALED = {
-    "telechat2-7b/finetune_telechat_7b.yaml": [],
+    "telechat2-7b/finetune_telechat_7b.yaml": ["recompute_config.recompute=True"],
     "telechat2-115b/finetune_telechat_115b.yaml": [
         "model.model_config.num_layers=72",
         "model.model_config.offset=0",
+        "recompute_config.select_comm_recompute=True",
         "parallel_config.data_parallel=1",
     ],
-    "telechat2-39b-a12b/finetune_telechat_39b_a12b.yaml": [],
+    "telechat2-39b-a12b/finetune_telechat_39b_a12b.yaml": ["recompute_config.recompute=True"],
 }
 SMALL = ["model.model_config.num_layers=4", "model.model_config.vocab_size=4096"]
 

@@ -8,14 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from research.telechat2.common.errors import UsageError
-
 here = Path(__file__).resolve().parent
 if here.parts[-2:] == ("research", "telechat2"):
     sys.path[0] = str(here.parents[1])  # run as a file from anywhere
 
 try:
     from research.telechat2.common.cli import quiet_libraries, run
+    from research.telechat2.common.errors import UsageError
 except ImportError:
     sys.exit("error: the plugin is not installed here; run `pip install .` in its checkout, then this again.")
 

@@ -30,7 +30,8 @@ OPTIONS = {"max_shard_size": 150_000, "dtype": "float16"}
 KILLED_AT = """
 import os, signal, sys, threading
 from pathlib import Path
-from research.telechat2.checkpoint import convert_to_mindspore, copying, job, staging
+from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.job import copy as copying, journal as staging, run as job
 number, lock = [0], threading.Lock()
 copying.BATCH_BYTES = 40_000
 def counted(owner, name):

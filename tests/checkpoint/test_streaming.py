@@ -247,7 +247,8 @@ def test_flags_that_contradict_each_other(hf, tmp_path):
 
 MEASURED = """
 import resource, sys
-from research.telechat2.checkpoint import convert_to_mindspore, copying
+from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.job import copy as copying
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_to_mindspore("hf", "ms", dtype=sys.argv[1] or None)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, copying.MEMORY_BYTES)

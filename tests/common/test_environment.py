@@ -142,7 +142,7 @@ def test_a_package_that_an_option_needs_is_named(tmp_path):
     """Here: the plan is printed without MindSpore, its dry run is not possible."""
     code = (
         "import sys; sys.modules['mindspore'] = None\n"
-        "from research.telechat2.telechat_cli import run\n"
+        "from research.telechat2.common.cli import run\n"
         "def main():\n    import mindspore.nn\n"
         "run(main)"
     )

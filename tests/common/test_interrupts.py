@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 HEAD = """
 import hashlib, os, signal, sys, time
 from research.telechat2.common.interrupts import prompting, temporary_folder, tolerating
-from research.telechat2.telechat_cli import run
+from research.telechat2.common.cli import run
 
 def main():
     temporary_folder("telechat_")

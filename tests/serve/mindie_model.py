@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SELF_TEST = CHECKOUT / "research" / "telechat2" / "serve" / "self_test.py"
+SELF_TEST = CHECKOUT / "research" / "telechat2" / "serve" / "mindie" / "self_test.py"
 PROCESS = Path(__file__).with_name("mindie_process.py")
 SIZES = {
     "hidden_size": 64, "n_layer": 2, "n_head": 4, "num_key_value_heads": 2, "ffn_hidden_size": 96,

@@ -10,7 +10,7 @@ import pytest
 from research.telechat2.serve.mindie import flat
 from research.telechat2.serve.mindie.settings import CLASSES
 
-SERVED = flat.ROOT / "serve" / "mindie.py"
+SERVED = flat.ROOT / "serve" / "mindie" / "classes.py"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_the_entrys_own_name_is_taken(package):
 
 def test_the_entry_offers_the_classes_and_runs_nothing_else(served):
     entry = served[f"{flat.ENTRY}.py"]
-    assert f"from . serve_mindie import {', '.join(CLASSES)}\n" in entry
-    assert Path(SERVED).name == "mindie.py"
+    assert f"from . serve_mindie_classes import {', '.join(CLASSES)}\n" in entry
+    assert Path(SERVED).name == "classes.py"
     guarded = entry.split("if TYPE_CHECKING:")[1]
     assert guarded.count("    from .") == len(served) - 1

@@ -73,7 +73,7 @@ def test_model_runner_answers_as_the_oracle_and_our_own_generate(said, dense, ex
 
 def test_only_the_folders_own_code_runs(said):
     assert said["from_the_package"] == []
-    assert said["folders"][0]["model"] == "openmind_modules.telechat2_dense.serve_mindie"
+    assert said["folders"][0]["model"] == "openmind_modules.telechat2_dense.serve_mindie_classes"
 
 
 def test_prompts_are_in_the_format_the_model_was_tuned_with(said):

@@ -66,7 +66,7 @@ def run(
 ) -> list | None:
     """Carry out the task that a config describes: train, finetune, evaluate or predict.
 
-    What MindFormers and MindSpore write goes to ``<output_dir>/log/run.log``; see telechat_run_screen.
+    What MindFormers and MindSpore write goes to ``<output_dir>/log/run.log``; see run/screen.py.
 
     Args:
         config_name: the YAML; any spelling of ``resolve_config``.

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from research.telechat2.common.errors import UsageError
-
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -46,11 +44,11 @@ class Engine:
         """A request with blocks for its prompt and its answer.
 
         Raises:
-            UsageError: there are not as many.
+            ValueError: there are not as many.
         """
         count = -(-(len(prompt) + new_tokens) // self.block_size)
         if count > len(self.free):
-            raise UsageError(
+            raise ValueError(
                 f"a prompt of {len(prompt)} tokens and an answer of {new_tokens} need {count} blocks of "
                 f"{self.block_size} tokens, but the cache has {len(self.free)} free; give it more memory."
             )
@@ -86,7 +84,7 @@ class Engine:
             prefill_head_indices=np.cumsum(lengths) - 1,
         ).asnumpy()
         if logits.shape[0] != len(rows) or not np.isfinite(logits).all():
-            raise UsageError(
+            raise ValueError(
                 f"a step with {len(rows)} rows gave logits {list(logits.shape)}, of which "
                 f"{(~np.isfinite(logits)).sum()} are not finite; check the weights and compute_dtype."
             )
