@@ -56,7 +56,7 @@ setup_install() {  # checkout
     local environment stamp wanted
     environment=${VIRTUAL_ENV:-$CONDA_PREFIX}
     stamp=$environment/telechat2_installed
-    wanted="$(sha256sum <"$1/pyproject.toml") $1"
+    wanted="$(cat "$1/pyproject.toml" "$1/constraints.txt" | sha256sum) $1"
     if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         return
     fi
@@ -70,13 +70,8 @@ setup_install() {  # checkout
         setup_ask "$environment"
     fi
     echo "installing what pyproject.toml names into $environment (minutes, the first time)"
-    # On x86 Linux the default index has torch with gigabytes of CUDA packages; PyTorch's own CPU index has
-    # none. It is asked only there, and only when it answers: a dead index would make pip wait and fail.
-    local index=()
-    if setup_wants_cpu_torch; then
-        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-    fi
-    python -m pip install "${index[@]}" -e "$1[test]" ||
+    setup_choose_index
+    python -m pip install "${setup_index[@]}" --constraint "$1/constraints.txt" -e "$1[test]" ||
         setup_fail "pip could not install the packages of $1/pyproject.toml into $environment; its messages are" \
             "above. Run this command again when their cause is mended: what is there already is kept."
     echo "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
@@ -109,11 +104,16 @@ setup_ask() {  # environment
         "'${CONDA_PREFIX:+conda }deactivate' for one in $setup_checkout/.venv."
 }
 
-setup_wants_cpu_torch() {
-    [[ "$(uname -sm)" == "Linux x86_64" ]] && ! command -v nvidia-smi >/dev/null &&
+# On x86 Linux the default index has torch with gigabytes of CUDA packages; PyTorch's own CPU index has none.
+# It is asked only there, and only when it answers: a dead index makes pip wait and fail.
+setup_choose_index() {  # sets setup_index, arguments of pip
+    local cpu=https://download.pytorch.org/whl/cpu
+    setup_index=()
+    if [[ "$(uname -sm)" == "Linux x86_64" ]] && ! command -v nvidia-smi >/dev/null &&
         ! python -c 'import torch' 2>/dev/null &&
-        python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5)' \
-            2>/dev/null
+        python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$cpu/torch/" 2>/dev/null; then
+        setup_index=(--extra-index-url "$cpu")
+    fi
 }
 
 setup_checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

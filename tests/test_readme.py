@@ -123,7 +123,8 @@ class Clone:
             pytest.skip(f"needs the checkout to be a git repository: {git.stderr.strip()}")
         active = folder / "environment"
         active.mkdir()
-        pins = sha256((self.path / "pyproject.toml").read_bytes()).hexdigest()
+        files = (self.path / name for name in ("pyproject.toml", "constraints.txt"))
+        pins = sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         (active / "telechat2_installed").write_text(f"{pins}  - {self.path}\n")
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONDA_PREFIX")}
         self.environment |= {

@@ -326,6 +326,7 @@ def copy(tmp_path) -> Path:
     root = tmp_path / "my 模型 checkout"
     shutil.copytree(CHECKOUT / "scripts", root / "scripts")
     (root / "pyproject.toml").write_text("[project]\n")
+    (root / "constraints.txt").write_text("numpy<2\n")
     return root
 
 
@@ -361,22 +362,27 @@ def setup(
     return result, asked
 
 
+def installed(copy: Path) -> str:
+    return f"python -m pip install --constraint {copy}/constraints.txt -e {copy}[test]"
+
+
 def test_an_environment_is_made_and_filled_once(copy, fake_bin):
     result, asked = setup(copy, fake_bin)
     assert result.returncode == 0, result.stderr
-    assert asked == [f"python -m venv {copy}/.venv", f"python -m pip install -e {copy}[test]"]
+    assert asked == [f"python -m venv {copy}/.venv", installed(copy)]
     stamp = (copy / ".venv" / "telechat2_installed").read_text().split()
-    assert stamp[0] == hashlib.sha256(b"[project]\n").hexdigest()
+    assert stamp[0] == hashlib.sha256(b"[project]\nnumpy<2\n").hexdigest()
     assert setup(copy, fake_bin)[1] == []  # a second run installs nothing
-    (copy / "pyproject.toml").write_text("[project]\nname = 'x'\n")
-    assert setup(copy, fake_bin)[1] == [f"python -m pip install -e {copy}[test]"]  # one with new pins does
+    for name in ("pyproject.toml", "constraints.txt"):  # one with new pins does
+        (copy / name).write_text("[project]\nname = 'x'\n")
+        assert setup(copy, fake_bin)[1] == [installed(copy)]
 
 
 def test_an_active_environment_is_used(copy, fake_bin, tmp_path):
     active = tmp_path / "active"
     active.mkdir()
     result, asked = setup(copy, fake_bin, "install", VIRTUAL_ENV=str(active))
-    assert result.returncode == 0 and asked == [f"python -m pip install -e {copy}[test]"]
+    assert result.returncode == 0 and asked == [installed(copy)]
     assert (active / "telechat2_installed").is_file() and not (copy / ".venv").exists()
 
 
@@ -457,7 +463,7 @@ def test_condas_base_is_no_active_environment(copy, fake_bin, tmp_path):
     assert setup(copy, fake_bin, **conda)[1][0] == f"python -m venv {copy}/.venv"
     assert not any(base.iterdir())
     _, asked = setup(copy, fake_bin, "install", **conda | {"CONDA_DEFAULT_ENV": "telechat"})
-    assert asked == [f"python -m pip install -e {copy}[test]"]
+    assert asked == [installed(copy)]
     assert (base / "telechat2_installed").is_file()
 
 
