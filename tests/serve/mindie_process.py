@@ -92,6 +92,12 @@ def failure(folder: str, self_test) -> str:
     raise AssertionError(f"{folder} was loaded")
 
 
+def own_modules() -> set[str]:
+    """The files that the modules of this project were imported from."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("research.")]
+    return {module.__file__ for module in modules if module.__file__}
+
+
 def main() -> None:
     """Do the job of the file named, and write what was said beside it."""
     file = Path(sys.argv[1])
@@ -102,7 +108,7 @@ def main() -> None:
     said = {
         "folders": [ask(folder, job, self_test) for folder in job["folders"]],
         "broken": [failure(folder, self_test) for folder in job["broken"]],
-        "from_the_package": [name for name in sys.modules if name.split(".")[0] == "research"],
+        "code": sorted(own_modules()),
     }
     file.with_suffix(".said.json").write_text(json.dumps(said), encoding="utf-8")
 

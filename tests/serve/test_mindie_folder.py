@@ -52,16 +52,30 @@ def folders(dense, experts, small_vocab, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def said(folders, dense, tmp_path_factory) -> dict:
-    """What a process elsewhere heard from the folders, moved to another place, and from two broken ones."""
+    """What a process elsewhere heard from the folders, moved to another place, and from three broken ones.
+
+    The import path of the process has another version of the plugin, as installed, which fails when imported.
+    """
     place = tmp_path_factory.mktemp("moved")
     moved = [shutil.copytree(path, place / path.name) for path in folders.values()]
-    nameless, misfit = (shutil.copytree(moved[0], place / name) for name in ("nameless", "misfit"))
+    nameless, misfit, other = (
+        shutil.copytree(moved[0], place / name) for name in ("nameless", "misfit", "other_version")
+    )
+    with (other / "research" / "telechat2" / "telechat.py").open("a") as file:
+        file.write("# a later version\n")
+    installed = place / "installed" / "research" / "telechat2"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("raise AssertionError\n")
     write_hf_folder(place / "other", SIZES | {"ffn_hidden_size": 128}, seed=0)
     for copy, weights in ((nameless, ""), (misfit, str(place / "other"))):
         (file,) = copy.glob("*.yaml")
         served = yaml.safe_load(file.read_text(encoding="utf-8"))
         file.write_text(yaml.safe_dump(served | {"load_checkpoint": weights}), encoding="utf-8")
-    return drive(tmp_path_factory.mktemp("elsewhere"), moved, [nameless, misfit])
+    found = drive(
+        tmp_path_factory.mktemp("elsewhere"), moved, [nameless, misfit, other],
+        PYTHONPATH=str(place / "installed"),
+    )  # fmt: skip
+    return found | {"place": place}
 
 
 def test_model_runner_answers_as_the_oracle_and_our_own_generate(said, dense, experts):
@@ -72,8 +86,12 @@ def test_model_runner_answers_as_the_oracle_and_our_own_generate(said, dense, ex
 
 
 def test_only_the_folders_own_code_runs(said):
-    assert said["from_the_package"] == []
-    assert said["folders"][0]["model"] == "openmind_modules.telechat2_dense.serve_mindie_classes"
+    """Both folders hold the same code, so the second runs that of the first; no run writes into a folder."""
+    place = said["place"] / "telechat2_dense"
+    running = {Path(file) for file in said["code"]}
+    assert {file for file in running if not file.is_relative_to(place / "research")} == set()
+    assert place / "research/telechat2/telechat.py" in running
+    assert not [*place.rglob("__pycache__")]
 
 
 def test_prompts_are_in_the_format_the_model_was_tuned_with(said):
@@ -82,9 +100,15 @@ def test_prompts_are_in_the_format_the_model_was_tuned_with(said):
 
 
 def test_weights_that_are_not_the_models_are_an_error_never_random(said):
-    nameless, misfit = said["broken"]
-    assert "names no load_checkpoint" in nameless
+    nameless, misfit, _ = said["broken"]
+    assert "load_checkpoint" in nameless
     assert "128" in misfit and "96" in misfit
+
+
+def test_a_folder_of_another_version_is_refused_in_the_same_process(said):
+    *_, error = said["broken"]
+    for named in ("other_version", "telechat2_dense/research/telechat2", "research/telechat2/telechat.py"):
+        assert named in error
 
 
 @pytest.mark.slow  # two processes, each with an import and a compilation of its own
@@ -108,11 +132,32 @@ def test_two_processes_share_a_model_as_mindie_starts_them(dense, small_vocab, t
 def test_one_yaml_modes_and_nothing_left_beside(folders):
     for path in folders.values():
         assert len(list(path.glob("*.yaml"))) == 1
-        assert stat.S_IMODE(path.stat().st_mode) == 0o750
-        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
-        assert all(file.is_file() for file in path.iterdir())
+        for file in (path, *path.rglob("*")):
+            assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
     place = folders["dense"].parent
     assert sorted(path.name for path in place.iterdir()) == ["deeper", "telechat2_dense"]
+
+
+def test_the_code_is_the_packages_own_and_complete(folders):
+    """Every module that a file imports, also within a function, is in the folder or none of this project."""
+    code = folders["dense"] / "research"
+    held = {file.relative_to(code) for file in code.rglob("*.py")}
+    package = CHECKOUT / "research"
+    for file in held:
+        assert (code / file).read_bytes() == (package / file).read_bytes()
+        for name in re.findall(r"^\s*from research\.(\S+) import", (code / file).read_text("utf-8"), re.M):
+            module = Path(*name.split("."))
+            assert {module.with_suffix(".py"), module / "__init__.py"} & held, (file, name)
+    assert Path("telechat2/run/task.py") not in held and Path("telechat2/__init__.py") in held
+
+
+def test_mindformers_copies_the_entry_alone_and_its_imports_exist(folders):
+    """By its own function: it imports whatever the file's import statements name, before it executes it."""
+    from mindformers.tools.hub.dynamic_module_utils import get_imports, get_relative_imports
+
+    entry = folders["dense"] / "telechat_mindie.py"
+    assert get_relative_imports(entry) == []
+    assert set(get_imports(entry)) == {"importlib", "inspect", "sys", "pathlib"}
 
 
 def test_the_yaml_stands_alone_with_paths(folders, dense, small_vocab):

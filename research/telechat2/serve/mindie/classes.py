@@ -4,11 +4,14 @@ MindIE gives a prefill the prompts' tokens one after the other, ``[1, T]``, and 
 each row, ``[B, 1]``; MindFormers' own ``generate``, which the model is written for, gives padded rows.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister, logger
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
+from research.telechat2.serve.mindie.copied_code import check_code
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 from research.telechat2.text.chat import conversation_text, encode, render
@@ -129,6 +132,7 @@ class MindIETelechatTokenizer(TelechatTokenizer):
     def __init__(self, vocab_file, prompt_format=None, chat_template="telechat", **settings):
         for name in ("use_fast", "trust_remote_code"):
             settings.pop(name, None)
+        check_code(Path(vocab_file).parent)
         super().__init__(vocab_file, **settings)
         self.prompt_format = check(prompt_format or self.release_format)
         self.chat_template = chat_template

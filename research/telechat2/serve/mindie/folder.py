@@ -21,9 +21,8 @@ from research.telechat2.config.yaml_files import read_config
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary
 from research.telechat2.infer.checks import check_vocabulary, choose_prompt_format
 from research.telechat2.serve.mindie import settings
-from research.telechat2.serve.mindie.flat import flat_files
+from research.telechat2.serve.mindie.copied_code import copy_code
 
-SERVED = Path(__file__).with_name("classes.py")
 SELF_TEST = Path(__file__).with_name("self_test.py")
 FOLDER_MODE, FILE_MODE = 0o750, 0o640  # MindIE refuses what others may write or read
 
@@ -201,11 +200,10 @@ def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool 
             (staged / name).write_text(content, encoding="utf-8")
         (staged / "mindie.txt").write_text(text, encoding="utf-8")
         shutil.copyfile(sources.vocab_file, staged / "tokenizer.model")
-        for path in staged.iterdir():
-            path.chmod(FILE_MODE)
+        copy_code(staged)
+        for path in (*staged.rglob("*"), staged):
+            path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
             fsync(path)
-        staged.chmod(FOLDER_MODE)
-        fsync(staged)
         said = test_folder(staged) if self_test else ""
         os.rename(staged, folder)
         fsync(folder.parent)
@@ -228,7 +226,7 @@ def _contents(sources: Sources, folder: Path) -> dict[str, str]:
         world_size=sources.world_size,
     )  # fmt: skip
     tokenizer = served["processor"]["tokenizer"]
-    return flat_files(SERVED, settings.CLASSES) | {
+    return {
         f"{sources.yaml_file.stem}.yaml": dump_yaml(served),
         "config.json": dump_json(settings.config_json(sources.model_config, served)),
         "tokenizer_config.json": dump_json(settings.tokenizer_config(tokenizer, sources.prompt_format)),

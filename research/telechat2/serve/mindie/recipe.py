@@ -12,13 +12,6 @@ from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.serve.mindie import settings
 from research.telechat2.serve.mindie.folder import dump_json, dump_yaml, model_config_of, world_size_of
 
-_ENTRY = f'''"""The file that MindFormers loads: settings, tokenizer and model of the installed plugin."""
-
-from research.telechat2.serve.mindie.classes import {", ".join(settings.CLASSES)}
-
-__all__ = [{", ".join(f'"{name}"' for name in settings.CLASSES)}]
-'''
-
 
 def finish_folder(folder: Path) -> str:
     """Write ``config.json`` beside the one YAML of a folder, and make that YAML one that ModelRunner reads.
@@ -53,7 +46,7 @@ def finish_folder(folder: Path) -> str:
     )  # fmt: skip
     model_config = model_config_of(config, yaml_file, world_size)
     contents = {
-        f"{settings.ENTRY}.py": _ENTRY,
+        f"{settings.ENTRY}.py": Path(__file__).with_name(f"{settings.ENTRY}.py").read_text(encoding="utf-8"),
         yaml_file.name: dump_yaml(served),
         "config.json": dump_json(settings.config_json(model_config, served)),
     }

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import SAMPLING
-from research.telechat2.serve.mindie.flat import ENTRY
 from research.telechat2.text.chat import conversation_text, render
 from research.telechat2.text.jinja_template import chat_template
 
+ENTRY = "telechat_mindie"  # the file that MindFormers loads
 CONFIG, MODEL, TOKENIZER = CLASSES = [
     "MindIETelechatConfig",
     "MindIETelechatForCausalLM",
