@@ -43,7 +43,7 @@ def read_questions(path: Path, tokenizer) -> list[Question]:
         if not line.strip():
             continue
         with naming(path, number):
-            ids, mask = encode(parse_line(line).render(), tokenizer)
+            ids, mask = encode(parse_line(line).render(), tokenizer.vocabulary)
         edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
         answers = list(zip(edges[::2], edges[1::2], strict=True))
         questions += [

@@ -40,9 +40,8 @@ def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool)
 
 def _show(args) -> None:
     from research.telechat2.data import formats, job, sources
-    from research.telechat2.text import vocabulary
 
-    words = vocabulary.load(args.vocab_file_path)
+    words = job.vocabulary_of_data(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
     files = [source.path for source in sources.find([args.file])]

@@ -43,7 +43,7 @@ def test_text_has_transformers_ids_and_comes_back(ours, theirs, text):
     assert ours.decode(found) == text
     if not any(marker in text for marker in theirs.all_special_tokens):
         assert found == theirs(text)["input_ids"]
-    assert not any(index in ours._control_ids for index in found)  # what is typed is never a marker
+    assert not any(index in ours.vocabulary.control_ids for index in found)  # what is typed is never a marker
 
 
 def test_a_raw_prompt_has_transformers_ids(ours, theirs):
@@ -60,7 +60,7 @@ def test_a_raw_prompt_has_transformers_ids(ours, theirs):
 @given(data=st.data())
 def test_streaming_gives_the_text_of_all(ours, data):
     ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=20))
-    stream = StreamDecoder(ours)
+    stream = StreamDecoder(ours.vocabulary)
     streamed = "".join(stream.put(index) for index in ids) + stream.end()
     assert streamed == ours.decode(ids, skip_special_tokens=True)
 
@@ -78,7 +78,7 @@ def test_it_is_saved_under_its_own_name(ours, folder, tmp_path):
         (lambda settings: settings.pop("model"), "not a tokenizer.json of BPE"),
         (
             lambda settings: settings.update(added_tokens=settings["added_tokens"][:4]),
-            "has no control symbol '<_start>'",
+            "no control symbol '<_start>'",
         ),
     ],
 )

@@ -6,23 +6,25 @@ import pytest
 from data_lines import bot, chat, encoded, items, trained_texts, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import refused
 
 from research.telechat2.data import formats
 from research.telechat2.data.encoding import TRAINED
+from research.telechat2.data.job import vocabulary_of_data
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 from research.telechat2.text import chat as telechat_chat
-from research.telechat2.text import vocabulary
+from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.messages import ROLES
 
 
 @pytest.fixture(scope="module")
 def words(small_vocab):
-    return vocabulary.load(small_vocab)
+    return load_vocabulary(small_vocab)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_115b.model"])
 def test_ids_and_mask_are_those_of_the_tokenizer_of_prediction(shared_data, name):
-    words, tokenizer = vocabulary.load(shared_data / name), TelechatTokenizer(shared_data / name)
+    words, tokenizer = load_vocabulary(shared_data / name), TelechatTokenizer(shared_data / name)
     assert (words.pad_id, words.size) == (tokenizer.pad_token_id, len(tokenizer))
     lines = [line for _, line in formats.read_lines(shared_data / "demo_tool.jsonl")][:60]
     lines += [json.dumps(chat("<_end>", "▁ é 🦊", "\n▁?", "</tool_call>"))]
@@ -180,17 +182,7 @@ def test_a_line_of_ten_megabytes(words):
     assert result.lengths[0] == -len(tokens) and trained_texts(tokens, words) == [content + "<_end>"]
 
 
-def test_a_vocabulary_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="absent.model does not exist; give the path"):
-        vocabulary.load(tmp_path / "absent.model")
-    with pytest.raises(ValueError, match="is a directory; give the path of the tokenizer.model in it"):
-        vocabulary.load(tmp_path)
-    (tmp_path / "empty.model").touch()
-    with pytest.raises(ValueError, match=r"empty.model \(0 bytes\) is not a SentencePiece model"):
-        vocabulary.load(tmp_path / "empty.model")
-    (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"bad.model \(8 bytes\) is not a SentencePiece model"):
-        vocabulary.load(tmp_path / "bad.model")
+def test_another_models_vocabulary_is_refused(tmp_path):
     import sentencepiece
 
     prefix = str(tmp_path / "other")
@@ -198,7 +190,7 @@ def test_a_vocabulary_that_is_none_is_refused(tmp_path):
         sentence_iterator=iter(["a b c d e f"] * 9), model_prefix=prefix, vocab_size=20, minloglevel=2,
         hard_vocab_limit=False,
     )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="other.model: the vocabulary has no control symbol '<_start>'; it has"
-    ):
-        vocabulary.load(f"{prefix}.model")
+    with refused("other.model", "'<_start>'", "<s>"):
+        load_vocabulary(f"{prefix}.model")
+    with refused("tokenizer.json", "tokenizer.model"):
+        vocabulary_of_data(tmp_path / "tokenizer.json")

@@ -7,8 +7,8 @@ from data_lines import bot, chat, encoded, items, trained_texts, user
 
 from research.telechat2.data import formats
 from research.telechat2.data.formats import parse, parse_line
-from research.telechat2.text import vocabulary
 from research.telechat2.text.chat import conversation_text, render
+from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.messages import is_blank, out_of_turn
 
 NUMBERS = (
@@ -23,7 +23,7 @@ NUMBERS = (
 
 @pytest.fixture(scope="module")
 def words(small_vocab):
-    return vocabulary.load(small_vocab)
+    return load_vocabulary(small_vocab)
 
 
 def calling(arguments: str) -> str:
@@ -111,7 +111,7 @@ def test_text_that_a_vocabulary_changes_is_counted(tmp_path, words):
         unk_piece="<_unk>", bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>",
         control_symbols=["<_user>", "<_bot>", "<_system>"], minloglevel=2,
     )  # fmt: skip
-    nfkc = vocabulary.load(tmp_path / "nfkc.model")
+    nfkc = load_vocabulary(tmp_path / "nfkc.model")
     lines = [{"text": text} for text in ("the fox", "Ａ", "two  blanks")]
     assert encoded(nfkc, *lines).counts["totals"]["changed_text"] == 2
     assert encoded(words, *lines).counts["totals"]["changed_text"] == 0

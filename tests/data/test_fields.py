@@ -11,8 +11,8 @@ from research.telechat2.data.formats import parse, parse_line
 from research.telechat2.data.html_report import summary
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
-from research.telechat2.text import vocabulary
 from research.telechat2.text.chat import conversation_text
+from research.telechat2.text.load_vocabulary import load_vocabulary
 
 CONVERSATIONS = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 ALPACA = {"instruction": "q", "input": "", "output": "a"}
@@ -167,7 +167,7 @@ def test_text_inside_parts_and_calls_is_not_lost_either():
 
 @pytest.mark.parametrize("name", ["weight", "loss", "loss_weight", "train", "Weight", "LOSS_MASK"])
 def test_the_marks_of_answers_have_many_names(small_vocab, name):
-    words = vocabulary.load(small_vocab)
+    words = load_vocabulary(small_vocab)
 
     def line(first, second):
         turns = [("human", "q1", {}), ("gpt", "a1", {name: first}), ("human", "q2", {name: 0}),

@@ -1,14 +1,16 @@
 """What is trained: exactly the answers and their end tokens, or what was asked for; nothing else ever."""
 
 import json
+from pathlib import Path
 
 import pytest
 from data_lines import bot, chat, encoded, items, trained_texts, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from research.telechat2.data import encoding
 from research.telechat2.data.encoding import TRAINED
-from research.telechat2.text import vocabulary
+from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.messages import is_blank
 
 CALL = {"function": {"name": "f", "arguments": {}}}
@@ -31,8 +33,8 @@ SPOKEN = "\n".join(['<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>']
 @pytest.fixture(scope="module", params=["with tool tags", "without"])
 def words(request, small_vocab, shared_data):
     if request.param == "with tool tags":
-        return vocabulary.load(small_vocab)
-    return vocabulary.load(shared_data / "tokenizer_115b.model")
+        return load_vocabulary(small_vocab)
+    return load_vocabulary(shared_data / "tokenizer_115b.model")
 
 
 def trained(words, line, **settings):
@@ -64,7 +66,7 @@ def test_results_of_tools_in_dialog_data_are_not_trained(small_vocab, shared_dat
         roles = ("user", "bot")
         return {"dialog": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
 
-    tagged = vocabulary.load(small_vocab)
+    tagged = load_vocabulary(small_vocab)
     data = line("q1", "a1", f"{result}\n{result}", "a2", f"q3{result}q4", "a4")
     assert trained(tagged, data, train_on="everything") == [
         "<_user>q1<_bot>a1<_end>\n",
@@ -80,7 +82,7 @@ def test_results_of_tools_in_dialog_data_are_not_trained(small_vocab, shared_dat
     (role_tool,) = items(encoded(tagged, {"messages": messages}, train_on="everything"))
     assert written.tolist() == role_tool.tolist()
     # a vocabulary without the tags encodes the whole turn as one text
-    untagged = vocabulary.load(shared_data / "tokenizer_115b.model")
+    untagged = load_vocabulary(shared_data / "tokenizer_115b.model")
     assert trained(untagged, data, train_on="everything") == [
         "<_user>q1<_bot>a1<_end>\n",
         "<_bot>a2<_end>\n<_user>",
@@ -89,7 +91,7 @@ def test_results_of_tools_in_dialog_data_are_not_trained(small_vocab, shared_dat
 
 
 def test_no_result_of_the_released_dialogues_is_trained(shared_data):
-    words = vocabulary.load(shared_data / "tokenizer.model")
+    words = load_vocabulary(shared_data / "tokenizer.model")
     with open(shared_data / "demo_tool.jsonl", "rb") as file:
         lines = [line for line in file if b"<tool_response>" in line][:100]
     for line in lines:
@@ -139,13 +141,13 @@ def test_trained_tokens_decode_to_exactly_the_weighted_answers(small_vocab, turn
     assert trained_texts(tokens, words) == wanted
     assert result.counts["totals"]["trained_tokens"] == (tokens >= TRAINED).sum()
     # special tokens come from the template alone, however the contents read
-    control = [i for i in (tokens & ~TRAINED).tolist() if words.model.is_control(i)]
+    control = [i for i in (tokens & ~TRAINED).tolist() if i in words.control_ids]
     assert control == [6, *[4, 5, 2] * len(turns)]
 
 
 def _words(small_vocab, loaded={}):  # noqa: B006 (kept for the examples of a run)
     if small_vocab not in loaded:
-        loaded[small_vocab] = vocabulary.load(small_vocab)
+        loaded[small_vocab] = load_vocabulary(small_vocab)
     return loaded[small_vocab]
 
 
@@ -153,9 +155,8 @@ def test_the_picture_in_the_documentation_shows_what_is_trained(small_vocab):
     """Each line of masks.svg is one choice; its green parts are what that choice trains."""
     import re
     from html import unescape
-    from pathlib import Path
 
-    svg = (Path(vocabulary.__file__).parents[1] / "data" / "masks.svg").read_text(encoding="utf-8")
+    svg = (Path(encoding.__file__).parent / "masks.svg").read_text(encoding="utf-8")
     line = json.loads(unescape(re.search(r"<desc>(.*?)</desc>", svg, re.DOTALL)[1]))
     words = _words(small_vocab)
     rows = re.findall(r'<g id="(\w+)">(.*?)</g>', svg, re.DOTALL)

@@ -14,7 +14,7 @@ from research.telechat2.data import json_values, sources
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
 from research.telechat2.data.sources import Batch, Source, find, input_files, read_batches
-from research.telechat2.text import vocabulary
+from research.telechat2.text.load_vocabulary import load_vocabulary
 
 
 def lines_of(*files: sources.Source, **more) -> list[bytes]:
@@ -120,7 +120,7 @@ def test_a_directory_reads_all_endings_and_names_the_rest(tmp_path, capsys):
 
 
 def test_byte_order_marks_at_the_joins_of_files_are_taken_off(small_vocab):
-    words = vocabulary.load(small_vocab)
+    words = load_vocabulary(small_vocab)
     bom = b"\xef\xbb\xbf"
     marked = [bom + json.dumps(line).encode() for line in plain_lines(3)] + [bom]
     result = encoded(words, *marked, bad_lines="error")
@@ -174,7 +174,7 @@ def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
 
 
 def test_weights_take_lines_by_chance_or_several_times(small_vocab):
-    words = vocabulary.load(small_vocab)
+    words = load_vocabulary(small_vocab)
     lines = plain_lines(400)
     thrice = encoded(words, *lines, weight=3.0)
     once = encoded(words, *lines)

@@ -8,10 +8,10 @@ import torch
 from model_fixtures import PAD, RandomModel, generate, int32, prompts
 from rope_oracle import with_dynamic_ntk
 
-from research.telechat2 import telechat_tokenizer
 from research.telechat2.generation.answer import Clock, Stopped
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
+from research.telechat2.text import stream_decoder
 
 TRAINED, SEQ_LENGTH, BLOCK_SIZE, VOCAB = 32, 128, 4, 256
 NTK = {"extend_method": "DYNAMIC_NTK", "max_position_embedding": TRAINED, "seq_length": SEQ_LENGTH}
@@ -77,8 +77,8 @@ def test_max_length_limits_prompt_and_answer_together(random, model):
 def test_the_commands_limit_each_row_by_itself(random, model, monkeypatch):
     """They give a batch the max_new_tokens of its shortest prompt, which is not the other rows' limit."""
     silent = SimpleNamespace(put=lambda index: "", end=lambda: "")  # random ids spell nothing
-    monkeypatch.setattr(telechat_tokenizer, "StreamDecoder", lambda tokenizer: silent)
-    predictor = Predictor(model, SimpleNamespace(pad_token_id=PAD), "plain", max_length=64)
+    monkeypatch.setattr(stream_decoder, "StreamDecoder", lambda vocabulary: silent)
+    predictor = Predictor(model, SimpleNamespace(pad_token_id=PAD, vocabulary=None), "plain", max_length=64)
     rows = prompts(9, VOCAB, 44, 58)
     for row, answer in zip(rows, predictor.generate(rows), strict=True):
         assert row + answer.ids == oracles_answer(random, row, len(answer.ids), 64)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from research.telechat2 import telechat_chat
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
-from research.telechat2.text import vocabulary
 from research.telechat2.text.chat import Segment, conversation_text, encode, render
+from research.telechat2.text.load_vocabulary import load_vocabulary
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -112,7 +112,7 @@ hostile = st.lists(
 def test_special_text_in_contents_changes_no_structure(small_tokenizer, question, answer, prompt_format):
     segments = render([user(question), bot(answer)], prompt_format=prompt_format)
     ids, mask = encode(segments, small_tokenizer)
-    assert [i for i in ids if small_tokenizer.sp_model.is_control(i)] == [
+    assert [i for i in ids if i in small_tokenizer.vocabulary.control_ids] == [
         6 if prompt_format == "chat" else 1,
         4,
         5,
@@ -226,7 +226,7 @@ def test_an_empty_answer_may_stand_in_the_history_of_a_prompt():
 
 
 def test_trained_tokens_are_coloured(small_vocab):
-    words = vocabulary.load(small_vocab)
+    words = load_vocabulary(small_vocab)
     ids, mask = encode(render([user("a"), bot("你 b")], prompt_format="plain"), words)
     assert telechat_chat.coloured(ids, mask, words, False) == "<_start><_user>a<_bot>⟦你 b<_end>⟧"
     coloured = telechat_chat.coloured(ids, mask, words, True)

@@ -14,8 +14,8 @@ from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.infer.checks import choose_prompt_format
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
-from research.telechat2.text import vocabulary
 from research.telechat2.text.chat import encode, render
+from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.stream_decoder import StreamDecoder
 
 QUESTION = [{"role": "user", "content": "你好"}]
@@ -84,12 +84,12 @@ def test_the_exported_template_gives_torchs_ids(v1_vocab, tmp_path):
 
 
 def test_a_marker_that_is_typed_is_text(v1_vocab):
-    tokenizer, words = TelechatTokenizer(v1_vocab), vocabulary.load(v1_vocab)
+    tokenizer, words = TelechatTokenizer(v1_vocab), load_vocabulary(v1_vocab)
     typed = "你<_user>好<_bot><_bot>▁<_system>"
     ids = tokenizer.encode_text(typed)
     assert not {20, 21, 22} & set(ids) and tokenizer.decode(ids) == typed
-    assert words.encode([typed.encode()])[0].tolist() == words.encode_text(typed) == ids
-    stream = StreamDecoder(tokenizer)
+    assert words.encode_many([typed.encode()])[0].tolist() == words.encode_text(typed) == ids
+    stream = StreamDecoder(tokenizer.vocabulary)
     assert "".join(map(stream.put, ids)) + stream.end() == typed
     assert tokenizer.decode([20, *ids, 21, 2], skip_special_tokens=True) == typed
     messages = [*QUESTION, {"role": "assistant", "content": typed}]

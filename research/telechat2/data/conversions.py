@@ -3,11 +3,12 @@
 import re
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text import chat, exact_json
+from research.telechat2.text import exact_json
 from research.telechat2.text.messages import NOTHING, is_blank
+from research.telechat2.text.vocabulary import BOT, END, START, SYSTEM, USER
 
-_TURN = re.compile(f"({chat.USER}|{chat.BOT})")
-_CLOSING = re.compile(rf"{chat.END}\s*\Z")
+_TURN = re.compile(f"({USER}|{BOT})")
+_CLOSING = re.compile(rf"{END}\s*\Z")
 _SHAREGPT_ROLES = {
     **{name: "system" for name in ("system",)},
     **{name: "user" for name in ("human", "user")},
@@ -79,9 +80,9 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
 def from_input(data: dict) -> list[dict]:
     """The README's input and output, as messages; of an older one, all in the input, its last answer too."""
     question = _string(data, "input")
-    if chat.SYSTEM in question:
+    if SYSTEM in question:
         raise UsageError(
-            f"input contains {chat.SYSTEM}, but this format has no system prompt; "
+            f"input contains {SYSTEM}, but this format has no system prompt; "
             f"write the conversation as messages, or as system and dialog"
         )
     messages = _turns(question)
@@ -108,23 +109,23 @@ def _turns(text: str) -> list[dict]:
     of an earlier answer and a closing `<_bot>` are all ways people write the same; any other special text is
     text.
     """
-    text = text.removeprefix(chat.START)
+    text = text.removeprefix(START)
     first, *rest = _TURN.split(text)
     turns = list(zip(rest[::2], rest[1::2], strict=True))
     if first.strip() or not turns:
-        turns.insert(0, (chat.USER, first))
-    if turns[-1] == (chat.BOT, ""):
+        turns.insert(0, (USER, first))
+    if turns[-1] == (BOT, ""):
         turns.pop()
     messages = []
     for number, (marker, content) in enumerate(turns):
-        expected = chat.BOT if number % 2 else chat.USER
+        expected = BOT if number % 2 else USER
         if marker != expected:
             raise UsageError(
                 f"turn {number + 1} of input begins with {marker}; expected {expected}, since turns alternate"
             )
-        if marker == chat.BOT:
+        if marker == BOT:
             content = _CLOSING.sub("", content)
-        messages.append({"role": "user" if marker == chat.USER else "assistant", "content": content})
+        messages.append({"role": "user" if marker == USER else "assistant", "content": content})
     return messages
 
 

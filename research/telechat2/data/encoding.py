@@ -16,9 +16,8 @@ from research.telechat2.data import formats
 from research.telechat2.data.formats import Conversation, Text, UnusableLine
 from research.telechat2.data.sources import Batch
 from research.telechat2.text import chat
-from research.telechat2.text.literal import MARKERS
 from research.telechat2.text.messages import out_of_turn
-from research.telechat2.text.vocabulary import Vocabulary
+from research.telechat2.text.vocabulary import MARKERS, TOOL_TAGS, USER, Vocabulary
 
 TRAINED = np.uint32(1 << 31)
 EXAMPLES = 10  # so many lines are named for each reason
@@ -28,8 +27,8 @@ _WEIGHT_STREAM = 1  # of random numbers, apart from those of the shuffle
 COUNTERS = ("totals", "formats", "prompt_formats", "skipped", "lengths", "unused_fields")
 TOO_LONG = "longer than a record of"
 NO_ANSWER = "without an answer to train on"
-_RESULT = chat.TOOL_TAGS[2]
-_MARKER = re.compile("|".join((*MARKERS, *chat.TOOL_TAGS)).encode())
+_RESULT = TOOL_TAGS[2]
+_MARKER = re.compile("|".join((*MARKERS, *TOOL_TAGS)).encode())
 
 
 class Settings(NamedTuple):
@@ -99,7 +98,7 @@ class _Table:
             self.index[key] for key in new if isinstance(key, bytes) and b"<" in key and _MARKER.search(key)
         )
         texts = [key for key in new if isinstance(key, bytes)]
-        ids = self.vocabulary.encode(texts)
+        ids = self.vocabulary.encode_many(texts)
         self.changed.update(self.index[texts[i]] for i in self.vocabulary.changed(texts, ids))
         encoded = iter(ids)
         self.arrays += [next(encoded) if isinstance(key, bytes) else np.array([key], np.int32) for key in new]
@@ -266,7 +265,7 @@ def _first_turns(item: _Item, table: _Table, capacity: int) -> list[dict]:
 
     So it ends neither between a tool call and its result, nor before anything is asked.
     """
-    user = table.index[table.vocabulary.special_id(chat.USER)]
+    user = table.index[table.vocabulary.special_id(USER)]
     starts, at = [], 0  # of every <_user>, which the results of tools begin with as well
     for run in item.runs:
         if run == user:

@@ -18,6 +18,7 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.data import encoding
 from research.telechat2.data.encoding import Encoded, Settings
 from research.telechat2.data.sources import Batch
+from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from research.telechat2.text.vocabulary import Vocabulary
 
 ENGINES = ("processes", "ray")
@@ -49,11 +50,11 @@ def encode_all(
 _state: tuple[Vocabulary, Settings] | None = None  # of a worker process
 
 
-def _start(proto: bytes, settings: Settings) -> None:
+def _start(vocabulary: Vocabulary, settings: Settings) -> None:
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = Vocabulary(proto), settings
+    _state = vocabulary, settings
 
 
 def _end_with_parent() -> None:
@@ -70,7 +71,7 @@ def _with_processes(batches, vocabulary: Vocabulary, settings: Settings, workers
     # Forked workers start at once, but of a process that has loaded MindSpore they would inherit its threads'
     # locks.
     context = multiprocessing.get_context("spawn" if "mindspore" in sys.modules else "fork")
-    pool = ProcessPoolExecutor(workers, context, _start, (vocabulary.proto, settings))
+    pool = ProcessPoolExecutor(workers, context, _start, (vocabulary, settings))
     try:
         yield from _in_order(
             batches, _AHEAD * workers, lambda batch: pool.submit(_work, batch), lambda future: future.result()
@@ -97,11 +98,11 @@ def _in_order(batches: Iterable, ahead: int, submit: Callable, result: Callable)
 # ---------------------------------------------------------------------- ray
 def _with_ray(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
     ray = _ray()
-    proto = ray.put(vocabulary.proto)
+    content = ray.put(vocabulary.content)
     work = ray.remote(num_cpus=1)(_work_in_ray)
     try:
         yield from _in_order(
-            batches, _AHEAD * workers, lambda batch: work.remote(batch, proto, settings), ray.get
+            batches, _AHEAD * workers, lambda batch: work.remote(batch, content, settings), ray.get
         )
     except ray.exceptions.RayError as error:
         raise OSError(
@@ -109,13 +110,13 @@ def _with_ray(batches, vocabulary: Vocabulary, settings: Settings, workers: int)
         ) from error
 
 
-def _work_in_ray(batch: Batch, proto: bytes, settings: Settings) -> Encoded:
-    return encoding.encode_batch(batch, _vocabulary(proto), settings)
+def _work_in_ray(batch: Batch, content: bytes, settings: Settings) -> Encoded:
+    return encoding.encode_batch(batch, _vocabulary(content), settings)
 
 
 @lru_cache(maxsize=1)
-def _vocabulary(proto: bytes) -> Vocabulary:
-    return Vocabulary(proto)
+def _vocabulary(content: bytes) -> Vocabulary:
+    return SentencePieceVocabulary(content)
 
 
 def check(engine: str) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data.sources import Source
 from research.telechat2.text import chat
+from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.vocabulary import Vocabulary
 
 TOO_LONG = ("skip", "truncate", "error")
@@ -48,6 +49,16 @@ class Options(NamedTuple):
 def ignored_fields(names: str | None) -> frozenset[str]:
     """The fields that ``--ignore_fields a,b`` names."""
     return frozenset(name.strip() for name in (names or "").split(",") if name.strip())
+
+
+def vocabulary_of_data(vocab_file: str | Path) -> Vocabulary:
+    """The vocabulary that data are prepared with. UsageError when it is no SentencePiece one of TeleChat2."""
+    if Path(vocab_file).suffix == ".json":
+        raise UsageError(
+            f"vocab_file {vocab_file} is no SentencePiece model, and data are prepared with one alone; give "
+            f"the tokenizer.model of the release"
+        )
+    return load_vocabulary(vocab_file)
 
 
 class Job(NamedTuple):

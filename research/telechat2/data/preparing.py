@@ -24,9 +24,9 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
 from research.telechat2.data import engines, manifests, packing, sources, spool, writing
 from research.telechat2.data.encoding import Encoded, Settings
-from research.telechat2.data.job import Job, Options, Part
+from research.telechat2.data.job import Job, Options, Part, vocabulary_of_data
 from research.telechat2.data.spool import Spool, Totals
-from research.telechat2.text import prompt_format, vocabulary
+from research.telechat2.text import prompt_format
 
 MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
 _SHUFFLE_STREAM = 3  # of random numbers
@@ -66,7 +66,7 @@ def prepare(
     if not (folder / "moves.json").is_file():
         writing.check_absent(target)
     paths = inputs if isinstance(inputs, list) else [inputs]
-    job = Job(options, sources.find(paths), Path(vocab_file), vocabulary.load(vocab_file), target, folder)
+    job = Job(options, sources.find(paths), Path(vocab_file), vocabulary_of_data(vocab_file), target, folder)
     created = _enter(job, resume)
     with writing.locked(folder):
         if not (folder / "moves.json").is_file():

@@ -13,6 +13,7 @@ from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.common.errors import UsageError
 from research.telechat2.text.prompt_format import manifest_path
+from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
 
 MODEL = "tokenizer.model"
 HASH_KEY = "tokenizer_sha256"  # in the config.json of what was trained here
@@ -71,10 +72,10 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
     Raises:
         UsageError: more pieces than the embedding has rows, or an ordinary piece begins or ends answers.
     """
-    model = _load(Path(vocab_file)) if vocab_file and Path(vocab_file).is_file() else None
-    if model is None:
+    vocabulary = _load(Path(vocab_file)) if vocab_file and Path(vocab_file).is_file() else None
+    if vocabulary is None:
         return
-    size, rows = model.get_piece_size(), settings["vocab_size"]
+    size, rows, model = vocabulary.size, settings["vocab_size"], vocabulary.model
     if size > rows:
         raise UsageError(
             f"{vocab_file} has {size} pieces, but the model's vocab_size is {rows}; this is another model's "
@@ -85,11 +86,9 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
         for index in given:
             if not isinstance(index, int) or index == own or not 0 <= index < size:
                 continue  # none, or a token that is added to the vocabulary
-            piece = model.id_to_piece(index)
-            marked = (
-                model.is_control(index) or model.is_unknown(index) or re.fullmatch(r"[<\[].*[>\]]", piece)
-            )
-            if not marked or model.is_byte(index):
+            piece = vocabulary.pieces[index]
+            marked = index in vocabulary.control_ids or re.fullmatch(r"[<\[].*[>\]]", piece)
+            if not marked or index in vocabulary.byte_ids:
                 raise UsageError(
                     f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}; its "
                     f"own is {own}. Correct {name} in the YAML and in config.json, or give the vocabulary of "
@@ -145,23 +144,20 @@ def _existing(tokenizer: dict) -> Path | None:
     return path if path.is_file() and sha256(path) == tokenizer["sha256"] else None
 
 
-def _load(path: Path):
+def _load(path: Path) -> SentencePieceVocabulary | None:
     """A SentencePiece vocabulary; None if the file is another's."""
-    import sentencepiece
-
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return model if model.get_piece_size() else None
-    except (RuntimeError, OSError):
+        return SentencePieceVocabulary(path.read_bytes())
+    except (UsageError, OSError):
         return None
 
 
 def _pieces(path: Path) -> list:
-    model = _load(path)
-    if model is None:
+    vocabulary = _load(path)
+    if vocabulary is None:
         return [sha256(path)]
-    size = model.get_piece_size()
-    return [(model.id_to_piece(i), model.is_control(i), model.get_score(i)) for i in range(size)]
+    scores = vocabulary.model.get_score(list(range(vocabulary.size)))
+    return [vocabulary.pieces, vocabulary.control_ids, scores]
 
 
 def _short(digest: str) -> str:

@@ -41,7 +41,7 @@ class Predictor:
             conversation.messages, conversation.tools, prompt_format=self.prompt_format,
             add_generation_prompt=True, tool_tags_in_content=conversation.tool_tags_in_content,
         )  # fmt: skip
-        return encode(segments, self.tokenizer)[0]
+        return encode(segments, self.tokenizer.vocabulary)[0]
 
     def fits(self, prompt: list[int]) -> bool:
         """Whether a prompt leaves room for a token of answer, and the cache has room for both."""
@@ -110,7 +110,7 @@ class Predictor:
         """The answer of ``ids``, which ends before a character of which tokens are missing."""
         from research.telechat2.text.stream_decoder import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer.vocabulary)
         text = "".join(map(decoder.put, ids)) + ("" if cut else decoder.end())
         return Answer(text, ids, cut, clock.total(), clock.first())
 
@@ -126,7 +126,7 @@ class Predictor:
         """
         from research.telechat2.text.stream_decoder import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer.vocabulary)
         on_token = None if on_text is None else lambda index: on_text(decoder.put(index))
         prompt = self.prompt_ids(Conversation(messages, None, self.prompt_format))
         (answer,) = self.generate([prompt], on_token, stop)

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from research.telechat2.common.errors import UsageError
 from research.telechat2.text import exact_json
 from research.telechat2.text import prompt_format as prompt_formats
-from research.telechat2.text.literal import TOOL_TAGS
 from research.telechat2.text.messages import checked, short
+from research.telechat2.text.vocabulary import BOT, END, START, SYSTEM, TOOL_TAGS, USER, Vocabulary
 
-START, END, USER, BOT, SYSTEM = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>"
 # What the chat template says when a conversation brings no system message.
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，"
@@ -133,12 +132,12 @@ def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> li
     return found
 
 
-def encode(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
+def encode(segments: list[Segment], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     """Return ids and loss mask (1 where trained), of equal length; see ``runs`` for what is text."""
     ids: list[int] = []
     mask: list[int] = []
-    for run, trained in runs(segments, tokenizer.special_id):
-        new = tokenizer.encode_text(run) if isinstance(run, str) else [run]
+    for run, trained in runs(segments, vocabulary.special_id):
+        new = vocabulary.encode_text(run) if isinstance(run, str) else [run]
         ids += new
         mask += [int(trained)] * len(new)
     return ids, mask

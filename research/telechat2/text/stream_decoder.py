@@ -1,33 +1,35 @@
 """Decode token ids one by one."""
 
+from research.telechat2.text.vocabulary import Vocabulary
+
 
 class StreamDecoder:
-    """Decode ids one by one; all that is returned, joined, equals ``tokenizer.decode`` of all ids.
+    """Decode ids one by one; all that is returned, joined, equals ``vocabulary.decode`` of all ids.
 
     A character whose bytes are spread over several tokens comes out when it is complete.
     """
 
-    def __init__(self, tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
+    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True):
+        self._vocabulary = vocabulary
         self._skip = skip_special_tokens
         self._bytes = bytearray()
         self._at_start = True  # SentencePiece drops the space it put before the first piece of a text
 
     def put(self, index: int) -> str:
         """Take the next id; return the text it completes, "" while a character is incomplete."""
-        tokenizer = self._tokenizer
-        index = int(index)
-        tokenizer.check_ids([index])
-        if index in tokenizer._byte_ids:
+        vocabulary, index = self._vocabulary, int(index)
+        vocabulary.check_ids([index])
+        if index in vocabulary.byte_ids:
             self._at_start = False
-            self._bytes += tokenizer._byte_ids[index]
+            self._bytes += vocabulary.byte_ids[index]
             return self._take_characters(at_end=False)
         text = self._take_characters(at_end=True)
-        piece = tokenizer._pieces[index]
-        if index in tokenizer._control_ids:
+        if index in vocabulary.control_ids:
             self._at_start = True
-            return text if tokenizer.is_skipped(index, self._skip) else text + piece
-        text += tokenizer.sp_model.decode([index]) if self._at_start else piece.replace("▁", " ")
+            return text + vocabulary.control_text(index, self._skip)
+        text += (
+            vocabulary.decode_text([index]) if self._at_start else vocabulary.pieces[index].replace("▁", " ")
+        )
         self._at_start = False
         return text
 

@@ -1,23 +1,22 @@
-"""The tokenizer of the data pipeline: SentencePiece alone, so that a worker starts at once.
+"""A vocabulary: the ids of text and of markers, and the text and bytes of ids. Needs no MindSpore.
 
-Gives the ids of ``TelechatTokenizer`` (a test compares them) without MindFormers, many texts at a time.
+Nothing is ever added to what the file holds, so every id is a row of the embedding. Text is encoded
+literally: no marker is read in it, and no id of a marker comes out. ``load_vocabulary`` reads every kind.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import sentencepiece
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.common.placeholders import what_stands_here
-from research.telechat2.text import chat
-from research.telechat2.text.literal import MARKERS, LiteralText, marker_id
 
-PAD = "<_pad>"
+START, END, USER, BOT, SYSTEM, PAD = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>", "<_pad>"
+MARKERS = (START, END, USER, BOT, SYSTEM, PAD)
+TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 # Text of kinds that vocabularies which normalise it (NFKC, single blanks) or know few characters change.
 _PROBE = "Ａ，ﬁ①  \u3000½e\u0301 \t龘\U0001f4a9 "
 
@@ -30,105 +29,138 @@ class Span(NamedTuple):
     special: bool
 
 
-class Vocabulary:
-    """``proto``: the bytes of a ``tokenizer.model``. UsageError when they are no TeleChat2 vocabulary."""
+class Vocabulary(ABC):
+    """The interface of every kind of vocabulary; a kind defines the methods that are abstract here.
 
-    def __init__(self, proto: bytes):
-        self.proto = proto
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        if self.size == 0:
-            raise RuntimeError("it holds no pieces")
-        self._special: dict[str, int | None] = {}
-        self._literal = LiteralText(self.model)
-        self._is_exact = self.model.decode(self.model.encode(_PROBE)) == _PROBE
-        for marker in MARKERS:
-            if self.special_id(marker) is None:
-                controls = [self.model.id_to_piece(i) for i in range(self.size) if self.model.is_control(i)]
-                raise UsageError(
-                    f"the vocabulary has no control symbol {marker!r}; it has {', '.join(controls)}: "
-                    f"this is not a TeleChat2 vocabulary"
-                )
+    Attributes:
+        file_name: what the file is called in a release.
+        optional: markers that this kind may lack.
+        content: the bytes of the file.
+        size: number of ids; every id is below it.
+        pieces: the piece of each id.
+        unknown_id: the id of text that the vocabulary has no pieces for.
+        control_ids: ids that stand for no text: markers, other control symbols, the unknown id.
+        byte_ids: the bytes of ids that may be a part of a character.
+        release_format: the prompt format of the release that has this vocabulary: v1, or chat.
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of pieces; every id is below it."""
-        return self.model.get_piece_size()
+    file_name: ClassVar[str]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    content: bytes
+    size: int
+    pieces: list[str]
+    unknown_id: int
+    control_ids: frozenset[int]
+    byte_ids: dict[int, bytes]
+    release_format: str
+
+    @abstractmethod
+    def encode_utf8(self, text: bytes) -> list[int]:
+        """The ids of text in UTF-8. UsageError where the vocabulary cannot write it."""
+
+    @abstractmethod
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of ids among which is no control symbol; invalid bytes become replacement characters."""
+
+    # ---------------------------------------------------------------------- special tokens
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each piece."""
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {self.pieces[index]: index for index in sorted(self.control_ids)}
+
+    @cached_property
+    def tool_tag_ids(self) -> frozenset[int]:
+        """Ids of tool tags, which are special tokens and part of an answer."""
+        return frozenset(self._special_ids[tag] for tag in TOOL_TAGS if tag in self._special_ids)
 
     @cached_property
     def pad_id(self) -> int:
         """The id that fills a record up."""
-        return self.special_id(PAD)
+        return self._special_ids[PAD]
 
     @cached_property
     def start_ids(self) -> list[int]:
         """The ids that begin a document: ``model_config.document_start_ids``."""
-        return sorted(self.special_id(marker) for marker in (chat.START, chat.SYSTEM))
+        return sorted(self._special_ids[marker] for marker in (START, SYSTEM))
 
     def special_id(self, token: str) -> int | None:
-        """Return the id of a special token (see ``literal``), None when the vocabulary has no such one."""
-        if token not in self._special:
-            self._special[token] = marker_id(self.model, token)
-        return self._special[token]
+        """The id of a special token, None when the vocabulary has no such one."""
+        return self._special_ids.get(token)
 
+    def require(self, markers: Iterable[str]) -> None:
+        """UsageError for a marker that the vocabulary lacks, other than ``optional`` ones."""
+        for marker in markers:
+            if marker not in self._special_ids and marker not in self.optional:
+                raise UsageError(
+                    f"it has no control symbol {marker!r}, only {', '.join(self._special_ids)}: it is no "
+                    f"TeleChat2 vocabulary, or the token is misspelt"
+                )
+
+    # ---------------------------------------------------------------------- text -> ids
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of one text; see ``encode``. UsageError when it is not valid Unicode."""
+        """The ids of text; ``<_end>`` in it is text. UsageError when it is not valid Unicode."""
         try:
-            return self._literal.encode(text.encode())
+            return self.encode_utf8(text.encode())
         except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            found = f"half of a surrogate pair (U+{code:04X})"
+            if 0xDC80 <= code <= 0xDCFF:  # what Python makes of such a byte of a command line or a terminal
+                found = f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8,"
             raise UsageError(
-                f"the text is not valid Unicode: half of a surrogate pair "
-                f"(U+{ord(error.object[error.start]):04X}) at character {error.start}; repair the text"
+                f"the text is not valid Unicode: {found} at character {error.start}; repair the text"
             ) from error
 
-    def encode(self, texts: list[bytes]) -> list[np.ndarray]:
-        """Return the ids, int32, of texts in UTF-8, each encoded literally: ``<_end>`` in it is text."""
-        found = self.model.encode_as_numpy(texts, num_threads=1)
-        for i, text in enumerate(texts):
-            if self._literal.needs_care(text):
-                found[i] = np.array(self._literal.encode(text), np.int32)
-        return found
+    def encode_many(self, texts: list[bytes]) -> list[np.ndarray]:
+        """The ids, int32, of each text in UTF-8."""
+        return [np.array(self.encode_utf8(text), np.int32) for text in texts]
+
+    # ---------------------------------------------------------------------- ids -> text
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """UsageError for an id that is no row of the embedding (such as the ignored label -100)."""
+        if ids and not (min(ids) >= 0 and max(ids) < self.size):
+            wrong = next(i for i in ids if not 0 <= i < self.size)
+            hint = "; -100 is an ignored label: leave those out" if wrong == -100 else ""
+            raise UsageError(
+                f"token id {wrong} is not in the vocabulary, whose ids are 0 to {self.size - 1}{hint}"
+            )
+
+    def control_text(self, index: int, skip_special_tokens: bool) -> str:
+        """The text of a control symbol, "" where it is skipped; tool tags are content and never are."""
+        is_skipped = skip_special_tokens and index not in self.tool_tag_ids
+        return "" if is_skipped else self.pieces[index]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids. UsageError for an id that the vocabulary does not have."""
+        self.check_ids(ids)
+        text = ""
+        for is_control, run in groupby(ids, self.control_ids.__contains__):
+            if is_control:
+                text += "".join(self.control_text(index, skip_special_tokens) for index in run)
+            else:
+                text += self.decode_text(list(run))
+        return text
+
+    @cached_property
+    def _is_exact(self) -> bool:
+        return self.decode_text(self.encode_utf8(_PROBE.encode())) == _PROBE
 
     def changed(self, texts: list[bytes], ids: list[np.ndarray]) -> list[int]:
         """Which of the texts ``ids`` do not give back; none where the vocabulary changes no text."""
         if self._is_exact:
             return []
         pairs = enumerate(zip(texts, ids, strict=True))
-        return [i for i, (text, found) in pairs if self.model.decode(found.tolist()).encode() != text]
-
-    def _is_special(self, index: int) -> bool:
-        return self.model.is_control(index) or index in self._literal.ordinary
+        return [i for i, (text, found) in pairs if self.decode_text(found.tolist()).encode() != text]
 
     def spans(self, ids: Sequence[int], mask: Sequence[int]) -> list[Span]:
-        """Return ids as text: each special token, and each run of others that are trained or not alike."""
+        """Ids as text: each special token, and each run of others that are trained or not alike."""
         marked = [(index, bool(trained)) for index, trained in zip(ids, mask, strict=True)]
         found = []
-        for (special, trained), run in groupby(marked, key=lambda m: (self._is_special(m[0]), m[1])):
+        for (special, trained), run in groupby(marked, key=lambda m: (m[0] in self.control_ids, m[1])):
             run_ids = [index for index, _ in run]
-            texts = map(self.model.id_to_piece, run_ids) if special else [self.model.decode(run_ids)]
+            texts = [self.pieces[i] for i in run_ids] if special else [self.decode_text(run_ids)]
             found += [Span(text, trained, special) for text in texts]
         return found
-
-
-def load(vocab_file: str | Path) -> Vocabulary:
-    """Read a ``tokenizer.model``. UsageError when it is missing or no TeleChat2 vocabulary."""
-    path = Path(vocab_file)
-    if path.is_dir():
-        raise UsageError(f"vocab_file {path} is a directory; give the path of the tokenizer.model in it")
-    if not path.is_file():
-        raise UsageError(f"vocab_file {path} does not exist; give the path of the model's tokenizer.model")
-    if path.suffix == ".json":
-        raise UsageError(
-            f"vocab_file {path} is no SentencePiece model, and data are prepared with one alone; give the "
-            f"tokenizer.model of the release"
-        )
-    proto = path.read_bytes()
-    try:
-        return Vocabulary(proto)
-    except RuntimeError as error:
-        raise UsageError(
-            f"vocab_file {path} ({len(proto):,} bytes) is not a SentencePiece model ({error}); "
-            "give the tokenizer.model that was released with the weights, and check that it is complete."
-            + what_stands_here(path)
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"vocab_file {path}: {error}") from error

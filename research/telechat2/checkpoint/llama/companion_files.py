@@ -17,7 +17,8 @@ from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.table import Side
 from research.telechat2.common.errors import UsageError
 from research.telechat2.text.jinja_template import chat_template
-from research.telechat2.text.literal import marker_id
+from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
+from research.telechat2.text.vocabulary import BOT, USER
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -72,20 +73,14 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
 
 def _llama_tokenizer(vocabulary: bytes) -> dict | None:
     """The settings of MindFormers' LlamaTokenizer; None for the vocabulary of an exported TeleChat model."""
-    import sentencepiece
-
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-        if model.get_piece_size() == 0:
-            raise RuntimeError("it holds no pieces")
-    except RuntimeError as error:
-        raise UsageError(
-            f"the tokenizer.model beside the weights is not one of SentencePiece ({error})"
-        ) from None
-    if all(marker_id(model, marker) is not None for marker in ("<_user>", "<_bot>")):
+        known = SentencePieceVocabulary(vocabulary)
+    except UsageError as error:
+        raise UsageError(f"the tokenizer.model beside the weights: {error}") from None
+    if known.special_id(USER) is not None and known.special_id(BOT) is not None:
         return None
     start, end, unknown = (
-        model.id_to_piece(index) for index in (model.bos_id(), model.eos_id(), model.unk_id())
+        known.pieces[index] for index in (known.model.bos_id(), known.model.eos_id(), known.unknown_id)
     )
     return {
         "type": "LlamaTokenizer",

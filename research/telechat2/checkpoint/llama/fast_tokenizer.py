@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text.literal import MARKERS, TOOL_TAGS
+from research.telechat2.text.vocabulary import MARKERS, TOOL_TAGS
 
 _NORMAL, _USER_DEFINED = 1, 4  # SentencePiece's types of pieces
 _SPACE = "▁"
@@ -36,7 +36,7 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
         raise UsageError(
             f"{vocab_file} has no {', '.join(lacking)}; expected the tokenizer.model of a TeleChat model"
         )
-    # Those of TeleChat v1 12B are ordinary pieces; here, too, they are special (see text/literal.py).
+    # Those of TeleChat v1 12B are ordinary pieces, and special here too: see SentencePieceVocabulary.
     markers = sorted({*MARKERS, *TOOL_TAGS} & pieces.keys(), key=pieces.get)
     symbols = [p.piece for p in model.pieces if p.type == _USER_DEFINED and p.piece not in markers]
     bpe, exact = _bpe(model, pieces, symbols)

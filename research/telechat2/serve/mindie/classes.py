@@ -148,4 +148,4 @@ class MindIETelechatTokenizer(TelechatTokenizer):
             logger.warning("a client's chat setting %s has no meaning for TeleChat2 and is ignored", name)
         known = {name: asked[name] for name in _CHAT_SETTINGS if name in asked}
         segments = render(conversation, prompt_format=self.prompt_format, allow_empty=True, **known)
-        return encode(segments, self)[0] if tokenize else conversation_text(segments)
+        return encode(segments, self.vocabulary)[0] if tokenize else conversation_text(segments)
