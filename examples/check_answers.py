@@ -19,6 +19,7 @@ if __name__ == "__main__":
     runpy.run_path(f"{sys.path[0]}/research/telechat2/common/environment.py")["main"](Path(__file__).name)
 
 from research.telechat2.common.cli import quiet_libraries, run  # noqa: E402
+from research.telechat2.common.errors import UsageError  # noqa: E402
 from research.telechat2.config.yaml_files import resolve_config  # noqa: E402
 
 BATCH_SIZE = 20
@@ -104,7 +105,7 @@ def main() -> None:
     questions = read_questions(args.input, predictor.tokenizer)
     right = report(predictor, questions, ask_all(predictor, questions))
     if right < args.at_least:
-        raise ValueError(
+        raise UsageError(
             f"only {right} conversations end as trained, expected at least {args.at_least}: "
             "train for more epochs, or look at the loss curve."
         )

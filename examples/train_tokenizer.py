@@ -22,6 +22,7 @@ import re  # noqa: E402
 from itertools import groupby  # noqa: E402
 
 from research.telechat2.common.cli import run  # noqa: E402
+from research.telechat2.common.errors import UsageError  # noqa: E402
 from research.telechat2.common.files import atomic_write  # noqa: E402
 
 FILE_NAME = "tokenizer.model"
@@ -58,7 +59,7 @@ def read_conversations(path: Path) -> list[list[tuple[str, bool]]]:
     """Return each conversation as runs (text, special): a special token, or the text between two of them.
 
     ``path`` is what the preprocessor takes: a jsonl file, or a directory of them. Blank lines are skipped and
-    counted on stdout. Raises ValueError, naming file and line, for a line that is not a conversation or has a
+    counted on stdout. Raises UsageError, naming file and line, for a line that is not a conversation or has a
     text the trainer would skip, and when there is no conversation at all.
     """
     from research.telechat2.data import formats, sources
@@ -75,7 +76,7 @@ def read_conversations(path: Path) -> list[list[tuple[str, bool]]]:
     if blank_lines:
         print(f"skipped blank lines: {blank_lines}")
     if not conversations:
-        raise ValueError(f"{path} holds no conversation; give a jsonl file with one dialogue a line")
+        raise UsageError(f"{path} holds no conversation; give a jsonl file with one dialogue a line")
     return conversations
 
 
@@ -86,7 +87,7 @@ def _runs(segments: list) -> list[tuple[str, bool]]:
         runs += [(text, True) for text in texts] if special else [("".join(texts), False)]
     longest = max(len(text.encode()) for text, _ in runs)
     if longest > MAX_TEXT_BYTES:
-        raise ValueError(
+        raise UsageError(
             f"a text has {longest} bytes, but SentencePiece takes at most {MAX_TEXT_BYTES}; "
             f"split the conversation or leave it out"
         )
@@ -96,7 +97,7 @@ def _runs(segments: list) -> list[tuple[str, bool]]:
 def train(texts: list[str], vocab_size: int) -> bytes:
     """Return the serialised BPE model of ``vocab_size`` pieces, the same bytes for the same texts.
 
-    Raises ValueError when the texts do not allow that many pieces, or need more.
+    Raises UsageError when the texts do not allow that many pieces, or need more.
     """
     import sentencepiece
 
@@ -119,12 +120,12 @@ def train(texts: list[str], vocab_size: int) -> bytes:
 def _size_error(vocab_size: int, message: str) -> Exception:
     """Return what the trainer says about the size as a sentence; anything else it says is no size error."""
     if largest := re.search(r"size too high .* value <= (\d+)", message):
-        return ValueError(
+        return UsageError(
             f"--vocab_size {vocab_size} is more than these dialogues hold: the largest possible size is "
             f"{largest[1]}; choose at most that, or give more dialogues"
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return ValueError(
+        return UsageError(
             f"--vocab_size {vocab_size} is too small: special tokens, bytes and the characters of these "
             f"dialogues take {smallest[1]} already; choose at least that"
         )
@@ -132,7 +133,7 @@ def _size_error(vocab_size: int, message: str) -> Exception:
 
 
 def write(model: bytes, directory: Path) -> Path:
-    """Write ``directory/tokenizer.model`` atomically and return its path; ValueError if it exists."""
+    """Write ``directory/tokenizer.model`` atomically and return its path; UsageError if it exists."""
     path = directory / FILE_NAME
     _refuse_existing(path)
     directory.mkdir(parents=True, exist_ok=True)
@@ -143,9 +144,9 @@ def write(model: bytes, directory: Path) -> Path:
 
 def _refuse_existing(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"--output_path {path.parent} is a file; give the folder to receive {FILE_NAME}")
+        raise UsageError(f"--output_path {path.parent} is a file; give the folder to receive {FILE_NAME}")
     if path.exists():
-        raise ValueError(
+        raise UsageError(
             f"{path} exists and is not overwritten, since data and checkpoints may depend on it; "
             f"give another --output_path, or delete it"
         )

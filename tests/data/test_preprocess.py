@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from data_lines import read
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data import preparing, writing
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.data.html_report import summary
@@ -257,7 +258,7 @@ def test_a_line_that_is_quoted_with_half_a_surrogate_pair_ends_no_run(small_voca
 def test_a_folder_that_others_use_meanwhile_hides_no_error(small_vocab, tmp_path, monkeypatch):
     def fail(*_):
         (tmp_path / "new" / "theirs").touch()
-        raise ValueError("the line is wrong")
+        raise UsageError("the line is wrong")
 
     monkeypatch.setattr(preparing, "_make", fail)
     data = write_lines(tmp_path / "d.jsonl", plain())
