@@ -54,7 +54,8 @@ def folders(dense, experts, small_vocab, tmp_path_factory) -> dict[str, Path]:
 def said(folders, dense, tmp_path_factory) -> dict:
     """What a process elsewhere heard from the folders, moved to another place, and from three broken ones.
 
-    The import path of the process has another version of the plugin, as installed, which fails when imported.
+    The import path has another package ``research`` with another version of the plugin, as a MindFormers
+    checkout has it; importing that fails.
     """
     place = tmp_path_factory.mktemp("moved")
     moved = [shutil.copytree(path, place / path.name) for path in folders.values()]
@@ -63,9 +64,10 @@ def said(folders, dense, tmp_path_factory) -> dict:
     )
     with (other / "research" / "telechat2" / "telechat.py").open("a") as file:
         file.write("# a later version\n")
-    installed = place / "installed" / "research" / "telechat2"
-    installed.mkdir(parents=True)
-    (installed / "__init__.py").write_text("raise AssertionError\n")
+    decoy = place / "checkout" / "research" / "telechat2"
+    decoy.mkdir(parents=True)
+    for package in (decoy, decoy.parent):
+        (package / "__init__.py").write_text("raise AssertionError\n")
     write_hf_folder(place / "other", SIZES | {"ffn_hidden_size": 128}, seed=0)
     for copy, weights in ((nameless, ""), (misfit, str(place / "other"))):
         (file,) = copy.glob("*.yaml")
@@ -73,7 +75,7 @@ def said(folders, dense, tmp_path_factory) -> dict:
         file.write_text(yaml.safe_dump(served | {"load_checkpoint": weights}), encoding="utf-8")
     found = drive(
         tmp_path_factory.mktemp("elsewhere"), moved, [nameless, misfit, other],
-        PYTHONPATH=str(place / "installed"),
+        PYTHONPATH=str(place / "checkout"),
     )  # fmt: skip
     return found | {"place": place}
 
@@ -141,7 +143,7 @@ def test_one_yaml_modes_and_nothing_left_beside(folders):
 def test_the_code_is_the_packages_own_and_complete(folders):
     """Every module that a file imports, also within a function, is in the folder or none of this project."""
     code = folders["dense"] / "research"
-    held = {file.relative_to(code) for file in code.rglob("*.py")}
+    held = {file.relative_to(code) for file in code.rglob("*.py")} - {Path("__init__.py")}
     package = CHECKOUT / "research"
     for file in held:
         assert (code / file).read_bytes() == (package / file).read_bytes()

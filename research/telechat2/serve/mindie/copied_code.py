@@ -19,6 +19,8 @@ def copy_code(folder: Path) -> None:
         target = folder / file.relative_to(_IMPORT_ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+    # a regular package, or that of a MindFormers checkout would hide it wherever it is on the import path
+    (folder / "research" / "__init__.py").write_text('"""The code that this folder is served by."""\n')
 
 
 def needed_files(module: Path) -> set[Path]:
