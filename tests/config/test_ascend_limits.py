@@ -1,6 +1,7 @@
 """Configs that Ascend's kernels cannot run are refused when the model is built, with what to do."""
 
 import pytest
+from refusal import refused
 
 from research.telechat2.model.kernels import ascend, reference, select
 from research.telechat2.telechat_config import TelechatConfig
@@ -19,16 +20,16 @@ def on_ascend(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"is_dynamic": False}, "is_dynamic is False.*set model_config.is_dynamic: True"),
-        ({"use_flash_attention": False}, "use_flash_attention is False.*use_past: False"),
-        ({"compute_dtype": "float32"}, "compute_dtype is float32.*float16 or bfloat16"),
-        ({"compute_dtype": "bfloat16"}, "rotary_dtype is float32.*rotary_dtype: bfloat16"),
-        ({"block_size": 8}, "block_size is 8 .*multiple of 16"),
-        ({"num_heads": 2, "hidden_size": 640}, "head_dim 320.*at most 256"),
+        ({"is_dynamic": False}, ("is_dynamic", "False", "model_config.is_dynamic", "True")),
+        ({"use_flash_attention": False}, ("use_flash_attention", "False", "use_past")),
+        ({"compute_dtype": "float32"}, ("compute_dtype", "float32", "float16", "bfloat16")),
+        ({"compute_dtype": "bfloat16"}, ("rotary_dtype", "float32", "bfloat16")),
+        ({"block_size": 8}, ("block_size", 8, 16)),
+        ({"num_heads": 2, "hidden_size": 640}, ("head_dim 320", 256)),
     ],
 )
 def test_prediction_refuses_what_the_kernels_do_not_take(change, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         select.paged_inputs(TelechatConfig(**{**SMALL, "use_past": True, **change}))
 
 
@@ -45,17 +46,17 @@ def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compute_dtype": "float32"}, "compute_dtype is float32.*float16 or bfloat16"),
-        ({"hidden_size": 160}, "head_dim is 40.*multiple of 16"),
+        ({"compute_dtype": "float32"}, ("compute_dtype", "float32", "float16", "bfloat16")),
+        ({"hidden_size": 160}, ("head_dim", 40, 16)),
         (
             {"document_start_ids": [1], "batch_size": 9},
-            "batch_size 9 times max_documents 128 is 1152.*takes 1024",
+            ("batch_size 9", "max_documents 128", 1152, 1024),
         ),
     ],
 )
 def test_training_refuses_what_flash_attention_does_not_take(change, message):
     config = {**SMALL, **change}
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         select.causal_attention(TelechatConfig(**config))
     plain = select.causal_attention(TelechatConfig(**config, use_flash_attention=False))
     assert isinstance(plain.kernel, reference.GroupedAttention)

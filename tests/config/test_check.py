@@ -8,10 +8,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.config.check import check
 from research.telechat2.config.classes import GROUPS
-from research.telechat2.config.model_fields import model_defaults
 from research.telechat2.config.settings import DEFAULTS, read_settings
 from research.telechat2.config.tables import SECTIONS
 
@@ -86,7 +86,7 @@ def test_gradients_are_accumulated_without_pipeline_only():
     accumulating = {"runner_config.gradient_accumulation_steps": 3}
     checked = check(changed(one_stage | accumulating))
     assert checked.global_batch == 2 * 2 * 3
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 3, .* in a pipeline; set it to 1"):
+    with refused("gradient_accumulation_steps", 3, 1):
         check(changed(accumulating))
 
 
@@ -95,68 +95,68 @@ def test_processes_that_are_copies_take_any_number_of_devices():
     checked = check(settings, 6)
     assert (checked.kind, checked.device_num, checked.global_batch) == ("data_parallel", 6, 12)
     assert "parallel_mode is 0" in checked.notes[0] and "model_parallel" in checked.notes[0]
-    with pytest.raises(ValueError, match="use_parallel is False, so the run takes 1 device, not 8"):
+    with refused("use_parallel", "False", 1, 8):
         check(changed({"use_parallel": False} | model(offset=0)), 8)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (plan(model_parallel=3), "num_heads 8 is not divisible by parallel_config.model_parallel 3"),
-        (plan(model_parallel=8), "n_kv_heads 4 is not divisible by parallel_config.model_parallel 8"),
-        (model(intermediate_size=98), "intermediate_size 98 is not divisible by .*model_parallel 4"),
-        (model(vocab_size=130), "vocab_size 130 is not divisible by .*model_parallel 4"),
-        (model(seq_length=65), "batch_size 2 times seq_length 65 is not divisible"),
-        (model(hidden_size=129), "hidden_size 129 is not divisible by num_heads 8"),
-        (model(hidden_size=120), r"head_dim \(hidden_size / num_heads\) is 15"),
-        (model(hidden_size=192), "head_dim is 24, but Ascend's FlashAttentionScore needs a multiple of 16"),
-        (model(compute_dtype="float32"), "compute_dtype is float32, but Ascend's attention kernels"),
-        ({"context.device_target": "CPU"}, "compute_dtype is bfloat16, for which MindSpore has no operators"),
-        (model(offset=0), r"offset must add up to 1: \[0, 1\] for one"),
-        (model(offset=[4, -3]), "which gives the stages .* all but the first and the last need at least one"),
-        (plan(micro_batch_num=1), "micro_batch_num is 1, less than pipeline_stage 2"),
-        (plan(seq_split_num=2), "seq_split_num is 2"),
-        (plan(expert_parallel=2), "expert_parallel is 2, but the model has no experts"),
-        (plan(data_parallel=0), "parallel_config.data_parallel is 0; it must be a whole number"),
-        (plan(data_parallel="2"), "parallel_config.data_parallel is '2'; it must be a whole number"),
-        (plan(use_seq_parallel="yes"), "use_seq_parallel is 'yes'; it must be True or False"),
-        ({"runner_config.batch_size": 0}, "batch_size is 0; it must be a whole number"),
-        (model(tie_word_embeddings=True), "tie_word_embeddings is True, and .*pipeline_stage 2"),
-        (model(use_flash_attention=False), "only the fused attention is split over devices"),
-        (model(pp_interleave_num=2), r"offset must add up to 1: \[\[0, 1\], \[0, 0\]\] for one"),
-        ({"parallel.gradients_mean": True}, "gradients_mean is True"),
-        ({"parallel.parallel_mode": 2}, "parallel.parallel_mode is 2; .* 1 .* 0"),
-        ({"parallel.full_batch": False}, r"dataset_strategy None; .* \[\[2, 1\], \[2, 1\]\]"),
+        (plan(model_parallel=3), ("num_heads 8", "parallel_config.model_parallel 3")),
+        (plan(model_parallel=8), ("n_kv_heads 4", "parallel_config.model_parallel 8")),
+        (model(intermediate_size=98), ("intermediate_size 98", "model_parallel 4")),
+        (model(vocab_size=130), ("vocab_size 130", "model_parallel 4")),
+        (model(seq_length=65), ("batch_size 2", "seq_length 65")),
+        (model(hidden_size=129), ("hidden_size 129", "num_heads 8")),
+        (model(hidden_size=120), ("head_dim", "hidden_size", "num_heads", 15)),
+        (model(hidden_size=192), ("head_dim", 24, "FlashAttentionScore", 16)),
+        (model(compute_dtype="float32"), ("compute_dtype", "float32")),
+        ({"context.device_target": "CPU"}, ("compute_dtype", "bfloat16", "MindSpore")),
+        (model(offset=0), ("offset", 1, "[0, 1]")),
+        (model(offset=[4, -3]), ("[4, -3]",)),
+        (plan(micro_batch_num=1), ("micro_batch_num", 1, "pipeline_stage 2")),
+        (plan(seq_split_num=2), ("seq_split_num", 2)),
+        (plan(expert_parallel=2), ("expert_parallel", 2)),
+        (plan(data_parallel=0), ("parallel_config.data_parallel", 0)),
+        (plan(data_parallel="2"), ("parallel_config.data_parallel", "'2'")),
+        (plan(use_seq_parallel="yes"), ("use_seq_parallel", "'yes'", "True", "False")),
+        ({"runner_config.batch_size": 0}, ("batch_size", 0)),
+        (model(tie_word_embeddings=True), ("tie_word_embeddings", "True", "pipeline_stage 2")),
+        (model(use_flash_attention=False), ("attention",)),
+        (model(pp_interleave_num=2), ("offset", 1, "[[0, 1]", "[0, 0]]")),
+        ({"parallel.gradients_mean": True}, ("gradients_mean", "True")),
+        ({"parallel.parallel_mode": 2}, ("parallel.parallel_mode", 2, 1, 0)),
+        ({"parallel.full_batch": False}, ("dataset_strategy None", "[[2, 1]", "[2, 1]]")),
         (
             {"parallel.pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}},
-            "pipeline_interleave is True; it must be",
+            ("pipeline_interleave", "True"),
         ),
         (
             {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "gpipe"}},
-            "pipeline_scheduler is gpipe, which MindSpore has for chunks only",
+            ("pipeline_scheduler", "gpipe", "MindSpore"),
         ),
         (
             {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "seqpipe"}},
-            "pipeline_scheduler is seqpipe, but this model has 1f1b, and gpipe",
+            ("pipeline_scheduler", "1f1b", "gpipe"),
         ),
-        ({"parallel.pipeline_config": {"pipeline_interleave": True}}, "without pipeline_scheduler"),
-        ({"lr_schedule": {"warmup_steps": 5, "warmup_ratio": 0.0}}, "warmup_steps 5 and warmup_ratio 0.0"),
-        ({"micro_batch_interleave_num": 2}, "micro_batch_interleave_num is 2; .* Set it to 1"),
-        (model(use_ring_attention=True), "'use_ring_attention', which this model does not have"),
-        ({"recompute_config.recompute": [1]}, r"a list of 2 numbers"),
-        ({"recompute_config.recompute": [3, 0]}, "asks for 3 layers of stage 0, which has 2"),
-        (model(compute_dtype="float64"), "compute_dtype is 'float64'; it must be one of"),
-        (model(num_layer=5), "num_layer.*did you mean 'num_layers'"),
-        (model(out_proj_has_bias=False), "out_proj_has_bias.*has a bias"),
+        ({"parallel.pipeline_config": {"pipeline_interleave": True}}, ("pipeline_scheduler",)),
+        ({"lr_schedule": {"warmup_steps": 5, "warmup_ratio": 0.0}}, ("warmup_steps 5", "warmup_ratio 0.0")),
+        ({"micro_batch_interleave_num": 2}, ("micro_batch_interleave_num", 2, 1)),
+        (model(use_ring_attention=True), ("'use_ring_attention'",)),
+        ({"recompute_config.recompute": [1]}, ("recompute_config.recompute", "[1]", 2)),
+        ({"recompute_config.recompute": [3, 0]}, ("recompute_config.recompute", 3, 2)),
+        (model(compute_dtype="float64"), ("compute_dtype", "'float64'")),
+        (model(num_layer=5), ("num_layer", "'num_layers'")),
+        (model(out_proj_has_bias=False), ("out_proj_has_bias",)),
     ],
 )  # fmt: skip
 def test_an_illegal_plan_is_refused_by_a_sentence_with_its_values(changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with refused(*sentence):
         check(changed(changes))
 
 
 def test_the_number_of_devices_must_be_the_plans():
-    with pytest.raises(ValueError, match="is 16, but 32 devices take part; make them equal"):
+    with refused(16, 32):
         check(SMALL, 32)
 
 
@@ -183,20 +183,20 @@ def test_a_setting_without_effect_is_noted(changes, note):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("parallel_config.model_paralel", "parallel_config.model_paralel is read by nothing.*model_parallel"),
-        ("runner_config.batchsize", "runner_config.batchsize is read by nothing.*batch_size"),
-        ("parallel.paralel_mode", "parallel.paralel_mode is read by nothing.*parallel_mode"),
+        ("parallel_config.model_paralel", ("parallel_config.model_paralel", "model_parallel")),
+        ("runner_config.batchsize", ("runner_config.batchsize", "batch_size")),
+        ("parallel.paralel_mode", ("parallel.paralel_mode", "parallel_mode")),
         (
             "parallel.parallel_optimizer_config.threshold",
-            "parallel_optimizer_config.threshold is read by nothing",
+            ("parallel_optimizer_config.threshold",),
         ),
-        ("lr_schedule.warmup_step", "lr_schedule.warmup_step is read by nothing.*warmup_steps"),
-        ("runner_wrapper.clip_grad", "runner_wrapper.clip_grad is read by nothing.*use_clip_grad"),
-        ("context.devices", "context.devices is read by nothing"),
+        ("lr_schedule.warmup_step", ("lr_schedule.warmup_step", "warmup_steps")),
+        ("runner_wrapper.clip_grad", ("runner_wrapper.clip_grad", "use_clip_grad")),
+        ("context.devices", ("context.devices",)),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(change, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with refused(*sentence):
         read_settings("finetune_telechat_7b", {change: 1}, Path.cwd())
 
 
@@ -215,18 +215,6 @@ def test_the_tables_of_keys_are_those_of_mindformers_and_mindspore():
     assert set(GROUPS["lr_schedule"]["CosineWithWarmUpLR"]) == schedule | {"warmup_epochs"}
     step = set(inspect.signature(MFTrainOneStepCell.__init__).parameters)
     assert set(GROUPS["runner_wrapper"]["MFTrainOneStepCell"]) < step
-
-
-def test_the_models_defaults_are_telechatconfigs():
-    from research.telechat2.telechat_config import TelechatConfig
-
-    theirs = inspect.signature(TelechatConfig.__init__).parameters
-    expected = {
-        name: parameter.default
-        for name, parameter in theirs.items()
-        if name not in ("self", "kwargs", "parallel_config", "moe_config")
-    }
-    assert model_defaults() == expected
 
 
 def test_the_command_prints_a_table_and_writes_json_once(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.modules.transformer.transformer import TransformerOpParallelConfig
+from refusal import refused
 
 from research.telechat2.config.model import DEAD_KEYS, feed_forward_width
 from research.telechat2.telechat_config import TelechatConfig
@@ -25,12 +26,12 @@ from research.telechat2.telechat_config import TelechatConfig
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(key, nearest):
-    with pytest.raises(ValueError, match=f"key '{key}'.*did you mean '{nearest}'"):
+    with refused(repr(key), repr(nearest)):
         TelechatConfig(**{key: 8})
 
 
 def test_a_key_near_none_lists_those_that_exist():
-    with pytest.raises(ValueError, match="key 'xyzzy'.*known keys are .*hidden_size.*vocab_size"):
+    with refused("'xyzzy'", "hidden_size", "vocab_size"):
         TelechatConfig(xyzzy=1)
 
 
@@ -53,42 +54,42 @@ def test_a_key_without_effect_is_named_and_left_out(key, caplog):
     ],
 )
 def test_what_a_key_without_effect_would_ask_for_is_refused(key, value):
-    with pytest.raises(ValueError, match=f"{key}.*{value}"):
+    with refused(key, value):
         TelechatConfig(**{key: value})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it must be a number above 0"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
-        ({"theta": 0.0}, "theta is 0.0"),
-        ({"theta": float("inf")}, "theta is inf"),
-        ({"sigma": -0.1}, "sigma is -0.1; it must be a number 0 or more"),
-        ({"extend_method": "LLAMA3"}, "extend_method is 'LLAMA3'; it must be one of None, PI, linear, NTK"),
-        ({"scaling_factor": 2.0}, "scaling_factor is 2.0, but extend_method is 'None'"),
-        ({"attention_dropout_prob": 0.1}, "attention_dropout_prob is 0.1"),
-        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob is 1.0; it must be in \[0, 1\)"),
-        ({"embed_dropout_prob": -0.1}, "embed_dropout_prob is -0.1"),
-        ({"hidden_size": 100, "num_heads": 3}, "hidden_size 100 is not divisible by num_heads 3"),
-        ({"hidden_size": 33, "num_heads": 11}, "head_dim .* is 3; rotary embedding needs an even one"),
-        ({"num_heads": 32, "n_kv_heads": 5}, "num_heads 32 is not divisible by n_kv_heads 5"),
-        ({"num_heads": 32, "n_kv_heads": 64}, "num_heads 32 is not divisible by n_kv_heads 64"),
+        ({"rms_norm_eps": -1e-5}, ("rms_norm_eps", "-1e-05", 0)),
+        ({"rms_norm_eps": 0}, ("rms_norm_eps", 0)),
+        ({"theta": 0.0}, ("theta", "0.0")),
+        ({"theta": float("inf")}, ("theta", "inf")),
+        ({"sigma": -0.1}, ("sigma", "-0.1", 0)),
+        ({"extend_method": "LLAMA3"}, ("extend_method", "'LLAMA3'", "None", "NTK")),
+        ({"scaling_factor": 2.0}, ("scaling_factor", "2.0", "extend_method", "'None'")),
+        ({"attention_dropout_prob": 0.1}, ("attention_dropout_prob", "0.1")),
+        ({"hidden_dropout_prob": 1.0}, ("hidden_dropout_prob", "1.0", 0, 1)),
+        ({"embed_dropout_prob": -0.1}, ("embed_dropout_prob", "-0.1")),
+        ({"hidden_size": 100, "num_heads": 3}, ("hidden_size 100", "num_heads 3")),
+        ({"hidden_size": 33, "num_heads": 11}, ("head_dim", 3)),
+        ({"num_heads": 32, "n_kv_heads": 5}, ("num_heads 32", "n_kv_heads 5")),
+        ({"num_heads": 32, "n_kv_heads": 64}, ("num_heads 32", "n_kv_heads 64")),
         (
             {"use_past": True, "seq_length": 100, "block_size": 16},
-            "seq_length 100 is not divisible by block_size 16",
+            ("seq_length 100", "block_size 16"),
         ),
-        ({"num_layers": 0}, "num_layers is 0; it must be a whole number of at least 1"),
-        ({"vocab_size": -1}, "vocab_size is -1"),
-        ({"seq_length": "8192"}, "seq_length is '8192'"),
-        ({"num_heads": 8.0}, "num_heads is 8.0"),
-        ({"n_kv_heads": True}, "n_kv_heads is True"),
-        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"num_layers": 0}, ("num_layers", 0, 1)),
+        ({"vocab_size": -1}, ("vocab_size", -1)),
+        ({"seq_length": "8192"}, ("seq_length", "'8192'")),
+        ({"num_heads": 8.0}, ("num_heads", "8.0")),
+        ({"n_kv_heads": True}, ("n_kv_heads", "True")),
+        ({"intermediate_size": 0}, ("intermediate_size", 0)),
     ],
     ids=str,
 )
 def test_values_that_cannot_be_are_refused_with_a_sentence(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         TelechatConfig(**fields)
 
 
@@ -102,7 +103,7 @@ def test_values_that_cannot_be_are_refused_with_a_sentence(fields, message):
 def test_dtypes_are_names_of_floats(field):
     assert getattr(TelechatConfig(**{field: "Float16"}), field) == ms.float16
     assert getattr(TelechatConfig(**{field: ms.bfloat16}), field) == ms.bfloat16
-    with pytest.raises(ValueError, match=f"{field} is 'int8'; it must be one of float32, float16, bfloat16"):
+    with refused(field, "'int8'", "float32", "float16", "bfloat16"):
         TelechatConfig(**{field: "int8"})
 
 

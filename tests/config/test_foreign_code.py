@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.yaml_files import read_config
@@ -37,14 +38,14 @@ def at(dotted: str, value: object) -> dict:
     "reference", ["/tmp/evil.Evil", "../../evil.Evil", "os.path.join", "other/repo--m.C"]
 )
 def test_a_name_that_leaves_the_folder_is_refused_in_every_section(place, reference):
-    with pytest.raises(ValueError, match="auto_register") as refused:
+    with refused("auto_register") as raised:
         check_settings(at(f"{place}.auto_register", reference), register=CHECKOUT / "research/telechat2")
-    assert reference in str(refused.value) and "--register_path" in str(refused.value)
+    assert reference in str(raised.value) and "--register_path" in str(raised.value)
 
 
 @pytest.mark.parametrize("reference", [5, ["a.B"], "", "B", "a.b.C", "a.C;x", "a\n.C", None])
 def test_what_is_no_name_of_a_class_is_refused(reference):
-    with pytest.raises(ValueError, match="leaves the folder of --register_path"):
+    with refused("--register_path"):
         check_settings({"optimizer": {"type": "C", "auto_register": reference}})
 
 
@@ -52,12 +53,12 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "own" / "mine.py").symlink_to(tmp_path / "evil.py")
-    with pytest.raises(ValueError, match=r"is a link to .*evil\.py"):
+    with refused("evil.py"):
         check_settings({"optimizer": {"type": "C", "auto_register": "mine.C"}}, register=tmp_path / "own")
 
 
 def test_a_module_that_is_not_there_is_named_with_the_folder(tmp_path):
-    with pytest.raises(ValueError, match=f"there is no file mine.py in {tmp_path}"):
+    with refused("mine.py", tmp_path):
         check_settings({"optimizer": {"type": "C", "auto_register": "mine.C"}}, register=tmp_path)
 
 
@@ -89,26 +90,26 @@ def test_a_class_of_the_users_own_wins_over_the_plugins(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trust_remote_code": True}, "trust_remote_code is True"),
-        (at("train_dataset.data_loader.handler.0.trust_remote_code", True), "trust_remote_code is True"),
-        (at("train_dataset.data_loader.load.load_func", "eval"), "load_func is 'eval'"),
-        (at("train_dataset.data_loader.load.path", "pandas"), "path is 'pandas', which can hold code"),
-        (at("train_dataset.data_loader.load.data_files", {"a": "x.pkl"}), "x.pkl', which can hold code"),
-        ({"train_dataset": {"data_loader": {"type": "GeneratorDataset"}}}, "GeneratorDataset"),
-        ({"processor": {"tokenizer": {"type": "AutoTokenizer"}}}, "AutoTokenizer"),
-        ({"REGISTER_PATH": "/tmp"}, "REGISTER_PATH is read by nothing"),
-        ({"use_legacy": False}, "use_legacy is False"),
+        ({"trust_remote_code": True}, ("trust_remote_code", "True")),
+        (at("train_dataset.data_loader.handler.0.trust_remote_code", True), ("trust_remote_code", "True")),
+        (at("train_dataset.data_loader.load.load_func", "eval"), ("load_func", "'eval'")),
+        (at("train_dataset.data_loader.load.path", "pandas"), ("path", "'pandas'")),
+        (at("train_dataset.data_loader.load.data_files", {"a": "x.pkl"}), ("x.pkl",)),
+        ({"train_dataset": {"data_loader": {"type": "GeneratorDataset"}}}, ("GeneratorDataset",)),
+        ({"processor": {"tokenizer": {"type": "AutoTokenizer"}}}, ("AutoTokenizer",)),
+        ({"REGISTER_PATH": "/tmp"}, ("REGISTER_PATH",)),
+        ({"use_legacy": False}, ("use_legacy", "False")),
     ],
 )
 def test_other_ways_to_run_code_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         check_settings(settings)
 
 
 def test_yaml_makes_no_python_objects(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("a: !!python/object/apply:os.system ['touch EXECUTED']\n")
-    with pytest.raises(ValueError, match="not valid YAML"):
+    with refused("YAML"):
         read_config(path)
 
 
@@ -121,9 +122,9 @@ def test_a_run_imports_nothing_before_it_refuses(tmp_path, monkeypatch, register
         f"model:\n  model_config:\n    auto_register: {tmp_path}/evil.TelechatConfig\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="leaves the folder of --register_path"):
+    with refused("--register_path"):
         run("own.yaml", {"input_data": "x"}, register)
-    with pytest.raises(ValueError, match="optimizer.auto_register"):
+    with refused("optimizer.auto_register"):
         run(str(CHECKOUT / "research/telechat2/telechat2-tiny/finetune_telechat_tiny.yaml"),
             {"optimizer.auto_register": "../evil.AdamW"}, register)  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.py", "own", "own.yaml"]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.config.rank_groups import check_groups
 
@@ -30,13 +31,13 @@ def test_groups_that_nodes_have_are_allowed(dp, mp, stages):
 @pytest.mark.parametrize(
     ("dp", "mp", "stages", "group"),
     [
-        (8, 3, 1, "model_parallel 3 would communicate between the ranks 0, 1, 2, "),
-        (3, 4, 2, "data_parallel 3 would communicate between the ranks 0, 4, 8, "),
-        (6, 2, 2, "data_parallel 6 would communicate between the ranks 0, 2, 4, 6, 8, 10, "),
+        (8, 3, 1, ("model_parallel 3", 0, 1, 2)),
+        (3, 4, 2, ("data_parallel 3", 0, 4, 8)),
+        (6, 2, 2, ("data_parallel 6", 0, 2, 4, 6, 8, 10)),
     ],
 )
 def test_others_are_refused_by_name(dp, mp, stages, group):
-    with pytest.raises(ValueError, match=group):
+    with refused(*group):
         check_groups(dp, mp, stages)
 
 
@@ -57,13 +58,13 @@ def test_split_sequences_count(dp, gather, exchange, mp, stages):
     ("dp", "gather", "exchange", "mp", "group"),
     # each of them refused by MindSpore: "Create communication group failed"
     [
-        (2, 3, 1, 4, "data_parallel 2 would communicate between the ranks 0, 12"),
-        (1, 2, 6, 2, "context_parallel 12, of which 2 gather .* ranks 0, 12"),
-        (1, 4, 3, 2, "context_parallel 12, of which 4 gather .* ranks 0, 6, 12, 18"),
+        (2, 3, 1, 4, ("data_parallel 2", 0, 12)),
+        (1, 2, 6, 2, ("context_parallel 12", 2, 0, 12)),
+        (1, 4, 3, 2, ("context_parallel 12", 4, 0, 6, 12, 18)),
     ],
 )
 def test_groups_of_split_sequences_that_nodes_do_not_have_are_refused(dp, gather, exchange, mp, group):
-    with pytest.raises(ValueError, match=group):
+    with refused(*group):
         check_groups(dp, mp, 1, gather, exchange)
 
 

@@ -5,10 +5,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.config.check import check
 from research.telechat2.config.classes import GROUPS, PLUGIN
-from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.fields import kinds_of
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.places import settings_like
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.settings import read_settings
@@ -65,28 +67,31 @@ def test_the_classes_have_the_arguments_that_the_tables_say():
     [
         (
             {"checkpoint.save_interleaved_step": 5},
-            "checkpoint.save_interleaved_step .*save_interleaved_steps",
+            ("checkpoint.save_interleaved_step", "save_interleaved_steps"),
         ),
-        ({"context.max_device_memry": "1GB"}, "context.max_device_memry .*max_device_memory"),
-        ({"moe_config.expert_nums": 16}, "moe_config.expert_nums .*Did you mean expert_num"),
-        ({"lr_schedule.warmup_ration": 0.1}, "lr_schedule.warmup_ration .*warmup_ratio"),
-        ({"optimizer.weight_decy": 0.1}, "optimizer.weight_decy .*weight_decay"),
-        ({"runner_wrapper.max_grad_nrm": 1.0}, "runner_wrapper.max_grad_nrm .*Did you mean max_grad_norm"),
+        ({"context.max_device_memry": "1GB"}, ("context.max_device_memry", "max_device_memory")),
+        ({"moe_config.expert_nums": 16}, ("moe_config.expert_nums", "expert_num")),
+        ({"lr_schedule.warmup_ration": 0.1}, ("lr_schedule.warmup_ration", "warmup_ratio")),
+        ({"optimizer.weight_decy": 0.1}, ("optimizer.weight_decy", "weight_decay")),
+        ({"runner_wrapper.max_grad_nrm": 1.0}, ("runner_wrapper.max_grad_nrm", "max_grad_norm")),
         (
             {"train_dataset.num_paralel_workers": 1},
-            "train_dataset.num_paralel_workers .*num_parallel_workers",
+            ("train_dataset.num_paralel_workers", "num_parallel_workers"),
         ),
-        ({"train_dataset.data_loader.num_sample": 1}, "data_loader.num_sample .*Did you mean num_samples"),
-        ({"eval_dataset.data_loader.shufle": True}, "data_loader.shufle .*shuffle"),
-        ({"tensorboard.tensorboard_dri": "x"}, "tensorboard.tensorboard_dri .*tensorboard_dir"),
+        ({"train_dataset.data_loader.num_sample": 1}, ("data_loader.num_sample", "num_samples")),
+        ({"eval_dataset.data_loader.shufle": True}, ("data_loader.shufle",)),
+        ({"tensorboard.tensorboard_dri": "x"}, ("tensorboard.tensorboard_dri", "tensorboard_dir")),
         ({"metric.typ": "x"}, None),  # a metric's arguments are not known
-        ({"trainer.model_nam": "x"}, "trainer.model_nam .*model_name"),
-        ({"model.arch.typ": "x"}, "model.arch.typ .*type"),
-        ({f"{MODEL}.num_layer": 4}, "model_config.num_layer .*num_layers is there as well, and is 4"),
-        ({f"{MODEL}.use_pas": True}, "model_config.use_pas .*Did you mean use_past"),
-        ({"context.jit_config.jit_levl": "O1"}, "context.jit_config.jit_levl .*jit_level"),
-        ({"optimizer.type": "AdanW"}, "optimizer.type is 'AdanW'.*AdamW"),
-        ({"lr_schedule.type": "CosinWithWarmUpLR"}, "lr_schedule.type is 'CosinWithWarmUpLR'.*CosineWith"),
+        ({"trainer.model_nam": "x"}, ("trainer.model_nam", "model_name")),
+        ({"model.arch.typ": "x"}, ("model.arch.typ", "type")),
+        ({f"{MODEL}.num_layer": 4}, ("model_config.num_layer", "num_layers", 4)),
+        ({f"{MODEL}.use_pas": True}, ("model_config.use_pas", "use_past")),
+        ({"context.jit_config.jit_levl": "O1"}, ("context.jit_config.jit_levl", "jit_level")),
+        ({"optimizer.type": "AdanW"}, ("optimizer.type", "'AdanW'", "AdamW")),
+        (
+            {"lr_schedule.type": "CosinWithWarmUpLR"},
+            ("lr_schedule.type", "'CosinWithWarmUpLR'", "CosineWith"),
+        ),
     ],
 )
 def test_a_mistyped_key_is_named_in_every_section(change, message):
@@ -94,27 +99,30 @@ def test_a_mistyped_key_is_named_in_every_section(change, message):
     if message is None:
         read_settings("finetune_telechat_tiny", change, Path.cwd())
         return
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         read_settings("finetune_telechat_tiny", change, Path.cwd())
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"moe_config": 16}, "moe_config is 16; it must be a section"),
+        ({"moe_config": 16}, ("moe_config", 16)),
         (
             {"model": {"model_config": {"moe_config": {"expert_num": 16}}}},
-            "moe_config stands in .* to the top",
+            ("moe_config",),
         ),
-        ({"run_model": "train"}, "the setting run_model .*Did you mean run_mode"),
-        ({"calbacks": []}, "the setting calbacks .*Did you mean callbacks"),
-        ({"callbacks": [{"type": "CheckpointMonitor", "prefx": "a"}]}, r"callbacks\[0\].prefx .*prefix"),
-        ({"callbacks": [{"type": "StressTestModelMonitor"}]}, r"callbacks\[0\].type is 'StressTestModel"),
-        ({"checkpoint": "output/checkpoint"}, "checkpoint is 'output/checkpoint'; it must be a section"),
+        ({"run_model": "train"}, ("run_model", "run_mode")),
+        ({"calbacks": []}, ("calbacks", "callbacks")),
+        ({"callbacks": [{"type": "CheckpointMonitor", "prefx": "a"}]}, ("callbacks", "[0]")),
+        (
+            {"callbacks": [{"type": "StressTestModelMonitor"}]},
+            ("callbacks", "[0]", "type", "StressTestModel"),
+        ),
+        ({"checkpoint": "output/checkpoint"}, ("checkpoint", "'output/checkpoint'")),
     ],
 )
 def test_mistyped_settings_are_named(config, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         check_settings(config)
 
 
@@ -124,10 +132,10 @@ def test_all_mistakes_are_listed_at_once():
         "seed": "a",
         "parallel_config": {"model_paralel": 4, "data_parallel": "2"},
     }
-    with pytest.raises(ValueError, match="4 settings") as refused:
+    with refused(4) as raised:
         check_settings(config)
     for name in ("run_model", "seed is 'a'", "model_paralel", "data_parallel is '2'"):
-        assert name in str(refused.value)
+        assert name in str(raised.value)
 
 
 @pytest.mark.parametrize("section", ["optimizer", "trainer", "model.arch", "train_dataset.data_loader"])
@@ -136,16 +144,16 @@ def test_a_type_that_is_no_name_is_named(section, kind):
     settings: dict = {"type": kind}
     for name in reversed(section.split(".")):
         settings = {name: settings}
-    with pytest.raises(ValueError, match=f"{section}.type is "):
+    with refused(f"{section}.type", kind):
         check_settings(settings)
 
 
 def test_a_key_of_an_aliased_section_is_named_once():
     settings = read_config(resolve_config("finetune_telechat_tiny", Path.cwd()))
     settings["train_dataset"]["shufle"] = settings["train_dataset_task"]["dataset_config"]["shufle"] = True
-    with pytest.raises(ValueError) as refused:
+    with refused("shufle") as raised:
         check_settings(settings)
-    assert str(refused.value).count("shufle is read by nothing") == 1
+    assert len(raised.value.found) == 1
 
 
 @pytest.mark.parametrize(
@@ -179,45 +187,45 @@ def test_numbers_in_a_list_are_read_too(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (f"{MODEL}.use_past", "False", "use_past is 'False'; .* without quotes: False"),
-        ("use_parallel", "True", "use_parallel is 'True'; .*: True"),
-        ("runner_config.sink_mode", 1, "sink_mode is 1; .*: True"),
-        ("runner_config.epochs", "1e1", "epochs is '1e1'; it must be a whole number.*: 10"),
-        ("runner_config.batch_size", 2.0, "batch_size is 2.0; .*: 2"),
-        ("runner_config.batch_size", True, "batch_size is True; it must be a whole number"),
-        ("lr_schedule.learning_rate", "fast", "learning_rate is 'fast'; it must be a finite number"),
-        ("lr_schedule.learning_rate", float("nan"), "learning_rate is nan; it must be a finite number"),
-        ("lr_schedule.warmup_steps", "10", "warmup_steps is '10'; .*: 10"),
-        ("optimizer.betas", 0.9, "betas is 0.9; it must be a list of numbers"),
-        (f"{MODEL}.num_layers", None, "num_layers is None; it must be a whole number"),
-        (f"{MODEL}.compute_dtype", 32, "compute_dtype is 32; it must be text"),
-        (f"{MODEL}.do_sample", "true", "do_sample is 'true'; .*: True"),
-        ("output_dir", 5, "output_dir is 5; it must be text, in quotes: '5'"),
-        ("train_dataset.data_loader.num_samples", "5", "num_samples is '5'; .*: 5"),
-        ("seed", 1.5, "seed is 1.5; it must be a whole number"),
-        ("seed", -3, "seed is -3; it must be a whole number from 0 to 4294967295"),
-        ("seed", 2**32, "seed is 4294967296; "),
-        ("context.max_device_memory", 58, "max_device_memory is 58; .*: '58GB'"),
-        ("context.max_device_memory", "58gb", "max_device_memory is '58gb'; .*: '58GB'"),
-        ("context.jit_config.jit_level", "O9", "jit_level is 'O9'; it must be O0, O1 or O2"),
-        ("context.max_call_depth", 0, "max_call_depth is 0; .* at least 1"),
-        ("checkpoint.prefix", "runs/a", "prefix is 'runs/a'"),
-        ("train_dataset.num_parallel_workers", 0, "num_parallel_workers is 0; .* at least 1"),
-        ("train_dataset.prefetch_size", -1, "prefetch_size is -1; .* at least 1"),
-        ("train_dataset.data_loader.shuffle", "False", "shuffle is 'False'; .*: False"),
-        ("eval_dataset.data_loader.num_samples", -3, "num_samples is -3; .* at least 1"),
-        ("callbacks", ["MFLossMonitor"], r"callbacks is .*: \[\{type: MFLossMonitor\}\]"),
-        ("metric", ["Accuracy"], "metric is .*a list of sections"),
-        (f"{MODEL}.document_start_ids", ["1", "6"], "document_start_ids is .*whole numbers"),
-        (f"{MODEL}.theta", -1, "theta is -1; it must be"),
-        (f"{MODEL}.rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05"),
-        ("runner_config.stop_step", 5, "stop_step is 5, .*TrainCallBack"),
-        ("optimizer.type", "Adam", r"optimizer.betas is \[0.9, 0.95\], and Adam has no .*betas: null"),
-        ("lr_schedule.type", "LinearWithWarmUpLR", "lr_end is 0.0001, and LinearWithWarmUpLR .*lr_end: null"),
+        (f"{MODEL}.use_past", "False", ("use_past", "'False'", "False")),
+        ("use_parallel", "True", ("use_parallel", "'True'", "True")),
+        ("runner_config.sink_mode", 1, ("sink_mode", 1, "True")),
+        ("runner_config.epochs", "1e1", ("epochs", "'1e1'", 10)),
+        ("runner_config.batch_size", 2.0, ("batch_size", "2.0", 2)),
+        ("runner_config.batch_size", True, ("batch_size", "True")),
+        ("lr_schedule.learning_rate", "fast", ("learning_rate", "'fast'")),
+        ("lr_schedule.learning_rate", float("nan"), ("learning_rate", "nan")),
+        ("lr_schedule.warmup_steps", "10", ("warmup_steps", "'10'", 10)),
+        ("optimizer.betas", 0.9, ("betas", "0.9")),
+        (f"{MODEL}.num_layers", None, ("num_layers", "None")),
+        (f"{MODEL}.compute_dtype", 32, ("compute_dtype", 32)),
+        (f"{MODEL}.do_sample", "true", ("do_sample", "'true'", "True")),
+        ("output_dir", 5, ("output_dir", 5, "'5'")),
+        ("train_dataset.data_loader.num_samples", "5", ("num_samples", "'5'", 5)),
+        ("seed", 1.5, ("seed", "1.5")),
+        ("seed", -3, ("seed", -3, 0, 4294967295)),
+        ("seed", 2**32, ("seed", 4294967296)),
+        ("context.max_device_memory", 58, ("max_device_memory", 58, "'58GB'")),
+        ("context.max_device_memory", "58gb", ("max_device_memory", "'58gb'", "'58GB'")),
+        ("context.jit_config.jit_level", "O9", ("jit_level", "'O9'", 0, 1, 2)),
+        ("context.max_call_depth", 0, ("max_call_depth", 0, 1)),
+        ("checkpoint.prefix", "runs/a", ("prefix", "'runs/a'")),
+        ("train_dataset.num_parallel_workers", 0, ("num_parallel_workers", 0, 1)),
+        ("train_dataset.prefetch_size", -1, ("prefetch_size", -1, 1)),
+        ("train_dataset.data_loader.shuffle", "False", ("shuffle", "'False'", "False")),
+        ("eval_dataset.data_loader.num_samples", -3, ("num_samples", -3, 1)),
+        ("callbacks", ["MFLossMonitor"], ("callbacks", "[{type: MFLossMonitor}]")),
+        ("metric", ["Accuracy"], ("metric",)),
+        (f"{MODEL}.document_start_ids", ["1", "6"], ("document_start_ids",)),
+        (f"{MODEL}.theta", -1, ("theta", -1)),
+        (f"{MODEL}.rms_norm_eps", -1e-5, ("rms_norm_eps", "-1e-05")),
+        ("runner_config.stop_step", 5, ("stop_step", 5, "TrainCallBack")),
+        ("optimizer.type", "Adam", ("optimizer.betas", "[0.9, 0.95]", "betas", "null")),
+        ("lr_schedule.type", "LinearWithWarmUpLR", ("lr_end", "0.0001", "LinearWithWarmUpLR", "null")),
     ],
 )
 def test_a_value_of_another_kind_is_refused_and_says_how_to_write_it(key, value, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         check(read_settings("finetune_telechat_tiny", {key: value}, Path.cwd())[1])
 
 
@@ -252,7 +260,7 @@ def test_a_dataset_config_of_its_own_is_checked():
         "type": "CausalLanguageModelDataset",
         "dataset_config": {"shufle": True},
     }
-    with pytest.raises(ValueError, match="train_dataset_task.dataset_config.shufle is read by nothing"):
+    with refused("train_dataset_task.dataset_config.shufle"):
         check_settings(settings)
 
 
@@ -272,12 +280,12 @@ def test_a_dataset_config_of_its_own_is_checked():
 )
 def test_a_key_in_the_wrong_place_is_named_by_its_own(key, meant):
     assert settings_like(key)[0] == meant
-    with pytest.raises(ValueError, match=f"{key}.*Did you mean (--)?{meant}"):
+    with refused(key, meant):
         read_settings("finetune_telechat_tiny", {key: 1}, Path.cwd())
 
 
 def test_every_field_of_the_model_has_a_kind():
-    kinds = model_kinds()
+    kinds = kinds_of(ModelSettings)
     assert "any" not in {kind for text in kinds.values() for kind in text.split("|")}
     assert (kinds["use_past"], kinds["n_kv_heads"], kinds["offset"]) == ("bool", "whole|null", "whole|list")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusal import refused
 
 from research.telechat2.config.optimization import (
     check_optimization,
@@ -23,62 +24,62 @@ def schedule(**settings) -> dict:
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        (schedule(learning_rate=1e-5, lr_end=1e-4), "lr_end is 0.0001, .*above learning_rate 1e-05"),
-        (schedule(warmup_lr_init=1e-3), "warmup_lr_init is 0.001, .*above learning_rate 0.0001"),
-        ({"lr_schedule": {"base_lr": 1e-5, "eta_min": 1e-4}}, "eta_min is 0.0001, .*above base_lr 1e-05"),
-        (schedule(learning_rate=-1e-4), "learning_rate is -0.0001"),
-        (schedule(learning_rate=float("inf")), "learning_rate is inf"),
-        (schedule(lr_end=float("nan")), "lr_end is nan"),
-        (schedule(learning_rate="1e-5"), "learning_rate is '1e-5'"),
-        (schedule(warmup_steps=100, warmup_ratio=0.05), "warmup_steps 100 and warmup_ratio 0.05.*null"),
-        (schedule(warmup_steps=100, warmup_ratio=0.0), "warmup_steps 100 and warmup_ratio 0.0"),
-        (schedule(decay_steps=10, decay_ratio=0.5), "decay_steps 10 and decay_ratio 0.5"),
-        (schedule(warmup_steps=-1), "warmup_steps is -1"),
-        (schedule(warmup_steps=0.1), "warmup_steps is 0.1"),
-        (schedule(warmup_ratio=5), "warmup_ratio is 5"),
-        (schedule(warmup_epochs=1, warmup_ratio=0.1), "warmup_epochs is 1"),
-        (schedule(total_steps=0), "total_steps is 0"),
-        (schedule(total_steps=-2), "total_steps is -2"),
-        (schedule(num_cycles=0), "num_cycles is 0"),
-        ({"grouped_lr_schedule": {"default": {"learning_rate": 1e-5, "lr_end": 1}}}, "default.lr_end is 1"),
+        (schedule(learning_rate=1e-5, lr_end=1e-4), ("lr_end", "0.0001", "learning_rate 1e-05")),
+        (schedule(warmup_lr_init=1e-3), ("warmup_lr_init", "0.001", "learning_rate 0.0001")),
+        ({"lr_schedule": {"base_lr": 1e-5, "eta_min": 1e-4}}, ("eta_min", "0.0001", "base_lr 1e-05")),
+        (schedule(learning_rate=-1e-4), ("learning_rate", "-0.0001")),
+        (schedule(learning_rate=float("inf")), ("learning_rate", "inf")),
+        (schedule(lr_end=float("nan")), ("lr_end", "nan")),
+        (schedule(learning_rate="1e-5"), ("learning_rate", "'1e-5'")),
+        (schedule(warmup_steps=100, warmup_ratio=0.05), ("warmup_steps 100", "warmup_ratio 0.05", "null")),
+        (schedule(warmup_steps=100, warmup_ratio=0.0), ("warmup_steps 100", "warmup_ratio 0.0")),
+        (schedule(decay_steps=10, decay_ratio=0.5), ("decay_steps 10", "decay_ratio 0.5")),
+        (schedule(warmup_steps=-1), ("warmup_steps", -1)),
+        (schedule(warmup_steps=0.1), ("warmup_steps", "0.1")),
+        (schedule(warmup_ratio=5), ("warmup_ratio", 5)),
+        (schedule(warmup_epochs=1, warmup_ratio=0.1), ("warmup_epochs", 1)),
+        (schedule(total_steps=0), ("total_steps", 0)),
+        (schedule(total_steps=-2), ("total_steps", -2)),
+        (schedule(num_cycles=0), ("num_cycles", 0)),
+        ({"grouped_lr_schedule": {"default": {"learning_rate": 1e-5, "lr_end": 1}}}, ("default.lr_end", 1)),
         (
             {"grouped_lr_schedule": {"default": {}, "grouped": [{"learning_rate": -1, "params": ["x"]}]}},
-            r"grouped\[0\].learning_rate is -1",
+            ("[0]", "learning_rate", -1),
         ),
         (
             schedule() | {"optimizer": {"learning_rate": 1e-3}},
-            "optimizer.learning_rate is 0.001 and lr_schedule.learning_rate is 0.0001",
+            ("optimizer.learning_rate", "0.001", "lr_schedule.learning_rate", "0.0001"),
         ),
-        (schedule(type="CosineAnnealingLR", base_lr=1e-3), "learning_rate 0.0001 and base_lr 0.001"),
-        ({"run_mode": "finetune"}, "lr_schedule.learning_rate is not stated .*5e-05"),
+        (schedule(type="CosineAnnealingLR", base_lr=1e-3), ("learning_rate 0.0001", "base_lr 0.001")),
+        ({"run_mode": "finetune"}, ("lr_schedule.learning_rate", "5e-05")),
         (
             {"run_mode": "train", "lr_schedule": {"type": "cosine"}},
-            "lr_schedule.learning_rate is not stated;",
+            ("lr_schedule.learning_rate",),
         ),
         (
             {"run_mode": "train", "optimizer": {"learning_rate": 1e-3}},
-            "give --lr_schedule.learning_rate 0.001",
+            ("--lr_schedule.learning_rate 0.001",),
         ),
-        ({"optimizer": {"betas": [0.9]}}, r"betas is \[0.9\]"),
-        ({"optimizer": {"betas": [0.9, 1.0]}}, r"betas\[1\] is 1.0"),
-        ({"optimizer": {"betas": [-0.9, 0.95]}}, r"betas\[0\] is -0.9"),
-        ({"optimizer": {"eps": 0}}, "eps is 0"),
-        ({"optimizer": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
-        ({"optimizer": {"weight_decay": float("nan")}}, "weight_decay is nan"),
-        ({"runner_wrapper": {"use_clip_grad": True, "max_grad_norm": -1.0}}, "max_grad_norm is -1.0"),
-        ({"runner_wrapper": {"scale_sense": 0}}, "scale_sense is 0"),
-        ({"runner_config": {"epochs": 0}}, "epochs is 0"),
-        ({"runner_config": {"epochs": 1.5}}, "epochs is 1.5"),
-        ({"runner_config": {"batch_size": -2}}, "batch_size is -2"),
-        ({"runner_config": {"sink_size": 0}}, "sink_size is 0"),
-        ({"checkpoint": {"save_interleaved_steps": 0}}, "save_interleaved_steps is 0"),
-        ({"checkpoint": {"save_max": -5}}, "save_max is -5"),
-        ({"train_dataset": {"data_loader": {"num_samples": 0}}}, "num_samples is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"optimizer": {"betas": [0.9]}}, ("betas", "[0.9]")),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, ("betas", "[1]", "1.0")),
+        ({"optimizer": {"betas": [-0.9, 0.95]}}, ("betas", "[0]", "-0.9")),
+        ({"optimizer": {"eps": 0}}, ("eps", 0)),
+        ({"optimizer": {"weight_decay": -0.1}}, ("weight_decay", "-0.1")),
+        ({"optimizer": {"weight_decay": float("nan")}}, ("weight_decay", "nan")),
+        ({"runner_wrapper": {"use_clip_grad": True, "max_grad_norm": -1.0}}, ("max_grad_norm", "-1.0")),
+        ({"runner_wrapper": {"scale_sense": 0}}, ("scale_sense", 0)),
+        ({"runner_config": {"epochs": 0}}, ("epochs", 0)),
+        ({"runner_config": {"epochs": 1.5}}, ("epochs", "1.5")),
+        ({"runner_config": {"batch_size": -2}}, ("batch_size", -2)),
+        ({"runner_config": {"sink_size": 0}}, ("sink_size", 0)),
+        ({"checkpoint": {"save_interleaved_steps": 0}}, ("save_interleaved_steps", 0)),
+        ({"checkpoint": {"save_max": -5}}, ("save_max", -5)),
+        ({"train_dataset": {"data_loader": {"num_samples": 0}}}, ("num_samples", 0)),
+        ({"seed": -1}, ("seed", -1)),
     ],
 )
 def test_what_trains_otherwise_than_meant_is_refused_with_its_values(settings, found):
-    with pytest.raises(ValueError, match=found):
+    with refused(*found):
         check_optimization(settings)
 
 
@@ -132,7 +133,7 @@ def test_whole_numbers_become_the_floats_that_mindformers_takes():
 def test_a_stable_rate_without_warm_up_is_refused(warmup, steps):
     """MindFormers computes it as rate * step / step, which is NaN at step 0, and so are the weights."""
     settings = schedule(type="WarmUpStableDecayLR", decay_start_ratio=0.5, **warmup)
-    with pytest.raises(ValueError, match="WarmUpStableDecayLR .*warmup_steps 1"):
+    with refused("WarmUpStableDecayLR", "warmup_steps 1"):
         check_schedule_length(settings, steps)
     check_schedule_length(settings, 20 * steps) if "warmup_ratio" in warmup else None
     cosine = schedule(**warmup)

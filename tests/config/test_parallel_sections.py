@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
+from refusal import refused
 
 from research.telechat2.config.mindspore_context import check_parallel_sections
 from research.telechat2.telechat_config import TelechatConfig
@@ -22,51 +23,51 @@ PIPELINE = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}
 @pytest.mark.parametrize(
     ("section", "value", "sentence"),
     [
-        ("pipeline_config", {"pipeline_interleave": True}, "without pipeline_scheduler; MindSpore asks for"),
+        ("pipeline_config", {"pipeline_interleave": True}, ("pipeline_scheduler", "MindSpore")),
         (
             "pipeline_config",
             {"pipeline_scheduler": "1f1b"},
-            "without pipeline_interleave; MindSpore asks for",
+            ("pipeline_interleave", "MindSpore"),
         ),
         (
             "pipeline_config",
             PIPELINE | {"pipeline_interleave": 1},
-            "pipeline_interleave is 1; it must be True",
+            ("pipeline_interleave", 1, "True"),
         ),
         (
             "parallel_optimizer_config",
             {"optimizer_level": "level3", "gradient_accumulation_shard": True},
-            "optimizer_level level3 and gradient_accumulation_shard True; .* Remove gradient_accumulation_sh",
+            ("optimizer_level", "level3", "gradient_accumulation_shard True", "gradient_accumulation_sh"),
         ),
         (
             "parallel_optimizer_config",
             {"optimizer_level": "level3", "gradient_accumulation_shard": False},
-            "optimizer_level level3 and gradient_accumulation_shard False; .* beside level2 only",
+            ("optimizer_level", "level3", "gradient_accumulation_shard False", "level2"),
         ),
         (
             "parallel_optimizer_config",
             {"gradient_accumulation_shard": "yes"},
-            "gradient_accumulation_shard is 'yes'; it must be True or False",
+            ("gradient_accumulation_shard", "'yes'", "True", "False"),
         ),
         (
             "parallel_optimizer_config",
             {"optimizer_level": 3},
-            "optimizer_level is 3; it must be one of level1",
+            ("optimizer_level", 3, "level1"),
         ),
         (
             "parallel_optimizer_config",
             {"parallel_optimizer_threshold": -1},
-            "parallel_optimizer_threshold is -1; it must be a whole number of at least 0",
+            ("parallel_optimizer_threshold", -1, 0),
         ),
         (
             "parallel_optimizer_config",
             {"optimizer_weight_shard_size": 0},
-            "optimizer_weight_shard_size is 0; it must be .* at least 1, or -1 for all",
+            ("optimizer_weight_shard_size", 0, 1, -1),
         ),
     ],
 )
 def test_what_mindspores_context_refuses_is_refused_before(context, section, value, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with refused(*sentence):
         check_parallel_sections({"use_parallel": True, "parallel": {section: value}})
     with pytest.raises((ValueError, TypeError, KeyError)):
         context(**{section: value})
@@ -116,13 +117,11 @@ def test_copies_of_rows_are_refused_because_mindspore_adds_their_gradients_up():
     np.testing.assert_allclose(doubled.asnumpy(), 2 * gradient.asnumpy(), rtol=1e-6)
     assert float(doubled_loss.asnumpy()) == pytest.approx(2 * float(loss.asnumpy()), rel=1e-6)
     for value in (2, 0, True, "2"):
-        with pytest.raises(
-            ValueError, match=r"micro_batch_interleave_num is .*adds up the copies' losses and"
-        ):
+        with refused("micro_batch_interleave_num"):
             check_parallel_sections({"micro_batch_interleave_num": value})
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_ring_attention_is_refused_with_what_there_is_instead(value):
-    with pytest.raises(ValueError, match=r"use_ring_attention.*colossalai_cp .*ulysses_cp .*hybrid_cp"):
+    with refused("use_ring_attention", "colossalai_cp", "ulysses_cp", "hybrid_cp"):
         TelechatConfig(use_ring_attention=value)

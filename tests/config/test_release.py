@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from refusal import refused
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.llama.stated import said_beside, settle_with
@@ -39,10 +40,8 @@ def test_what_the_yaml_leaves_open_is_the_releases():
     ids=str,
 )  # fmt: skip
 def test_two_values_are_one_error_that_names_both(stated, named):
-    with pytest.raises(ValueError) as caught:
+    with refused("a.yaml", "w/config.json", *named):
         settle(stated, RELEASE, "a.yaml")
-    for text in ("a.yaml", "w/config.json", *named):
-        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_a_llamas_numbers(tmp_path):
         {"extend_method": "None"},
         {"scaling_factor": 2.0},
     ):
-        with pytest.raises(ValueError, match=next(iter(stated))):
+        with refused(next(iter(stated))):
             settle_with(dict(stated), weights, "the YAML")
     settle_with({"theta": 5e5, "extend_method": "pi", "scaling_factor": 4}, weights, "the YAML")
     settle_with({"theta": 1.0, "type": "LlamaConfig"}, weights, "the YAML")  # another's model
@@ -126,7 +125,7 @@ def test_two_spellings_of_one_number_in_a_config(tmp_path):
     from oracle import hf_config
 
     (tmp_path / "config.json").write_text(json.dumps(hf_config({}) | {"rms_norm_eps": 1e-6}))
-    with pytest.raises(ValueError, match=r"layer_norm_epsilon = 1e-05 and rms_norm_eps = 1e-06"):
+    with refused("layer_norm_epsilon", "1e-05", "rms_norm_eps", "1e-06"):
         said_beside(tmp_path)
 
 
@@ -200,18 +199,18 @@ def test_a_base_of_the_yamls_own_is_recorded_with_its_length(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_attention_heads": 8}, r"n_head = 4 and num_attention_heads = 8"),
-        ({"num_hidden_layers": 5}, r"n_layer = 2 and num_hidden_layers = 5"),
-        ({"n_kv_heads": 4, "num_key_value_heads": 2}, r"num_key_value_heads = 2 and n_kv_heads = 4"),
-        ({"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
-        ({"embed_layernorm": True}, "embed_layernorm = True"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling 'linear'.*extend_method"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "5e5"}}, "rope_theta = '5e5'"),
-        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
-        ({"bos_token_id": [1, None]}, "bos_token_id"),
-        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan; expected a positive number"),
+        ({"num_attention_heads": 8}, ("n_head", 4, "num_attention_heads", 8)),
+        ({"num_hidden_layers": 5}, ("n_layer", 2, "num_hidden_layers", 5)),
+        ({"n_kv_heads": 4, "num_key_value_heads": 2}, ("num_key_value_heads", 2, "n_kv_heads", 4)),
+        ({"apply_residual_connection_post_layernorm": True}, ("post_layernorm", "True")),
+        ({"embed_layernorm": True}, ("embed_layernorm", "True")),
+        ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'")),
+        ({"norm_topk_prob": False}, ("norm_topk_prob", "False")),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ("rope_scaling 'linear'", "extend_method")),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "5e5"}}, ("rope_theta", "'5e5'")),
+        ({"eos_token_id": "</s>"}, ("eos_token_id", "'</s>'")),
+        ({"bos_token_id": [1, None]}, ("bos_token_id",)),
+        ({"layer_norm_epsilon": float("nan")}, ("layer_norm_epsilon", "nan")),
     ],
     ids=str,
 )  # fmt: skip
@@ -221,9 +220,9 @@ def test_a_telechat_config_that_no_tensor_contradicts_is_refused_where_weights_a
     from oracle import hf_config
 
     (tmp_path / "config.json").write_text(json.dumps(hf_config({}) | changes))
-    with pytest.raises(ValueError, match=named) as refused:
+    with refused(*named) as raised:
         settle_with({}, tmp_path, "the YAML")
-    assert str(tmp_path / "config.json") in str(refused.value)
+    assert str(tmp_path / "config.json") in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_how_many_experts_take_a_token_shows_in_no_tensor(tmp_path, said):
     notes = settle_with(section, tmp_path, "the YAML", open_)
     assert open_ == same and "num_experts_chosen 4" in notes[0] and "num_experts_chosen" not in section
     settle_with({}, tmp_path, "the YAML", same)
-    with pytest.raises(ValueError, match=r"num_experts_chosen: 2; .* in config.json: 4"):
+    with refused("num_experts_chosen", 2, "config.json", 4):
         settle_with({}, tmp_path, "the YAML", other | {"num_experts_chosen": 2})
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.config.overrides import (
     apply_overrides,
@@ -69,19 +70,19 @@ def test_a_users_own_config_wins_over_the_shipped_one(shipped, tmp_path):
 
 @pytest.mark.parametrize("name", ["finetune_telechat_11b.yaml", "/home/me/finetune_telechat_115b.yaml"])
 def test_unknown_config_names_the_nearest(shipped, tmp_path, name):
-    with pytest.raises(ValueError, match=r"there is no config .*finetune_telechat_115b\.yaml"):
+    with refused("finetune_telechat_115b.yaml"):
         resolve_config(name, tmp_path, shipped)
 
 
 def test_a_folder_of_the_users_is_never_taken_for_a_shipped_file(shipped, tmp_path):
-    with pytest.raises(ValueError, match="there is no config my_configs/finetune_telechat_7b.yaml"):
+    with refused("my_configs", "finetune_telechat_7b.yaml"):
         resolve_config("my_configs/finetune_telechat_7b.yaml", tmp_path, shipped)
 
 
 def test_ambiguous_config_lists_the_candidates(shipped, tmp_path):
     twin = shipped / "research" / "telechat2" / "telechat2-35b" / "finetune_telechat_7b.yaml"
     twin.touch()
-    with pytest.raises(ValueError, match=r"2 shipped files: .*telechat2-35b.*telechat2-7b"):
+    with refused(2, "telechat2-35b", "telechat2-7b"):
         resolve_config("finetune_telechat_7b.yaml", tmp_path, shipped)
 
 
@@ -89,7 +90,7 @@ def test_register_path_is_found_below_the_checkout_from_anywhere(tmp_path):
     assert resolve_folder("./research/telechat2", tmp_path) == CHECKOUT / "research" / "telechat2"
     (tmp_path / "research" / "telechat2").mkdir(parents=True)
     assert resolve_folder("research/telechat2", tmp_path) == tmp_path / "research" / "telechat2"
-    with pytest.raises(ValueError, match="nowhere is no directory"):
+    with refused("nowhere"):
         resolve_folder("nowhere", tmp_path)
 
 
@@ -125,39 +126,39 @@ def test_override_pairs_and_options():
     assert parse_overrides(words) == {"optimizer.eps": -1, "a.b": "x=y", "c.d": True}
     assert parse_options(["a.b=False", "c=1,2", "d=[3]"]) == {"a.b": False, "c": [1, 2], "d": [3]}
     assert join_overrides({"a": 1, "b": 2}, {"a": 1}, {"c": 3}) == {"a": 1, "b": 2, "c": 3}
-    with pytest.raises(ValueError, match="a is given twice on the command line, as 1 and as 2"):
+    with refused("a", 1, 2):
         join_overrides({"a": 1}, {"a": 2})
-    with pytest.raises(ValueError, match="--a.b is given without a value"):
+    with refused("--a.b"):
         parse_overrides(["--a.b", "--c.d", "1"])
-    with pytest.raises(ValueError, match="unexpected argument 'lost'"):
+    with refused("'lost'"):
         parse_overrides(["lost"])
-    with pytest.raises(ValueError, match="expected key=value"):
+    with refused("--options a", "key=value"):
         parse_options(["a"])
 
 
 def test_overrides_set_new_keys_but_no_new_sections():
     config = {"model": {"model_config": {"seq_length": 8}}, "callbacks": [{"type": "x"}], "processor": None}
-    template = {"": {"seed": 1}, "context": {"mode": 0}}
     values = {"model.model_config.new": 1, "context.device_id": 2, "processor.type": "p", "seed": 3}
-    apply_overrides(config, values, template)
+    apply_overrides(config, values)
     assert config["model"]["model_config"] == {"seq_length": 8, "new": 1}
     assert (config["context"], config["processor"], config["seed"]) == ({"device_id": 2}, {"type": "p"}, 3)
-    for key, message in (
-        ("modle.model_config.seq_length", "no section `modle`. Did you mean model"),
-        ("model.model_confg.seq_length", "no section `model.model_confg`. Did you mean model_config"),
-        ("sead", "neither an argument nor a key.*Did you mean seed"),
-        ("top_k", r"neither an argument nor a key.* --model\.model_config\.top_k\?"),
-        ("max_new_tokens", r"--model\.model_config\.max_decode_length\?"),
+    for key, *named in (
+        ("modle.model_config.seq_length", "`modle`", "model"),
+        ("model.model_confg.seq_length", "`model.model_confg`", "model_config"),
+        ("sead", "seed"),
+        ("top_k", "--model.model_config.top_k"),
+        ("max_new_tokens", "--model.model_config.max_decode_length"),
         (
             "processor.tokenizer.vocab_file",
-            "`processor.tokenizer`.*`processor` is empty.* predict",
+            "`processor.tokenizer`",
+            "predict_….yaml",
         ),
-        ("seq_length", "^seq_length is neither .* Did you mean --model.model_config.seq_length"),
-        ("callbacks.type", "`callbacks` is no section but a list"),
-        ("seed.x", "`seed` is no section but the value 3"),
+        ("seq_length", "--model.model_config.seq_length"),
+        ("callbacks.type", "`callbacks`"),
+        ("seed.x", "`seed`", "3"),
     ):
-        with pytest.raises(ValueError, match=message):
-            apply_overrides(config | {"processor": None}, {key: 1}, template | {"processor": {}})
+        with refused(key.partition(".")[0], *named):
+            apply_overrides(config | {"processor": None}, {key: 1})
 
 
 def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
@@ -167,15 +168,15 @@ def test_a_chain_of_base_configs_merges_as_mindformers_merges_it(tmp_path):
     expected = {"x": {"p": 1, "q": {"r": 1, "s": [3]}}, "y": {"k": 2}, "z": None}
     assert read_config(tmp_path / "c.yaml") == expected
     (tmp_path / "d.yaml").write_text("base_config: nowhere.yaml\n")
-    with pytest.raises(ValueError, match=r"d\.yaml stands on base_config nowhere\.yaml"):
+    with refused("d.yaml", "base_config", "nowhere.yaml"):
         read_config(tmp_path / "d.yaml")
     (tmp_path / "h.yaml").write_text("base_config: 3\n")
-    with pytest.raises(ValueError, match=r"h\.yaml: base_config is \[3\]"):
+    with refused("h.yaml", "base_config", "[3]"):
         read_config(tmp_path / "h.yaml")
     (tmp_path / "i.yaml").write_text("base_config:\na: 1\n")
     assert read_config(tmp_path / "i.yaml") == {"a": 1}
     (tmp_path / "e.yaml").write_text("a: [1\n")
-    with pytest.raises(ValueError, match=r"e\.yaml is not valid YAML"):
+    with refused("e.yaml", "YAML"):
         read_config(tmp_path / "e.yaml")
 
 
@@ -184,10 +185,10 @@ def test_numbers_are_those_of_yaml_1_2_and_a_key_stands_once(tmp_path):
     path.write_text("a: 1e-5\nb: '1e-5'\nc: [1E3, -2.5e-1]\nd: 1e5x\n", encoding="utf-8")
     assert read_config(path) == {"a": 1e-5, "b": "1e-5", "c": [1000.0, -0.25], "d": "1e5x"}
     path.write_text("seed: 1\nmodel:\n  model_config: {}\nseed: 2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="the key seed stands twice, first in line 1"):
+    with refused("seed", 1):
         read_config(path)
     path.write_text("model:\n  model_config: {a: 1}\n  model_config: {b: 2}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="the key model_config stands twice, first in line 2"):
+    with refused("model_config", 2):
         read_config(path)
 
 
@@ -230,10 +231,8 @@ def test_a_file_without_end_or_in_another_encoding_is_named(tmp_path, files, nam
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / f"{name}.yaml").write_bytes(content)
-    with pytest.raises(ValueError) as refused:
+    with refused(*named):
         read_config(tmp_path / "a.yaml")
-    for text in named:
-        assert text in str(refused.value)
 
 
 def test_a_base_and_an_alias_may_be_used_twice(tmp_path):

@@ -221,10 +221,17 @@ def output_directory() -> str:
 
 
 def parallel_config_from(value) -> TransformerOpParallelConfig:
-    """A YAML's ``parallel_config`` section, or the object MindFormers made of it, as that object."""
+    """A YAML's ``parallel_config`` section, or the object MindFormers made of it, as that object.
+
+    Raises:
+        UsageError: MindFormers refuses a key or value.
+    """
     if isinstance(value, TransformerOpParallelConfig):
         return value
-    return TransformerOpParallelConfig(**dict(value))
+    try:
+        return TransformerOpParallelConfig(**dict(value))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"parallel_config is refused by MindFormers: {error}. Correct that key.") from error
 
 
 class MoEConfig(_MoEConfig):

@@ -23,7 +23,8 @@ from research.telechat2.config.optimization import check_optimization
 from research.telechat2.config.parallel import check_cluster, check_exchange
 from research.telechat2.config.pipeline import check_schedule, partition_of
 from research.telechat2.config.recompute import COMMUNICATION, SELECTED, read_recompute
-from research.telechat2.config.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import DEFAULTS, model_config, with_defaults
 from research.telechat2.config.unused_settings import without_effect
 
 SEMI_AUTO = (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.telechat2.config.classes import PLACES, PLUGIN
-from research.telechat2.config.key_check import sections_at
+from research.telechat2.config.sections import sections_at
 
 _PLUGIN_FOLDER = Path(__file__).resolve().parents[1]
 _REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)

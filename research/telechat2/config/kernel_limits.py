@@ -5,7 +5,6 @@ model/kernels/select.py obeys them when it chooses kernels, and telechat_plan.py
 
 from research.telechat2.common.errors import UsageError
 
-MAX_DOCUMENTS = 128  # of a packed record, where the YAML does not say
 _KERNEL_DOCUMENTS = 1024  # CANN's description of the variable-length form
 
 
@@ -18,7 +17,7 @@ def check_fused_attention(config) -> None:
             f"batch_size {config.batch_size} times max_documents {config.max_documents} is {documents}, but "
             f"Ascend's FlashAttentionScore takes {_KERNEL_DOCUMENTS} documents; lower one of the two."
         )
-    head_dim = config.hidden_size // config.num_heads
+    head_dim = config.head_dim
     if head_dim % 16:
         raise UsageError(
             f"head_dim is {head_dim}, but Ascend's FlashAttentionScore needs a multiple of 16; "
@@ -45,7 +44,7 @@ def check_paged_kernels(config) -> None:
             "bfloat16 by bfloat16 tables only; "
             "set model_config.rotary_dtype: bfloat16, or compute_dtype: float16."
         )
-    head_dim = config.hidden_size // config.num_heads
+    head_dim = config.head_dim
     if config.block_size % 16 or head_dim > 256:
         raise UsageError(
             f"block_size is {config.block_size} and head_dim {head_dim}; Ascend's PagedAttention "

@@ -1,15 +1,16 @@
 """Whether every key of a YAML is read by something, and every value is of its kind."""
 
 import difflib
-from collections.abc import Iterator
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES, TELECHAT_CONFIGS
+from research.telechat2.config.fields import kinds_of
 from research.telechat2.config.kinds import read_value
 from research.telechat2.config.model import LIBRARY_KEYS, OTHERS_KEYS
-from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.overrides import did_you_mean
 from research.telechat2.config.places import elsewhere, settings_like
+from research.telechat2.config.sections import sections_at
 from research.telechat2.config.tables import SECTIONS
 
 MODEL = "model.model_config"
@@ -41,26 +42,6 @@ def _once(problems: list[str]) -> list[str]:
     named = [problem.replace("_dataset_task.dataset_config", "_dataset") for problem in problems]
     pairs = dict.fromkeys(zip(problems, named, strict=True))
     return [problem for problem, name in pairs if name == problem or name not in problems]
-
-
-def sections_at(settings: dict, path: str) -> Iterator[tuple[str, dict]]:
-    """The sections at ``a.b`` or ``a.b[]``, each with the name that a message gives it; none that is absent.
-
-    What is no section is passed over: its own key's kind is checked where that stands.
-    """
-    found = [("", settings)]
-    for name in path.split(".") if path else ():
-        inner = []
-        for place, section in found:
-            value = section.get(name.removesuffix("[]"))
-            at = f"{place}.{name}".lstrip(".")
-            if name.endswith("[]"):
-                items = value if isinstance(value, list) else []
-                inner += [(f"{at[:-2]}[{i}]", item) for i, item in enumerate(items) if isinstance(item, dict)]
-            elif isinstance(value, dict):
-                inner.append((at, value))
-        found = inner
-    yield from found
 
 
 def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[str]]:
@@ -107,7 +88,7 @@ def _unknown_type(section: dict, group: str, place: str) -> list[str]:
 
 
 def _read_model(section: dict) -> tuple[list[str], list[str]]:
-    kinds = model_kinds()
+    kinds = kinds_of(ModelSettings)
     misread = _read_values(section, kinds, MODEL)
     others = [key for key in section if key in OTHERS_KEYS]
     unread = [

@@ -6,6 +6,8 @@ number that it is. Quoted truth values and whole numbers stay errors: ``"False"`
 
 import math
 import re
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from research.telechat2.common.errors import UsageError
 
@@ -13,6 +15,7 @@ _GIGABYTES = re.compile(r"[1-9]\d*(\.\d*)?GB|0\.\d*[1-9]\d*GB")  # what MindSpor
 _SPELLED = {"gigabytes": _GIGABYTES, "prefix": re.compile(r"[^/]*"), "level": re.compile(r"O[0-2]")}
 _ITEMS = {"reals": "real", "wholes": "whole", "texts": "text", "sections": "section"}  # of a list
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_TYPES: dict[str, Any] = {"text": str, "list": (list, tuple), "section": dict, "null": type(None)}
 EXPECTED = {
     "bool": "True or False, without quotes",
     "whole": "a whole number, in digits and without quotes",
@@ -37,7 +40,56 @@ def table(text: str) -> dict[str, str]:
 
     ``any`` takes every value.
     """
-    return dict(word.split(":") for word in text.split())
+    key_and_kind = (word.split(":") for word in text.split())
+    return {key: kind for key, kind in key_and_kind}
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_bool(name: str, value: object) -> None:
+    """UsageError if the setting ``name`` is neither True nor False: the text "False" is taken for true."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be {EXPECTED['bool']}.")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    whole: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """UsageError if the setting ``name`` is no finite number, not ``whole``, or out of its bounds."""
+    fits = is_whole(value) if whole else is_number(value)
+    if fits:
+        assert is_number(value)
+        fits = (
+            (least is None or value >= least)
+            and (most is None or value <= most)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+    if not fits:
+        expected = expected_number(whole=whole, least=least, most=most, above=above, below=below)
+        raise UsageError(f"{name} is {value!r}; it must be {expected}.")
+
+
+def expected_number(*, whole: bool = False, **bounds: float | None) -> str:
+    """In words what check_number accepts."""
+    words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
+    listed = " and ".join(f"{words[key]} {bound}" for key, bound in bounds.items() if bound is not None)
+    return f"{'a whole number' if whole else 'a number'}{', ' if listed else ''}{listed}"
 
 
 def read_value(kind: str, value: object) -> object:
@@ -54,7 +106,7 @@ def read_value(kind: str, value: object) -> object:
     if "real" in kinds and (number := _number(value)) is not None:
         return number
     if "reals" in kinds and isinstance(value, (list, tuple)):
-        numbers = [item if _is("real", item) else _number(item) for item in value]
+        numbers = [item if is_number(item) else _number(item) for item in value]
         if None not in numbers:
             return numbers
     expected = " or ".join(EXPECTED[name] for name in kinds)
@@ -64,18 +116,15 @@ def read_value(kind: str, value: object) -> object:
 def _is(kind: str, value: object) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
-    if kind == "whole":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "count":
-        return _is("whole", value) and value >= 1
+    if kind in ("whole", "count"):
+        return is_whole(value) and (kind == "whole" or value >= 1)
     if kind == "real":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number(value)
     if kind in _ITEMS:
         return isinstance(value, (list, tuple)) and all(_is(_ITEMS[kind], item) for item in value)
     if kind in _SPELLED:
         return isinstance(value, str) and bool(_SPELLED[kind].fullmatch(value))
-    types = {"text": str, "list": (list, tuple), "section": dict, "null": type(None)}
-    return isinstance(value, types[kind])
+    return isinstance(value, _TYPES[kind])
 
 
 def _number(value: object) -> float | None:
@@ -98,7 +147,7 @@ def _hint(kinds: list[str], value: object) -> str:
             return f": {int(number)}"
     if "gigabytes" in kinds and (found := re.fullmatch(r"0*([1-9]\d*(?:\.\d+)?) *G?I?B?", str(value), re.I)):
         return f": '{found[1]}GB'"
-    if "sections" in kinds and _is("texts", value) and value:
+    if "sections" in kinds and isinstance(value, list) and value and _is("texts", value):
         return f": [{', '.join(f'{{type: {name}}}' for name in value)}]"
     if kinds == ["text"] and isinstance(value, (int, float)) and not isinstance(value, bool):
         return f", in quotes: '{value}'"

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from research.telechat2.config.key_check import MODEL, sections_at
+from research.telechat2.config.key_check import MODEL
 from research.telechat2.config.model import DEAD_KEYS
+from research.telechat2.config.sections import sections_at
 
 _TUNING = "MindFormers 1.9 tunes no data set by it"
 _GRAPHS = "MindSpore fuses operators by context.jit_config.jit_level"

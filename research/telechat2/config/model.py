@@ -1,33 +1,28 @@
-"""What a TeleChat2 model's configuration may be: rules that need neither MindSpore nor MindFormers.
+"""What a TeleChat2 model's configuration may be: the rules beyond those of single settings.
 
-TelechatConfig obeys them when it is made, and telechat_plan.py's check before that. A ``config`` is anything
-with TelechatConfig's fields as attributes.
+TelechatConfig obeys them when it is made, and the check without MindSpore before that.
 """
 
 import difflib
 import logging
-import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
+from research.telechat2.config.fields import settings_of
+from research.telechat2.config.model_settings import DTYPE_FIELDS, DTYPES, ModelSettings
+from research.telechat2.config.moe import ExpertSection, MoESettings
+from research.telechat2.config.parallel import check_plan
+from research.telechat2.config.plan_settings import ParallelSettings
 from research.telechat2.config.rope import check_extension, complete_extension
-from research.telechat2.config.sampling import check_sampling
+from research.telechat2.config.sampling import SAMPLING, check_sampling
 
 logger = logging.getLogger("telechat2")
 
-DTYPES = ("float32", "float16", "bfloat16")
-DTYPE_FIELDS = (
-    "compute_dtype",
-    "param_init_type",
-    "embedding_init_type",
-    "layernorm_compute_type",
-    "softmax_compute_type",
-    "rotary_dtype",
-    "res_dtype",
-)
 # Keys of older TeleChat2 YAMLs that have no effect: why, and the values that ask for nothing that this model
 # does not do anyway; None: all values.
-DEAD_KEYS = {
+DEAD_KEYS: dict[str, tuple[str, tuple[object, ...] | None]] = {
     "pretrain_seqlen": (
         "nothing ever read it; max_position_embedding is the length the model was trained at", None
     ),
@@ -74,11 +69,37 @@ LIBRARY_KEYS = (
 )
 
 
-def library_keys(extra: dict, known: dict) -> dict:
+_UNSUPPORTED = ("quantization_config", "quantization", "parallel_decoding_params", "pet_config")
+
+
+def read_model(
+    given: Mapping[str, Any], plan: ParallelSettings, experts: ExpertSection
+) -> tuple[ModelSettings, dict[str, Any]]:
+    """The settings of a model, complete and checked, and the keys of ``given`` that are MindFormers' own.
+
+    Args:
+        given: a YAML's ``model_config``, with anything that MindFormers adds to it.
+        plan, experts: the sections that belong to it.
+
+    Raises:
+        UsageError: an unknown key (the nearest known one is named), an unknown dtype or ``extend_method``, or
+            sizes or a plan that cannot be.
+    """
+    known = settings_of(ModelSettings)
+    others = _library_keys({key: value for key, value in given.items() if key not in known}, known)
+    own = {key: value for key, value in given.items() if key in known}
+    config = ModelSettings(**own, parallel_config=plan, moe_config=experts)
+    _complete(config)
+    config.moe = MoESettings.read(experts, config.intermediate_size)
+    _check_model(config)
+    return config, others
+
+
+def _library_keys(extra: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """``extra`` without keys that are not the model's; a key without effect is named in a warning.
 
     Raises:
-        UsageError: nobody knows a key, or a key without effect asks for what this model does not do.
+        UsageError: nobody knows a key, or it asks for what this model does not do.
     """
     for key, value in extra.items():
         if key in DEAD_KEYS:
@@ -86,15 +107,15 @@ def library_keys(extra: dict, known: dict) -> dict:
             if harmless is not None and value not in harmless:
                 raise UsageError(f"model_config has {key!r}: {value!r}, but {reason}. Remove it.")
             logger.warning("model_config.%s has no effect: %s.", key, reason)
-            continue
-        if key in OTHERS_KEYS:
+        elif key in OTHERS_KEYS:
             raise UsageError(
                 f"model_config has the key {key!r}, which this model does not have: {OTHERS_KEYS[key]}. "
                 f"Remove {key}."
             )
-        if key not in LIBRARY_KEYS:
-            missing = [name for name in known if name not in extra]
-            nearest = difflib.get_close_matches(key, missing, n=1, cutoff=0.6)
+        elif key in _UNSUPPORTED and value:
+            raise UsageError(f"model_config has {key}, which this version does not support; remove it.")
+        elif key not in LIBRARY_KEYS:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             hint = (
                 f"; did you mean {nearest[0]!r}?"
                 if nearest
@@ -105,71 +126,45 @@ def library_keys(extra: dict, known: dict) -> dict:
     return {key: value for key, value in extra.items() if key not in left}
 
 
-def dtype_name(name: str, value) -> str:
-    """``value`` as one of DTYPES, for the field ``name``; raises UsageError if it is none."""
-    if str(value).lower() not in DTYPES:
-        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
-    return str(value).lower()
-
-
-def complete(values: dict) -> None:
-    """Fill in, in a dictionary of all fields, those that are None because they follow from others."""
-    values["embedding_init_type"] = values["embedding_init_type"] or values["param_init_type"]
-    if values["n_kv_heads"] is None:
-        values["n_kv_heads"] = values["num_heads"]
-    values["max_position_embedding"] = (
-        values["max_position_embedding"] or values["training_seqlen"] or values["seq_length"]
+def _complete(config: ModelSettings) -> None:
+    """Fill in what follows from other settings, and write dtypes as their names."""
+    config.embedding_init_type = config.embedding_init_type or config.param_init_type
+    if config.n_kv_heads is None:
+        config.n_kv_heads = config.num_heads
+    config.max_position_embedding = (
+        config.max_position_embedding or config.training_seqlen or config.seq_length
     )
-    values["document_start_ids"] = list(values["document_start_ids"])
-    complete_extension(values)
-    if values["intermediate_size"] is None:
-        values["intermediate_size"] = feed_forward_width(
-            values["hidden_size"], values["ffn_dim_multiplier"], values["multiple_of"]
+    config.document_start_ids = list(config.document_start_ids)
+    complete_extension(config)
+    if config.intermediate_size is None:
+        config.intermediate_size = feed_forward_width(
+            config.hidden_size, config.ffn_dim_multiplier, config.multiple_of
         )
+    for name in DTYPE_FIELDS:
+        dtype = str(getattr(config, name)).lower()  # MindSpore's dtype, or its name
+        if dtype not in DTYPES:
+            raise UsageError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(DTYPES)}.")
+        setattr(config, name, dtype)
 
 
-def check_fields(config, *further: tuple) -> None:
-    """Refuse sizes that do not divide, unknown choices, and what this version would have to ignore.
-
-    ``further``: checks that need sound sizes, as of check_all; their errors are raised with these.
-
-    Raises:
-        UsageError: with the values.
-    """
-    check_all((_check_booleans, config), (_check_sizes, config), (_check_reals, config))
-    check_all((_check_choices, config), (_check_rest, config), *further)
+def _check_model(config: ModelSettings) -> None:
+    """Refuse sizes that do not divide, unknown choices, and what this version would have to ignore."""
+    own = [each for each in settings_of(ModelSettings).values() if each.name not in SAMPLING]
+    choices = [(each.check, getattr(config, each.name)) for each in own if each.choices]
+    check_all(*[(each.check, getattr(config, each.name)) for each in own if not each.choices])
+    check_all((_check_division, config))
+    check_all(*choices, (_check_choices, config), (_check_dropout, config), (check_plan, config))
 
 
-def _check_booleans(config) -> None:
-    """The text "False" would be taken for true."""
-    for name in (
-        "tie_word_embeddings", "extend_by_prompt", "use_past", "qkv_concat", "is_dynamic",
-        "use_flash_attention", "do_sample", "disable_lazy_inline",
-    ):  # fmt: skip
-        if not isinstance(getattr(config, name), bool):
-            raise UsageError(
-                f"{name} is {getattr(config, name)!r}; it must be True or False, without quotes."
-            )
-
-
-def _check_sizes(config) -> None:
-    for name in (
-        "batch_size", "seq_length", "hidden_size", "num_layers", "num_heads", "n_kv_heads",
-        "intermediate_size", "vocab_size", "block_size", "num_blocks", "max_position_embedding",
-        "pp_interleave_num", "fine_grain_interleave", "max_documents",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+def _check_division(config: ModelSettings) -> None:
     if config.hidden_size % config.num_heads:
         raise UsageError(
             f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}; "
             "every head needs the same whole number of channels."
         )
-    head_dim = config.hidden_size // config.num_heads
-    if head_dim % 2:
+    if config.head_dim % 2:
         raise UsageError(
-            f"head_dim (hidden_size / num_heads) is {head_dim}; rotary embedding needs an even one."
+            f"head_dim (hidden_size / num_heads) is {config.head_dim}; rotary embedding needs an even one."
         )
     if config.num_heads % config.n_kv_heads:
         raise UsageError(
@@ -183,43 +178,20 @@ def _check_sizes(config) -> None:
         )
 
 
-def _check_reals(config) -> None:
-    for name, least in (("rms_norm_eps", "above 0"), ("theta", "above 0"), ("sigma", "0 or more")):
-        value = getattr(config, name)
-        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-        if not (number > 0 or (number == 0 and least == "0 or more")) or math.isinf(number):
-            raise UsageError(f"{name} is {value!r}; it must be a number {least}.")
-
-
-def _check_prefill_chunk(config) -> None:
-    chunk = config.prefill_chunk
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0:
-        raise UsageError(f"prefill_chunk is {chunk!r}; it must be a number of tokens, or 0 for no chunks.")
-    if chunk and not (config.use_past and config.is_dynamic):
-        raise UsageError(
-            f"prefill_chunk is {chunk}, but use_past is {config.use_past} and is_dynamic is "
-            f"{config.is_dynamic}; prompts are read in pieces with both alone. Set both to True, or "
-            "prefill_chunk to 0."
-        )
-
-
-def _check_choices(config) -> None:
-    _check_prefill_chunk(config)
+def _check_choices(config: ModelSettings) -> None:
     check_extension(config)
     check_sampling(vars(config))
-    if config.attention_dropout_prob != 0.0:
+    if (chunk := config.prefill_chunk) and not (config.use_past and config.is_dynamic):
         raise UsageError(
-            f"attention_dropout_prob is {config.attention_dropout_prob}; attention runs "
-            "without dropout (every TeleChat2 model was trained with 0.0). Set it to 0.0."
+            f"prefill_chunk is {chunk}, but use_past is {config.use_past} and is_dynamic is "
+            f"{config.is_dynamic}; prompts are read in chunks with both alone. Set both to True, or "
+            "prefill_chunk to 0."
         )
     if any(not 0 <= token < config.vocab_size for token in config.document_start_ids):
         raise UsageError(
             f"document_start_ids is {config.document_start_ids}; ids lie between 0 and vocab_size - 1 = "
             f"{config.vocab_size - 1}."
         )
-    for name in ("embed_dropout_prob", "hidden_dropout_prob"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise UsageError(f"{name} is {getattr(config, name)}; it must be in [0, 1).")
     if config.use_past and config.batch_size * config.seq_length > config.block_size * config.num_blocks:
         logger.warning(
             "The paged cache holds %d tokens, fewer than batch_size * seq_length = %d: long batches run out.",
@@ -228,16 +200,12 @@ def _check_choices(config) -> None:
         )
 
 
-def _check_rest(config) -> None:
-    """Refuse what this version would have to ignore."""
+def _check_dropout(config: ModelSettings) -> None:
     if config.moe and config.hidden_dropout_prob:
         raise UsageError(
             f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "
             "set it to 0.0."
         )
-    for name in ("quantization_config", "quantization", "parallel_decoding_params", "pet_config"):
-        if getattr(config, name, None):
-            raise UsageError(f"model_config has {name}, which this version does not support; remove it.")
 
 
 def feed_forward_width(hidden_size: int, multiplier: float | None, multiple_of: int) -> int:

@@ -1,54 +1,70 @@
-"""MoESettings: what TeleChat2 takes from MindFormers' ``moe_config`` section, and what it refuses.
-
-Needs neither MindSpore nor MindFormers, so that a plan is checked at once: see plain_section.
-"""
+"""The section ``moe_config``: every key of MindFormers, what TeleChat2 takes of it, and what it refuses."""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from types import SimpleNamespace
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.problems import check_all
+from research.telechat2.config.fields import Section, only, setting, settings_of
+from research.telechat2.config.kinds import check_number
 
-# MindFormers' defaults of keys that are looked at; a test compares them.
-DEFAULTS = {
-    "expert_num": 1, "num_experts_chosen": 1, "capacity_factor": 1.1, "enable_sdrop": False,
-    "aux_loss_types": None, "aux_loss_factors": None, "ep_extend_tp": True, "router_dense_type": "float32",
-    "first_k_dense_replace": True, "moe_intermediate_size": 1407, "aux_loss_factor": 0.05, "use_gmm": False,
-}  # fmt: skip
-# Keys of which MindFormers checks the values, although this model does not follow them.
-_COUNTS = {"comp_comm_parallel_degree": 1, "update_step": 1, "cur_layer": 0, "hot_expert_num": 0}
-# Keys whose other values ask for what this model does not have. Keys not listed are read below, or have no
-# bearing on it: use_fused_ops_topkrouter, since plain operators find the places of tokens on every target.
-_FIXED = {
-    "shared_expert_num": 0,
-    "use_shared_expert_gating": False,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-    "topk_method": "greedy",
-    "n_group": None,
-    "topk_group": None,
-    "use_gating_sigmoid": False,
-    "z_loss_factor": 0.0,
-    "balance_via_topk_bias": False,
-    "enable_cold_hot_expert": False,
-    "save_token_distribution": False,
-    "expert_group_size": None,
-    "expert_model_parallel": None,
-    "group_wise_a2a": False,
-    "comp_comm_parallel": False,
-    "moe_shared_expert_overlap": False,
-    "use_allgather_dispatcher": False,
-    "enable_deredundency": False,
-    "npu_nums_per_device": 1,
-    "enable_gmm_safe_tokens": False,
-    "use_fused_ops_permute": False,
-}
-# Keys that have a meaning here, but under another name.
-_ADVICE = {
-    "use_gmm": "dropless training, which uses grouped matrix products, is capacity_factor: 0",
-    "aux_loss_factor": "the factor of the auxiliary loss stands in aux_loss_factors",
-}
+
+@dataclass
+class ExpertSection(Section):
+    """moe_config"""
+
+    expert_num: int = setting(1, "Experts of each layer; 1: a dense model.", least=1)
+    num_experts_chosen: int = setting(1, "Experts that each token is sent to.", least=1)
+    capacity_factor: float = setting(
+        1.1, "An expert takes that many times its even share of tokens in training; 0 or less: all."
+    )
+    enable_sdrop: bool = setting(False, "Drop tokens by their place instead of by choices; see MoESettings.")
+    aux_loss_types: list[str] | None = setting(None, "['expert'], the one auxiliary loss, or null.")
+    aux_loss_factors: list[float] | None = setting(None, "Its factor, as [0.01].")
+    ep_extend_tp: bool = setting(True, "Tensor-parallel ranks are expert-parallel ranks inside the block.")
+    router_dense_type: str = setting("float32", "The router is computed in float32.")
+    first_k_dense_replace: bool | int = setting(True, "Every layer has experts.", choices=(True, False))
+    moe_intermediate_size: int = setting(1407, "Not read: an expert's width is `intermediate_size`.")
+    aux_loss_factor: float = setting(0.05, "Not read; `aux_loss_factors` has the factor.", choices=(0.05,))
+    use_gmm: bool = setting(
+        False, "Dropless training, which uses grouped products, is `capacity_factor: 0`.", choices=(False,)
+    )
+    # MindFormers checks their values, although this model does not follow them
+    comp_comm_parallel_degree: int = setting(2, "Not read.", least=1)
+    update_step: int = setting(10000, "Not read.", least=1)
+    cur_layer: int = setting(0, "Not read.", least=0)
+    hot_expert_num: int = setting(0, "Not read.", least=0)
+    cold_token_percent: float = setting(1.0, "Not read.", above=0, most=1)
+    max_router_load: int = setting(128 * 1024, "Not read.")
+    topk_bias_update_rate: float = setting(0.0, "Not read.")
+    dispatch_global_max_bs: int = setting(0, "Not read.")
+    moe_module_name: str = setting("", "Not read.")
+    routing_policy: str = setting("TopkRouterV1", "Not read: the router is that of the published model.")
+    use_fused_ops_topkrouter: bool = setting(False, "Not read: plain operators find the places of tokens.")
+    callback_moe_droprate: bool = setting(False, "Not read.")
+    shared_expert_num: int = only(0)
+    use_shared_expert_gating: bool = only(False)
+    norm_topk_prob: bool = only(True)
+    routed_scaling_factor: float = only(1.0)
+    topk_method: str = only("greedy")
+    n_group: int | None = only(None)
+    topk_group: int | None = only(None)
+    use_gating_sigmoid: bool = only(False)
+    z_loss_factor: float = only(0.0)
+    balance_via_topk_bias: bool = only(False)
+    enable_cold_hot_expert: bool = only(False)
+    save_token_distribution: bool = only(False)
+    expert_group_size: int | None = only(None)
+    expert_model_parallel: int | None = only(None)
+    group_wise_a2a: bool = only(False)
+    comp_comm_parallel: bool = only(False)
+    moe_shared_expert_overlap: bool = only(False)
+    use_allgather_dispatcher: bool = only(False)
+    enable_deredundency: bool = only(False)
+    npu_nums_per_device: int = only(1)
+    enable_gmm_safe_tokens: bool = only(False)
+    use_fused_ops_permute: bool = only(False)
 
 
 @dataclass(frozen=True)
@@ -74,22 +90,23 @@ class MoESettings:
     ep_extend_tp: bool
 
     @classmethod
-    def read(cls, section, intermediate_size: int) -> "MoESettings | None":
-        """From MindFormers' object of the section, or a plain_section; None of one expert: a dense model.
+    def read(cls, section: ExpertSection, intermediate_size: int) -> "MoESettings | None":
+        """From the section; None of one expert: a dense model.
 
         Raises:
-            UsageError: for a value that asks for what the model does not have.
+            UsageError: MindFormers refuses a value, or it asks for what the model does not have.
         """
+        _check_values(section)
         if section.expert_num == 1:
             return None
         _refuse_others(section, intermediate_size)
         return cls(
             num_experts=section.expert_num,
             top_k=section.num_experts_chosen,
-            capacity_factor=max(_number("capacity_factor", section.capacity_factor), 0.0),
+            capacity_factor=max(float(section.capacity_factor), 0.0),
             token_major=section.enable_sdrop,
             balance_factor=_balance_factor(section),
-            ep_extend_tp=getattr(section, "ep_extend_tp", True),  # MindFormers' own object forgets it
+            ep_extend_tp=section.ep_extend_tp,
         )
 
     def capacity(self, tokens: int) -> int:
@@ -98,52 +115,24 @@ class MoESettings:
         return min(tokens, math.ceil(self.top_k * tokens * factor / self.num_experts))
 
 
-def plain_section(section: dict) -> SimpleNamespace:
-    """The section as a YAML has it, with MindFormers' defaults and checked by its rules.
-
-    Raises:
-        UsageError: MindFormers would refuse it.
-    """
-    values = DEFAULTS | section
-    for key, least in {"expert_num": 1, "num_experts_chosen": 1, **_COUNTS}.items():
-        value = values.get(key, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"moe_config.{key} is {value!r}; it must be a whole number of at least {least}.")
+def _check_values(section: ExpertSection) -> None:
+    """Raise UsageError for values that are of no use to any model, and for choices that this one lacks."""
+    settings = settings_of(ExpertSection).values()
+    if section.expert_num == 1:
+        settings = [each for each in settings if not each.choices]
+    check_all(*[(each.check, getattr(section, each.name), "moe_config") for each in settings])
+    check_number("moe_config.capacity_factor", section.capacity_factor)
     for key in ("num_experts_chosen", "hot_expert_num"):
-        if values.get(key, 0) > values["expert_num"]:
+        if getattr(section, key) > section.expert_num:
             raise UsageError(
-                f"moe_config.{key} is {values[key]}, but there are {values['expert_num']} experts "
+                f"moe_config.{key} is {getattr(section, key)}, but there are {section.expert_num} experts "
                 "(expert_num); choose no more."
             )
-    if not isinstance(values["ep_extend_tp"], bool):
-        raise UsageError(f"moe_config.ep_extend_tp is {values['ep_extend_tp']!r}; it must be True or False.")
-    if not 0 < _number("cold_token_percent", values.get("cold_token_percent", 1.0)) <= 1:
-        raise UsageError(
-            f"moe_config.cold_token_percent is {values['cold_token_percent']}; it must be above 0 and at "
-            "most 1. Leave the key out."
-        )
-    return SimpleNamespace(**values)
 
 
-def _refuse_others(section, intermediate_size: int) -> None:
+def _refuse_others(section: ExpertSection, intermediate_size: int) -> None:
     """Raise UsageError for what TeleChat2's mixture of experts is not."""
-    for key, fixed in _FIXED.items():
-        if getattr(section, key, fixed) != fixed:
-            raise UsageError(
-                f"moe_config.{key} is {getattr(section, key)!r}; TeleChat2's mixture of experts has "
-                f"{key}: {fixed} only. Set it so, or leave the key out."
-            )
-    for key, advice in _ADVICE.items():
-        if getattr(section, key, DEFAULTS[key]) != DEFAULTS[key]:
-            raise UsageError(f"moe_config.{key} is {getattr(section, key)}; {advice}. Leave the key out.")
-    if not isinstance(section.enable_sdrop, bool):
-        raise UsageError(f"moe_config.enable_sdrop is {section.enable_sdrop!r}; it must be True or False.")
-    if section.first_k_dense_replace not in (True, False):
-        raise UsageError(
-            f"moe_config.first_k_dense_replace is {section.first_k_dense_replace}, but every layer of "
-            "TeleChat2 is a mixture of experts; leave the key out."
-        )
-    if section.moe_intermediate_size not in (DEFAULTS["moe_intermediate_size"], intermediate_size):
+    if section.moe_intermediate_size not in (ExpertSection.moe_intermediate_size, intermediate_size):
         raise UsageError(
             f"moe_config.moe_intermediate_size is {section.moe_intermediate_size}, but the width of an "
             f"expert is intermediate_size, {intermediate_size}; leave the first one out."
@@ -155,7 +144,7 @@ def _refuse_others(section, intermediate_size: int) -> None:
         )
 
 
-def _balance_factor(section) -> float:
+def _balance_factor(section: ExpertSection) -> float:
     types, factors = section.aux_loss_types or [], section.aux_loss_factors or []
     listed = isinstance(types, list) and isinstance(factors, list) and len(types) == len(factors)
     if not listed or types not in ([], ["expert"]):
@@ -163,15 +152,6 @@ def _balance_factor(section) -> float:
             f"moe_config.aux_loss_types is {types} and aux_loss_factors {factors}; TeleChat2 has the one "
             "auxiliary loss 'expert', with one factor: ['expert'] and [0.01] for the published model."
         )
-    factor = _number("aux_loss_factors", factors[0]) if factors else 0.0
-    if factor < 0:
-        raise UsageError(
-            f"moe_config.aux_loss_factors is {factors}, which would reward uneven loads; use at least 0."
-        )
-    return factor
-
-
-def _number(key: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"moe_config.{key} is {value!r}; it must be a finite number.")
-    return float(value)
+    factor = factors[0] if factors else 0.0
+    check_number("moe_config.aux_loss_factors", factor, least=0)  # below 0 it would reward uneven loads
+    return float(factor)

@@ -9,6 +9,8 @@ import yaml
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.places import is_setting, settings_like
+from research.telechat2.config.sections import Settings
+from research.telechat2.config.tables import SECTIONS
 
 
 class _Loader(yaml.SafeLoader):
@@ -133,7 +135,13 @@ def _is_bare_list(text: str) -> bool:
     return "," in text and text[0] not in "[{\"'"
 
 
-def apply_overrides(config: dict, overrides: dict[str, object], template: dict[str, dict]) -> None:
+# MindFormers' own sections, which an override may make, also inside of others; "": the top-level keys.
+_TEMPLATE: dict[str, Settings] = {key: {} for key, kind in SECTIONS[""].items() if kind.startswith("section")}
+_TEMPLATE |= {path: {} for path in SECTIONS if "." in path and "_dataset" not in path}
+_TEMPLATE[""] = dict.fromkeys(SECTIONS[""])
+
+
+def apply_overrides(config: Settings, overrides: dict[str, object]) -> None:
     """Set every ``a.b.c`` of ``overrides`` in ``config``, in place.
 
     A key that is new in a section is set, as MindFormers does; a section that is nowhere, or a new top-level
@@ -142,23 +150,21 @@ def apply_overrides(config: dict, overrides: dict[str, object], template: dict[s
     Args:
         config: the raw settings.
         overrides: dotted key to value.
-        template: MindFormers' own sections with their default keys, ``""`` holding the top-level keys; also
-            sections inside, by their dotted names.
 
     Raises:
         UsageError: a section or top-level key that neither the config nor MindFormers knows.
     """
     for key, value in overrides.items():
         *sections, last = key.split(".")
-        if not sections and last not in config and last not in template[""]:
-            known = sorted({*config, *template[""]})
+        if not sections and last not in config and last not in _TEMPLATE[""]:
+            known = sorted({*config, *_TEMPLATE[""]})
             raise UsageError(
                 f"{key} is neither an argument nor a key of the config. {_instead(key, last, known)}"
             )
-        target, known_section = config, template
+        target, known_section = config, _TEMPLATE
         for depth, section in enumerate(sections):
             path = ".".join(sections[: depth + 1])
-            if not target.get(section) and (path in template if depth else section in known_section):
+            if not target.get(section) and (path in _TEMPLATE if depth else section in known_section):
                 target[section] = {}
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})

@@ -4,7 +4,8 @@ import difflib
 from functools import cache
 
 from research.telechat2.config.classes import GROUPS, OWN_KEYS, PLACES
-from research.telechat2.config.model_fields import model_kinds
+from research.telechat2.config.fields import settings_of
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.tables import SECTIONS
 
 # Names that other trainers have for settings of this one.
@@ -68,7 +69,7 @@ def _places() -> dict[str, list[str]]:
         if "[]" not in path and path != "model.model_config":
             classes = [known for known in GROUPS[group].values() if known]
             keys[path] = sorted({*keys.get(path, ()), *(key for known in classes for key in known)})
-    keys["model.model_config"] = list(model_kinds())
+    keys["model.model_config"] = list(settings_of(ModelSettings))
     found: dict[str, list[str]] = {}
     for path in sorted(keys, key=lambda path: _FIRST.index(path) if path in _FIRST else len(_FIRST)):
         if "_task" in path or path.startswith("grouped"):

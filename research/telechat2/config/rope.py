@@ -4,6 +4,8 @@ Needs neither MindSpore nor MindFormers, as config/model.py, of which this is a 
 """
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.kinds import check_number, is_number
+from research.telechat2.config.model_settings import ModelSettings
 
 EXTEND_METHODS = ("None", "PI", "linear", "NTK", "YARN", "DYNAMIC_NTK")
 _FACTOR_METHODS = ("PI", "linear", "NTK")
@@ -13,27 +15,28 @@ _YARN_KEYS = (
 _LENGTHS = ("base_seqlen", "training_seqlen")
 
 
-def complete_extension(values: dict) -> None:
+def complete_extension(config: ModelSettings) -> None:
     """Write ``extend_method`` as this version spells it, and fill in what follows from other fields."""
-    values["extend_method"] = spelled_method(values["extend_method"] or _method_of_release(values))
-    if isinstance(values["scaling_factor"], dict):
-        values["scaling_factor"] = dict(values["scaling_factor"])
-    if values["extend_method"] == "DYNAMIC_NTK" or any(values[name] is not None for name in _LENGTHS):
-        for name in _LENGTHS:
-            if values[name] is None:
-                values[name] = values["max_position_embedding"]
+    config.extend_method = spelled_method(config.extend_method or _method_of_release(config))
+    if isinstance(config.scaling_factor, dict):
+        config.scaling_factor = dict(config.scaling_factor)
+    if config.extend_method == "DYNAMIC_NTK" or (config.base_seqlen, config.training_seqlen) != (None, None):
+        if config.base_seqlen is None:
+            config.base_seqlen = config.max_position_embedding
+        if config.training_seqlen is None:
+            config.training_seqlen = config.max_position_embedding
 
 
-def spelled_method(method) -> str:
+def spelled_method(method: object) -> str:
     """A name of ``EXTEND_METHODS`` as this version spells it; what is none of them as it is."""
     spelled = {name.lower(): name for name in EXTEND_METHODS}
     return spelled.get(str(method).lower(), str(method))
 
 
-def _method_of_release(values: dict) -> str:
+def _method_of_release(config: ModelSettings) -> str:
     """The method where none is chosen: the torch release stretches what exceeds the trained length."""
-    trained = values["training_seqlen"]
-    return "DYNAMIC_NTK" if _is_number(trained) and values["seq_length"] > trained else "None"
+    trained = config.training_seqlen
+    return "DYNAMIC_NTK" if is_number(trained) and config.seq_length > trained else "None"
 
 
 def trained_alpha(length: int, base_seqlen: int) -> int:
@@ -45,7 +48,7 @@ def trained_alpha(length: int, base_seqlen: int) -> int:
     return 2 ** (doublings + 1) - 1
 
 
-def base_of_release(config) -> float:
+def base_of_release(config: ModelSettings) -> float:
     """The rotary base ``theta`` within the trained length: stretched where that exceeds ``base_seqlen``."""
     theta, width = float(config.theta), config.hidden_size // config.num_heads
     if config.base_seqlen is None or config.training_seqlen <= config.base_seqlen:
@@ -53,7 +56,7 @@ def base_of_release(config) -> float:
     return theta * trained_alpha(config.training_seqlen, config.base_seqlen) ** (width / (width - 2))
 
 
-def check_extension(config) -> None:
+def check_extension(config: ModelSettings) -> None:
     """Refuse methods and factors that are none, and settings that the method would ignore.
 
     Raises:
@@ -81,7 +84,7 @@ def check_extension(config) -> None:
     _check_dynamic(config)
 
 
-def _check_dynamic(config) -> None:
+def _check_dynamic(config: ModelSettings) -> None:
     """The release's lengths, and the settings of DYNAMIC_NTK, which no other method reads."""
     dynamic = config.extend_method == "DYNAMIC_NTK"
     if config.extend_by_prompt and not dynamic:
@@ -92,9 +95,7 @@ def _check_dynamic(config) -> None:
     if config.base_seqlen is None:
         return
     for name in _LENGTHS:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        check_number(name, getattr(config, name), whole=True, least=1)
     if config.max_position_embedding != config.training_seqlen:
         raise UsageError(
             f"max_position_embedding is {config.max_position_embedding} and training_seqlen "
@@ -113,7 +114,7 @@ def _check_dynamic(config) -> None:
         )
 
 
-def stretch_factor(config) -> float:
+def stretch_factor(config: ModelSettings) -> float:
     """The factor of PI, linear and NTK: ``scaling_factor``, a number or ``{factor: number}``.
 
     Raises:
@@ -122,7 +123,7 @@ def stretch_factor(config) -> float:
     factor = config.scaling_factor
     if isinstance(factor, dict) and list(factor) == ["factor"]:
         factor = factor["factor"]
-    if not _is_number(factor) or factor < 1:
+    if not is_number(factor) or factor < 1:
         raise UsageError(
             f"scaling_factor is {config.scaling_factor!r}; {config.extend_method} takes a number of at least "
             "1, such as 2.0."
@@ -130,7 +131,7 @@ def stretch_factor(config) -> float:
     return float(factor)
 
 
-def yarn_settings(config) -> dict:
+def yarn_settings(config: ModelSettings) -> dict[str, float]:
     """The settings of YARN, complete.
 
     Returns:
@@ -158,17 +159,10 @@ def yarn_settings(config) -> dict:
     found = defaults | given
     bounds = {"factor": 1, "original_max_position_embeddings": 1} | dict.fromkeys(_YARN_KEYS[2:], 0)
     for name, least in bounds.items():
-        if not _is_number(found[name]) or found[name] < least:
-            raise UsageError(
-                f"scaling_factor.{name} is {found[name]!r}; it must be a number of at least {least}."
-            )
+        check_number(f"scaling_factor.{name}", found[name], least=least)
     if found["beta_fast"] < found["beta_slow"] or not found["beta_slow"]:
         raise UsageError(
             f"scaling_factor.beta_fast is {found['beta_fast']} and beta_slow {found['beta_slow']}; they "
             "count turns over the trained length, beta_fast not fewer than beta_slow and both above 0."
         )
     return found
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

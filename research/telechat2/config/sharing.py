@@ -6,7 +6,8 @@ import re
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.config.kernel_limits import check_cpu_dtypes, check_paged_kernels
-from research.telechat2.config.settings import DEFAULTS, model_config, section_of
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import DEFAULTS, model_config
 
 PARALLEL_MODEL = "ParallelTelechatForCausalLM"
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}

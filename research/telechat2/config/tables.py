@@ -4,7 +4,15 @@ MindFormers refuses unknown keys of some sections minutes after the start, and p
 test compares these tables with MindFormers' own. Kinds: see kinds.py.
 """
 
+from research.telechat2.config.fields import kinds_of
 from research.telechat2.config.kinds import table
+from research.telechat2.config.moe import ExpertSection
+from research.telechat2.config.plan_settings import (
+    ParallelSettings,
+    RecomputeSettings,
+    RunnerSettings,
+    SwapSettings,
+)
 
 TOP_LEVEL = table(
     # the sections
@@ -46,23 +54,10 @@ _DATASET = table(
 # Sections by their path. Sections whose keys are those of the class that ``type`` names: classes.py.
 SECTIONS = {
     "": TOP_LEVEL,
-    "parallel_config": table(
-        "data_parallel:whole model_parallel:whole context_parallel:whole expert_parallel:whole "
-        "pipeline_stage:whole micro_batch_num:whole seq_split_num:whole use_seq_parallel:bool "
-        "optimizer_shard:bool|null gradient_aggregation_group:whole vocab_emb_dp:bool "
-        "context_parallel_algo:text ulysses_degree_in_cp:whole mem_coeff:real"
-    ),
-    "recompute_config": table(
-        "recompute:bool|whole|list|null select_recompute:bool|list|section|null "
-        "parallel_optimizer_comm_recompute:bool select_comm_recompute:bool|list|section|null "
-        "mp_comm_recompute:bool recompute_slice_activation:bool "
-        "select_recompute_exclude:bool|list|section|null select_comm_recompute_exclude:bool|list|section|null"
-    ),
-    "swap_config": table("swap:bool layer_swap:any op_swap:any default_prefetch:whole"),
-    "runner_config": table(
-        "batch_size:whole epochs:whole sink_mode:bool sink_size:whole "
-        "gradient_accumulation_steps:whole|null num_classes:whole stop_step:whole"
-    ),
+    "parallel_config": kinds_of(ParallelSettings),
+    "recompute_config": kinds_of(RecomputeSettings),
+    "swap_config": kinds_of(SwapSettings),
+    "runner_config": kinds_of(RunnerSettings),
     "parallel": table(
         "device_num:whole|null global_rank:whole|null gradients_mean:bool gradient_fp32_sync:bool "
         "loss_repeated_mean:bool pipeline_stages:whole auto_pipeline:bool pipeline_result_broadcast:bool "
@@ -99,21 +94,7 @@ SECTIONS = {
         "hccl_watchdog:bool topo_order:section cur_step_num:whole save_checkpoint_steps:whole need_ckpt:bool "
         "last_triggered_step:whole"
     ),
-    "moe_config": table(
-        "expert_num:whole capacity_factor:real aux_loss_factor:real num_experts_chosen:whole "
-        "expert_group_size:whole|null group_wise_a2a:bool comp_comm_parallel:bool "
-        "comp_comm_parallel_degree:whole save_token_distribution:bool cur_layer:whole "
-        "enable_cold_hot_expert:bool update_step:whole hot_expert_num:whole cold_token_percent:real "
-        "moe_module_name:text routing_policy:text norm_topk_prob:bool enable_sdrop:bool "
-        "use_fused_ops_topkrouter:bool router_dense_type:text shared_expert_num:whole "
-        "use_shared_expert_gating:bool max_router_load:whole topk_method:text topk_group:whole|null "
-        "n_group:whole|null first_k_dense_replace:bool|whole moe_intermediate_size:whole "
-        "routed_scaling_factor:real aux_loss_types:texts|null aux_loss_factors:reals|null z_loss_factor:real "
-        "balance_via_topk_bias:bool topk_bias_update_rate:real use_allgather_dispatcher:bool "
-        "moe_shared_expert_overlap:bool expert_model_parallel:whole|null use_gating_sigmoid:bool "
-        "enable_deredundency:bool npu_nums_per_device:whole use_gmm:bool enable_gmm_safe_tokens:bool "
-        "use_fused_ops_permute:bool callback_moe_droprate:bool dispatch_global_max_bs:whole ep_extend_tp:bool"
-    ),
+    "moe_config": kinds_of(ExpertSection),
     "checkpoint": table(
         "load_path:text no_load_optim:bool load_balanced:bool reshard_worker_num:whole save_path:text "
         "prefix:prefix save_max:whole save_interleaved_steps:whole no_save_optim:bool async_save:bool "

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from research.telechat2.config.settings import section_of, with_defaults
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import with_defaults
 
 # Top-level keys of older YAMLs.
 _NEVER = {

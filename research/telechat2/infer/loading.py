@@ -6,11 +6,11 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.llama.stated import settle_with
 from research.telechat2.common.errors import UsageError
-from research.telechat2.config.keys import moe_section
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import did_you_mean
 from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.sampling import SAMPLING, check_sampling
+from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.config.yaml_files import read_config
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary
@@ -84,9 +84,9 @@ def load_predictor(
     vocab_file = vocab_file or _vocab_file_beside(checkpoint)
     _check_files(yaml_file, vocab_file, checkpoint, named)
     check_answering_vocabulary(vocab_file, checkpoint)
-    moe = config.get("moe_config")
+    moe = section_of(config, "moe_config")
     taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe)
-    settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe_section(config)}
+    settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe}
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
     from mindspore import set_seed

@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from research.telechat2.config.settings import DEFAULTS, model_config, section_of
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import DEFAULTS, model_config
 from research.telechat2.config.sharing import memory_of_rank, prediction_plan
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
-from research.telechat2.config.kernel_limits import MAX_DOCUMENTS
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
 from research.telechat2.run.records import COLUMNS, check_steps, counted, read_rows
 from research.telechat2.run.training_record import count_records, device_num, is_data_parallel
@@ -50,7 +50,9 @@ def check_dataset(config: dict, which: str) -> None:
     told = max((manifest.get("documents_per_record", 0) for manifest in manifests.values()), default=0)
     if rules.start_ids:
         documents = max(told, seen.documents)
-        _compare_documents(files[0].parent, documents, model.get("max_documents", MAX_DOCUMENTS))
+        _compare_documents(
+            files[0].parent, documents, model.get("max_documents", ModelSettings.max_documents)
+        )
     elif told > 1:
         print(
             f"{which} data: up to {told} conversations of a record see each other, as "

@@ -27,8 +27,8 @@ from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes
 from research.telechat2.checkpoint.storage.folders import latest_iteration, read_mindspore_source
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
-from research.telechat2.config.keys import moe_section
 from research.telechat2.config.model import feed_forward_width
+from research.telechat2.config.sections import section_of
 from research.telechat2.run.checkpoint_kind import checkpoint_kind
 from research.telechat2.run.processes import is_first_process
 from research.telechat2.run.resuming import COMMON, read_iteration, whole_iterations
@@ -181,7 +181,7 @@ def check_weights(config: dict, source: Path, kind: str) -> bool:
 def _sizes_in(config: dict) -> TelechatSizes:
     """The sizes of the model that the settings describe."""
     model_config = {"tie_word_embeddings": False} | config["model"]["model_config"]
-    model_config["expert_num"] = moe_section(config).get("expert_num", 1)  # 1 is a dense model
+    model_config["expert_num"] = section_of(config, "moe_config").get("expert_num", 1)  # 1 is a dense model
     if not model_config.get("intermediate_size"):
         model_config["intermediate_size"] = feed_forward_width(
             model_config["hidden_size"],

@@ -10,7 +10,8 @@ from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.storage.folders import latest_iteration
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
-from research.telechat2.config.settings import model_config, section_of, with_defaults
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import model_config, with_defaults
 from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
 from research.telechat2.run.training_record import is_data_parallel
 

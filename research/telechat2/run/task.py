@@ -17,12 +17,11 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.environment import prepare_environment
 from research.telechat2.config.check import check as check_plan
 from research.telechat2.config.evaluation import check_evaluation_settings, prepare_evaluation
-from research.telechat2.config.keys import TEMPLATE
 from research.telechat2.config.mindspore_context import check_parallel_sections
 from research.telechat2.config.optimization import check_optimization, with_float_fields
 from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.preflight import check_settings
-from research.telechat2.config.settings import section_of
+from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import processes_of_run
 from research.telechat2.config.yaml_files import (
     CHECKOUT,
@@ -94,7 +93,7 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     print(f"config: {path}", flush=True)
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
-    apply_overrides(config, overrides, TEMPLATE)
+    apply_overrides(config, overrides)
     plan = check_plan if config.get("run_mode") in TRAINING and _is_ours(config) else None
     for note in check_settings(config, register=register, source=path.name, here=True, plan=plan):
         print(f"note: {note}", flush=True)

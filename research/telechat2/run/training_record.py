@@ -14,7 +14,8 @@ from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
-from research.telechat2.config.model_fields import model_defaults
+from research.telechat2.config.fields import defaults_of
+from research.telechat2.config.model_settings import ModelSettings
 
 NAME = "training.json"
 _WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks
@@ -144,7 +145,9 @@ def _others(config: dict) -> dict:
     model = (config.get("model") or {}).get("model_config") or {}
     dataset, wrapper = config.get("train_dataset") or {}, config.get("runner_wrapper") or {}
     moe = config.get("moe_config") or {}
-    found = {f"model_config.{key}": model.get(key, default) for key, default in model_defaults().items()}
+    found = {
+        f"model_config.{key}": model.get(key, default) for key, default in defaults_of(ModelSettings).items()
+    }
     found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in _NOT_TRAINED}
     found |= {f"runner_wrapper.{key}": value for key, value in wrapper.items() if key not in _NAMES}
     found |= {f"moe_config.{key}": value for key, value in moe.items()}

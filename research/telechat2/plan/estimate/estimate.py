@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.tables import table
-from research.telechat2.config.settings import section_of
+from research.telechat2.config.sections import section_of
 from research.telechat2.plan.estimate.communication import Communication, stage_communication
 from research.telechat2.plan.estimate.costs import MEMORY, PEAK, Cost, StepCosts, step_costs
 from research.telechat2.plan.estimate.memory import StageMemory, stage_memory

@@ -20,7 +20,8 @@ from research.telechat2.config.check import check
 from research.telechat2.config.overrides import value_word
 from research.telechat2.config.parallel import check_cluster, check_exchange, check_plan, devices_of
 from research.telechat2.config.recompute import first_layers
-from research.telechat2.config.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import DEFAULTS, model_config, with_defaults
 from research.telechat2.plan.estimate.costs import NODE
 from research.telechat2.plan.estimate.estimate import Estimate, estimate_workload
 from research.telechat2.plan.estimate.estimate import memory_gb as max_memory_gb

@@ -7,7 +7,8 @@ from research.telechat2.config.check import check
 from research.telechat2.config.parallel import copies_of, exchange_of
 from research.telechat2.config.pipeline import partition_of
 from research.telechat2.config.recompute import COMMUNICATION, SELECTED, read_recompute
-from research.telechat2.config.settings import DEFAULTS, model_config, section_of, with_defaults
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.settings import DEFAULTS, model_config, with_defaults
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
