@@ -39,6 +39,7 @@ SCALED = {
     ],
     "telechat2-39b-a12b/finetune_telechat_39b_a12b.yaml": ["recompute_config.recompute=True"],
 }
+NOT_COMPARED = frozenset(("config", "left_out", "notes", "assumptions", "seconds", "peak_bytes"))  # of a plan
 SMALL = ["model.model_config.num_layers=4", "model.model_config.vocab_size=4096"]
 
 
@@ -68,6 +69,13 @@ def models() -> dict[str, str]:
             for parameter, gradient in sorted(gradients.items()):
                 found[f"{name} gradient {parameter}"] = sha(gradient.tobytes())
     return found
+
+
+def without(value: object, keys: frozenset[str]) -> object:
+    """A JSON value without the members of these names, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
 def sums_of(folder: Path, *patterns: str) -> dict[str, str]:
@@ -165,12 +173,12 @@ class Recorder:
             self.plan(f"{name} --dry_run", telechat / name, *more)
 
     def plan(self, name: str, *words: object) -> None:
-        """A report of telechat_plan.py, as JSON, without times."""
+        """The numbers of a report of telechat_plan.py, without prose, paths, and what compiling took."""
         file = self.folder / "plan.json"
         file.unlink(missing_ok=True)
         self.run("research/telechat2/telechat_plan.py", "--config", *words, "--json", file)
-        text = re.sub(r'"(seconds|peak_memory)": [\d.]+', "", file.read_text("utf-8"))
-        self.note("plan", {name: sha(text.encode())})
+        numbers = without(json.loads(file.read_text("utf-8")), NOT_COMPARED)
+        self.note("plan", {name: sha(json.dumps(numbers, sort_keys=True).encode())})
 
 
 def record(checkout: Path, parts: list[str]) -> dict[str, str]:

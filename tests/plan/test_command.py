@@ -93,11 +93,3 @@ def test_a_config_for_cpus_is_planned_and_its_estimate_says_what_to_set():
     assert "devices       1 " in plan("predict_telechat_tiny", {}, estimated=True)
 
 
-def test_a_scalar_parameter_is_left_whole_by_the_optimizers_sharding():
-    from research.telechat2.config.settings import read_settings
-    from research.telechat2.plan.estimate.estimate import estimate
-    from research.telechat2.plan.estimate.memory import _stored
-
-    run = estimate(read_settings("finetune_telechat_7b", {}, Path.cwd())[1]).workload
-    stored = _stored(run, "scale", (), ())
-    assert (stored.local_shape, stored.shards, stored.bytes) == ((), 1, 4)

@@ -9,6 +9,7 @@ are formulas; see memory.py, communication.py and throughput.py.
 
 import re
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.tables import table
@@ -96,14 +97,17 @@ def throughput(run: Workload, efficiency: Efficiency = FITTED, costs: StepCosts 
 def model_flops_per_token(run: Workload) -> float:
     """Operations that training on a token takes at least, a multiplication and an addition being two.
 
-    Six for each weight that a token is multiplied by, of experts those that it is sent to; and for causal
-    attention ``6·S·H`` for each layer.
+    Six for each weight of a matrix product, of experts those that the token is sent to, without the router;
+    and for causal attention ``6·S·H`` for each layer.
     """
-    hidden, blocks = run.hidden_size, run.moe.top_k if run.moe else 1
-    layer = 2 * hidden * hidden + 2 * hidden * run.kv_size + 3 * blocks * hidden * run.intermediate_size
-    return (
-        6 * (run.num_layers * layer + hidden * run.vocab_size) + 6 * run.num_layers * run.seq_length * hidden
+    top_k = run.moe.top_k if run.moe else 1
+    layer = sum(
+        prod(run.dims[symbol] for symbol in row.shape) * (top_k if row.stacked else 1)
+        for row in run.layer_rows
+        if row.split is not None
     )
+    attention = run.seq_length * run.hidden_size
+    return 6 * (run.num_layers * (layer + attention) + run.hidden_size * run.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ operators and dtypes here: SwiGLU, a flash attention that keeps no scores, a res
 from dataclasses import asdict, dataclass
 from math import prod
 
+from research.telechat2.checkpoint.table import EMBEDDING, FINAL_NORM, LM_HEAD, Row
 from research.telechat2.config.pipeline import places
 from research.telechat2.plan.estimate.schedule import Schedule
 from research.telechat2.plan.estimate.workload import Workload
@@ -67,110 +68,82 @@ class StoredParameter:
 
 
 def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
-    """All parameters of a stage, in the model's order."""
-    found = []
-    if stage == 0:
-        found.append(_embedding(run))
-    for index, place in enumerate(places(run.layers)):
+    """All parameters of a stage, from the table of weights."""
+    found = [_stored(run, EMBEDDING)] if stage == 0 else []
+    for layer, place in enumerate(places(run.layers)):
         if place.stage == stage:
-            again = place.number < run.whole[place.chunk][stage]
-            found += layer_parameters(run, f"model.layers.{index}", again)
+            recomputed = place.number < run.whole[place.chunk][stage]
+            found += [_stored(run, row, layer, recomputed) for row in run.layer_rows]
+            if run.moe:
+                found.append(_expert_load(run, layer))
     if stage == run.pp - 1:
-        found.append(_vector(run, "model.norm_out.weight", run.hidden_size, run.norm_bytes))
-        if not run.tie_word_embeddings:
-            shape = (run.vocab_size, run.hidden_size)
-            found.append(_stored(run, "lm_head.weight", shape, (run.vocabulary, 1)))
+        found += [_stored(run, row) for row in (FINAL_NORM, LM_HEAD)[: 1 if run.tie_word_embeddings else 2]]
     return found
 
 
-def layer_parameters(run: Workload, prefix: str, again: bool) -> list[StoredParameter]:
-    """Those of a decoder layer; ``again``: it is computed again as a whole."""
-    hidden, mp = run.hidden_size, run.mp
-    # MindSpore casts before it gathers, but not where copies of a layer are computed again.
-    gathered = run.parameter_bytes if again and run.fine_grain > 1 else run.compute_bytes
-
-    def matrix(name, rows, columns, split):
-        return _stored(run, f"{prefix}.{name}.weight", (rows, columns), split, gather_bytes=gathered)
-
-    attention = [
-        _vector(run, f"{prefix}.attention_norm.weight", hidden, run.norm_bytes),
-        matrix("attention.wq", hidden, hidden, (mp, 1)),
-        matrix("attention.wk_v", 2 * run.kv_size, hidden, (mp, 1)),
-        matrix("attention.wo", hidden, hidden, (1, mp)),
-        _vector(run, f"{prefix}.attention.wo.bias", hidden, run.parameter_bytes),
-        _vector(run, f"{prefix}.ffn_norm.weight", hidden, run.norm_bytes),
-    ]
-    if run.moe:
-        return attention + _experts(run, f"{prefix}.feed_forward")
-    width = run.intermediate_size
-    return attention + [
-        matrix("feed_forward.w1", width, hidden, (mp, 1)),
-        matrix("feed_forward.w3", width, hidden, (mp, 1)),
-        matrix("feed_forward.w2", hidden, width, (1, mp)),
-        _vector(run, f"{prefix}.feed_forward.w2.bias", hidden, run.parameter_bytes),
-    ]
+def _expert_load(run: Workload, layer: int) -> StoredParameter:
+    """What the experts took, kept for reports; no weight."""
+    shape = (2, run.dims["experts"])
+    name = f"model.layers.{layer}.feed_forward.expert_load"
+    return StoredParameter(name, shape, shape, shape, 4, 4, 4, run.stage_devices, 1, trained=False)
 
 
-def _experts(run: Workload, prefix: str) -> list[StoredParameter]:
-    experts, hidden, width = run.moe.num_experts, run.hidden_size, run.intermediate_size
-    owners, parts = run.owners, run.width_parts
-    whole = (1, 1, 1)
-    load = (2, experts)  # what the experts took, kept for reports
-    return [
-        StoredParameter(
-            f"{prefix}.expert_load", load, load, load, 4, 4, 4, run.stage_devices, 1, trained=False
-        ),
-        # The router is computed in float32.
-        _stored(run, f"{prefix}.router.dense.weight", (experts, hidden), (1, 1), compute_bytes=4),
-        _stored(run, f"{prefix}.ffn.w1.weight", (experts, width, hidden), (owners, parts, 1)),
-        _stored(run, f"{prefix}.ffn.w3.weight", (experts, width, hidden), (owners, parts, 1)),
-        _stored(run, f"{prefix}.ffn.w2.weight", (experts, hidden, width), (owners, 1, parts)),
-        _stored(run, f"{prefix}.ffn.w2.bias", (1, experts, 1, hidden), (*whole, 1)),
-    ]
+def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool = False) -> StoredParameter:
+    """The part of a parameter that a device stores; ``recomputed``: its layer is recomputed as a whole.
 
-
-def _embedding(run: Workload) -> StoredParameter:
-    shape, number = (run.vocab_size, run.hidden_size), run.embedding_bytes
-    # It is cast after rows are taken, so that its shards are gathered as they are stored.
-    return _stored(run, "model.tok_embeddings.embedding_weight", shape, (run.vocabulary, 1), number, number)
-
-
-def _vector(run: Workload, name: str, size: int, number_bytes: int) -> StoredParameter:
-    """A norm's weight or a bias: whole on every device."""
-    return _stored(run, name, (size,), (1,), number_bytes)
-
-
-def _stored(
-    run: Workload,
-    name: str,
-    shape: tuple[int, ...],
-    split: tuple[int, ...],
-    number_bytes: int | None = None,
-    compute_bytes: int | None = None,
-    gather_bytes: int | None = None,
-) -> StoredParameter:
-    """Share out what the plan's split leaves.
-
-    MindSpore shares a slice out by its first axis, and leaves it whole where that does not divide, where the
-    parameter has fewer bytes than the threshold, and where it is told to, as for all of one axis.
+    The plan splits a parameter into slices. MindSpore shards a slice further by its first axis, for the
+    optimizer. It leaves it whole where that does not divide, where the parameter has fewer bytes than the
+    threshold, and where it is told to, as for all of one axis.
     """
-    number_bytes = number_bytes or run.parameter_bytes
-    slice_shape = tuple(size // parts for size, parts in zip(shape, split, strict=True))
-    replicas = run.stage_devices // prod(split)
+    shape = tuple(run.dims[symbol] for symbol in row.shape_on("mindspore"))
+    number_bytes = _number_bytes(run, row)
+    parts = _parts(run, row)
+    slice_shape = tuple(size // number for size, number in zip(shape, parts, strict=True))
+    replicas = run.stage_devices // prod(parts)
     shards = replicas if run.weight_shards < 1 else min(run.weight_shards, replicas)
-    shared = (
+    if not (
         run.shares_optimizer
         and len(shape) > 1
         and prod(shape) * number_bytes >= run.threshold
         and slice_shape[0] % shards == 0
-    )
-    shards = shards if shared else 1
-    local_shape = (slice_shape[0] // shards, *slice_shape[1:]) if shared else slice_shape
-    compute_bytes = compute_bytes or run.compute_bytes
-    gather_bytes = gather_bytes or compute_bytes
+    ):
+        shards = 1
+    compute_bytes = gather_bytes = run.compute_bytes
+    if row is EMBEDDING:  # cast after rows are taken, so that its shards are gathered as they are stored
+        compute_bytes = gather_bytes = number_bytes
+    elif row.mindspore.endswith("router.dense.weight"):
+        compute_bytes = gather_bytes = 4  # computed in float32
+    elif recomputed and run.fine_grain > 1:
+        gather_bytes = number_bytes  # MindSpore casts before it gathers, but not where copies are recomputed
     return StoredParameter(
-        name, shape, slice_shape, local_shape, number_bytes, compute_bytes, gather_bytes, replicas, shards
+        name=row.mindspore.format(i=layer),
+        shape=shape,
+        slice_shape=slice_shape,
+        local_shape=(slice_shape[0] // shards, *slice_shape[1:]),
+        number_bytes=number_bytes,
+        compute_bytes=compute_bytes,
+        gather_bytes=gather_bytes,
+        replicas=replicas,
+        shards=shards,
     )
+
+
+def _number_bytes(run: Workload, row: Row) -> int:
+    if row is EMBEDDING:
+        return run.embedding_bytes
+    return run.norm_bytes if "norm" in row.mindspore else run.parameter_bytes
+
+
+def _parts(run: Workload, row: Row) -> list[int]:
+    """Parts into which the plan splits each axis of a parameter."""
+    symbols = row.shape_on("mindspore")
+    parts = [1] * len(symbols)
+    if len(symbols) == 3:  # the experts' matrices
+        parts[0] = run.owners
+    if row.split is not None:
+        widths = {"vocab": run.vocabulary, "ffn": run.width_parts}
+        parts[row.split] = widths.get(symbols[row.split], run.mp)
+    return parts
 
 
 @dataclass(frozen=True)

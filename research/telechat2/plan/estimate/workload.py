@@ -1,7 +1,10 @@
 """Workload: all that a run's memory, communication and speed depend on, read from its settings."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.table import ATTENTION_ROWS, DENSE_ROWS, MOE_ROWS, Row
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.parallel import copies_of, exchange_of
@@ -79,6 +82,23 @@ class Workload:
     gathers: Table
     gathers_in_whole: bool
     slice_kept: bool
+
+    @cached_property
+    def dims(self) -> dict[str, int]:
+        """The symbols in which the table of weights writes shapes."""
+        return TelechatSizes(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            kv_size=self.kv_size,
+            num_experts=self.moe.num_experts if self.moe else 0,
+        ).dims()
+
+    @property
+    def layer_rows(self) -> tuple[Row, ...]:
+        """Rows of the table of weights that each layer has."""
+        return ATTENTION_ROWS + (MOE_ROWS if self.moe else DENSE_ROWS)
 
     @property
     def stage_devices(self) -> int:
