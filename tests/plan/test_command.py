@@ -91,5 +91,3 @@ def test_a_config_for_cpus_is_planned_and_its_estimate_says_what_to_set():
     changes = {"context.device_target": "Ascend", "model.model_config.compute_dtype": "bfloat16"}
     assert "tokens/s/NPU predicted" in plan("finetune_telechat_tiny", changes, estimated=True)
     assert "devices       1 " in plan("predict_telechat_tiny", {}, estimated=True)
-
-
