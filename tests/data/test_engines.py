@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_lines import chat, plain_lines, write_lines
+from refusal import refused
 
 from research.telechat2.data import engines, preparing, sources, spool, writing
 from research.telechat2.data.job import Options
@@ -177,26 +178,26 @@ def stopped(small_parts, corpus, small_vocab, tmp_path, monkeypatch) -> Path:
 
 
 def test_a_run_that_was_stopped_is_noticed_and_not_mixed_with_another(stopped, corpus, small_vocab):
-    with pytest.raises(ValueError, match="or one was interrupted; in that case continue it with --resume"):
+    with refused(".dataset.mindrecord.partial", "--resume"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS)
-    with pytest.raises(ValueError, match="is of a run with another options: it cannot be continued"):
+    with refused("another options"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS._replace(seed=8), resume=True)
-    with pytest.raises(ValueError, match="is of a run with another inputs"):
+    with refused("another inputs"):
         prepare(str(corpus.parent / "a.jsonl"), small_vocab, stopped, OPTIONS, resume=True)
     folder = writing.partial_folder(stopped / "dataset.mindrecord")
     with (
         writing.locked(folder),
-        pytest.raises(ValueError, match="another run is writing in .*; wait for it, or end it"),
+        refused(folder),
     ):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True)
     assert list(folder.glob("segment-*.json")), "what was done is still there"
 
 
 def test_an_engine_that_cannot_be_used_deletes_nothing(stopped, corpus, small_vocab, expected, monkeypatch):
-    with pytest.raises(ValueError, match="engine is 'spark'; expected processes or ray"):
+    with refused("'spark'", "processes or ray"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="spark", resume=True)
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="--engine ray needs Ray, which is not installed; install it with"):
+    with refused("--engine ray", ".[ray]"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="ray", resume=True)
     prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, html_report="en")
     assert contents(stopped) == expected
@@ -212,7 +213,7 @@ def test_a_disk_that_fails_is_a_sentence_and_the_run_can_go_on(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(OSError, match="could not write .*no space left; mend"),
+        refused("dataset.mindrecord", "no space left", "--resume", kind=OSError),
     ):
         patch.setattr(FileWriter, "commit", full)
         prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import sentencepiece
 from data_lines import read
+from refusal import refused
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data import preparing, writing
-from research.telechat2.data.encoding import TRAINED
 from research.telechat2.data.html_report import summary
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
@@ -126,9 +126,7 @@ def test_a_conversation_as_long_as_a_record_is_kept_and_one_longer_is_not(
     data = write_lines(tmp_path / "d.jsonl", plain())
     result = prepare(data, small_vocab, tmp_path / "fits", Options(max_length=length - 1, seed=0))
     assert result["counts"]["padding_tokens"] == 0
-    with pytest.raises(
-        ValueError, match=f"holds no conversation to write .1 longer than a record of {length - 1} tokens"
-    ):
+    with refused(data, f"1 longer than a record of {length - 1} tokens"):
         prepare(data, small_vocab, tmp_path / "short", Options(max_length=length - 2, seed=0))
     assert not (tmp_path / "short").exists()
 
@@ -177,10 +175,10 @@ def test_numbered_files_are_a_data_set_that_training_takes(small_vocab, small_to
     most = max(list(ids).count(1) for ids, _ in records)  # <_start>, the plain format's first
     assert most > 1 and result["documents_per_record"] == most
     config["model"]["model_config"] |= {"document_start_ids": [1, 6], "max_documents": most - 1}
-    with pytest.raises(ValueError, match=f"records of {most} documents"):
+    with refused(f"{most} documents"):
         check_dataset(config, "train")
     config["model"]["model_config"]["vocab_size"] -= 1  # of which the records use few: the manifests tell
-    with pytest.raises(ValueError, match="needs a vocabulary of"):
+    with refused("vocabulary", "vocab_size"):
         check_dataset(config, "train")
     assert prompt_format.of_dataset(tmp_path / "out") == "plain"
 
@@ -191,26 +189,26 @@ def test_many_records_are_numbered_unasked(small_vocab, tmp_path, monkeypatch):
     result = prepare(data, small_vocab, tmp_path / "out", Options(max_length=40))
     assert [f["records"] for f in result["files"]][0] == 2 and len(result["files"]) > 1
     assert result["output"] == str(tmp_path / "out")
-    with pytest.raises(ValueError, match="dataset.mindrecord.json exists and is not overwritten"):
+    with refused("dataset.mindrecord.json", "--output_path"):
         prepare(data, small_vocab, tmp_path / "out", Options(max_length=40))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "values"),
     [
-        ({"max_length": 1}, "max_length is 1; expected at least 2"),
-        ({"seed": -1}, "seed is -1; expected at least 0"),
-        ({"records_per_file": 0}, "records_per_file is 0; expected at least 1"),
-        ({"train_on": "all"}, "train_on is 'all'; expected answers or last_answer or everything"),
-        ({"too_long": "cut"}, "too_long is 'cut'; expected skip or truncate or error"),
-        ({"bad_lines": "keep"}, "bad_lines is 'keep'; expected error or skip"),
+        ({"max_length": 1}, ["max_length", 1, 2]),
+        ({"seed": -1}, ["seed", -1, 0]),
+        ({"records_per_file": 0}, ["records_per_file", 0, 1]),
+        ({"train_on": "all"}, ["train_on", "'all'", "answers", "last_answer", "everything"]),
+        ({"too_long": "cut"}, ["too_long", "'cut'", "skip", "truncate", "error"]),
+        ({"bad_lines": "keep"}, ["bad_lines", "'keep'", "error", "skip"]),
     ],
 )
-def test_options_are_checked(small_vocab, tmp_path, options, message):
+def test_options_are_checked(small_vocab, tmp_path, options, values):
     data = write_lines(tmp_path / "d.jsonl", plain())
-    with pytest.raises(ValueError, match=message):
+    with refused(*values):
         prepare(data, small_vocab, tmp_path / "out", Options(**options))
-    with pytest.raises(ValueError, match="workers are 0"):
+    with refused("workers", 0):
         prepare(data, small_vocab, tmp_path / "out", Options(), workers=0)
     assert not (tmp_path / "out").exists()
 
@@ -227,9 +225,7 @@ def test_too_long_is_skipped_cut_or_an_error_as_asked(small_vocab, small_tokeniz
     assert "1 cut at a turn border to fit a record" in summary(results["truncate"])
     found = answers_in(read(results["truncate"]["output"]), small_tokenizer)
     assert found == {"a<_end>": 1, f"{ANSWER}<_end>": 1}
-    with pytest.raises(
-        ValueError, match="d.jsonl, line 1: has .* tokens, a record holds 61. Nothing was writ"
-    ):
+    with refused("d.jsonl, line 1", 61):
         prepare(data, small_vocab, tmp_path / "error", Options(max_length=60, too_long="error"))
 
 
@@ -240,9 +236,7 @@ def test_bad_lines_are_skipped_on_demand_and_named(small_vocab, tmp_path):
     assert counts["skipped"] == {"not JSON": 1, "of no known format": 15}
     assert len(counts["skipped_lines"]["of no known format"]) == 10
     assert counts["skipped_lines"]["not JSON"][0].startswith("d.jsonl:2: not JSON (Expecting property name")
-    with pytest.raises(
-        ValueError, match=r"16 of the first 17 lines .*d.jsonl:12 and 5 more. Nothing was written"
-    ):
+    with refused("16 of the first 17", "d.jsonl:12 and 5 more"):
         prepare(data, small_vocab, tmp_path / "no", Options(max_length=60))
 
 
@@ -251,7 +245,7 @@ def test_a_line_that_is_quoted_with_half_a_surrogate_pair_ends_no_run(small_voca
     result = prepare(data, small_vocab, tmp_path / "out", Options(max_length=60, bad_lines="skip"))
     (named,) = result["counts"]["skipped_lines"]["of no known format"]
     assert named.startswith(r"d.jsonl:2: has the keys \ud83d; expected")
-    with pytest.raises(ValueError, match=r"line 2: has the keys \\ud83d; expected"):
+    with refused("line 2", r"\ud83d"):
         prepare(data, small_vocab, tmp_path / "no", Options(max_length=60))
 
 
@@ -262,7 +256,7 @@ def test_a_folder_that_others_use_meanwhile_hides_no_error(small_vocab, tmp_path
 
     monkeypatch.setattr(preparing, "_make", fail)
     data = write_lines(tmp_path / "d.jsonl", plain())
-    with pytest.raises(ValueError, match="the line is wrong"):
+    with refused("the line is wrong"):
         prepare(data, small_vocab, tmp_path / "new" / "out", Options())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
 
@@ -270,7 +264,7 @@ def test_a_folder_that_others_use_meanwhile_hides_no_error(small_vocab, tmp_path
 def test_a_text_in_a_broken_file_ends_the_run_and_leaves_nothing(small_vocab, tmp_path):
     packed = gzip.compress(b'{"text": "a fox"}\n' * 900)
     (tmp_path / "d.jsonl.gz").write_bytes(packed[:-12])
-    with pytest.raises(ValueError, match="d.jsonl.gz is broken after line"):
+    with refused("d.jsonl.gz", "after line"):
         prepare(tmp_path / "d.jsonl.gz", small_vocab, tmp_path / "new" / "out", Options(bad_lines="skip"))
     assert not (tmp_path / "new").exists()
 
@@ -294,29 +288,20 @@ def test_output_path_is_a_directory_or_a_mindrecord_file(tmp_path):
 def test_an_existing_result_is_not_overwritten(small_vocab, tmp_path, existing):
     data = write_lines(tmp_path / "d.jsonl", plain())
     (tmp_path / existing).write_text("mine")
-    with pytest.raises(ValueError, match=f"{existing} exists and is not overwritten"):
+    with refused(existing, "--output_path"):
         prepare(data, small_vocab, tmp_path, Options(max_length=64, seed=0))
     assert (tmp_path / existing).read_text() == "mine"
 
 
 def test_a_file_in_the_way_of_the_output_is_named(small_vocab, tmp_path):
     data = write_lines(tmp_path / "d.jsonl", plain())
-    with pytest.raises(ValueError, match="d.jsonl is a file, not a directory"):
+    with refused("d.jsonl", "--output_path"):
         prepare(data, small_vocab, data, Options(max_length=64, seed=0))
-
-
-def test_a_record_without_a_trained_token_is_refused():
-    tokens = np.array([1, 4, 30, 5], np.uint32)
-    with pytest.raises(ValueError, match="no trained token"):
-        writing.fill_record([tokens], 8, 3)
-    tokens[0] |= TRAINED  # shifted away: nothing predicts the first token
-    with pytest.raises(ValueError, match="no trained token"):
-        writing.fill_record([tokens], 8, 3)
 
 
 def test_a_question_without_an_answer_is_refused(small_vocab, tmp_path):
     data = write_lines(tmp_path / "d.jsonl", plain(), '{"messages": [{"role": "user", "content": "q"}]}')
-    with pytest.raises(ValueError, match="d.jsonl, line 2: the conversation has no answer to train on; add"):
+    with refused("d.jsonl, line 2"):
         prepare(data, small_vocab, tmp_path / "out", Options(max_length=64, seed=0))
     assert not (tmp_path / "out").exists()
 
@@ -330,8 +315,7 @@ def test_all_bad_lines_are_named_at_once(small_vocab, tmp_path):
         r'{"input": "a\ud83db", "output": "c"}',
         '{"messages": [{"role": "user", "content": "q"}]}',
     )
-    message = r"d.jsonl, line 2: not JSON .*3 of 5 lines cannot be used; others: d.jsonl:3, d.jsonl:5. N"
-    with pytest.raises(ValueError, match=message):
+    with refused("d.jsonl, line 2", "not JSON", "3 of 5", "d.jsonl:3, d.jsonl:5"):
         prepare(data, small_vocab, tmp_path / "out", Options(max_length=64, seed=0))
     assert not (tmp_path / "out").exists()
 
@@ -339,7 +323,7 @@ def test_all_bad_lines_are_named_at_once(small_vocab, tmp_path):
 def test_an_empty_data_set_is_refused(small_vocab, tmp_path):
     for lines in ([], ["", "  "]):
         data = write_lines(tmp_path / "d.jsonl", *lines)
-        with pytest.raises(ValueError, match="holds no conversation to write"):
+        with refused(data):
             prepare(data, small_vocab, tmp_path / "out", Options(max_length=64, seed=0))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from research.telechat2.data.formats import Conversation
+from research.telechat2.data.conversions import Conversation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZES = {

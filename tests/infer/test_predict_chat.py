@@ -7,7 +7,8 @@ import os
 import pytest
 from predict_model import QUESTIONS, asked
 
-from research.telechat2.data.formats import Conversation, parse_line
+from research.telechat2.data.conversions import Conversation
+from research.telechat2.data.formats import parse_line
 from research.telechat2.infer import loading
 from research.telechat2.infer.chat import answer_all, chat, question, read_prompts, read_questions
 from research.telechat2.text import chat as telechat_chat

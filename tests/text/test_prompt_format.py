@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from refusal import refused
 
 from research.telechat2.common.files import write_json
 from research.telechat2.text import prompt_format
@@ -44,9 +45,9 @@ def test_the_nearest_record_wins(tmp_path):
 def test_another_format_is_refused_and_the_same_is_fine(tmp_path):
     prompt_format.write(tmp_path, "chat")
     prompt_format.write(tmp_path, "chat")
-    with pytest.raises(ValueError, match="says prompt format 'chat', but 'plain' was to be recorded"):
+    with refused(tmp_path / "prompt_format.json", "'chat'", "'plain'"):
         prompt_format.write(tmp_path, "plain")
-    with pytest.raises(ValueError, match="'chatml' is unknown; expected one of chat, plain"):
+    with refused("'chatml'", "chat, plain"):
         prompt_format.write(tmp_path, "chatml")
     assert [path.name for path in tmp_path.iterdir()] == ["prompt_format.json"]
 
@@ -54,7 +55,7 @@ def test_another_format_is_refused_and_the_same_is_fine(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"prompt_format": "x"}', '{"prompt_format": ["chat"]}'])
 def test_a_damaged_record_is_an_error(tmp_path, content):
     (tmp_path / "prompt_format.json").write_text(content)
-    with pytest.raises(ValueError, match="prompt_format.json does not hold"):
+    with refused(tmp_path / "prompt_format.json"):
         prompt_format.find(tmp_path)
 
 
@@ -66,9 +67,7 @@ def test_the_format_of_a_data_set_is_that_of_its_manifests(tmp_path):
     assert prompt_format.of_dataset(first) == prompt_format.of_dataset(tmp_path) == "chat"
     write_json(prompt_format.manifest_path(second), {"prompt_format": "plain"})
     assert prompt_format.of_dataset(second) == "plain"
-    with pytest.raises(
-        ValueError, match="differ in prompt format: .*a.mindrecord.json says 'chat' and .*says 'plain'"
-    ):
+    with refused("a.mindrecord.json", "'chat'", "b.mindrecord.json", "'plain'"):
         prompt_format.of_dataset(tmp_path)
 
 

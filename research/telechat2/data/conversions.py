@@ -1,42 +1,81 @@
-"""From each format's JSON object to messages, as ``telechat_chat.render`` takes them."""
+"""What a line of data holds: a conversation, or a text; and how each format's JSON object becomes one."""
 
+import json
 import re
+from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text import exact_json
+from research.telechat2.text import chat, exact_json
+from research.telechat2.text.exact_json import JsonObject
 from research.telechat2.text.messages import NOTHING, is_blank
 from research.telechat2.text.vocabulary import BOT, END, START, SYSTEM, USER
 
 _TURN = re.compile(f"({USER}|{BOT})")
 _CLOSING = re.compile(rf"{END}\s*\Z")
 _SHAREGPT_ROLES = {
-    **{name: "system" for name in ("system",)},
-    **{name: "user" for name in ("human", "user")},
-    **{name: "assistant" for name in ("gpt", "assistant", "bot", "function_call")},
-    **{name: "tool" for name in ("observation", "tool", "function_response")},
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
 }
 
 
-def from_messages(data: dict) -> tuple[list[dict], list[dict] | None]:
-    """OpenAI's: (messages, tools); tools may be JSON in a string, as tables need it."""
-    return _list(data, "messages"), _tools(data)
+class Conversation(NamedTuple):
+    """One line of data: what ``chat.render`` takes, and the prompt format it is written in."""
+
+    messages: list[JsonObject]
+    tools: list[JsonObject] | None
+    prompt_format: str = "chat"
+    tool_tags_in_content: bool = False
+    unused: tuple[str, ...] = ()  # fields of the line that are left out: metadata, or as asked for
+
+    def render(
+        self,
+        prompt_format: str | None = None,
+        train_on: str = "answers",
+        add_generation_prompt: bool = False,
+    ) -> list[chat.Segment]:
+        """Render with the conversation's own prompt format or the given one."""
+        return chat.render(
+            self.messages,
+            self.tools,
+            prompt_format=prompt_format or self.prompt_format,
+            add_generation_prompt=add_generation_prompt,
+            tool_tags_in_content=self.tool_tags_in_content,
+            train_on=train_on,
+        )
 
 
-def from_dialog(data: dict) -> tuple[list[dict], None]:
-    """TeleChat2's own: (messages, None)."""
-    messages = _list(data, "dialog")
-    if data.get("system") is not None:
-        # The template ends the system text with a newline of its own.
-        system = {"role": "system", "content": _string(data, "system").removesuffix("\n")}
-        messages = [system, *messages]
-    return messages, None
+class Text(NamedTuple):
+    """One line of pretraining data."""
+
+    content: str
+    prompt_format: str = "plain"  # which begins with <_start> as well
+    unused: tuple[str, ...] = ()
+
+    def render(self, prompt_format: str | None = None, train_on: str = "answers") -> list[chat.Segment]:
+        """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
+        return [
+            chat.Segment(START, special=True),
+            chat.Segment(self.content, trained=True),
+            chat.Segment(END, special=True, trained=True),
+        ]
 
 
-def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
-    """ShareGPT's: (messages, tools); tools and function calls may be JSON in a string."""
-    messages = []
-    if data.get("system") is not None:
-        messages.append({"role": "system", "content": _string(data, "system")})
+def from_messages(data: JsonObject) -> Conversation:
+    """OpenAI's; tools may be JSON in a string, as tables need it."""
+    return Conversation(_list(data, "messages"), _tools(data))
+
+
+def from_dialog(data: JsonObject) -> Conversation:
+    """TeleChat2's own, with tools in the contents. The template adds the system text's last newline."""
+    messages = [*_system(data, "\n"), *_list(data, "dialog")]
+    return Conversation(messages, None, tool_tags_in_content=True)
+
+
+def from_sharegpt(data: JsonObject) -> Conversation:
+    """ShareGPT's; tools and function calls may be JSON in a string."""
+    messages = _system(data)
     for number, turn in enumerate(_list(data, "conversations"), len(messages) + 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             is_messages = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
@@ -55,14 +94,12 @@ def from_sharegpt(data: dict) -> tuple[list[dict], list[dict] | None]:
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _calls(turn["value"], number)}
         messages.append(message)
-    return messages, _tools(data)
+    return Conversation(messages, _tools(data))
 
 
-def from_alpaca(data: dict) -> tuple[list[dict], None]:
-    """Alpaca's: (messages, None). The input follows the instruction on a line of its own."""
-    messages = []
-    if data.get("system") is not None:
-        messages.append({"role": "system", "content": _string(data, "system")})
+def from_alpaca(data: JsonObject) -> Conversation:
+    """Alpaca's. The input follows the instruction on a line of its own."""
+    messages = _system(data)
     history = [] if data.get("history") in NOTHING else data["history"]
     if not isinstance(history, list):
         raise UsageError(f"history is a {type(history).__name__}; expected a list of [question, answer]")
@@ -73,12 +110,11 @@ def from_alpaca(data: dict) -> tuple[list[dict], None]:
     question = _string(data, "instruction")
     if data.get("input") not in NOTHING:
         question = f"{question}\n{_string(data, 'input')}" if question else _string(data, "input")
-    messages.append({"role": "user", "content": question})
-    return messages + _answer(data), None
+    return Conversation([*messages, {"role": "user", "content": question}, _answer(data)], None)
 
 
-def from_input(data: dict) -> list[dict]:
-    """The README's input and output, as messages; of an older one, all in the input, its last answer too."""
+def from_input(data: JsonObject) -> Conversation:
+    """The README's input and output; of an older one, all in the input, its last answer too."""
     question = _string(data, "input")
     if SYSTEM in question:
         raise UsageError(
@@ -87,22 +123,22 @@ def from_input(data: dict) -> list[dict]:
         )
     messages = _turns(question)
     if messages[-1]["role"] == "user":
-        return messages + _answer(data)
-    if data.get("output") not in NOTHING:
+        messages.append(_answer(data))
+    elif data.get("output") not in NOTHING:
         raise UsageError("input ends with an answer; it must end with the question that output answers")
-    return messages
+    return Conversation(messages, None, "plain")
 
 
-def non_empty(data: dict, key: str) -> str:
-    """Return a string of pretraining data; UsageError when it is none, or empty."""
+def from_text(data: JsonObject, key: str) -> Text:
+    """A text to pretrain on, in the field ``key``."""
     text = _string(data, key)
     if is_blank(text):
         blank = "blank" if text else "empty"
         raise UsageError(f"{key} is {blank}; there is nothing to learn from it: remove the line")
-    return text
+    return Text(text)
 
 
-def _turns(text: str) -> list[dict]:
+def _turns(text: str) -> list[JsonObject]:
     """Split ``input`` at its markers into user and assistant turns.
 
     A leading `<_start>`, white space before the first marker, a missing first `<_user>`, `<_end>` at the end
@@ -129,11 +165,17 @@ def _turns(text: str) -> list[dict]:
     return messages
 
 
-def _answer(data: dict) -> list[dict]:
-    return [{"role": "assistant", "content": _string(data, "output")}]
+def _system(data: JsonObject, ending: str = "") -> list[JsonObject]:
+    if data.get("system") is None:
+        return []
+    return [{"role": "system", "content": _string(data, "system").removesuffix(ending)}]
 
 
-def _tools(data: dict) -> list[dict] | None:
+def _answer(data: JsonObject) -> JsonObject:
+    return {"role": "assistant", "content": _string(data, "output")}
+
+
+def _tools(data: JsonObject) -> list[JsonObject] | None:
     tools = data.get("tools")
     if isinstance(tools, str):
         tools = _json(tools, "tools are") if tools.strip() else None
@@ -142,17 +184,16 @@ def _tools(data: dict) -> list[dict] | None:
     return tools
 
 
-def _calls(value: object, number: int) -> list:
-    calls = _json(value, f"turn {number} of conversations is a function call, but") if isinstance(
-        value, str
-    ) else value  # fmt: skip
-    return calls if isinstance(calls, list) else [calls]
+def _calls(value: object, number: int) -> list[object]:
+    if isinstance(value, str):
+        value = _json(value, f"turn {number} of conversations is a function call, but")
+    return value if isinstance(value, list) else [value]
 
 
 def _json(text: str, what: str) -> object:
     try:
         return exact_json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UsageError) as error:
         raise UsageError(f"{what} not JSON ({error}); correct it") from error
 
 
@@ -160,20 +201,25 @@ def _keys(value: object) -> str:
     return ", ".join(value) or "no keys" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def _string(data: dict, key: str) -> str:
+def _string(data: JsonObject, key: str) -> str:
     value = data.get(key)
     if not isinstance(value, str):
         found = f"is a {type(value).__name__}" if key in data else "is missing"
         remedy = ""
-        if isinstance(value, (list, dict)):
+        if isinstance(value, list | dict):
             is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
-            remedy = " (of an object around the data give the array alone)" if is_rows else ""
-            remedy = remedy or " (a table is written row by row, a conversation as messages)"
+            remedy = (
+                " (of an object around the data give the array alone)"
+                if is_rows
+                else " (a table is written row by row, a conversation as messages)"
+            )
         raise UsageError(f"{key} {found}; expected a string{remedy}")
     return value
 
 
-def _list(data: dict, key: str) -> list:
-    if not isinstance(data[key], list):
-        raise UsageError(f"{key} is a {type(data[key]).__name__}; expected a list of messages")
-    return data[key]
+def _list(data: JsonObject, key: str) -> list[JsonObject]:
+    """The messages of a line, which are checked when they are rendered."""
+    messages = data[key]
+    if not isinstance(messages, list):
+        raise UsageError(f"{key} is a {type(messages).__name__}; expected a list of messages")
+    return messages

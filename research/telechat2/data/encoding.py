@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from research.telechat2.data import formats
-from research.telechat2.data.formats import Conversation, Text, UnusableLine
+from research.telechat2.data.conversions import Conversation, Text
+from research.telechat2.data.formats import UnusableLine
 from research.telechat2.data.sources import Batch
 from research.telechat2.text import chat
 from research.telechat2.text.messages import out_of_turn

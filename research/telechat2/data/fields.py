@@ -5,6 +5,7 @@ from collections.abc import Set
 from functools import lru_cache
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.text.exact_json import JsonObject
 from research.telechat2.text.messages import (
     BYTE_ORDER_MARK,
     KNOWN_KEYS,
@@ -12,6 +13,7 @@ from research.telechat2.text.messages import (
     TEXT_PARTS,
     is_blank,
     joined,
+    short,
 )
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
@@ -98,34 +100,33 @@ def is_mask(name: str) -> bool:
     return _same(name) in _MASKS
 
 
-def of_table(data: dict) -> dict:
+def of_table(data: JsonObject) -> JsonObject:
     """``data`` without what a table leaves in it: a byte order mark before the first column, NaN for nothing.
 
     Raises:
         UsageError: a key stands twice, with the mark and without.
     """
-    if any(_is_nan(value) for value in data.values()):
-        data = {name: None if _is_nan(value) else value for name, value in data.items()}
-    if any(name[:1] == BYTE_ORDER_MARK for name in data):
-        names = [name.lstrip(BYTE_ORDER_MARK) for name in data]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError(f"the key {twice!r} stands there with a byte order mark and without; keep one")
-        data = dict(zip(names, data.values(), strict=True))
-    return data
+    for name, value in data.items():
+        if value != value or name[:1] == BYTE_ORDER_MARK:
+            break
+    else:
+        return data
+    found: JsonObject = {}
+    for name, value in data.items():
+        name = name.lstrip(BYTE_ORDER_MARK)
+        if name in found:
+            raise UsageError(f"the key {name!r} stands there with a byte order mark and without; keep one")
+        found[name] = None if type(value) is float and value != value else value
+    return found
 
 
-def _is_nan(value: object) -> bool:
-    return type(value) is float and value != value
-
-
-def without(data: dict, ignored: Set[str]) -> dict:
+def without(data: JsonObject, ignored: Set[str]) -> JsonObject:
     """``data`` without the fields that are to be ignored."""
     return {name: value for name, value in data.items() if name not in ignored}
 
 
 def check_unused(
-    data: dict, used: Set[str], where: str = "", beside: str = "", strict: bool = False
+    data: JsonObject, used: Set[str], where: str = "", beside: str = "", strict: bool = False
 ) -> list[str]:
     """Return the names of the fields beside ``used`` that may go: those of metadata, and of no text.
 
@@ -153,11 +154,10 @@ def check_unused(
     return left
 
 
-def check_preference(data: dict) -> None:
-    """UsageError for a line of preference data, whose other keys are often of no format."""
+def preference(data: JsonObject) -> str:
+    """What a line of preference data has, whose other keys are often of no format; "" for any other line."""
     found = [name for name in data if _REASONS.get(_same(name)) == _PREFERENCE]
-    if found:
-        raise UsageError(f"has {' and '.join(found)}: {_PREFERENCE}, as instruction and output")
+    return f"{' and '.join(found)}: {_PREFERENCE}, as instruction and output" if found else ""
 
 
 def says_something(value: object) -> bool:
@@ -180,7 +180,7 @@ def _has_text(value: object) -> bool:
     return isinstance(value, (str, list)) and bool(value)
 
 
-def judgement(data: dict, ignored: Set[str]) -> None:
+def judgement(data: JsonObject, ignored: Set[str]) -> None:
     """Refuse a line that says of itself that it is not to be learnt (KTO's ``label: false``).
 
     Raises:
@@ -206,7 +206,7 @@ def judgement(data: dict, ignored: Set[str]) -> None:
             )
 
 
-def weight_of(data: dict, where: str = "") -> int | None:
+def weight_of(data: JsonObject, where: str = "") -> int | None:
     """The mark of what is not to be trained (0) or is (1), under any of its names; None without one.
 
     Raises:
@@ -235,18 +235,18 @@ _CALL_KEYS = frozenset({"id", "type", "index", "function"})
 _FUNCTION_KEYS = frozenset({"name", "arguments"})
 
 
-def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> object:
+def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> JsonObject:
     """A message with what the renderer knows; the names of what may go are added to ``unused``.
 
     A content that is a list of text parts becomes one text.
 
     Raises:
-        UsageError: a field whose text would be lost, in the message, its parts or its calls, or a mark that
-            is none.
+        UsageError: it is no message, or has a field whose text would be lost, in itself, its parts or its
+            calls, or a mark that is none.
     """
-    if type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str:
-        return message
     if not isinstance(message, dict):
+        raise UsageError(f"message {number} is {short(message)}; expected a dict with role and content")
+    if message.keys() == _PLAIN_KEYS and type(message["content"]) is str:
         return message
     where = f"message {number} "
     if ignored and not ignored.isdisjoint(message):
@@ -264,18 +264,17 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
                 f"write role and content"
             ) from error
         raise
-    known = {name: message[name] for name in message if name in KNOWN_KEYS}
     if says_something(message.get("name")) and message.get("role") != "tool":
         unused.append("name")  # of a person: the template does not say who speaks
-    known.pop("weight", None)
+    known = {name: message[name] for name in message if name in KNOWN_KEYS and name != "weight"}
     weight = weight_of(message, where)
     return known if weight is None else {**known, "weight": weight}
 
 
-def _unused_inside(message: dict, number: int, ignored: Set[str]) -> list[str]:
-    """The same as ``check_unused`` of what stands in a message: parts of its content, calls of tools."""
+def _unused_inside(message: JsonObject, number: int, ignored: Set[str]) -> list[str]:
+    """As ``check_unused``, of what stands in a message: parts of its content, calls of tools."""
     content, calls = message.get("content"), message.get("tool_calls")
-    inside = []
+    inside: list[tuple[object, Set[str], str]] = []
     for i, part in enumerate(content if isinstance(content, list) else [], 1):
         inside.append((part, _PART_KEYS, f"message {number}, part {i} "))
     for i, call in enumerate(calls if isinstance(calls, list) else [], 1):

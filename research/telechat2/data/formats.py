@@ -13,27 +13,42 @@ Told apart by their keys, in this order:
 import json
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data import conversions, fields, sources
-from research.telechat2.text import chat, exact_json
+from research.telechat2.data.conversions import Conversation, Text
+from research.telechat2.text import exact_json
+from research.telechat2.text.exact_json import JsonObject
 from research.telechat2.text.messages import ANSWERS, BYTE_ORDER_MARK, check_question
 
-# The fields of each format; another one is metadata, or an error (see fields).
+
+class _Format(NamedTuple):
+    name: str
+    fields: frozenset[str]  # another one is metadata, or an error (see fields)
+    convert: Callable[[JsonObject], Conversation | Text]
+
+
+def _format(name: str, fields: str, convert: Callable[[JsonObject], Conversation | Text]) -> _Format:
+    return _Format(name, frozenset(fields.split()), convert)
+
+
+_ALPACA = "instruction input output system history"
+# The first of these keys that a line has a value for tells its format.
 _FORMATS = {
-    "messages": {"messages", "tools"},
-    "dialog": {"dialog", "system"},
-    "conversations": {"conversations", "system", "tools"},
-    "instruction": {"instruction", "input", "output", "system", "history"},
-    "input": {"input", "output"},
-    "output": {"input", "output"},
-    "text": {"text"},
-    "data": {"data"},
+    "messages": _format("messages", "messages tools", conversions.from_messages),
+    "dialog": _format("system+dialog", "dialog system", conversions.from_dialog),
+    "conversations": _format("conversations", "conversations system tools", conversions.from_sharegpt),
+    "instruction": _format("instruction", _ALPACA, conversions.from_alpaca),
+    "input": _format("input/output", "input output", conversions.from_input),
+    "output": _format("input/output", "input output", conversions.from_input),
+    "text": _format("text", "text", partial(conversions.from_text, key="text")),
+    "data": _format("data", "data", partial(conversions.from_text, key="data")),
 }
 _EXPECTED = "input and output, or messages, or system and dialog"
-_UNMARKED = frozenset().union(*_FORMATS.values())  # a line of these fields alone has no mark
+_UNMARKED = frozenset().union(*(kind.fields for kind in _FORMATS.values()))  # these fields mark nothing
 # Fields of a test set that say what the answer should be; a question has no use for them.
 _OF_A_TEST = frozenset(
     {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
@@ -51,7 +66,7 @@ _STARTS = {
     b"<!DOCTYPE": "a web page: download the file itself",
     b"<html": "a web page: download the file itself",
 }
-_DECODER = json.JSONDecoder()
+_UNKNOWN = "of no known format"
 NOT_TRAINED = "marked as not to be learnt"
 UNUSED = "with a field that is not used: "
 WEIGHT_0 = "left out by its own weight of 0"
@@ -63,48 +78,6 @@ class UnusableLine(UsageError):  # noqa: N818 (a line is at fault, not a program
     def __init__(self, reason: str, message: object):
         super().__init__(str(message))
         self.reason = reason
-
-
-class Conversation(NamedTuple):
-    """One line of data: what ``telechat_chat.render`` takes, and the prompt format it is written in."""
-
-    messages: list[dict]
-    tools: list[dict] | None
-    prompt_format: str
-    tool_tags_in_content: bool = False
-    unused: tuple[str, ...] = ()  # fields of the line that are left out: metadata, or as asked for
-
-    def render(
-        self,
-        prompt_format: str | None = None,
-        train_on: str = "answers",
-        add_generation_prompt: bool = False,
-    ) -> list[chat.Segment]:
-        """Render with the conversation's own prompt format or the given one."""
-        return chat.render(
-            self.messages,
-            self.tools,
-            prompt_format=prompt_format or self.prompt_format,
-            add_generation_prompt=add_generation_prompt,
-            tool_tags_in_content=self.tool_tags_in_content,
-            train_on=train_on,
-        )
-
-
-class Text(NamedTuple):
-    """One line of pretraining data."""
-
-    content: str
-    prompt_format: str = "plain"  # which begins with <_start> as well
-    unused: tuple[str, ...] = ()
-
-    def render(self, prompt_format: str = "plain", train_on: str = "answers") -> list[chat.Segment]:
-        """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
-        return [
-            chat.Segment(chat.START, special=True),
-            chat.Segment(self.content, trained=True),
-            chat.Segment(chat.END, special=True, trained=True),
-        ]
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -142,8 +115,8 @@ def holds_data(path: str | Path) -> bool:
         if text in ("[", "[{", "{"):
             return True
         try:
-            value, _ = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError):
+            value, _ = json.JSONDecoder().raw_decode(text)
+        except (json.JSONDecodeError, RecursionError):
             return False
         first = value[0] if isinstance(value, list) and value else value
         return isinstance(first, dict) and not first.keys().isdisjoint(sources.LINE_KEYS)
@@ -154,16 +127,21 @@ def decode_line(line: bytes) -> str:
     """Decode a line of a file; byte order marks around it, as files that are joined have, are taken off."""
     try:
         text = line.decode()
-        if BYTE_ORDER_MARK not in text:
-            return text
-        content = text.rstrip("\r\n")
-        return content.strip(BYTE_ORDER_MARK) + text[len(content) :]
     except UnicodeDecodeError as error:
-        is_known = next((name for start, name in _STARTS.items() if line.startswith(start)), "")
-        remedy = f" (it seems to be {is_known})" if is_known else ""
+        known = _known_start(line)
+        remedy = f" (it seems to be {known})" if known else ""
         raise UnusableLine(
             "not UTF-8", f"not UTF-8 at byte {error.start}{remedy}; convert the file to UTF-8"
         ) from error
+    if BYTE_ORDER_MARK not in text:
+        return text
+    content = text.rstrip("\r\n")
+    return content.strip(BYTE_ORDER_MARK) + text[len(content) :]
+
+
+def _known_start(line: bytes) -> str:
+    """What a file that begins so is, with the remedy; "" where nothing is known."""
+    return next((known for start, known in _STARTS.items() if line.startswith(start)), "")
 
 
 @contextmanager
@@ -187,8 +165,6 @@ def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     no conversation.
     """
     data = _read(line)
-    if not isinstance(data, dict):
-        return _conversation(*_parsed(data, ignored))
     left_out = {name for name in data if name in _OF_A_TEST - _UNMARKED or fields.is_mark(name)}
     data = fields.without(data, left_out)
     if any(data.get(name) is not None for name in ("input", "instruction")):
@@ -199,20 +175,16 @@ def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     return asked
 
 
-def _without_answer(parsed: Conversation) -> Conversation:
-    """A conversation up to its last question, and without marks of what is trained."""
-    messages = parsed.messages
-    last = messages[-1] if messages else None
-    if isinstance(last, dict) and last.get("role") in ANSWERS:
+def _without_answer(messages: list[JsonObject]) -> list[JsonObject]:
+    """The messages up to the last question, and without marks of what is trained."""
+    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") in ANSWERS:
         messages = messages[:-1]
-    return parsed._replace(
-        messages=[
-            {name: value for name, value in message.items() if not fields.is_mask(name)}
-            if isinstance(message, dict)
-            else message
-            for message in messages
-        ]
-    )
+    return [
+        {name: value for name, value in message.items() if not fields.is_mask(name)}
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
 
 
 def _conversation(kind: str, parsed: Conversation | Text) -> Conversation:
@@ -230,23 +202,25 @@ def parse(line: str, ignored: Set[str] = frozenset()) -> tuple[str, Conversation
     return _parsed(_read(line), ignored)
 
 
-def _read(line: str) -> object:
+def _read(line: str) -> JsonObject:
     try:
         data = exact_json.loads(line)
-        return fields.of_table(data) if isinstance(data, dict) else data
-    except (ValueError, RecursionError) as error:
+        if isinstance(data, dict):
+            return fields.of_table(data)
+    except (json.JSONDecodeError, UsageError) as error:
+        why = _why_not_json(line, error)
         raise UnusableLine(
-            "not JSON",
-            f"not JSON ({error}); each line must be one complete JSON object{_why_not_json(line, error)}",
+            "not JSON", f"not JSON ({error}); each line must be one complete JSON object{why}"
         ) from error
+    raise UnusableLine(
+        _UNKNOWN, f"holds a JSON {type(data).__name__}; expected an object with input and output, or messages"
+    )
 
 
-def _why_not_json(line: str, error: UsageError | RecursionError) -> str:
+def _why_not_json(line: str, error: json.JSONDecodeError | UsageError) -> str:
     """What a line seems to be that is no JSON, with the remedy; "" where nothing is known."""
-    start = line[:64].lstrip().encode(errors="replace")
-    if known := next((what for first, what in _STARTS.items() if start.startswith(first)), ""):
+    if known := _known_start(line[:64].lstrip().encode(errors="replace")):
         return f". The file seems to be {known}"
-    rest = line[getattr(error, "pos", len(line)) :].strip()
     if "\0" in line:
         return ". It holds NUL characters: the file is cut short, or UTF-16 without its mark"
     if "\r" in line.strip("\r\n"):
@@ -254,6 +228,7 @@ def _why_not_json(line: str, error: UsageError | RecursionError) -> str:
     if not isinstance(error, json.JSONDecodeError) or not error.msg.startswith("Extra data"):
         several = line.strip() in ("{", "[")
         return ". An object over several lines is read from a .json file" if several else ""
+    rest = line[error.pos :].strip()
     if rest.startswith(BYTE_ORDER_MARK):
         return (
             f". A byte order mark (U+FEFF) stands at character {error.pos + 1}, as where files are joined "
@@ -264,46 +239,43 @@ def _why_not_json(line: str, error: UsageError | RecursionError) -> str:
     return ". Lines have no commas between them: remove it" if rest == "," else ""
 
 
-def _parsed(data: object, ignored: Set[str], is_question: bool = False) -> tuple[str, Conversation | Text]:
+def _parsed(
+    data: JsonObject, ignored: Set[str], is_question: bool = False
+) -> tuple[str, Conversation | Text]:
     unused: list[str] = []
-    if ignored and isinstance(data, dict):
+    if ignored:
         unused = [name for name in data if name in ignored and fields.says_something(data[name])]
         if not is_question:
-            _check_judgement(data, ignored)
+            _check_marks(data, ignored)
         data = fields.without(data, ignored)
     kind = _kind(data)
-    marks = set() if data.keys() <= _UNMARKED else {name for name in data if fields.is_mark(name)}
-    if not is_question and not data.keys() <= _UNMARKED:
-        _check_marks(data)
+    used: Set[str] = _FORMATS[kind].fields
+    if not data.keys() <= _UNMARKED:
+        used = used | {name for name in data if fields.is_mark(name)}
+        if not is_question:
+            _check_marks(data)
     try:
-        unused += fields.check_unused(data, _FORMATS[kind] | marks, beside=f" beside {kind}")
-        parsed = _CONVERSIONS[kind](data)
+        unused += fields.check_unused(data, used, beside=f" beside {kind}")
+        parsed = _FORMATS[kind].convert(data)
         if isinstance(parsed, Conversation):
-            parsed = _without_answer(parsed) if is_question else parsed
-            messages = [
+            messages = _without_answer(parsed.messages) if is_question else parsed.messages
+            cleaned = [
                 fields.clean_message(message, number, ignored, unused)
-                for number, message in enumerate(parsed.messages, 1)
+                for number, message in enumerate(messages, 1)
             ]
-            parsed = parsed._replace(messages=messages)
+            parsed = parsed._replace(messages=cleaned)
     except fields.LostText as error:
         raise UnusableLine(f"{UNUSED}{', '.join(error.names)}", error) from error
-    except (ValueError, RecursionError) as error:
+    except (UsageError, RecursionError) as error:
         raise unusable(error) from error
-    return _NAMES.get(kind, kind), parsed._replace(unused=tuple(unused)) if unused else parsed
+    return _FORMATS[kind].name, parsed._replace(unused=tuple(unused)) if unused else parsed
 
 
-def _check_judgement(data: dict, ignored: Set[str]) -> None:
+def _check_marks(data: JsonObject, ignored: Set[str] = frozenset()) -> None:
+    """Refuse a line that is marked as not to be trained, or with what is no mark."""
     try:
         fields.judgement(data, ignored)
-    except UsageError as error:
-        raise UnusableLine(NOT_TRAINED, error) from error
-
-
-def _check_marks(data: dict) -> None:
-    """Refuse a line that is marked as not to be trained, or with what is no mark."""
-    _check_judgement(data, frozenset())
-    try:
-        weight = fields.weight_of(data)
+        weight = None if ignored else fields.weight_of(data)
     except UsageError as error:
         raise UnusableLine(NOT_TRAINED, error) from error
     if weight == 0:
@@ -316,28 +288,15 @@ def unusable(error: UsageError | RecursionError) -> UnusableLine:
     return UnusableLine("not what its format asks for", message)
 
 
-def _kind(data: object) -> str:
-    reason = "of no known format"
-    if not isinstance(data, dict):
-        raise UnusableLine(
-            reason,
-            f"holds a JSON {type(data).__name__}; expected an object with input and output, or messages",
-        )
+def _kind(data: JsonObject) -> str:
     kind = next((key for key in _FORMATS if data.get(key) is not None), None)
     if kind is None:  # tables of several formats have the columns of all, null where they are not used
         kind = next((key for key in _FORMATS if key in data), None)
-    if kind in ("input", "output") and "instruction" in data:
-        return "instruction"
     if kind is None:
-        try:
-            fields.check_preference(data)
-        except UsageError as error:
-            raise UnusableLine(reason, error) from error
-        raise UnusableLine(
-            reason,
-            f"has the keys {', '.join(data) or '(none)'}; expected {_EXPECTED}, or text{_renamed(data)}",
-        )
-    return kind
+        keys = ", ".join(data) or "(none)"
+        why = fields.preference(data) or f"the keys {keys}; expected {_EXPECTED}, or text{_renamed(data)}"
+        raise UnusableLine(_UNKNOWN, f"has {why}")
+    return "instruction" if kind in ("input", "output") and "instruction" in data else kind
 
 
 # What other data sets call the fields of the formats.
@@ -352,7 +311,7 @@ _OTHER_NAMES = {
 }
 
 
-def _renamed(data: dict) -> str:
+def _renamed(data: JsonObject) -> str:
     """How to rename the keys of a line that has none of a format."""
     if {"role", "content"} <= data.keys() or {"from", "value"} <= data.keys():
         name = "messages" if "role" in data else "conversations"
@@ -368,28 +327,3 @@ def _renamed(data: dict) -> str:
         if name.strip().lower() in _UNMARKED and name not in _UNMARKED
     ]
     return f"; rename {', '.join(pairs)}" if pairs else ""
-
-
-def _chat(convert: Callable, tool_tags_in_content: bool = False) -> Callable[[dict], Conversation]:
-    return lambda data: Conversation(*convert(data), "chat", tool_tags_in_content)
-
-
-def _from_input(data: dict) -> Conversation:
-    return Conversation(conversions.from_input(data), None, "plain")
-
-
-def _from_text(key: str) -> Callable[[dict], Text]:
-    return lambda data: Text(conversions.non_empty(data, key))
-
-
-_NAMES = {"input": "input/output", "output": "input/output", "dialog": "system+dialog"}
-_CONVERSIONS: dict[str, Callable[[dict], Conversation | Text]] = {
-    "messages": _chat(conversions.from_messages),
-    "dialog": _chat(conversions.from_dialog, tool_tags_in_content=True),
-    "conversations": _chat(conversions.from_sharegpt),
-    "instruction": _chat(conversions.from_alpaca),
-    "input": _from_input,
-    "output": _from_input,
-    "text": _from_text("text"),
-    "data": _from_text("data"),
-}

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from research.telechat2.common.errors import UsageError
 from research.telechat2.data.spool import starts_of
 
 
@@ -45,14 +44,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Distribute items over records of ``capacity`` tokens by greedy best fit.
 
     Each item, in the given order, goes to the record with the least space that still holds it. Returns the
-    item indices of each record; every item is in exactly one. UsageError for an item that fits no record.
+    item indices of each record; every item is in exactly one. No item is longer than ``capacity``.
     """
     records: list[list[int]] = []
     by_space: dict[int, list[int]] = {}  # free tokens -> records with just that many
     spaces: list[int] = []  # the keys of by_space, sorted
     for item, length in enumerate(lengths):
-        if not 0 < length <= capacity:
-            raise UsageError(f"item {item} has {length} tokens; a record holds 1 to {capacity}")
         at = bisect_left(spaces, length)
         if at < len(spaces):
             space = spaces[at]

@@ -83,7 +83,7 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
 
     Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever a token is not
     trained, and at the first, which has no position to predict it from; labels[i] belongs to input_ids[i]
-    (the model shifts). UsageError when nothing is trained.
+    (the model shifts).
     """
     tokens = np.full(length, pad_token_id, np.uint32)
     end = 0
@@ -94,8 +94,6 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
     input_ids = (tokens & ~TRAINED).view(np.int32)
     labels = np.where(tokens >= TRAINED, input_ids, np.int32(IGNORED_LABEL))
     labels[0] = IGNORED_LABEL
-    if not (labels != IGNORED_LABEL).any():
-        raise UsageError("a record has no trained token; its conversations hold no answer")
     return {"input_ids": input_ids, "labels": labels}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import DRAWN_ONLY, NEUTRAL
 from research.telechat2.data import formats, sources
-from research.telechat2.data.formats import Conversation, naming, parse_question
+from research.telechat2.data.conversions import Conversation
+from research.telechat2.data.formats import naming, parse_question
 from research.telechat2.generation.answer import STOPPED, Answer
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.data.formats import Conversation
+from research.telechat2.data.conversions import Conversation
 from research.telechat2.generation.answer import STOPPED, Answer, Clock, Stopped
 from research.telechat2.generation.limits import check_pool, limits_of_rows
 from research.telechat2.generation.padding import Rows

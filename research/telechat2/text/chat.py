@@ -6,6 +6,7 @@ loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that close
 another choice of TRAIN_ON or a message's ``weight`` says otherwise.
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from typing import NamedTuple
 from research.telechat2.common.errors import UsageError
 from research.telechat2.text import exact_json
 from research.telechat2.text import prompt_format as prompt_formats
-from research.telechat2.text.messages import checked, short
+from research.telechat2.text.exact_json import JsonObject
+from research.telechat2.text.messages import ANSWERS, checked, short
 from research.telechat2.text.vocabulary import BOT, END, START, SYSTEM, TOOL_TAGS, USER, Vocabulary
 
 # What the chat template says when a conversation brings no system message.
@@ -44,9 +46,12 @@ class Segment(NamedTuple):
     trained: bool = False
 
 
+_Pieces = Callable[[str], list[Segment]]
+
+
 def render(
-    messages: list[dict],
-    tools: list[dict] | None = None,
+    messages: list[JsonObject],
+    tools: list[JsonObject] | None = None,
     *,
     prompt_format: str = "chat",
     add_generation_prompt: bool = False,
@@ -82,18 +87,18 @@ def render(
         after_answer = ""
         _refuse_in_plain(messages, tools, prompt_format)
     else:
-        segments = _system_turn(messages, tools, pieces)
+        segments = _system_turn(messages[0], tools, pieces)
         after_answer = "\n"
     previous = None
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "user":
             segments += _user_turn(pieces(message["content"]), everything)
-        elif role in ("assistant", "bot"):
+        elif role in ANSWERS:
             trained = number in answers
             around = everything and trained
             segments.append(Segment(BOT, True, around))
-            segments += _marked(_answer(message, number, pieces), trained)
+            segments += _answer(message, number, pieces, trained)
             if after_answer:
                 segments.append(Segment(after_answer, False, around))
         elif role == "tool":
@@ -149,9 +154,8 @@ def conversation_text(segments: list[Segment]) -> str:
 
 
 # ---------------------------------------------------------------------- turns
-def _system_turn(messages, tools, pieces) -> list[Segment]:
-    has_system = messages[0]["role"] == "system"
-    system = pieces(messages[0]["content"]) if has_system else _literal(DEFAULT_SYSTEM)
+def _system_turn(first: JsonObject, tools: list[JsonObject] | None, pieces: _Pieces) -> list[Segment]:
+    system = pieces(first["content"]) if first["role"] == "system" else _literal(DEFAULT_SYSTEM)
     segments = [Segment(SYSTEM, special=True), *system]
     if tools:
         lines = "".join(_tool_json(tool, i) + "\n" for i, tool in enumerate(tools, 1))
@@ -161,40 +165,36 @@ def _system_turn(messages, tools, pieces) -> list[Segment]:
 
 def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
     """A user's turn; results of tools in it, tags and the space between them included, are not trained."""
+    if not trained:
+        return [Segment(USER, True), *pieces]
     opening, closing = TOOL_TAGS[2:]
     has_results = any(special and text == opening for text, special, _ in pieces)
     marked, in_result = [], False
     for text, special, _ in pieces:
         in_result |= special and text == opening
-        marked.append(
-            Segment(text, special, trained and not in_result and not (has_results and text.isspace()))
-        )
+        marked.append(Segment(text, special, not in_result and not (has_results and text.isspace())))
         in_result &= not (special and text == closing)
     return [Segment(USER, True, bool(marked) and marked[0].trained), *marked]
 
 
-def _answer(message: dict, number: int, pieces) -> list[Segment]:
+def _answer(message: JsonObject, number: int, pieces: _Pieces, trained: bool) -> list[Segment]:
     segments = pieces(message.get("content") or "")
     for i, call in enumerate(message.get("tool_calls") or ()):
         segments += _literal("\n" if i else "") + _tagged("tool_call", _call_json(call, f"message {number}"))
     segments.append(Segment(END, special=True))
-    return segments
+    return [Segment(text, special, True) for text, special, _ in segments] if trained else segments
 
 
-def trained_answers(messages: list[dict], train_on: str) -> set[int]:
+def trained_answers(messages: list[JsonObject], train_on: str) -> set[int]:
     """Numbers, from 1, of the answers that are trained."""
-    answers = [n for n, message in enumerate(messages, 1) if message["role"] in ("assistant", "bot")]
+    answers = [n for n, message in enumerate(messages, 1) if message["role"] in ANSWERS]
     if train_on == "last_answer":
         answers = answers[-1:]
     return {n for n in answers if messages[n - 1].get("weight") in (None, 1)}
 
 
-def _marked(segments: list[Segment], trained: bool) -> list[Segment]:
-    return [Segment(text, special, True) for text, special, _ in segments] if trained else segments
-
-
 def _tagged(tag: str, text: str) -> list[Segment]:
-    return [Segment(f"<{tag}>", special=True), *_literal(f"\n{text}\n"), Segment(f"</{tag}>", special=True)]
+    return [Segment(f"<{tag}>", special=True), Segment(f"\n{text}\n"), Segment(f"</{tag}>", special=True)]
 
 
 def _literal(text: str) -> list[Segment]:
@@ -207,50 +207,44 @@ def _text_with_tags(text: str) -> list[Segment]:
     return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
 
 
-def _call_json(call: dict, where: str) -> str:
-    function = call.get("function", call) if isinstance(call, dict) else None
+def _function_of(description: object, what: str, expected: str) -> JsonObject:
+    """The function that a tool or a call of one describes."""
+    function = description.get("function", description) if isinstance(description, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UsageError(
-            f"{where} has the tool call {short(call)}; "
-            f'expected {{"function": {{"name": "…", "arguments": {{…}}}}}}'
-        )
-    arguments = function.get("arguments")
+        raise UsageError(f"{what} is {short(description)}; expected {{{expected}}}")
+    return function
+
+
+def _call_json(call: object, where: str) -> str:
+    function = _function_of(call, f"{where}: a tool call", '"function": {"name": "…", "arguments": {…}}')
+    arguments, what = function.get("arguments"), f"{where}: the arguments of tool call {function['name']!r}"
     if isinstance(arguments, str):
         try:
             arguments = exact_json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"{where}: the arguments of tool call {function['name']!r} are not JSON: {error}"
-            ) from error
+        except (json.JSONDecodeError, UsageError) as error:
+            raise UsageError(f"{what} are not JSON: {error}") from error
     if not isinstance(arguments, dict):
-        raise UsageError(
-            f"{where}: the arguments of tool call {function['name']!r} are {arguments!r}; expected an object"
-        )
+        raise UsageError(f"{what} are {arguments!r}; expected an object")
+    return _dumps({"name": function["name"], "arguments": arguments}, what)
+
+
+def _tool_json(tool: object, number: int) -> str:
+    function = _function_of(tool, f"tool {number}", '"type": "function", "function": {"name": …, …}')
+    return _dumps(tool, f"tool {number} ({function['name']!r})")
+
+
+def _dumps(value: object, what: str) -> str:
     try:
-        return exact_json.dumps({"name": function["name"], "arguments": arguments})
-    except ValueError as error:
-        raise UsageError(f"{where}: in the arguments of tool call {function['name']!r}, {error}") from error
+        return exact_json.dumps(value)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
 
 
-# ---------------------------------------------------------------------- checks
-def _tool_json(tool, number: int) -> str:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UsageError(
-            f'tool {number} is {short(tool)}; expected {{"type": "function", "function": {{"name": …, …}}}}'
-        )
-    try:
-        return exact_json.dumps(tool)
-    except ValueError as error:
-        raise UsageError(f"in tool {number} ({function['name']!r}), {error}") from error
-
-
-def _refuse_in_plain(messages: list[dict], tools, prompt_format: str) -> None:
+def _refuse_in_plain(messages: list[JsonObject], tools: list[JsonObject] | None, prompt_format: str) -> None:
     has_system = messages[0]["role"] == "system" and messages[0]["content"]
-    used = "a system prompt" if has_system else "tools" if tools else None
-    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        used = "tools"
-    if used:
+    has_tools = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if has_tools or has_system:
+        used = "tools" if has_tools else "a system prompt"
         raise UsageError(
             f"the {prompt_format} prompt format has no place for {used}; use the prompt format 'chat'"
         )

@@ -5,24 +5,37 @@ keeps the last value: in the arguments of a tool call that is another call.
 """
 
 import json
+from typing import Any, Self
 
 from research.telechat2.common.errors import UsageError
+
+JsonObject = dict[str, Any]
+_TOO_DEEP = "it is nested too deeply"
 
 
 class Digits(float):
     """A number whose digits a float or an int would change; ``text`` is how it was written."""
 
     __slots__ = ("text",)
+    text: str
 
-    def __new__(cls, text: str):
+    def __new__(cls, text: str) -> Self:
         number = super().__new__(cls, text)
         number.text = text
         return number
 
 
 def loads(text: str) -> object:
-    """Parse JSON. UsageError when it is none, or an object has a key twice. NaN and Infinity are read."""
-    return _DECODER.decode(text)
+    """Parse JSON; NaN and Infinity are read.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        UsageError: an object has a key twice, or it is nested too deeply.
+    """
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise UsageError(_TOO_DEEP) from None
 
 
 def dumps(value: object) -> str:
@@ -32,8 +45,8 @@ def dumps(value: object) -> str:
     """
     try:
         return _dumps(value)
-    except RecursionError as error:
-        raise UsageError("it is nested too deeply") from error
+    except RecursionError:
+        raise UsageError(_TOO_DEEP) from None
 
 
 def _dumps(value: object) -> str:
@@ -62,7 +75,7 @@ def _int(text: str) -> int | Digits:
     return Digits(text) if text == "-0" or len(text) > 4000 else int(text)
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def _object(pairs: list[tuple[str, object]]) -> JsonObject:
     content = dict(pairs)
     if len(content) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,13 +1,14 @@
 """What messages may be, their roles, contents and order: the renderer checks each conversation by this."""
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.text.exact_json import JsonObject
 
 ROLES = ("system", "user", "assistant", "bot", "tool")
 ANSWERS = ("assistant", "bot")
 # Keys of a message that name or link things the template does not print.
 SILENT_KEYS = frozenset({"name", "tool_call_id", "id", "type"})
 KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "weight"}) | SILENT_KEYS
-NOTHING = (None, "", [], {})  # values of a key that say no more than its absence
+NOTHING: tuple[object, ...] = (None, "", [], {})  # values of a key that say no more than its absence
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
 # Whatever prints nothing: white space of every script, and characters of no width. Other control characters
 # are text, if an odd one.
@@ -42,32 +43,32 @@ def is_blank(text: str) -> bool:
     return not text.strip(_BLANK)
 
 
-def joined(message: object, number: int) -> object:
+def joined(message: JsonObject, number: int) -> JsonObject:
     """A message whose content is a list of OpenAI's text parts, with their texts joined; others as they are.
 
     Raises:
         UsageError: a part is no text; the message, by its ``number`` from 1, and the part are named.
     """
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+    if not isinstance(message.get("content"), list):
         return message
     return {**message, "content": _text_of_parts(message["content"], number)}
 
 
-def _text_of_parts(parts: list, number: int) -> str:
+def _text_of_parts(parts: list[object], number: int) -> str:
     texts = []
     for i, part in enumerate(parts, 1):
-        is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
-        if not is_text or not isinstance(part.get("text"), str):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") in TEXT_PARTS else None
+        if not isinstance(text, str):
             found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
             raise UsageError(
                 f"message {number} has content {short(parts)}; expected a string, or parts "
                 f'{{"type": "text", "text": "…"}}, but part {i} is {found}: a text model reads no others'
             )
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
-def checked(messages, allow_empty: bool) -> list[dict]:
+def checked(messages: object, allow_empty: bool) -> list[JsonObject]:
     """Check a conversation, and return it with contents that are strings, not parts.
 
     ``allow_empty``: nothing of it is trained, so its messages may say nothing.
@@ -77,7 +78,7 @@ def checked(messages, allow_empty: bool) -> list[dict]:
     """
     if not isinstance(messages, list) or not messages:
         raise UsageError(f"messages are {short(messages)}; expected a list of at least one message")
-    answer: dict = {}  # the last one
+    answer: JsonObject = {}  # the last one
     open_calls: list[str | None] | None = []  # ids of its calls that wait for a result; None: not counted yet
     previous, found = None, []
     for number, message in enumerate(messages, 1):
@@ -107,7 +108,7 @@ def checked(messages, allow_empty: bool) -> list[dict]:
     return found
 
 
-def check_question(messages: list[dict]) -> None:
+def check_question(messages: list[JsonObject]) -> None:
     """UsageError if the last message is a question that asks nothing, or there is none."""
     if not messages:
         raise UsageError("there is no message to answer; expected at least a question")
@@ -116,7 +117,7 @@ def check_question(messages: list[dict]) -> None:
         raise UsageError(f"message {len(messages)} is an empty question; expected some text to answer")
 
 
-def out_of_turn(messages: list[dict]) -> int:
+def out_of_turn(messages: list[JsonObject]) -> int:
     """How many messages follow one of the same side, or answer before anything is asked."""
     count, previous = 0, "assistant"
     for message in messages:
@@ -129,13 +130,13 @@ def out_of_turn(messages: list[dict]) -> int:
     return count
 
 
-def _answers_rightly(messages: list[dict], number: int) -> bool:
+def _answers_rightly(messages: list[JsonObject], number: int) -> bool:
     """Whether an answer may follow the answer before it: it is not trained, or that one called a tool."""
     message, before = messages[number - 1], messages[number - 2]
     return message.get("weight") == 0 or bool(_calls_of(before))
 
 
-def _calls_of(message: dict) -> list[str | None]:
+def _calls_of(message: JsonObject) -> list[str | None]:
     calls = message.get("tool_calls")
     found = [call.get("id") if isinstance(call, dict) else None for call in calls] if calls else []
     content = message.get("content")
@@ -143,7 +144,7 @@ def _calls_of(message: dict) -> list[str | None]:
     return found + [None] * (content.count("<tool_call>") if isinstance(content, str) else 0)
 
 
-def _close_call(message: dict, open_calls: list[str | None], where: str) -> None:
+def _close_call(message: JsonObject, open_calls: list[str | None], where: str) -> None:
     if not open_calls:
         raise UsageError(
             f"{where} is a tool's result, but no assistant message with a tool call that waits for one "
@@ -161,7 +162,7 @@ def _close_call(message: dict, open_calls: list[str | None], where: str) -> None
         )
 
 
-def _is_simple(message: dict) -> bool:
+def _is_simple(message: JsonObject) -> bool:
     """Whether a message is of the most common kind, which nothing is wrong with."""
     return (
         len(message) == 2
@@ -171,7 +172,7 @@ def _is_simple(message: dict) -> bool:
     )
 
 
-def _check_message(message: dict, where: str, allow_empty: bool) -> None:
+def _check_message(message: JsonObject, where: str, allow_empty: bool) -> None:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise UsageError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
@@ -191,21 +192,14 @@ def _check_message(message: dict, where: str, allow_empty: bool) -> None:
         raise UsageError(f"{where} has tool_calls {short(calls)}; expected a list")
     if not isinstance(content, str) and not (content is None and is_answer and (calls or allow_empty)):
         raise UsageError(f"{where} has content {short(content)}; expected a string")
-    if not allow_empty and is_blank(content or "") and not calls and weight != 0:
-        _refuse_blank(role, content, where)
+    must_say = (is_answer and not calls and weight != 0) or role == "user"
+    if must_say and not allow_empty and is_blank(content or ""):
+        found = "a blank" if content else "an empty"
+        kind = "answer" if is_answer else "question"
+        raise UsageError(f"{where} is {found} {kind}, of which nothing is learned; remove it or fill it in")
 
 
-def _refuse_blank(role: str, content: str, where: str) -> None:
-    blank = "a blank" if content else "an empty"
-    if role in ANSWERS:
-        raise UsageError(
-            f"{where} is {blank} answer; there is nothing to learn from it: remove it or fill it in"
-        )
-    if role == "user":
-        raise UsageError(f"{where} is {blank} question; remove it or fill it in")
-
-
-def short(value) -> str:
+def short(value: object) -> str:
     """``repr`` of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
