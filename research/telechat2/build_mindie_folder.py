@@ -59,9 +59,9 @@ def main() -> None:
     yaml_file = resolve_config(arguments.yaml_file, Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
-    from research.telechat2.serve.mindie.folder import build, read_sources
+    from research.telechat2.serve.mindie.folder import build, read_folder_sources
 
-    sources = read_sources(
+    sources = read_folder_sources(
         yaml_file,
         arguments.checkpoint_path,
         arguments.vocab_file_path,

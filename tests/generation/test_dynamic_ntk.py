@@ -8,6 +8,7 @@ import torch
 from model_fixtures import PAD, RandomModel, generate, int32, prompts
 from rope_oracle import with_dynamic_ntk
 
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.generation.answer import Clock, Stopped
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
@@ -78,7 +79,9 @@ def test_the_commands_limit_each_row_by_itself(random, model, monkeypatch):
     """They give a batch the max_new_tokens of its shortest prompt, which is not the other rows' limit."""
     silent = SimpleNamespace(put=lambda index: "", end=lambda: "")  # random ids spell nothing
     monkeypatch.setattr(stream_decoder, "StreamDecoder", lambda vocabulary: silent)
-    predictor = Predictor(model, SimpleNamespace(pad_token_id=PAD, vocabulary=None), "plain", max_length=64)
+    predictor = Predictor(
+        model, SimpleNamespace(pad_token_id=PAD, vocabulary=None), "plain", GenerationLimits(64)
+    )
     rows = prompts(9, VOCAB, 44, 58)
     for row, answer in zip(rows, predictor.generate(rows), strict=True):
         assert row + answer.ids == oracles_answer(random, row, len(answer.ids), 64)

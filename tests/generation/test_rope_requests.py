@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.telechat2.generation.limits import longest_of_rows
 from research.telechat2.generation.rotary_lengths import RequestLengths
 from research.telechat2.generation.step_inputs import paged_step
 from research.telechat2.telechat_config import TelechatConfig
@@ -65,19 +64,6 @@ def test_a_request_whose_beginning_was_not_seen_is_refused():
     with pytest.raises(ValueError, match="first block is 5.*no prefill began.*read its prompt again"):
         requests.of_rows(False, [4], tables([5]))
     assert requests.of_rows(False, [1], tables([])).tolist() == [0]  # padding of a batch has no block
-
-
-@pytest.mark.parametrize(
-    ("more", "limits", "expected"),
-    [
-        ({}, {"max_new_tokens": 8, "max_length": 0}, [11, 48, 64]),
-        ({}, {"max_new_tokens": None, "max_length": 30}, [30, 40, 60]),
-        ({}, {"max_new_tokens": None, "max_length": 99}, [64, 64, 64]),
-        ({"extend_by_prompt": True}, {"max_new_tokens": 8, "max_length": 30}, [3, 40, 60]),
-    ],
-)
-def test_the_length_that_a_row_may_reach(more, limits, expected):
-    assert longest_of_rows(config_of(**more), [3, 40, 60], **limits).tolist() == expected
 
 
 def test_by_prompt_an_engines_blocks_do_not_count():

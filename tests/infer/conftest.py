@@ -1,5 +1,6 @@
 """The one compiled model that the tests of prediction share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,16 @@ def predictor(random, small_vocab, config_file) -> Predictor:
 @pytest.fixture
 def limits(predictor):
     """Change the predictor's limits for one test: ``limits(max_length=…, max_new_tokens=…)``."""
-    before = predictor.max_length, dict(predictor.generation)
+    before = predictor.limits, dict(predictor.generation)
 
-    def change(max_length=None, **generation):
-        predictor.max_length = max_length or predictor.max_length
-        predictor.generation = predictor.generation | generation
+    def change(**changes):
+        lengths = {name: changes.pop(name) for name in ("max_length", "max_new_tokens") if name in changes}
+        predictor.limits = replace(predictor.limits, **lengths)
+        predictor.generation = predictor.generation | changes
         return predictor
 
     yield change
-    predictor.max_length, predictor.generation = before
+    predictor.limits, predictor.generation = before
 
 
 @pytest.fixture

@@ -322,7 +322,7 @@ def test_the_length_of_an_answer_is_the_yamls_unless_given(random, small_vocab, 
     def limit(**given):
         given["generation"] = {"max_new_tokens": given.pop("max_new_tokens", None)}
         found = load_predictor(file, small_vocab, random.weights, **given)
-        return found.max_length, found.limited_by, found.generation.get("max_new_tokens")
+        return found.limits.max_length, found.limits.source, found.limits.max_new_tokens
 
     assert limit(max_new_tokens=7) == (SEQ_LENGTH, "the YAML's seq_length", 7)
     assert limit(max_length=50) == (50, "--max_length", None)

@@ -18,7 +18,7 @@ from oracle import write_hf_folder
 from research.telechat2.config.yaml_files import read_config, resolve_config
 from research.telechat2.serve.mindie import folder as folder_module
 from research.telechat2.serve.mindie import self_test
-from research.telechat2.serve.mindie.folder import build, read_sources
+from research.telechat2.serve.mindie.folder import build, read_folder_sources
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.text import prompt_format
 
@@ -43,9 +43,9 @@ def folders(dense, experts, small_vocab, tmp_path_factory) -> dict[str, Path]:
     joined = write_yaml(yamls / "predict_joined.yaml", {"qkv_concat": True})
     moe = write_yaml(yamls / "predict_moe.yaml", moe_config=EXPERTS)
     made = {"dense": place / "telechat2_dense", "experts": place / "deeper" / "telechat2-moe"}
-    sources = read_sources(joined, dense.hf, small_vocab.parent, None, None)
+    sources = read_folder_sources(joined, dense.hf, small_vocab.parent, None, None)
     build(sources, made["dense"], npu_mem_size=8, self_test=False)
-    sources = read_sources(moe, experts.weights, small_vocab, "plain", None)
+    sources = read_folder_sources(moe, experts.weights, small_vocab, "plain", None)
     build(sources, made["experts"], npu_mem_size=4, self_test=False)
     return made
 
@@ -119,7 +119,7 @@ def test_two_processes_share_a_model_as_mindie_starts_them(dense, small_vocab, t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sources = read_sources(
+    sources = read_folder_sources(
         write_yaml(tmp_path / "p.yaml", {"qkv_concat": True}), dense.hf, small_vocab, None, 2
     )
     build(sources, tmp_path / "served", npu_mem_size=8)
@@ -204,14 +204,14 @@ def test_several_npus_are_one_more_number(dense, small_vocab, tmp_path):
         tmp_path / "p.yaml", use_parallel=True, parallel_config={"data_parallel": 1, "model_parallel": 2}
     )
     for world_size in (None, 2):
-        sources = read_sources(asked, dense.hf, small_vocab, None, world_size)
+        sources = read_folder_sources(asked, dense.hf, small_vocab, None, world_size)
         target = tmp_path / f"m{world_size}"
         told = build(sources, target, npu_mem_size=8, self_test=False)
         served = yaml.safe_load((target / "p.yaml").read_text(encoding="utf-8"))
         assert served["use_parallel"] is True and served["parallel"]["parallel_mode"] == "STAND_ALONE"
         assert served["parallel_config"]["model_parallel"] == 2 and '"worldSize": 2' in told
     with pytest.raises(ValueError, match="heads.* 4|4.*heads"):
-        read_sources(asked, dense.hf, small_vocab, None, 4)  # two key/value heads
+        read_folder_sources(asked, dense.hf, small_vocab, None, 4)  # two key/value heads
     with pytest.raises(ValueError, match="the self-test loads one process, but the folder is for 2 NPUs"):
         build(sources, tmp_path / "n", npu_mem_size=8, self_test=True)
 
@@ -220,13 +220,13 @@ def test_the_recorded_prompt_format_is_taken(dense, small_vocab, tmp_path):
     weights = shutil.copytree(dense.hf, tmp_path / "hf")
     prompt_format.write(weights, "plain")
     assert (
-        read_sources(write_yaml(tmp_path / "p.yaml"), weights, small_vocab, None, None).prompt_format
+        read_folder_sources(write_yaml(tmp_path / "p.yaml"), weights, small_vocab, None, None).prompt_format
         == "plain"
     )
 
 
 def test_the_prompt_format_and_its_reason_are_said(dense, small_vocab, tmp_path, capsys):
-    read_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
+    read_folder_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
     assert f"prompt format: chat (none is recorded with {dense.hf}: give --prompt_format" in (
         capsys.readouterr().err
     )
@@ -264,8 +264,8 @@ def test_a_parallel_yaml_without_a_number_of_npus_asks_for_it(dense, small_vocab
     parallel = write_yaml(tmp_path / "p.yaml", use_parallel=True)
     said = "p.yaml: use_parallel is True, but parallel_config has no model_parallel.*--world_size"
     with pytest.raises(ValueError, match=said):
-        read_sources(parallel, dense.hf, small_vocab, None, None)
-    assert read_sources(parallel, dense.hf, small_vocab, None, 2).world_size == 2
+        read_folder_sources(parallel, dense.hf, small_vocab, None, None)
+    assert read_folder_sources(parallel, dense.hf, small_vocab, None, 2).world_size == 2
 
 
 @pytest.mark.parametrize("size, too_few, enough", [("35b", 1, 2), ("115b", 2, 8)])
@@ -306,12 +306,12 @@ def test_what_does_not_fit_is_named_before_anything_is_written(dense, experts, s
     ]
     for (yaml_file, weights, vocab), said in cases:
         with pytest.raises(ValueError, match=said):
-            read_sources(yaml_file, weights, vocab, None, None)
+            read_folder_sources(yaml_file, weights, vocab, None, None)
 
 
 @pytest.fixture
 def sources(dense, small_vocab, tmp_path):
-    return read_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
+    return read_folder_sources(write_yaml(tmp_path / "p.yaml"), dense.hf, small_vocab, None, None)
 
 
 def test_an_existing_folder_stays_as_it_is(sources, tmp_path):

@@ -11,8 +11,9 @@ import sentencepiece
 from oracle import write_hf_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.infer.checks import choose_prompt_format
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.infer.predictor import Predictor
+from research.telechat2.infer.sources import choose_prompt_format
 from research.telechat2.telechat_tokenizer import TelechatTokenizer
 from research.telechat2.text.chat import encode, render
 from research.telechat2.text.load_vocabulary import load_vocabulary
@@ -53,7 +54,7 @@ def test_a_question_has_torchs_ids(v1_vocab):
     tokenizer = TelechatTokenizer(v1_vocab)
     chosen, why = choose_prompt_format(None, v1_vocab.parent, tokenizer)
     assert chosen == "v1" and "TeleChat v1" in why
-    predictor = Predictor(SimpleNamespace(), tokenizer, chosen, 100)
+    predictor = Predictor(SimpleNamespace(), tokenizer, chosen, GenerationLimits(100))
     asked = SimpleNamespace(messages=QUESTION, tools=None, tool_tags_in_content=False)
     assert predictor.prompt_ids(asked) == torch_ids(v1_vocab)
     assert tokenizer("<_user>你好<_bot>")["input_ids"] == torch_ids(v1_vocab)

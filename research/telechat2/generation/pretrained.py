@@ -13,10 +13,10 @@ from research.telechat2.compat.library import (
     get_valid_length_each_example,
 )
 from research.telechat2.compat.pipeline import read_as_rows
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.sampling import check_spelling
 from research.telechat2.generation.chunked_prefill import read_in_chunks
-from research.telechat2.generation.limits import check_pool, limits_of_rows, longest_of_rows
 from research.telechat2.generation.padding import Rows, check_ids, pad_rows
 from research.telechat2.generation.sampling import Sampling, check_finite, next_token, row_generators
 
@@ -72,10 +72,13 @@ class PreTrainedModel(LibraryPreTrainedModel):
         self.random = row_generators(len(lengths), seed) if self.sampling.do_sample else None
         if not self.config.use_past:
             return super().generate(input_ids, generation_config, *args, **kwargs)
-        limits = settings.max_new_tokens, settings.max_length
-        check_pool(self.config, limits_of_rows(self.config, lengths, *limits))
+        new = settings.max_new_tokens
+        max_length = min(settings.max_length, self.config.seq_length) if new is None else None
+        limits = GenerationLimits.of(self.config, max_length, new)
+        limits.check_cache(lengths)
         if self.config.extend_method == "DYNAMIC_NTK" and kwargs.get("longest") is None:
-            kwargs["longest"] = longest_of_rows(self.config, lengths, *limits)
+            by_prompt = self.config.extend_by_prompt
+            kwargs["longest"] = lengths if by_prompt else np.array([limits.end(n) for n in lengths])
         try:
             return super().generate(input_ids, generation_config, *args, **kwargs)
         except BaseException:

@@ -1,26 +1,18 @@
 """What the prediction scripts share: loading a model, and asking it for the next answer."""
 
 import os
-import sys
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import settle_with
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import did_you_mean
-from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.sampling import SAMPLING, check_sampling
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
-from research.telechat2.config.yaml_files import read_config
-from research.telechat2.data.same_vocabulary import check_answering_vocabulary
-from research.telechat2.infer.checks import (
-    check_vocabulary,
-    choose_prompt_format,
-    length_of_config,
-)
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.process_group import Group
+from research.telechat2.infer.sources import check_weights, open_tokenizer, read_sources
 from research.telechat2.text import prompt_format as prompt_formats
 
 GENERATION = (*SAMPLING, "max_new_tokens", "min_length", "min_new_tokens")
@@ -65,62 +57,38 @@ def load_predictor(
             of sampling is none.
     """
     check_generation(generation or {})
-    _check_arguments(prompt_format, max_length, seed)
-    config = read_config(Path(yaml_file))
-    for note in check_settings(config, source=yaml_file):
-        print(f"note: {note}", file=sys.stderr)
-    if not _section(config, "model", "model_config"):
-        raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
-    if use_past is not None:
-        config["model"]["model_config"]["use_past"] = use_past
-    if use_parallel is not None:
-        config["use_parallel"] = use_parallel
-    named = (
-        "--vocab_file_path" if vocab_file else f"{yaml_file}: processor.tokenizer.vocab_file",
-        "--checkpoint_path" if checkpoint else f"{yaml_file}: load_checkpoint",
-    )
-    checkpoint = checkpoint or config.get("load_checkpoint")
-    vocab_file = vocab_file or _section(config, "processor", "tokenizer").get("vocab_file")
-    vocab_file = vocab_file or _vocab_file_beside(checkpoint)
-    _check_files(yaml_file, vocab_file, checkpoint, named)
-    check_answering_vocabulary(vocab_file, checkpoint)
-    moe = section_of(config, "moe_config")
-    taken = settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe)
-    settings = config["model"]["model_config"] | {"batch_size": batch_size, "moe_config": moe}
-    if plan := prediction_plan(config, processes_of_run()):
-        settings["parallel_config"] = plan
-    from mindspore import set_seed
-
-    from research.telechat2.telechat_tokenizer import TelechatTokenizer
-
-    tokenizer = TelechatTokenizer(str(vocab_file))
-    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
-    parallel = plan is not None or _section(config, "model", "arch").get("type") == PARALLEL_MODEL
-    _set_context(_section(config, "context"), device_id)
-    model_config = _model_config(settings)
-    check_vocabulary(tokenizer, vocab_file, vars(model_config))
-    given = {name: value for name, value in (generation or {}).items() if value is not None}
-    limit = _length_limit(model_config, max_length, given)
-    if processes_of_run() > 1:
-        _meet(model_config, checkpoint)
-    model = _build_model(model_config, parallel)
-    load_weights(model, checkpoint)
-    group = Group(model.ranks if parallel else None)
-    seed = config.get("seed") if seed is None else seed
-    if seed is not None or plan:
-        set_seed(group.seed if seed is None else seed)
-    for line in [*(f"model_config: {line}" for line in taken), f"prompt format: {prompt_format} ({chosen})"]:
-        print(line, file=sys.stderr)
-    return Predictor(model, tokenizer, prompt_format, *limit, given, group, str(checkpoint))
-
-
-def _check_arguments(prompt_format: str | None, max_length: int | None, seed: int | None) -> None:
-    """UsageError if an argument of ``load_predictor`` is none, before anything is read."""
     check_seed(seed)
     if prompt_format is not None:
         prompt_formats.check(prompt_format)
     if max_length is not None and max_length < 1:
         raise UsageError(f"max_length is {max_length}; it must be at least 1.")
+    sources = read_sources(yaml_file, checkpoint, vocab_file)
+    config = sources.config
+    if use_past is not None:
+        config["model"]["model_config"]["use_past"] = use_past
+    if use_parallel is not None:
+        config["use_parallel"] = use_parallel
+    settings = config["model"]["model_config"] | {"batch_size": batch_size}
+    settings["moe_config"] = section_of(config, "moe_config")
+    if plan := prediction_plan(config, processes_of_run()):
+        settings["parallel_config"] = plan
+    _set_context(section_of(config, "context"), device_id)
+    model_config = _model_config(settings)
+    tokenizer, prompt_format = open_tokenizer(sources, model_config, prompt_format)
+    given = {name: value for name, value in (generation or {}).items() if value is not None}
+    limits = GenerationLimits.of(model_config, max_length, given.pop("max_new_tokens", None))
+    if processes_of_run() > 1:
+        _meet(model_config, sources.checkpoint)
+    parallel = plan is not None or section_of(config, "model.arch").get("type") == PARALLEL_MODEL
+    model = _build_model(model_config, parallel)
+    load_weights(model, sources.checkpoint)
+    group = Group(model.ranks if parallel else None)
+    seed = config.get("seed") if seed is None else seed
+    if seed is not None or plan:
+        from mindspore import set_seed
+
+        set_seed(group.seed if seed is None else seed)
+    return Predictor(model, tokenizer, prompt_format, limits, given, group, str(sources.checkpoint))
 
 
 def check_generation(given: dict) -> None:
@@ -133,51 +101,6 @@ def check_generation(given: dict) -> None:
         raise UsageError(f"max_new_tokens is {tokens}; it must be at least 1.")
 
 
-def _vocab_file_beside(checkpoint) -> Path | None:
-    """The tokenizer.model of a folder of weights, as Hugging Face's have one."""
-    if not checkpoint:
-        return None
-    path = Path(checkpoint)
-    found = (path if path.is_dir() else path.parent) / "tokenizer.model"
-    if not found.is_file():
-        return None
-    print(f"vocabulary: {found}", file=sys.stderr)
-    return found
-
-
-def _length_limit(config, max_length: int | None, generation: dict) -> tuple[int, str]:
-    """Most tokens of prompt and answer together, and the setting that says so."""
-    if max_length is None:
-        own = config.seq_length if "max_new_tokens" in generation else config.max_decode_length
-        return length_of_config(own, config.seq_length)
-    if max_length > config.seq_length:
-        raise UsageError(
-            f"max_length is {max_length}, but the YAML's seq_length is {config.seq_length}; lower it, or "
-            f"raise seq_length in the YAML."
-        )
-    return max_length, "--max_length"
-
-
-def _section(config: dict, *names: str) -> dict:
-    """A section of a YAML, empty where it is not there."""
-    for name in names:
-        config = config.get(name) or {}
-    return config
-
-
-def _check_files(yaml_file, vocab_file, checkpoint, named: tuple[str, str]) -> None:
-    """Refuse what is missing before the slow imports; ``named``: what names the two paths."""
-    if not vocab_file:
-        raise UsageError(f"{yaml_file} names no vocab_file; give --vocab_file_path tokenizer.model.")
-    if not checkpoint:
-        raise UsageError(
-            f"{yaml_file} names no load_checkpoint; give --checkpoint_path, or the answers are noise."
-        )
-    for name, path in zip(named, (vocab_file, checkpoint), strict=True):
-        if not Path(path).exists():
-            raise UsageError(f"{name} {path} does not exist.")
-
-
 def _model_config(settings: dict):
     from research.telechat2.telechat_config import TelechatConfig
 
@@ -186,14 +109,9 @@ def _model_config(settings: dict):
 
 def _meet(config, checkpoint: str | Path) -> None:
     """Meet the other processes when nothing more can be found wrong: they would wait for one that ends."""
-    from research.telechat2.checkpoint.layouts.read import weights_of_rank
-    from research.telechat2.checkpoint.loading import sizes_of_model
     from research.telechat2.compat.library import join_processes
 
-    weights_of_rank(
-        checkpoint, sizes_of_model(config), tensor_parallel=config.parallel_config.model_parallel, rank=0,
-        qkv_concat=config.qkv_concat,
-    )  # fmt: skip
+    check_weights(checkpoint, config, config.parallel_config.model_parallel)
     join_processes()
 
 

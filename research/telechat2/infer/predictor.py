@@ -1,14 +1,13 @@
 """A loaded model that answers prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.data.conversions import Conversation
 from research.telechat2.generation.answer import STOPPED, Answer, Clock, Stopped
-from research.telechat2.generation.limits import check_pool, limits_of_rows
 from research.telechat2.generation.padding import Rows
-from research.telechat2.infer.checks import check_length
 from research.telechat2.infer.process_group import Group
 from research.telechat2.text.chat import encode, render
 from research.telechat2.text.messages import check_question
@@ -18,9 +17,8 @@ from research.telechat2.text.messages import check_question
 class Predictor:
     """A model with its tokenizer and the prompt format it was tuned with.
 
-    ``max_length``: most tokens of prompt and answer together, at most the model's ``seq_length``.
-    ``limited_by``: the setting that ``max_length`` comes from, for messages.
-    ``generation``: arguments of ``generate``; what is not there is as the model's config says.
+    ``limits``: lengths of prompt and answer.
+    ``generation``: further arguments of ``generate``; what is not there is as the model's config says.
     ``group``: the processes that share the model; each calls the same methods with the same arguments.
     ``checkpoint``: where the weights come from, for messages.
     """
@@ -28,8 +26,7 @@ class Predictor:
     model: object
     tokenizer: object
     prompt_format: str
-    max_length: int
-    limited_by: str = "--max_length"
+    limits: GenerationLimits
     generation: dict = field(default_factory=dict)
     group: Group = field(default_factory=Group)
     checkpoint: str = ""
@@ -53,30 +50,25 @@ class Predictor:
 
     def check(self, prompts: list[list[int]]) -> None:
         """UsageError if a prompt leaves no room for an answer, or the cache has none for the batch."""
-        for ids in prompts:
-            check_length(len(ids), self.max_length, self.limited_by)
-        config = self.model.config
-        if config.use_past:
-            lengths = [len(ids) for ids in prompts]
-            check_pool(config, limits_of_rows(config, lengths, self._room_of_all(prompts), self.max_length))
+        lengths = [len(ids) for ids in prompts]
+        for length in lengths:
+            self.limits.check_prompt(length)
+        limits = GenerationLimits.of(self.model.config, max_new_tokens=self._room_of_all(lengths))
+        limits.check_cache(lengths)
 
-    def _room(self, ids: list[int]) -> int:
-        """Most tokens that an answer to ``ids`` may have."""
-        room = self.max_length - len(ids)
-        return min(self.generation.get("max_new_tokens", room), room)
-
-    def _room_of_all(self, prompts: list[list[int]]) -> int:
+    def _room_of_all(self, lengths: Iterable[int]) -> int:
         """The one limit that ``generate`` has for all rows: the largest.
 
         What a longer prompt may not use of it takes blocks all the same, and is taken off the answer.
         """
-        return max(self._room(ids) for ids in prompts)
+        return max(map(self.limits.room, lengths))
 
     def _cut(self, ids: list[int], answer: list[int]) -> str:
         """The setting that ended ``answer``, or "" if the model did."""
         if answer[-1] == self.model.config.eos_token_id:
             return ""
-        return self.limited_by if len(ids) + len(answer) == self.max_length else "--max_new_tokens"
+        reached = len(ids) + len(answer) == self.limits.max_length
+        return self.limits.source if reached else "--max_new_tokens"
 
     def generate(
         self,
@@ -93,16 +85,17 @@ class Predictor:
         single = len(prompts) == 1
         clock = Clock(on_token if single else None, stop if single else None)
         padding = self.tokenizer.pad_token_id
-        settings = self.generation | {"max_new_tokens": self._room_of_all(prompts), "pad_token_id": padding}
+        lengths = [len(ids) for ids in prompts]
+        settings = self.generation | {"max_new_tokens": self._room_of_all(lengths), "pad_token_id": padding}
         if not self.model.config.extend_by_prompt:
-            settings["longest"] = [len(ids) + self._room(ids) for ids in prompts]
+            settings["longest"] = [self.limits.end(length) for length in lengths]
         try:
             outputs = self.model.generate(Rows(prompts), streamer=clock, **settings)
         except Stopped:
             return [self._answer(clock.tokens, STOPPED, clock)]
         answers = []
         for prompt, output in zip(prompts, outputs, strict=True):
-            ids = output[len(prompt) : len(prompt) + self._room(prompt)].tolist()
+            ids = output[len(prompt) : self.limits.end(len(prompt))].tolist()
             answers.append(self._answer(ids, self._cut(prompt, ids), clock))
         return answers
 

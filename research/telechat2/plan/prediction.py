@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.settings import DEFAULTS, model_config
 from research.telechat2.config.sharing import memory_of_rank, prediction_plan
@@ -67,10 +68,11 @@ def check_prediction(settings: dict, device_num: int | None = None) -> CheckedPr
     context = section_of(settings, "context")
     on_cpu = context.get("device_target", "Ascend") == "CPU"
     weights, cache = memory_of_rank(config, devices)
+    limits = GenerationLimits.of(config, max_length=config.seq_length)
     return CheckedPrediction(
         device_num=devices,
-        seq_length=config.seq_length,
-        cache_tokens=config.num_blocks * config.block_size if config.use_past else 0,
+        seq_length=limits.max_length,
+        cache_tokens=limits.cache_tokens,
         weight_bytes=weights,
         cache_bytes=cache,
         limit=None if on_cpu else str(context.get("max_device_memory", "58GB")),

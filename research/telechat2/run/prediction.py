@@ -4,14 +4,16 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.evaluation import has_weights
+from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.data.formats import holds_data, read_text_lines
 from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.data.sources import DATA_FILE
-from research.telechat2.infer.checks import check_length, check_vocabulary, length_of_config
+from research.telechat2.infer.sources import check_vocabulary
 from research.telechat2.text.messages import is_blank, without_byte_order_marks
 
 TOKENIZER = "TelechatTokenizer"
@@ -133,8 +135,8 @@ def prepare_prompts(config) -> str | list[str]:
     config.processor.tokenizer.whole_characters = True
     if settings["pad_token_id"] == -1:
         config.model.model_config.pad_token_id = tokenizer.pad_token_id
-    limit = length_of_config(settings["max_decode_length"], settings["seq_length"])
-    _check_all(prompts, lambda text: _check(text, tokenizer, *limit))
+    limits = GenerationLimits.of(SimpleNamespace(**settings))
+    _check_all(prompts, lambda text: _check(text, tokenizer, limits))
     return prompts
 
 
@@ -196,9 +198,9 @@ def _unmarked(prompts: str | list[str]) -> str | list[str]:
     return found
 
 
-def _check(text: str, tokenizer, max_length: int, limited_by: str) -> None:
+def _check(text: str, tokenizer, limits: GenerationLimits) -> None:
     _check_text(text)
-    check_length(len(tokenizer(text)["input_ids"]), max_length, limited_by)
+    limits.check_prompt(len(tokenizer(text)["input_ids"]))
 
 
 def _check_text(text: str) -> None:

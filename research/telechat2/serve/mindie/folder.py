@@ -12,14 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from research.telechat2.checkpoint.llama.stated import settle_with
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
-from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.sharing import check_memory
-from research.telechat2.config.yaml_files import read_config
-from research.telechat2.data.same_vocabulary import check_answering_vocabulary
-from research.telechat2.infer.checks import check_vocabulary, choose_prompt_format
+from research.telechat2.infer.sources import Sources, check_weights, open_tokenizer, read_sources
 from research.telechat2.serve.mindie import settings
 from research.telechat2.serve.mindie.copied_code import copy_code
 
@@ -28,83 +24,52 @@ FOLDER_MODE, FILE_MODE = 0o750, 0o640  # MindIE refuses what others may write or
 
 
 @dataclass
-class Sources:
+class FolderSources(Sources):
     """What a folder is made of, checked against each other.
 
-    ``config``: the YAML with its bases. ``model_config``: its TelechatConfig.
+    ``model_config``: the YAML's TelechatConfig. ``world_size``: NPUs.
     """
 
-    yaml_file: Path
-    config: dict
     model_config: object
-    checkpoint: Path
-    vocab_file: Path
     prompt_format: str
     world_size: int
 
 
-def read_sources(
+def read_folder_sources(
     yaml_file: Path,
     checkpoint: Path | None,
     vocab_file: Path | None,
     prompt_format: str | None,
     world_size: int | None,
-) -> Sources:
+) -> FolderSources:
     """Read and check what a folder is to be made of; of the weights only their headers.
 
     Args:
-        yaml_file: a predict YAML, plain or parallel; the next two default to what it says.
+        yaml_file: see infer.sources.read_sources, as the next two.
         checkpoint: weights of any layout, torch or MindSpore.
         vocab_file: tokenizer.model, or the folder that it is in.
         prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
             the release whose vocabulary it is.
         world_size: NPUs; by default as ``world_size_of`` says.
 
-    The prompt format and why it was chosen go to standard error.
-
     Raises:
-        UsageError: something is missing, or does not fit the rest; the file to mend is named.
+        UsageError: something is missing, or does not fit the rest; the file to correct is named.
     """
-    config = read_config(yaml_file)
-    for note in check_settings(config, source=yaml_file):
-        print(f"note: {note}", file=sys.stderr)
-    settings.check_predict_yaml(config, yaml_file)
-    checkpoint = _existing(
-        checkpoint, config.get("load_checkpoint"), "--checkpoint_path", "load_checkpoint", yaml_file
-    )
-    vocab_file = _existing(
-        vocab_file, settings.section(config, "processor", "tokenizer").get("vocab_file"),
-        "--vocab_file_path", "vocab_file", yaml_file,
-    )  # fmt: skip
-    vocab_file = vocab_file / "tokenizer.model" if vocab_file.is_dir() else vocab_file
-    if not vocab_file.is_file():
-        raise UsageError(f"{vocab_file} does not exist.")
-    if vocab_file.suffix == ".json":
+    sources = read_sources(yaml_file, checkpoint, vocab_file)
+    sources.checkpoint, sources.vocab_file = sources.checkpoint.absolute(), sources.vocab_file.absolute()
+    settings.check_predict_yaml(sources.config, yaml_file)
+    if sources.vocab_file.suffix == ".json":
         raise UsageError(
-            f"{vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: MindFormers "
-            f"looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
+            f"{sources.vocab_file} is no SentencePiece model, and a folder for MindIE holds no other: "
+            f"MindFormers looks for tokenizer.model in it. Give the tokenizer.model of a TeleChat2 release."
         )
-    moe = config.get("moe_config")
-    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe):
-        print(f"model_config: {line}", file=sys.stderr)
-    world_size = world_size or world_size_of(config, yaml_file)
-    model_config = model_config_of(config, yaml_file, world_size)
-    check_answering_vocabulary(vocab_file, checkpoint)
-    tokenizer = _checked_tokenizer(model_config, vocab_file)
-    _check_weights(model_config, checkpoint, world_size)
-    prompt_format, chosen = choose_prompt_format(prompt_format, checkpoint, tokenizer)
-    print(f"prompt format: {prompt_format} ({chosen})", file=sys.stderr)
-    return Sources(yaml_file, config, model_config, checkpoint, vocab_file, prompt_format, world_size)
-
-
-def _existing(given, configured, flag: str, key: str, yaml_file: Path) -> Path:
-    """The path of a flag, else of the YAML's key; the message names the one that it comes from."""
-    if not (path := given or configured):
-        raise UsageError(f"{yaml_file} names no {key}; give {flag}.")
-    path = Path(path).expanduser().absolute()
-    if not path.exists():
-        raise UsageError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
-    return path
+    world_size = world_size or world_size_of(sources.config, yaml_file)
+    model_config = model_config_of(sources.config, yaml_file, world_size)
+    check_weights(sources.checkpoint, model_config, world_size)
+    _, prompt_format = open_tokenizer(sources, model_config, prompt_format)
+    return FolderSources(
+        **vars(sources), model_config=model_config, prompt_format=prompt_format, world_size=world_size
+    )
 
 
 def world_size_of(config: dict, yaml_file: Path) -> int:
@@ -145,30 +110,11 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
         raise UsageError(f"{yaml_file}: {error}") from error
 
 
-def _checked_tokenizer(model_config, vocab_file: Path):
-    from research.telechat2.telechat_tokenizer import TelechatTokenizer
-
-    tokenizer = TelechatTokenizer(vocab_file)
-    check_vocabulary(tokenizer, vocab_file, vars(model_config))
-    return tokenizer
-
-
-def _check_weights(model_config, checkpoint: Path, world_size: int) -> None:
-    """Names and shapes of what every rank would load."""
-    from research.telechat2.checkpoint.layouts.read import weights_of_rank
-    from research.telechat2.checkpoint.loading import sizes_of_model
-
-    weights_of_rank(
-        checkpoint, sizes_of_model(model_config), tensor_parallel=world_size, rank=0,
-        qkv_concat=model_config.qkv_concat,
-    )  # fmt: skip
-
-
-def build(sources: Sources, folder: Path, *, npu_mem_size: int, self_test: bool | None = None) -> str:
+def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test: bool | None = None) -> str:
     """Write the folder, and return what is left to do.
 
     Args:
-        sources: see read_sources.
+        sources: see read_folder_sources.
         folder: a path that does not exist.
         npu_mem_size: GB of every NPU for the cache.
         self_test: ask the folder's model before the folder gets its name; None: if its target is one CPU.
@@ -219,7 +165,7 @@ def check_name(folder: Path) -> None:
         )
 
 
-def _contents(sources: Sources, folder: Path) -> dict[str, str]:
+def _contents(sources: FolderSources, folder: Path) -> dict[str, str]:
     """The texts of the folder's files by name."""
     served = settings.served_yaml(
         sources.config, checkpoint=str(sources.checkpoint), vocab_file=str(folder / "tokenizer.model"),

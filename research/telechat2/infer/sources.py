@@ -1,0 +1,141 @@
+"""What a prediction is made of: YAML, weights, vocabulary and prompt format, checked against each other.
+
+Prediction and the folder for MindIE read them here.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.common.errors import UsageError
+from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.sections import section_of
+from research.telechat2.config.yaml_files import read_config
+from research.telechat2.data.same_vocabulary import check_answering_vocabulary
+from research.telechat2.text import prompt_format as prompt_formats
+
+
+@dataclass
+class Sources:
+    """The files of a prediction.
+
+    ``config``: the YAML with its bases; its ``model_config`` holds what the checkpoint's config.json adds.
+    """
+
+    yaml_file: Path
+    config: dict
+    checkpoint: Path
+    vocab_file: Path
+
+
+def read_sources(
+    yaml_file: str | Path, checkpoint: str | Path | None = None, vocab_file: str | Path | None = None
+) -> Sources:
+    """Read and check what a prediction is made of; of the weights only what is stated beside them.
+
+    Notes go to standard error.
+
+    Args:
+        yaml_file: a predict YAML; the next two default to what it says.
+        checkpoint: weights of any layout, torch or MindSpore.
+        vocab_file: tokenizer.model or the folder with it; if the YAML names none either, that beside the
+            weights.
+
+    Raises:
+        UsageError: a file is missing or does not fit the others.
+    """
+    config = read_config(Path(yaml_file))
+    for note in check_settings(config, source=yaml_file):
+        print(f"note: {note}", file=sys.stderr)
+    if not section_of(config, "model.model_config"):
+        raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+    checkpoint = _existing(checkpoint, config, "load_checkpoint", "--checkpoint_path", yaml_file)
+    section = section_of(config, "processor.tokenizer")
+    if not (vocab_file or section.get("vocab_file")):
+        vocab_file = _vocab_file_beside(checkpoint)
+    vocab_file = _existing(vocab_file, section, "vocab_file", "--vocab_file_path", yaml_file)
+    if vocab_file.is_dir():
+        vocab_file /= "tokenizer.model"
+    if not vocab_file.is_file():
+        raise UsageError(f"{vocab_file} does not exist; give the tokenizer.model of a TeleChat2 release.")
+    check_answering_vocabulary(vocab_file, checkpoint)
+    moe = section_of(config, "moe_config")
+    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe):
+        print(f"model_config: {line}", file=sys.stderr)
+    return Sources(Path(yaml_file), config, checkpoint, vocab_file)
+
+
+def _existing(given, section: dict, key: str, flag: str, yaml_file) -> Path:
+    """The path of a flag, else of the YAML's key; the message names the one that it comes from."""
+    if not (path := given or section.get(key)):
+        raise UsageError(f"{yaml_file} names no {key}; give {flag}.")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UsageError(f"{flag if given else f'{yaml_file}: {key}'} {path} does not exist.")
+    return path
+
+
+def _vocab_file_beside(checkpoint: Path) -> Path | None:
+    """The tokenizer.model of a folder of weights, as Hugging Face's have one."""
+    found = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.model"
+    if not found.is_file():
+        return None
+    print(f"vocabulary: {found}", file=sys.stderr)
+    return found
+
+
+def open_tokenizer(sources: Sources, model_config, prompt_format: str | None):
+    """The tokenizer, and the prompt format, which is printed to standard error with the reason for it.
+
+    Raises:
+        UsageError: the vocabulary is not the model's.
+    """
+    from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+    tokenizer = TelechatTokenizer(str(sources.vocab_file))
+    check_vocabulary(tokenizer, sources.vocab_file, vars(model_config))
+    prompt_format, reason = choose_prompt_format(prompt_format, sources.checkpoint, tokenizer)
+    print(f"prompt format: {prompt_format} ({reason})", file=sys.stderr)
+    return tokenizer, prompt_format
+
+
+def check_weights(checkpoint: Path, model_config, ranks: int) -> None:
+    """Refuse weights whose names or shapes are not those that ``ranks`` processes would load."""
+    from research.telechat2.checkpoint.layouts.read import weights_of_rank
+    from research.telechat2.checkpoint.loading import sizes_of_model
+
+    weights_of_rank(
+        checkpoint, sizes_of_model(model_config), tensor_parallel=ranks, rank=0,
+        qkv_concat=model_config.qkv_concat,
+    )  # fmt: skip
+
+
+def choose_prompt_format(given: str | None, checkpoint, tokenizer) -> tuple[str, str]:
+    """The prompt format to use, and why: by default that of the release which the vocabulary is of."""
+    if given:
+        return given, "as asked for"
+    record = prompt_formats.record_of(checkpoint)
+    if record is not None:
+        return prompt_formats.find(checkpoint), f"recorded in {record}"
+    reason = f"none is recorded with {checkpoint}: give --prompt_format plain if it was tuned in that"
+    if tokenizer.release_format != "chat":
+        reason = f"the vocabulary is that of TeleChat v1; {reason}"
+    return tokenizer.release_format, reason
+
+
+def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
+    """UsageError if a vocabulary and the ``model_config`` settings of a model do not go together."""
+    if tokenizer.vocab_size > settings["vocab_size"]:
+        raise UsageError(
+            f"{vocab_file} has {tokenizer.vocab_size} tokens, but the YAML's vocab_size is "
+            f"{settings['vocab_size']}; this is another model's vocabulary."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found, expected = getattr(tokenizer, name), settings[name]
+        if found != expected and (name, expected) != ("pad_token_id", -1):
+            raise UsageError(
+                f"the model's {name} is {expected}, but in {vocab_file} it is {found}; correct it in the "
+                "YAML's model_config or the config.json beside the weights, whichever states it, or use the "
+                "vocabulary of this model."
+            )
