@@ -1,6 +1,5 @@
 """What run_mindformer.py looks at before MindFormers predicts: vocabulary, and length of the prompts."""
 
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,9 @@ from types import SimpleNamespace
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.evaluation import has_weights
+from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.generation_limits import GenerationLimits
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
 from research.telechat2.data.formats import holds_data, read_text_lines
 from research.telechat2.data.same_vocabulary import check_pieces
@@ -209,8 +210,5 @@ def _check_text(text: str) -> None:
 
 
 def _with_defaults(model_config) -> dict:
-    """The settings of ``model_config``, and TelechatConfig's default where it has none."""
-    from research.telechat2.telechat_config import TelechatConfig
-
-    parameters = inspect.signature(TelechatConfig.__init__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()} | dict(model_config)
+    """The settings of ``model_config``, and the default of each that it does not state."""
+    return defaults_of(ModelSettings) | dict(model_config)
