@@ -7,9 +7,10 @@ import os
 import pytest
 from predict_model import QUESTIONS, asked
 
+from research.telechat2.common.errors import UsageError
 from research.telechat2.data.conversions import Conversation
 from research.telechat2.data.formats import parse_line
-from research.telechat2.infer import loading
+from research.telechat2.generation.answer import Answer
 from research.telechat2.infer.chat import answer_all, chat, question, read_prompts, read_questions
 from research.telechat2.text import chat as telechat_chat
 
@@ -173,14 +174,14 @@ class Scripted:
 
     def check(self, prompts):
         if not self.fits(prompts[0]):
-            raise ValueError(f"the prompt has {len(prompts[0])} tokens")
+            raise UsageError(f"the prompt has {len(prompts[0])} tokens")
 
     def ask(self, messages, on_text):
         prompt = self.prompt_ids(Conversation(messages, None, "chat"))
         self.check([prompt])
         self.heard.append("".join(map(chr, prompt)))
         on_text("AA")
-        return loading.Answer("AA", [1, 2], "", 1.0, 0.5)
+        return Answer("AA", [1, 2], "", 1.0, 0.5)
 
 
 def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns(capsys):

@@ -73,7 +73,9 @@ def load_predictor(
     if plan := prediction_plan(config, processes_of_run()):
         settings["parallel_config"] = plan
     _set_context(section_of(config, "context"), device_id)
-    model_config = _model_config(settings)
+    from research.telechat2.telechat_config import TelechatConfig
+
+    model_config = TelechatConfig(**settings)
     tokenizer, prompt_format = open_tokenizer(sources, model_config, prompt_format)
     given = {name: value for name, value in (generation or {}).items() if value is not None}
     limits = GenerationLimits.of(model_config, max_length, given.pop("max_new_tokens", None))
@@ -99,12 +101,6 @@ def check_generation(given: dict) -> None:
     check_sampling(given)
     if (tokens := given.get("max_new_tokens")) is not None and tokens < 1:
         raise UsageError(f"max_new_tokens is {tokens}; it must be at least 1.")
-
-
-def _model_config(settings: dict):
-    from research.telechat2.telechat_config import TelechatConfig
-
-    return TelechatConfig(**settings)
 
 
 def _meet(config, checkpoint: str | Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
+from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import check_memory
 from research.telechat2.infer.sources import Sources, check_weights, open_tokenizer, read_sources
 from research.telechat2.serve.mindie import settings
@@ -65,8 +66,8 @@ def read_folder_sources(
         )
     world_size = world_size or world_size_of(sources.config, yaml_file)
     model_config = model_config_of(sources.config, yaml_file, world_size)
-    check_weights(sources.checkpoint, model_config, world_size)
     _, prompt_format = open_tokenizer(sources, model_config, prompt_format)
+    check_weights(sources.checkpoint, model_config, world_size)
     return FolderSources(
         **vars(sources), model_config=model_config, prompt_format=prompt_format, world_size=world_size
     )
@@ -80,7 +81,7 @@ def world_size_of(config: dict, yaml_file: Path) -> int:
     """
     if not config.get("use_parallel"):
         return 1
-    if (shared := settings.section(config, "parallel_config").get("model_parallel")) is None:
+    if (shared := section_of(config, "parallel_config").get("model_parallel")) is None:
         raise UsageError(
             f"{yaml_file}: use_parallel is True, but parallel_config has no model_parallel to say how many "
             f"NPUs share the model; set it there, or give build_mindie_folder.py --world_size."
@@ -96,11 +97,11 @@ def model_config_of(config: dict, yaml_file: Path, world_size: int):
     """
     from research.telechat2.telechat_config import TelechatConfig
 
-    given = settings.section(config, "model", "model_config") | {
+    given = section_of(config, "model.model_config") | {
         "moe_config": config.get("moe_config"),
         "parallel_config": settings.parallel_plan(config, world_size),
     }
-    context = settings.section(config, "context")
+    context = section_of(config, "context")
     try:
         model_config = TelechatConfig(**given)
         if context.get("device_target", "Ascend") == "Ascend":
@@ -125,7 +126,7 @@ def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test:
     folder = folder.expanduser().absolute()
     check_name(folder)
     if self_test is None:
-        on_cpu = settings.section(sources.config, "context").get("device_target") == "CPU"
+        on_cpu = section_of(sources.config, "context").get("device_target") == "CPU"
         self_test = on_cpu and sources.world_size == 1
     if self_test and sources.world_size > 1:
         raise UsageError(

@@ -8,6 +8,7 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.overrides import load_yaml
 from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.sections import section_of
 from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.serve.mindie import settings
 from research.telechat2.serve.mindie.folder import dump_json, dump_yaml, model_config_of, world_size_of
@@ -41,7 +42,7 @@ def finish_folder(folder: Path) -> str:
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(
         config, checkpoint=config.get("load_checkpoint") or "",
-        vocab_file=settings.section(config, "processor", "tokenizer").get("vocab_file") or "",
+        vocab_file=section_of(config, "processor.tokenizer").get("vocab_file") or "",
         world_size=world_size,
     )  # fmt: skip
     model_config = model_config_of(config, yaml_file, world_size)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import SAMPLING
+from research.telechat2.config.sections import section_of
 from research.telechat2.text.chat import conversation_text, render
 from research.telechat2.text.jinja_template import chat_template
 
@@ -23,20 +24,13 @@ DYNAMIC_NTK its rotary factor is known by its first block.
 """
 
 
-def section(config: dict, *names: str) -> dict:
-    """A section of a YAML, empty where it is not there."""
-    for name in names:
-        config = config.get(name) or {}
-    return config
-
-
 def check_predict_yaml(config: dict, yaml_file: Path) -> None:
     """Refuse a YAML that describes no prediction with a cache.
 
     Raises:
         UsageError: with the file and the key.
     """
-    model_config = section(config, "model", "model_config")
+    model_config = section_of(config, "model.model_config")
     if not model_config:
         raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if model_config.get("type", "TelechatConfig") not in ("TelechatConfig", CONFIG):
@@ -52,7 +46,7 @@ def check_predict_yaml(config: dict, yaml_file: Path) -> None:
                 f"{yaml_file}: model.model_config.{key} is {model_config.get(key, False)}, but MindIE serves "
                 f"from a paged cache, in batches of every size; set it to True, or use a predict YAML."
             )
-    if section(config, "context", "jit_config").get("jit_level") == "O1":
+    if section_of(config, "context.jit_config").get("jit_level") == "O1":
         raise UsageError(f"{yaml_file}: context.jit_config.jit_level is O1; prediction needs O0.")
 
 
@@ -90,7 +84,7 @@ def served_yaml(config: dict, *, checkpoint: str, vocab_file: str, world_size: i
 def parallel_plan(config: dict, world_size: int) -> dict:
     """The YAML's section ``parallel_config`` for so many NPUs, which share every layer."""
     plan = {"data_parallel": 1, "model_parallel": world_size, "pipeline_stage": 1, "vocab_emb_dp": False}
-    return section(config, "parallel_config") | plan
+    return section_of(config, "parallel_config") | plan
 
 
 def config_json(model_config, served: dict) -> dict:
@@ -105,7 +99,7 @@ def config_json(model_config, served: dict) -> dict:
         for name, value in model_config.to_dict().items()
         if name not in ("parallel_config", "moe_config") and value is not None
     }
-    moe = section(served, "moe_config")
+    moe = section_of(served, "moe_config")
     if moe:
         content["moe_config"] = moe
     return content | {
