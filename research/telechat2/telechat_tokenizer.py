@@ -79,13 +79,13 @@ class TelechatTokenizer(PreTrainedTokenizer):
             eos_token=markers[1],
             pad_token=markers[2],
             additional_special_tokens=[
-                *(token for token in markers[3:] if self.special_id(token) is not None),
+                *(token for token in markers[3:] if token in self.vocabulary.special_ids),
                 *map(_text, additional_special_tokens),
             ],
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
-        self._add_tokens([tag for tag in TOOL_TAGS if self.special_id(tag) is not None])
+        self._add_tokens([tag for tag in TOOL_TAGS if tag in self.vocabulary.special_ids])
         # What __init__ above was given, for saving: the base class records only what it was passed.
         self.init_kwargs.update(
             vocab_file=self.vocab_file, add_bos_token=add_bos_token, add_eos_token=add_eos_token
@@ -106,7 +106,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     def special_id(self, token: str) -> int | None:
         """Return the id of a special token, None when the vocabulary has no such one."""
-        return self.vocabulary.special_id(token)
+        return self.vocabulary.special_ids.get(token)
 
     @property
     def release_format(self) -> str:

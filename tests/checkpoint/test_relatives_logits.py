@@ -88,7 +88,7 @@ def test_the_exported_folder_answers_a_conversation_token_by_token_as_ours(telec
     )
     segments = render(messages, prompt_format="chat" if kind == "v2" else "plain", add_generation_prompt=True)
     segments = segments if kind == "v2" else segments[1:]  # v1 has no <_start>
-    prompt, _ = encode(segments, small_tokenizer)
+    prompt, _ = encode(segments, small_tokenizer.vocabulary)
     assert inputs["input_ids"][0].tolist() == prompt
     model = load_exported(folder / "llama")
     expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0].tolist()

@@ -7,8 +7,9 @@ from research.telechat2.common.memory import check_host_memory, host_memory
 from research.telechat2.config.optimization import check_optimization
 from research.telechat2.config.sharing import prediction_plan
 from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED, read_config, shipped_configs
+from research.telechat2.data.engines import MOST_WORKERS
 from research.telechat2.data.job import LONGEST_RECORD, Options
-from research.telechat2.data.preparing import MOST_WORKERS, prepare
+from research.telechat2.data.preparing import prepare
 from research.telechat2.run.memory import check_training_memory
 
 GB = 10**9

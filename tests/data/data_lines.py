@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from research.telechat2.data import encoding, sources
+from research.telechat2.data.job import Options
 
 
 def user(content) -> dict:
@@ -37,8 +38,8 @@ def write_lines(path: Path, lines) -> Path:
 def encoded(words, *lines, capacity=500, weight=1.0, **settings) -> encoding.Encoded:
     """Lines encoded as one batch."""
     batch = sources.Batch(0, Path("d.jsonl"), weight, 1, [as_line(line) + b"\n" for line in lines])
-    settings.setdefault("bad_lines", "skip")
-    return encoding.encode_batch(batch, words, encoding.Settings(capacity, **settings))
+    settings = {"bad_lines": "skip", "seed": 0, **settings}
+    return encoding.encode_batch(batch, words, Options(capacity - 1, **settings))
 
 
 def items(result: encoding.Encoded) -> list[np.ndarray]:

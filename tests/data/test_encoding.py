@@ -30,7 +30,7 @@ def test_ids_and_mask_are_those_of_the_tokenizer_of_prediction(shared_data, name
     lines += [json.dumps(chat("<_end>", "▁ é 🦊", "\n▁?", "</tool_call>"))]
     found = items(encoded(words, *lines, capacity=10**6))
     for line, tokens in zip(lines, found, strict=True):
-        ids, mask = telechat_chat.encode(formats.parse_line(line).render(), tokenizer)
+        ids, mask = telechat_chat.encode(formats.parse_line(line).render(), tokenizer.vocabulary)
         assert (tokens & ~TRAINED).tolist() == ids
         assert (tokens >= TRAINED).tolist() == [m == 1 for m in mask]
 

@@ -59,7 +59,7 @@ def expected(corpus, small_vocab, tmp_path_factory) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         small_parts.__wrapped__(patch)
         folder = tmp_path_factory.mktemp("expected") / "out"
-        result = prepare(str(corpus), small_vocab, folder, OPTIONS, workers=1, html_report="en")
+        result = prepare(str(corpus), small_vocab, folder, OPTIONS, workers=1, report="en")
     counts = result["counts"]
     assert counts["lines"] == 239 and len(result["files"]) >= 3
     assert counts["lines"] == counts["conversations"] + counts["texts"] + sum(counts["skipped"].values())
@@ -71,7 +71,7 @@ def expected(corpus, small_vocab, tmp_path_factory) -> dict[str, bytes]:
 def test_any_number_of_workers_gives_the_same_bytes(
     small_parts, corpus, small_vocab, expected, tmp_path, workers
 ):
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=workers, html_report="en")
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=workers, report="en")
     assert contents(tmp_path / "out") == expected
 
 
@@ -110,9 +110,7 @@ def test_killed_before_any_write_and_continued_the_bytes_are_the_same(
         steps[0] = 0
         allowed[0] = kills % 7 + kills // 7  # sometimes it gets on, sometimes it is killed at once
         try:
-            prepare(
-                str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=1, html_report="en", resume=True
-            )
+            prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, workers=1, report="en", resume=True)
             break
         except Killed:
             kills += 1
@@ -131,7 +129,7 @@ if __name__ == "__main__":
     sources.BATCH_BYTES, spool.SEGMENT_BATCHES, spool.BUCKET_TOKENS = 1500, 3, 2000
     options = Options(max_length=63, seed=7, records_per_file=40, bad_lines="skip")
     corpus, vocab, out = sys.argv[1:]
-    preparing.prepare(corpus, vocab, out, options, workers=2, html_report="en", resume=True)
+    preparing.prepare(corpus, vocab, out, options, workers=2, report="en", resume=True)
 """
 
 
@@ -199,7 +197,7 @@ def test_an_engine_that_cannot_be_used_deletes_nothing(stopped, corpus, small_vo
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
     with refused("--engine ray", ".[ray]"):
         prepare(str(corpus), small_vocab, stopped, OPTIONS, engine="ray", resume=True)
-    prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, html_report="en")
+    prepare(str(corpus), small_vocab, stopped, OPTIONS, resume=True, report="en")
     assert contents(stopped) == expected
 
 
@@ -217,7 +215,7 @@ def test_a_disk_that_fails_is_a_sentence_and_the_run_can_go_on(
     ):
         patch.setattr(FileWriter, "commit", full)
         prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report="en")
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, report="en")
     assert contents(tmp_path / "out") == expected
 
 
@@ -229,7 +227,7 @@ def test_ctrl_c_says_how_to_go_on(small_parts, corpus, small_vocab, expected, tm
         patch.setattr(preparing, "_part", interrupted)
         prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS)
     assert capsys.readouterr().err.endswith("stopped; the same command with --resume continues\n")
-    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, html_report="en")
+    prepare(str(corpus), small_vocab, tmp_path / "out", OPTIONS, resume=True, report="en")
     assert contents(tmp_path / "out") == expected
 
 

@@ -39,7 +39,7 @@ def test_the_page_shows_samples_with_their_masks_and_the_counts(small_vocab, tmp
     lines = [chat(tags, tags), {"text": "a fox"}, "", *plain_lines(3)]
     write_lines(tmp_path / "d.jsonl", lines)
     result = prepare(
-        tmp_path / "d.jsonl", small_vocab, tmp_path / "out", Options(max_length=200), html_report="en"
+        tmp_path / "d.jsonl", small_vocab, tmp_path / "out", Options(max_length=200), report="en"
     )
     page = Page((tmp_path / "out" / "dataset.mindrecord.html").read_text(encoding="utf-8"))
     assert not page.open
@@ -81,7 +81,7 @@ def test_the_page_speaks_chinese_and_names_the_lines_of_its_samples(small_vocab,
     (tmp_path / "b.json").write_text(json.dumps(plain_lines(3)))
     data = [tmp_path / "a.jsonl", tmp_path / "b.json"]
     options = Options(max_length=200, bad_lines="skip")
-    prepare(data, small_vocab, tmp_path / "out", options, html_report="zh")
+    prepare(data, small_vocab, tmp_path / "out", options, report="zh")
     text = (tmp_path / "out" / "dataset.mindrecord.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.open and "<html lang=zh>" in text and "训练数据" in text

@@ -225,7 +225,7 @@ def test_the_prompt_is_the_renderers(predictor, small_tokenizer):
         {"role": "assistant", "content": "ok\n"},
         {"role": "user", "content": "次"},
     ]
-    expected = chat.encode(chat.render(messages, add_generation_prompt=True), small_tokenizer)[0]
+    expected = chat.encode(chat.render(messages, add_generation_prompt=True), small_tokenizer.vocabulary)[0]
     found = predictor.prompt_ids(Conversation(messages, None, "chat"))
     assert found == expected
     assert found.count(END) == 1  # the typed <_end> is text

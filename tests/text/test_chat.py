@@ -50,7 +50,7 @@ def test_golden_renderings(shared_data, released):
             case["messages"], case["tools"], add_generation_prompt=case["add_generation_prompt"]
         )
         assert conversation_text(segments) == case["text"], case["name"]
-        ids, mask = encode(segments, released)
+        ids, mask = encode(segments, released.vocabulary)
         assert ids == released.encode(case["text"], add_special_tokens=False), case["name"]
         answers = [part.split("<_end>")[0] + "<_end>" for part in case["text"].split("<_bot>")[1:] if part]
         assert trained_runs(ids, mask, released) == answers, case["name"]
@@ -64,7 +64,7 @@ def test_chat_ids_and_mask_written_out(small_tokenizer):
     text = small_tokenizer.encode_text
     ids, mask = encode(
         render([{"role": "system", "content": "dog"}, user("fox"), bot("the fox"), user("a"), bot("b")]),
-        small_tokenizer,
+        small_tokenizer.vocabulary,
     )
     a1, a2, newline = text("the fox"), text("b"), text("\n")
     expected = [
@@ -82,7 +82,7 @@ def test_plain_ids_and_mask_written_out(small_tokenizer):
     text = small_tokenizer.encode_text
     segments = render([user("fox"), bot("the fox"), user("a"), bot("b")], prompt_format="plain")
     assert conversation_text(segments) == "<_start><_user>fox<_bot>the fox<_end><_user>a<_bot>b<_end>"
-    ids, mask = encode(segments, small_tokenizer)
+    ids, mask = encode(segments, small_tokenizer.vocabulary)
     head, answer, second = [1, 4, *text("fox"), 5], [*text("the fox"), 2], [4, *text("a"), 5]
     last = [*text("b"), 2]
     assert ids == head + answer + second + last
@@ -94,7 +94,7 @@ def test_the_readmes_prompt_is_what_the_plain_format_generates(small_tokenizer):
     assert conversation_text(prompt) == "<_start><_user>生抽与老抽的区别？<_bot>"
     assert (
         small_tokenizer("<_start><_user>生抽与老抽的区别？<_bot>")["input_ids"]
-        == encode(prompt, small_tokenizer)[0]
+        == encode(prompt, small_tokenizer.vocabulary)[0]
     )
 
 
@@ -112,7 +112,7 @@ hostile = st.lists(
 )
 def test_special_text_in_contents_changes_no_structure(small_tokenizer, question, answer, prompt_format):
     segments = render([user(question), bot(answer)], prompt_format=prompt_format)
-    ids, mask = encode(segments, small_tokenizer)
+    ids, mask = encode(segments, small_tokenizer.vocabulary)
     assert [i for i in ids if i in small_tokenizer.vocabulary.control_ids] == [
         6 if prompt_format == "chat" else 1,
         4,
@@ -126,10 +126,9 @@ def test_training_text_is_the_prompt_of_inference_plus_the_answer(small_tokenize
     """What the model is asked at inference is exactly what stood before the answer in training."""
     for prompt_format in ("chat", "plain"):
         history = [user("fox"), bot("dog"), user("a")]
-        prompt, _ = encode(
-            render(history, prompt_format=prompt_format, add_generation_prompt=True), small_tokenizer
-        )
-        trained, mask = encode(render([*history, bot("b")], prompt_format=prompt_format), small_tokenizer)
+        words = small_tokenizer.vocabulary
+        prompt, _ = encode(render(history, prompt_format=prompt_format, add_generation_prompt=True), words)
+        trained, mask = encode(render([*history, bot("b")], prompt_format=prompt_format), words)
         assert trained[: len(prompt)] == prompt
         assert mask[len(prompt)] == 1
 
@@ -148,7 +147,7 @@ def test_tool_calls_take_arguments_as_object_or_json_and_are_trained(small_token
             '<_bot>I ask.\n<tool_call>\n{"name": "f", "arguments": {"city": "北京"}}\n</tool_call><_end>\n'
         )
         assert text.endswith(spoken + "<_user><tool_response>\nr\n</tool_response><_bot>b<_end>\n")
-        ids, mask = encode(segments, small_tokenizer)
+        ids, mask = encode(segments, small_tokenizer.vocabulary)
         assert trained_runs(ids, mask, small_tokenizer) == [
             spoken.removeprefix("<_bot>").strip("\n"),
             "b<_end>",
@@ -157,8 +156,8 @@ def test_tool_calls_take_arguments_as_object_or_json_and_are_trained(small_token
 
 def test_tags_in_contents_are_special_only_when_prerendered(small_tokenizer):
     messages = [user("<tool_response>\nr\n</tool_response>"), bot("b")]
-    literal, _ = encode(render(messages), small_tokenizer)
-    prerendered, _ = encode(render(messages, tool_tags_in_content=True), small_tokenizer)
+    literal, _ = encode(render(messages), small_tokenizer.vocabulary)
+    prerendered, _ = encode(render(messages, tool_tags_in_content=True), small_tokenizer.vocabulary)
     assert 11 not in literal and 12 not in literal
     assert prerendered.count(11) == prerendered.count(12) == 1
     assert small_tokenizer.decode(literal) == small_tokenizer.decode(prerendered)
@@ -166,7 +165,7 @@ def test_tags_in_contents_are_special_only_when_prerendered(small_tokenizer):
 
 def test_a_special_token_the_vocabulary_lacks_is_an_error(small_tokenizer):
     with refused("'<_nobody>'", "tokenizer.model"):
-        encode([Segment("<_nobody>", special=True)], small_tokenizer)
+        encode([Segment("<_nobody>", special=True)], small_tokenizer.vocabulary)
 
 
 ERRORS = [

@@ -94,6 +94,6 @@ def test_a_marker_that_is_typed_is_text(v1_vocab):
     assert "".join(map(stream.put, ids)) + stream.end() == typed
     assert tokenizer.decode([20, *ids, 21, 2], skip_special_tokens=True) == typed
     messages = [*QUESTION, {"role": "assistant", "content": typed}]
-    rendered, mask = encode(render(messages, prompt_format="v1"), tokenizer)
+    rendered, mask = encode(render(messages, prompt_format="v1"), tokenizer.vocabulary)
     assert rendered == [*torch_ids(v1_vocab), *ids, 2] and sum(mask) == len(ids) + 1
     assert [s.text for s in words.spans(rendered, mask) if s.special] == ["<_user>", "<_bot>", "<_end>"]

@@ -34,7 +34,7 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write ``content`` under a temporary name in the same directory, fsync, rename."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -6,75 +6,101 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 from research.telechat2.common.cli import interrupt_afterwards, quiet_libraries
 from research.telechat2.common.errors import UsageError
-from research.telechat2.data import encoding
-from research.telechat2.data.encoding import Encoded, Settings
+from research.telechat2.data.encoding import Encoded, encode_batch
+from research.telechat2.data.job import Options
 from research.telechat2.data.sources import Batch
 from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from research.telechat2.text.vocabulary import Vocabulary
 
 ENGINES = ("processes", "ray")
+MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
 _AHEAD = 2  # batches per worker that are under way; more would only take memory
+_Task = TypeVar("_Task")
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+def check(engine: str, workers: int | None) -> None:
+    """UsageError for an engine that is unknown or not installed, and for too few workers or too many."""
+    if engine not in ENGINES:
+        raise UsageError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
+    if engine == "ray" and find_spec("ray") is None:
+        raise UsageError(
+            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
+        )
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers are {workers}; expected at least 1")
+    if engine == "processes" and workers and workers > MOST_WORKERS:
+        raise UsageError(
+            f"workers are {workers:,}, each a process of this machine, which has {os.cpu_count()} cores; "
+            f"expected at most {MOST_WORKERS}"
+        )
 
 
 def encode_all(
-    batches: Iterable[Batch], vocabulary: Vocabulary, settings: Settings, workers: int, engine: str
-) -> Iterator[Encoded]:
+    batches: Iterable[Batch],
+    vocabulary: Vocabulary,
+    options: Options,
+    engine: str,
+    workers: int | None,
+    useful: int,
+) -> Generator[Encoded, None, None]:
     """Encode batches with ``workers`` workers; yield the results in the order of the batches.
 
-    ``batches`` is read a few ahead of what is yielded, so memory stays small. OSError when a worker dies.
+    ``batches`` is read a few ahead of what is yielded, so memory stays small. ``workers``: None for as many
+    as there are cores; of processes there are no more than ``useful``. OSError when a worker dies.
     """
     if engine == "ray":
-        yield from _with_ray(batches, vocabulary, settings, workers)
-    elif workers == 1:
-        for batch in batches:
-            yield encoding.encode_batch(batch, vocabulary, settings)
-    else:
-        yield from _with_processes(batches, vocabulary, settings, workers)
+        return _with_ray(batches, vocabulary, options, workers)
+    workers = max(1, min(workers or len(os.sched_getaffinity(0)), useful))
+    if workers > 1:
+        return _with_processes(batches, vocabulary, options, workers)
+    return (encode_batch(batch, vocabulary, options) for batch in batches)
 
 
 # ---------------------------------------------------------------------- processes
-_state: tuple[Vocabulary, Settings] | None = None  # of a worker process
+_state: tuple[Vocabulary, Options] | None = None  # of a worker process
 
 
-def _start(vocabulary: Vocabulary, settings: Settings) -> None:
+def _start(vocabulary: Vocabulary, options: Options) -> None:
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = vocabulary, settings
+    _state = vocabulary, options
 
 
 def _end_with_parent() -> None:
     """A pool's processes would outlive a parent that is killed, and wait for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
 def _work(batch: Batch) -> Encoded:
-    return encoding.encode_batch(batch, *_state)
+    assert _state is not None
+    return encode_batch(batch, *_state)
 
 
-def _with_processes(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
+def _with_processes(
+    batches: Iterable[Batch], vocabulary: Vocabulary, options: Options, workers: int
+) -> Generator[Encoded, None, None]:
     # Forked workers start at once, but of a process that has loaded MindSpore they would inherit its threads'
     # locks.
     context = multiprocessing.get_context("spawn" if "mindspore" in sys.modules else "fork")
-    pool = ProcessPoolExecutor(workers, context, _start, (vocabulary, settings))
+    pool = ProcessPoolExecutor(workers, context, _start, (vocabulary, options))
     try:
         yield from _in_order(
-            batches, _AHEAD * workers, lambda batch: pool.submit(_work, batch), lambda future: future.result()
+            batches, workers, lambda batch: pool.submit(_work, batch), lambda future: future.result()
         )
     except BrokenProcessPool as error:
         raise OSError(
@@ -85,33 +111,39 @@ def _with_processes(batches, vocabulary: Vocabulary, settings: Settings, workers
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(batches: Iterable, ahead: int, submit: Callable, result: Callable) -> Iterator[Encoded]:
-    under_way: deque = deque()
+def _in_order(
+    batches: Iterable[Batch],
+    workers: int,
+    submit: Callable[[Batch], _Task],
+    result: Callable[[_Task], Encoded],
+) -> Generator[Encoded, None, None]:
+    under_way: deque[_Task] = deque()
     for batch in batches:
         under_way.append(submit(batch))
-        if len(under_way) > ahead:
+        if len(under_way) > _AHEAD * workers:
             yield result(under_way.popleft())
     while under_way:
         yield result(under_way.popleft())
 
 
 # ---------------------------------------------------------------------- ray
-def _with_ray(batches, vocabulary: Vocabulary, settings: Settings, workers: int) -> Iterator[Encoded]:
+def _with_ray(
+    batches: Iterable[Batch], vocabulary: Vocabulary, options: Options, workers: int | None
+) -> Generator[Encoded, None, None]:
     ray = _ray()
+    workers = workers or int(ray.cluster_resources().get("CPU", 1))
     content = ray.put(vocabulary.content)
     work = ray.remote(num_cpus=1)(_work_in_ray)
     try:
-        yield from _in_order(
-            batches, _AHEAD * workers, lambda batch: work.remote(batch, content, settings), ray.get
-        )
+        yield from _in_order(batches, workers, lambda batch: work.remote(batch, content, options), ray.get)
     except ray.exceptions.RayError as error:
         raise OSError(
             f"the Ray cluster could not do its work: {error}; mend that, and continue with --resume"
         ) from error
 
 
-def _work_in_ray(batch: Batch, content: bytes, settings: Settings) -> Encoded:
-    return encoding.encode_batch(batch, _vocabulary(content), settings)
+def _work_in_ray(batch: Batch, content: bytes, options: Options) -> Encoded:
+    return encode_batch(batch, _vocabulary(content), options)
 
 
 @lru_cache(maxsize=1)
@@ -119,27 +151,14 @@ def _vocabulary(content: bytes) -> Vocabulary:
     return SentencePieceVocabulary(content)
 
 
-def check(engine: str) -> None:
-    """UsageError for an engine that is unknown or not installed."""
-    if engine not in ENGINES:
-        raise UsageError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
-    if engine == "ray" and find_spec("ray") is None:
-        raise UsageError(
-            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
-        )
-
-
-def ray_cores() -> int:
-    """How many cores the Ray cluster has; joins the one that RAY_ADDRESS names, or starts a local one."""
-    return int(_ray().cluster_resources().get("CPU", 1))
-
-
-def _ray():
+def _ray() -> ModuleType:
+    """Ray, joined to the cluster that RAY_ADDRESS names, or to a local one."""
     quiet_libraries()
     with interrupt_afterwards("MindSpore and Ray are loaded"):
         import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
         import ray
 
+    module: ModuleType = ray
     if not ray.is_initialized():
         package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines
         ray.init(
@@ -147,4 +166,4 @@ def _ray():
             configure_logging=False,
             runtime_env={"py_modules": [str(package)], "excludes": ["__pycache__"]},
         )
-    return ray
+    return module

@@ -5,13 +5,18 @@ from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data.sources import Source
-from research.telechat2.text import chat
+from research.telechat2.text.chat import TRAIN_ON
 from research.telechat2.text.load_vocabulary import load_vocabulary
 from research.telechat2.text.vocabulary import Vocabulary
 
-TOO_LONG = ("skip", "truncate", "error")
-BAD_LINES = ("error", "skip")
 LONGEST_RECORD = 12_000_000  # tokens; MindSpore 2.9 writes them, and fails at 16 million (128 MB)
+# What the options may be: the least value of a number, or one of several words.
+LEAST = {"max_length": 2, "seed": 0, "records_per_file": 1}
+CHOICES = {
+    "train_on": TRAIN_ON,
+    "too_long": ("skip", "truncate", "error"),
+    "bad_lines": ("error", "skip"),
+}
 
 
 class Options(NamedTuple):
@@ -25,13 +30,18 @@ class Options(NamedTuple):
     records_per_file: int | None = None  # None: one file, but numbered ones above FILE_BYTES
     ignore_fields: str = ""  # names of fields that count as absent, with commas between them
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of a record, which the model reads but the last and predicts but the first."""
+        return self.max_length + 1
+
     def ignored(self) -> frozenset[str]:
         """The fields that count as absent."""
         return ignored_fields(self.ignore_fields)
 
     def check(self) -> None:
         """UsageError for a value that is none of those allowed."""
-        for name, least in (("max_length", 2), ("seed", 0), ("records_per_file", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} is {value}; expected at least {least}")
@@ -40,8 +50,7 @@ class Options(NamedTuple):
                 f"max_length is {self.max_length:,}, but a record of MindRecord holds at most "
                 f"{LONGEST_RECORD:,} tokens; give the model's seq_length, such as 8192"
             )
-        choices = {"train_on": chat.TRAIN_ON, "too_long": TOO_LONG, "bad_lines": BAD_LINES}
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
 

@@ -15,7 +15,7 @@ from research.telechat2.common.errors import UsageError
 
 _CHUNK = 1 << 20  # characters
 _ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
-_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # byte order marks stand where files were joined
+_VISIBLE = re.compile(r"[^ \t\r\n\ufeff]")  # byte order marks stand where files were joined
 _scan = json.JSONDecoder().raw_decode
 
 
@@ -32,7 +32,7 @@ def is_one_value(path: Path, head: bytes) -> bool:
     line, border, others = text.partition("\n")
     try:
         _scan(line)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         return bool(border) or text[0] == "["
     return text[0] == "[" and not others.strip()
 
@@ -81,9 +81,10 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no white space, "" at the end of the file."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()
-            if self.at < len(self.text):
-                return self.text[self.at]
+            if found := _VISIBLE.search(self.text, self.at):
+                self.at = found.start()
+                return found[0]
+            self.at = len(self.text)
             if not self._more(_CHUNK):
                 return ""
 
@@ -98,18 +99,19 @@ class _Text:
                 _, end = _scan(self.text, self.at)
                 if end < len(self.text) or self.text[end - 1] in ']}"':
                     break  # a number may go on
-                error = None
-            except (ValueError, RecursionError) as found:
-                error = found
+                problem = ""
+            except json.JSONDecodeError as error:
+                problem = error.msg
+            except RecursionError as error:
+                problem = str(error)
             left = len(self.text) - self.at
             if left > longest:
                 raise UsageError(f"{self.path}, item {number} is not JSON, or longer than {longest >> 20} MB")
             if not self._more(max(_CHUNK, left)):
-                if error is None:
+                if not problem:
                     break
-                said = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise UsageError(
-                    f"{self.path}, item {number}: not JSON ({said}); the file begins as one JSON array or "
+                    f"{self.path}, item {number}: not JSON ({problem}); the file begins as one JSON array or "
                     f"object, so all of it must be JSON"
                 )
         found, self.at = self.text[self.at : end], end

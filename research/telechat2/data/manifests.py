@@ -1,33 +1,35 @@
 """The manifest of a data set: what went in and what came of it; and when that is not to be written."""
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data import formats, writing
 from research.telechat2.data.encoding import TOO_LONG, Problem
 from research.telechat2.data.job import Job, Part
+from research.telechat2.data.same_vocabulary import sha256
 from research.telechat2.data.sources import FileState, Source
 from research.telechat2.data.spool import Totals
 from research.telechat2.text import prompt_format
 
+Manifest = dict[str, Any]
 _NAMED_LINES = 10  # so many bad lines are listed in an error
 
 
-def describe_job(job: Job) -> dict:
+def describe_job(job: Job) -> dict[str, object]:
     """What must be the same for an interrupted run to be continued."""
+    stats = [(source, source.path.stat()) for source in job.found]
     return {
         "options": job.options._asdict(),
-        "tokenizer": _sha256(job.vocab_file),
+        "tokenizer": sha256(job.vocab_file),
         "inputs": [
             [str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, source.weight]
-            for source in job.found
-            for stat in [source.path.stat()]
+            for source, stat in stats
         ],
     }
 
 
-def with_parts(name: str, manifest: dict) -> dict[str, dict]:
+def with_parts(name: str, manifest: Manifest) -> dict[str, Manifest]:
     """Return the manifest of each file by the file's name: numbered files have short ones of their own."""
     shared = ("prompt_format", "max_length", "tokenizer", "document_start_ids", "documents_per_record")
     short = {key: manifest[key] for key in shared}
@@ -35,18 +37,17 @@ def with_parts(name: str, manifest: dict) -> dict[str, dict]:
     return {**parts, name: manifest}
 
 
-def moves(target: Path, manifest: dict) -> list[str]:
+def moves(target: Path, manifest: Manifest) -> list[str]:
     """The files of a data set in the order in which they get their place; its manifest is the last."""
     parts = [part["name"] for part in manifest["files"]]
-    report = writing.report_file(target).name
     return [
         *(file for part in parts for file in (f"{part}.db", part)),
-        report,
+        writing.report_file(target).name,
         *(prompt_format.manifest_path(name).name for name in with_parts(target.name, manifest)),
     ]
 
 
-def output_of(manifest: dict, target: Path) -> Path:
+def output_of(manifest: Manifest, target: Path) -> Path:
     """Return what a training run is given: the file, or the folder of the numbered ones."""
     return target if manifest["files"][0]["name"] == target.name else target.parent
 
@@ -94,25 +95,25 @@ def _where(problem: Problem) -> str:
     return f"{Path(problem.path).name}:{problem.line}"
 
 
-def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]) -> dict:
+def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]) -> Manifest:
     """Return the manifest of a finished data set."""
     counts, numbers = totals.counts, totals.counts["totals"]
-    capacity = job.options.max_length + 1
+    capacity = job.options.capacity
     records = sum(part.records for part in parts)
-    formats = counts["prompt_formats"]
+    rendered = counts["prompt_formats"]
     stored = sum(part.tokens for part in parts)
     return {
         # texts begin with <_start>, as the plain format does
-        "prompt_format": max(sorted(formats), key=formats.get) if formats else "plain",
+        "prompt_format": max(sorted(rendered), key=rendered.__getitem__) if rendered else "plain",
         "max_length": job.options.max_length,
         "seed": job.options.seed,
         "options": job.options._asdict(),
         "document_start_ids": job.words.start_ids,
         "documents_per_record": max(part.documents for part in parts),  # at most
-        "inputs": [dict(state._asdict()) for state in files],
+        "inputs": [state._asdict() for state in files],
         "tokenizer": {
             "path": str(job.vocab_file),
-            "sha256": _sha256(job.vocab_file),
+            "sha256": sha256(job.vocab_file),
             "vocab_size": job.words.size,
         },
         "files": [{"name": part.name, "records": part.records} for part in parts],
@@ -123,7 +124,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
             "skipped": dict(sorted(counts["skipped"].items())),
             "skipped_lines": _examples(totals),
             "by_format": dict(sorted(counts["formats"].items())),
-            "by_prompt_format": dict(sorted(formats.items())),
+            "by_prompt_format": dict(sorted(rendered.items())),
             "copies_by_weight": numbers["copies"],
             "truncated": numbers["truncated"],
             "out_of_turn": numbers["out_of_turn"],
@@ -152,8 +153,3 @@ def _examples(totals: Totals) -> dict[str, list[str]]:
         said = f": {problem.sentence}" if problem.sentence and not problem.reason.startswith(TOO_LONG) else ""
         found.setdefault(problem.reason, []).append(_where(problem) + said)
     return found
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from research.telechat2.data.spool import starts_of
+from research.telechat2.text.vocabulary import IdArray, TokenArray
 
 
 def records(
-    tokens: np.ndarray, lengths: np.ndarray, capacity: int, rng: np.random.Generator
-) -> Iterator[list[np.ndarray]]:
+    tokens: TokenArray, lengths: IdArray, capacity: int, rng: np.random.Generator
+) -> Iterator[list[TokenArray]]:
     """Yield the tokens of each record, as the pieces that fill it from the left, in random order.
 
     ``lengths`` are those of the items in ``tokens``; negative ones are texts. These are put one behind the
@@ -21,7 +22,7 @@ def records(
     starts = starts_of(lengths).tolist()
     order = rng.permutation(len(lengths))
 
-    def item(index: int) -> np.ndarray:
+    def item(index: int) -> TokenArray:
         return tokens[starts[index] : starts[index + 1]]
 
     texts = [item(i) for i in order[lengths[order] < 0].tolist()]

@@ -9,26 +9,29 @@ bytes it would have given.
 """
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from research.telechat2.common.cli import quiet_libraries
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import write_json
-from research.telechat2.data import engines, manifests, packing, sources, spool, writing
-from research.telechat2.data.encoding import Encoded, Settings
+from research.telechat2.data import engines, html_report, manifests, packing, sources, spool, writing
+from research.telechat2.data.encoding import Encoded
 from research.telechat2.data.job import Job, Options, Part, vocabulary_of_data
 from research.telechat2.data.spool import Spool, Totals
 from research.telechat2.text import prompt_format
+from research.telechat2.text.vocabulary import TokenArray
 
-MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 _SHUFFLE_STREAM = 3  # of random numbers
 
 
@@ -41,44 +44,41 @@ def prepare(
     workers: int | None = None,
     engine: str = "processes",
     resume: bool = False,
-    html_report: str = "",
-) -> dict:
+    report: str = "",
+) -> dict[str, Any]:
     """Turn conversations and texts into records of ``max_length + 1`` tokens; return the manifest.
 
     ``workers``: processes that encode, None for as many as there are cores (of the cluster, with the engine
-    "ray"). ``html_report``: the language of a page of statistics and samples (en, zh), "" for none.
+    "ray"). ``report``: the language of a page of statistics and samples (en, zh), "" for none.
     ``resume``: continue a run that was stopped, or begin when there is none.
 
     Raises UsageError for options and inputs that cannot be used, lines that are refused, an empty data set,
     an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
     """
     options.check()
-    engines.check(engine)
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers are {workers}; expected at least 1")
-    if engine == "processes" and workers and workers > MOST_WORKERS:
-        raise UsageError(
-            f"workers are {workers:,}, each a process of this machine, which has {os.cpu_count()} cores; "
-            f"expected at most {MOST_WORKERS}"
-        )
+    engines.check(engine, workers)
     target = writing.output_file(output_path)
     folder = writing.partial_folder(target)
-    if not (folder / "moves.json").is_file():
+    is_made = (folder / "moves.json").is_file()
+    if not is_made:
         writing.check_absent(target)
     paths = inputs if isinstance(inputs, list) else [inputs]
     job = Job(options, sources.find(paths), Path(vocab_file), vocabulary_of_data(vocab_file), target, folder)
     created = _enter(job, resume)
     with writing.locked(folder):
-        if not (folder / "moves.json").is_file():
+        if not is_made:
             try:
-                _make(job, workers, engine, html_report)
+                _make(job, workers, engine, report)
             except UsageError:
                 _leave(job, created)
                 raise
             except KeyboardInterrupt:
                 print("stopped; the same command with --resume continues", file=sys.stderr)
                 raise
-        manifest = json.loads(_current(job).read_text(encoding="utf-8"))
+        inside = prompt_format.manifest_path(folder / target.name)
+        manifest = json.loads(
+            (inside if inside.is_file() else prompt_format.manifest_path(target)).read_text(encoding="utf-8")
+        )
         writing.publish(folder, target)
     return {"output": str(manifests.output_of(manifest, target)), **manifest}
 
@@ -119,7 +119,7 @@ def _leave(job: Job, created: list[Path]) -> None:
             parent.rmdir()
 
 
-def _make(job: Job, workers: int | None, engine: str, html_report: str) -> None:
+def _make(job: Job, workers: int | None, engine: str, report: str) -> None:
     """Fill the run's folder with all that is to be moved out."""
     text_bytes = sum(source.text_bytes() * source.weight for source in job.found)
     store = Spool(job.folder, text_bytes, job.options.seed)
@@ -129,17 +129,10 @@ def _make(job: Job, workers: int | None, engine: str, html_report: str) -> None:
     manifest = manifests.manifest(job, totals, files, parts)
     for name, content in manifests.with_parts(job.target.name, manifest).items():
         write_json(prompt_format.manifest_path(job.folder / name), content)
-    if html_report:
-        from research.telechat2.data import html_report as page
-
-        page.write(writing.report_file(job.folder / job.target.name), manifest, store, job.words, html_report)
+    if report:
+        page = writing.report_file(job.folder / job.target.name)
+        html_report.write(page, manifest, store, job.words, report)
     write_json(job.folder / "moves.json", manifests.moves(job.target, manifest))
-
-
-def _current(job: Job) -> Path:
-    """Where the manifest is now."""
-    inside = prompt_format.manifest_path(job.folder / job.target.name)
-    return inside if inside.is_file() else prompt_format.manifest_path(job.target)
 
 
 # ---------------------------------------------------------------------- first pass
@@ -155,16 +148,9 @@ def _encode(
     with _progress("encode", sum(source.path.stat().st_size for source in job.found), "B") as bar:
         read = sources.read_batches(job.found, store.segments * spool.SEGMENT_BATCHES, bar.update)
         batches = _without_states(read, files)
-        settings = Settings(
-            job.options.max_length + 1,
-            job.options.train_on,
-            job.options.too_long,
-            job.options.bad_lines,
-            job.options.seed,
-            job.options.ignored(),
-        )
-        workers = _workers(workers, engine, job.found)
-        with closing(engines.encode_all(batches, job.words, settings, workers, engine)) as encoded:
+        useful = sum(-(-source.text_bytes() // sources.BATCH_BYTES) for source in job.found)
+        encoding = engines.encode_all(batches, job.words, job.options, engine, workers, useful)
+        with closing(encoding) as encoded:
             while group := list(islice(_counted(encoded, bar), spool.SEGMENT_BATCHES)):
                 segment = store.write(group)
                 totals.add(segment.counts, segment.problems)
@@ -173,7 +159,7 @@ def _encode(
     return totals, files
 
 
-def _counted(encoded: Iterator[Encoded], bar) -> Iterator[Encoded]:
+def _counted(encoded: Iterable[Encoded], bar: "tqdm[Any]") -> Iterator[Encoded]:
     """Pass batches on, and show how many tokens a second they make."""
     tokens = 0
     for batch in encoded:
@@ -183,7 +169,9 @@ def _counted(encoded: Iterator[Encoded], bar) -> Iterator[Encoded]:
         yield batch
 
 
-def _without_states(read: Iterator, files: list[sources.FileState]) -> Iterator[sources.Batch]:
+def _without_states(
+    read: Iterable[sources.Batch | sources.FileState], files: list[sources.FileState]
+) -> Iterator[sources.Batch]:
     for item in read:
         if isinstance(item, sources.FileState):
             files.append(item)
@@ -191,19 +179,11 @@ def _without_states(read: Iterator, files: list[sources.FileState]) -> Iterator[
             yield item
 
 
-def _workers(workers: int | None, engine: str, found: list[sources.Source]) -> int:
-    """As many as asked for or there are cores, but no more than there are batches."""
-    if engine == "ray":
-        return workers or engines.ray_cores()
-    batches = sum(-(-source.text_bytes() // sources.BATCH_BYTES) for source in found)
-    return max(1, min(workers or engines.cores(), batches))
-
-
 # ---------------------------------------------------------------------- second pass
 def _write_parts(job: Job, store: Spool, totals: Totals) -> list[Part]:
     """Pack and write all records; parts that an interrupted run finished are kept."""
     quiet_libraries()
-    capacity = job.options.max_length + 1
+    capacity = job.options.capacity
     per_file = job.options.records_per_file
     expected = totals.counts["totals"]["tokens"] // capacity + 1
     if per_file is None and expected * capacity * 8 > writing.FILE_BYTES:
@@ -211,27 +191,26 @@ def _write_parts(job: Job, store: Spool, totals: Totals) -> list[Part]:
     records = _shuffled(store, capacity, job.options.seed)
     parts: list[Part] = []
     with _progress("write", expected, " records") as bar:
-        while (first := next(records, None)) is not None:
-            number = len(parts)
-            name = job.target.name if per_file is None else writing.numbered_file(job.target, number).name
-            rest = islice(records, per_file - 1) if per_file else records
-            parts.append(_part(job.folder / name, first, rest, job, bar))
+        for first in records:
+            target = job.target if per_file is None else writing.numbered_file(job.target, len(parts))
+            rest = records if per_file is None else islice(records, per_file - 1)
+            parts.append(_part(job.folder / target.name, chain([first], rest), job, bar))
     return parts
 
 
-def _part(path: Path, first: list, rest: Iterator[list], job: Job, bar) -> Part:
+def _part(path: Path, records: Iterator[list[TokenArray]], job: Job, bar: "tqdm[Any]") -> Part:
     finished = path.with_name(f"{path.name}.done")
     if finished.is_file():
         part = Part(*json.loads(finished.read_text(encoding="utf-8")))
-        bar.update(1 + sum(1 for _ in rest))
+        bar.update(sum(1 for _ in records))
         return part
     writing.discard(path)
     sizes: list[int] = []
     documents: list[int] = []
 
-    def filled() -> Iterator[dict]:
-        for pieces in _chain(first, rest):
-            record = writing.fill_record(pieces, job.options.max_length + 1, job.words.pad_id)
+    def filled() -> Iterator[writing.Record]:
+        for pieces in records:
+            record = writing.fill_record(pieces, job.options.capacity, job.words.pad_id)
             sizes.append(sum(map(len, pieces)))
             documents.append(writing.count_documents(record["input_ids"], job.words.start_ids))
             yield record
@@ -242,22 +221,17 @@ def _part(path: Path, first: list, rest: Iterator[list], job: Job, bar) -> Part:
     return part
 
 
-def _chain(first: list, rest: Iterator[list]) -> Iterator[list]:
-    yield first
-    yield from rest
-
-
-def _shuffled(store: Spool, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
+def _shuffled(store: Spool, capacity: int, seed: int) -> Iterator[list[TokenArray]]:
     for bucket in range(store.buckets):
         for number, (tokens, lengths, _) in enumerate(store.windows(bucket)):
             rng = np.random.default_rng([seed, _SHUFFLE_STREAM, bucket, number])
             yield from packing.records(tokens, lengths, capacity, rng)
 
 
-def _progress(what: str, total: int, unit: str):
+def _progress(what: str, total: int, unit: str) -> "tqdm[Any]":
     """A bar with rate and time left, on a terminal only."""
     from tqdm import tqdm
 
     return tqdm(
         total=total, desc=what, unit=unit, unit_scale=True, disable=None, dynamic_ncols=True, file=sys.stderr
-    )  # fmt: skip
+    )

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
@@ -66,7 +67,7 @@ def check_answering_vocabulary(vocab_file: str | Path, weights: str | Path | Non
         )
 
 
-def check_pieces(vocab_file: str | Path | None, settings: Mapping) -> None:
+def check_pieces(vocab_file: str | Path | None, settings: Mapping[str, Any]) -> None:
     """Compare a SentencePiece vocabulary of another kind, such as a Llama's, with ``model_config``.
 
     Raises:
@@ -122,16 +123,16 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tokenizer_of(file: Path) -> dict:
+def _tokenizer_of(file: Path) -> dict[str, Any]:
     path = manifest_path(file)
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8")).get("tokenizer") if path.is_file() else None
-    except (ValueError, AttributeError):  # check_dataset reports it
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):  # check_dataset reports it
         return {}
     return tokenizer if isinstance(tokenizer, dict) else {}
 
 
-def _same(tokenizer: dict, digest: str, other: Path | None) -> bool:
+def _same(tokenizer: dict[str, Any], digest: str, other: Path | None) -> bool:
     """Whether a tokenizer is that of ``digest``, or one of the same pieces where both files are there."""
     if tokenizer["sha256"] == digest:
         return True
@@ -139,7 +140,7 @@ def _same(tokenizer: dict, digest: str, other: Path | None) -> bool:
     return own is not None and other is not None and _pieces(own) == _pieces(other)
 
 
-def _existing(tokenizer: dict) -> Path | None:
+def _existing(tokenizer: dict[str, Any]) -> Path | None:
     path = Path(tokenizer.get("path") or "")
     return path if path.is_file() and sha256(path) == tokenizer["sha256"] else None
 
@@ -152,7 +153,7 @@ def _load(path: Path) -> SentencePieceVocabulary | None:
         return None
 
 
-def _pieces(path: Path) -> list:
+def _pieces(path: Path) -> list[object]:
     vocabulary = _load(path)
     if vocabulary is None:
         return [sha256(path)]

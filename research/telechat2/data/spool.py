@@ -7,28 +7,32 @@ bucket; its ``.json``, written last, makes it valid, and is where an interrupted
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from research.telechat2.common.files import atomic_write, write_json
-from research.telechat2.data.encoding import COUNTERS, EXAMPLES, Encoded, Problem
+from research.telechat2.data.encoding import EXAMPLES, Counts, Encoded, Problem, new_counts
+from research.telechat2.text.vocabulary import IdArray, TokenArray
 
 SEGMENT_BATCHES = 32
 BUCKET_TOKENS = 16 << 20
 _TOKENS_PER_BYTE = 0.25  # about, and at most, for mixed Chinese and English
 _BUCKET_STREAM = 2  # of random numbers
+_Number = TypeVar("_Number", bound=np.generic)
+_Places = npt.NDArray[np.int64]
 
 
 class Totals(NamedTuple):
     """What became of all lines so far."""
 
-    counts: dict[str, Counter]
+    counts: Counts
     problems: list[Problem]
 
-    def add(self, counts: dict, problems: list) -> None:
+    def add(self, counts: Mapping[str, Mapping[str, int]], problems: Iterable[Iterable[Any]]) -> None:
         """Add those of a batch or segment; of each reason the first EXAMPLES problems are kept."""
         for name, counter in counts.items():
             self.counts[name].update(counter)
@@ -41,17 +45,25 @@ class Totals(NamedTuple):
 
 def new_totals() -> Totals:
     """Totals of nothing."""
-    return Totals({name: Counter() for name in COUNTERS}, [])
+    return Totals(new_counts(), [])
+
+
+class Window(NamedTuple):
+    """Some items of a bucket; see ``Encoded``."""
+
+    tokens: TokenArray
+    lengths: IdArray
+    places: _Places
 
 
 class Spool:
     """Segments in ``folder``, for texts of about ``text_bytes`` in all."""
 
-    def __init__(self, folder: Path, text_bytes: int, seed: int):
+    def __init__(self, folder: Path, text_bytes: float, seed: int):
         self.folder = folder
         self.seed = seed
         self.buckets = max(1, round(text_bytes * _TOKENS_PER_BYTE / BUCKET_TOKENS))
-        self._shares: list[tuple[np.ndarray, np.ndarray]] = []  # of each segment: items and tokens per bucket
+        self._shares: list[tuple[_Places, _Places]] = []  # of each segment: items and tokens per bucket
 
     @property
     def segments(self) -> int:
@@ -86,7 +98,7 @@ class Spool:
         starts = starts_of(lengths).tolist()
         with atomic_write(self._path(self.segments, "tokens")) as temporary, open(temporary, "wb") as file:
             # one by one: in memory, the copies would take as many times the space as the weight says
-            file.writelines(tokens[starts[i] : starts[i + 1]] for i in order.tolist())
+            file.writelines(tokens[starts[i] : starts[i + 1]].data for i in order.tolist())
         for name, values in (("lengths", lengths), ("places", places)):
             with atomic_write(self._path(self.segments, name)) as temporary:
                 values[order].tofile(temporary)
@@ -97,35 +109,39 @@ class Spool:
         self._shares.append((items, sizes))
         return totals
 
-    def windows(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield (tokens, lengths, places) of a bucket, some BUCKET_TOKENS at a time; see Encoded."""
-        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    def windows(self, bucket: int) -> Iterator[Window]:
+        """Yield the items of a bucket, some BUCKET_TOKENS at a time."""
+        kept: list[Window] = []
         size = 0
         for segment, (items, sizes) in enumerate(self._shares):
-            tokens = self._read(segment, "tokens", np.uint32, sizes, bucket)
-            lengths = self._read(segment, "lengths", np.int32, items, bucket)
-            kept.append((tokens, lengths, self._read(segment, "places", np.int64, items, bucket)))
-            size += len(tokens)
+            kept.append(
+                Window(
+                    self._read(segment, "tokens", np.uint32, sizes, bucket),
+                    self._read(segment, "lengths", np.int32, items, bucket),
+                    self._read(segment, "places", np.int64, items, bucket),
+                )
+            )
+            size += len(kept[-1].tokens)
             if size >= BUCKET_TOKENS:
                 yield _merged(kept)
                 kept, size = [], 0
         if size:
             yield _merged(kept)
 
-    def _read(self, segment: int, name: str, dtype, shares: np.ndarray, bucket: int) -> np.ndarray:
+    def _read(
+        self, segment: int, name: str, dtype: type[_Number], shares: _Places, bucket: int
+    ) -> npt.NDArray[_Number]:
         offset = int(shares[:bucket].sum()) * np.dtype(dtype).itemsize
-        return np.fromfile(
-            self._path(segment, name), dtype, count=int(shares[bucket]), offset=offset
-        )  # fmt: skip
+        return np.fromfile(self._path(segment, name), dtype, count=int(shares[bucket]), offset=offset)
 
     def _path(self, segment: int, suffix: str) -> Path:
         return self.folder / f"segment-{segment:06}.{suffix}"
 
 
-def starts_of(lengths: np.ndarray) -> np.ndarray:
+def starts_of(lengths: IdArray) -> _Places:
     """Where each item begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(abs(lengths), dtype=np.int64)])
 
 
-def _merged(kept: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    return tuple(np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+def _merged(kept: Sequence[Window]) -> Window:
+    return Window(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))

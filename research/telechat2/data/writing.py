@@ -10,19 +10,23 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from research.telechat2.common.cli import interrupt_afterwards
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 from research.telechat2.data.encoding import TRAINED
 from research.telechat2.text import prompt_format
+from research.telechat2.text.vocabulary import IdArray, TokenArray
 
+Record = dict[str, IdArray]  # input_ids and labels
 IGNORED_LABEL = -100
 FILE_BYTES = 2 << 30  # of records; more of them go into numbered files
 _BATCH = 128  # records handed to the writer at once
@@ -78,7 +82,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) -> dict:
+def fill_record(pieces: Iterable[TokenArray], length: int, pad_token_id: int) -> Record:
     """Join pieces of tokens (uint32, see encoding) into one record, padded on the right.
 
     Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever a token is not
@@ -92,17 +96,17 @@ def fill_record(pieces: Iterable[np.ndarray], length: int, pad_token_id: int) ->
         assert end <= length, "packing overfilled a record"
         tokens[start:end] = piece
     input_ids = (tokens & ~TRAINED).view(np.int32)
-    labels = np.where(tokens >= TRAINED, input_ids, np.int32(IGNORED_LABEL))
+    labels: IdArray = np.where(tokens >= TRAINED, input_ids, np.int32(IGNORED_LABEL))
     labels[0] = IGNORED_LABEL
     return {"input_ids": input_ids, "labels": labels}
 
 
-def count_documents(input_ids: np.ndarray, start_ids: list[int]) -> int:
+def count_documents(input_ids: npt.NDArray[np.integer[Any]], start_ids: Sequence[int]) -> int:
     """Return how many documents a record holds; what stands before the first start is one too."""
     return 1 + int(np.isin(input_ids[1:], start_ids).sum())
 
 
-def write_records(path: Path, records: Iterable[dict], advance=lambda _: None) -> None:
+def write_records(path: Path, records: Iterable[Record], advance: Callable[[int], object]) -> None:
     """Write records to ``path`` and its index, and have them on the disk. OSError when that fails."""
     with interrupt_afterwards("MindSpore is loaded"):
         from mindspore.mindrecord import FileWriter

@@ -29,7 +29,7 @@ class ByteLevelVocabulary(Vocabulary):
             settings = json.loads(content)
             added = {entry["content"]: entry["id"] for entry in settings["added_tokens"]}
             vocabulary = settings["model"]["vocab"] | added
-            bare = {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+            bare = dict.fromkeys(("truncation", "padding", "post_processor")) | {"added_tokens": []}
             self._encoder = Tokenizer.from_str(json.dumps(settings | bare))
         except Exception as error:  # the library raises Exception itself
             raise UsageError(f"it is not a tokenizer.json of BPE ({error})") from None
@@ -55,7 +55,7 @@ class ByteLevelVocabulary(Vocabulary):
 
     def encode_utf8(self, text: bytes) -> list[int]:
         """The ids of text in UTF-8."""
-        return self._encoder.encode(text.decode(), add_special_tokens=False).ids
+        return list(self._encoder.encode(text.decode(), add_special_tokens=False).ids)
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """The text of ids among which is no control symbol."""

@@ -8,7 +8,7 @@ another choice of TRAIN_ON or a message's ``weight`` says otherwise.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
@@ -110,17 +110,16 @@ def render(
     return segments
 
 
-def runs(segments: list[Segment], special_id: Callable[[str], int | None]) -> list[tuple[int | str, bool]]:
+def runs(segments: list[Segment], special_ids: Mapping[str, int]) -> list[tuple[int | str, bool]]:
     """Return what is encoded, in order: (id of a special token, or text; whether it is trained).
 
-    ``special_id`` gives the id of a special token, None where the vocabulary has none. Adjacent text is
-    joined before SentencePiece sees it; a tool tag the vocabulary lacks is text, any other special token it
-    lacks a UsageError.
+    ``special_ids``: those of the vocabulary. Adjacent text is joined before it is encoded; a tool tag that
+    the vocabulary lacks is text, any other special token that it lacks a UsageError.
     """
     found: list[tuple[int | str, bool]] = []
     before = None  # the text that what follows may belong to
     for text, special, trained in segments:
-        index = special_id(text) if special else None
+        index = special_ids.get(text) if special else None
         if index is not None:
             found.append((index, trained))
             before = None
@@ -141,7 +140,7 @@ def encode(segments: list[Segment], vocabulary: Vocabulary) -> tuple[list[int], 
     """Return ids and loss mask (1 where trained), of equal length; see ``runs`` for what is text."""
     ids: list[int] = []
     mask: list[int] = []
-    for run, trained in runs(segments, vocabulary.special_id):
+    for run, trained in runs(segments, vocabulary.special_ids):
         new = vocabulary.encode_text(run) if isinstance(run, str) else [run]
         ids += new
         mask += [int(trained)] * len(new)

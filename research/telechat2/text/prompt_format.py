@@ -98,7 +98,7 @@ def _read(path: Path) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         return check(content["prompt_format"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, UsageError, KeyError, TypeError) as error:
         raise UsageError(
             f'{path} does not hold {{"prompt_format": "chat"}} or "plain" ({error}); correct or delete it'
         ) from error

@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text.vocabulary import MARKERS, TOOL_TAGS, USER, Vocabulary
+from research.telechat2.text.vocabulary import MARKERS, TOOL_TAGS, USER, IdArray, Vocabulary
 
 _BLANK_MARK = "▁".encode()  # U+2581
 # Noncharacters: in no vocabulary, so that each is encoded by its three bytes and joins no neighbour.
@@ -43,7 +43,7 @@ class SentencePieceVocabulary(Vocabulary):
         }
         controls = filter(self.model.is_control, range(self.size))
         self.control_ids = frozenset(controls) | ordinary.keys() | {self.unknown_id}
-        self.release_format = "v1" if self.special_id(USER) in ordinary else "chat"
+        self.release_format = "v1" if self.special_ids.get(USER) in ordinary else "chat"
         bytes_found = (self.model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = {i: bytes([byte]) for byte, i in enumerate(bytes_found) if self.model.is_byte(i)}
         self._first_byte = min(self.byte_ids, default=None)
@@ -55,7 +55,8 @@ class SentencePieceVocabulary(Vocabulary):
     def encode_utf8(self, text: bytes) -> list[int]:
         """The ids of text in UTF-8. UsageError where the vocabulary has no bytes to write it with."""
         if not self._needs_care(text):
-            return self.model.encode(text)
+            plain: list[int] = self.model.encode(text)
+            return plain
         if self._first_byte is None:
             raise UsageError("the text holds U+2581 or a marker, and the vocabulary has no pieces for bytes")
         stand_ins = iter([stand_in for stand_in in _STAND_INS if stand_in not in text])
@@ -69,11 +70,11 @@ class SentencePieceVocabulary(Vocabulary):
         ids = np.array(self.model.encode(text), np.int32)
         for stand_in, by_bytes in used:
             ids = _put(ids, stand_in, by_bytes, self._first_byte)
-        return ids.tolist()
+        return [int(index) for index in ids]
 
-    def encode_many(self, texts: list[bytes]) -> list[np.ndarray]:
+    def encode_many(self, texts: list[bytes]) -> list[IdArray]:
         """The ids, int32, of each text in UTF-8."""
-        found = self.model.encode_as_numpy(texts, num_threads=1)
+        found: list[IdArray] = self.model.encode_as_numpy(texts, num_threads=1)
         for i, text in enumerate(texts):
             if self._needs_care(text):
                 found[i] = np.array(self.encode_utf8(text), np.int32)
@@ -81,17 +82,13 @@ class SentencePieceVocabulary(Vocabulary):
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """The text of ids among which is no control symbol."""
-        return self.model.decode(ids)
+        return str(self.model.decode(ids))
 
 
-def _put(ids: np.ndarray, stand_in: bytes, by_bytes: bytes, first_byte: int) -> np.ndarray:
+def _put(ids: IdArray, stand_in: bytes, by_bytes: bytes, first_byte: int) -> IdArray:
     """``ids`` with the three bytes of a stand-in replaced by others; byte 0 has the id ``first_byte``."""
     first, second, third = (first_byte + byte for byte in stand_in)
     at = np.flatnonzero((ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third))
-    kept = np.ones(len(ids), bool)
-    for offset in range(3):
-        if offset < len(by_bytes):
-            ids[at + offset] = first_byte + by_bytes[offset]
-        else:
-            kept[at + offset] = False
-    return ids[kept]
+    for offset, byte in enumerate(by_bytes):
+        ids[at + offset] = first_byte + byte
+    return np.delete(ids, [at + offset for offset in range(len(by_bytes), 3)])

@@ -11,9 +11,12 @@ from itertools import groupby
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from research.telechat2.common.errors import UsageError
 
+IdArray = npt.NDArray[np.int32]
+TokenArray = npt.NDArray[np.uint32]  # ids with flags: see data/encoding.py
 START, END, USER, BOT, SYSTEM, PAD = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>", "<_pad>"
 MARKERS = (START, END, USER, BOT, SYSTEM, PAD)
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -69,34 +72,31 @@ class Vocabulary(ABC):
         return {piece: index for index, piece in enumerate(self.pieces)}
 
     @cached_property
-    def _special_ids(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token that the vocabulary has."""
         return {self.pieces[index]: index for index in sorted(self.control_ids)}
 
     @cached_property
     def tool_tag_ids(self) -> frozenset[int]:
         """Ids of tool tags, which are special tokens and part of an answer."""
-        return frozenset(self._special_ids[tag] for tag in TOOL_TAGS if tag in self._special_ids)
+        return frozenset(self.special_ids[tag] for tag in TOOL_TAGS if tag in self.special_ids)
 
     @cached_property
     def pad_id(self) -> int:
         """The id that fills a record up."""
-        return self._special_ids[PAD]
+        return self.special_ids[PAD]
 
     @cached_property
     def start_ids(self) -> list[int]:
         """The ids that begin a document: ``model_config.document_start_ids``."""
-        return sorted(self._special_ids[marker] for marker in (START, SYSTEM))
-
-    def special_id(self, token: str) -> int | None:
-        """The id of a special token, None when the vocabulary has no such one."""
-        return self._special_ids.get(token)
+        return sorted(self.special_ids[marker] for marker in (START, SYSTEM))
 
     def require(self, markers: Iterable[str]) -> None:
         """UsageError for a marker that the vocabulary lacks, other than ``optional`` ones."""
         for marker in markers:
-            if marker not in self._special_ids and marker not in self.optional:
+            if marker not in self.special_ids and marker not in self.optional:
                 raise UsageError(
-                    f"it has no control symbol {marker!r}, only {', '.join(self._special_ids)}: it is no "
+                    f"it has no control symbol {marker!r}, only {', '.join(self.special_ids)}: it is no "
                     f"TeleChat2 vocabulary, or the token is misspelt"
                 )
 
@@ -114,7 +114,7 @@ class Vocabulary(ABC):
                 f"the text is not valid Unicode: {found} at character {error.start}; repair the text"
             ) from error
 
-    def encode_many(self, texts: list[bytes]) -> list[np.ndarray]:
+    def encode_many(self, texts: list[bytes]) -> list[IdArray]:
         """The ids, int32, of each text in UTF-8."""
         return [np.array(self.encode_utf8(text), np.int32) for text in texts]
 
@@ -148,7 +148,7 @@ class Vocabulary(ABC):
     def _is_exact(self) -> bool:
         return self.decode_text(self.encode_utf8(_PROBE.encode())) == _PROBE
 
-    def changed(self, texts: list[bytes], ids: list[np.ndarray]) -> list[int]:
+    def changed(self, texts: list[bytes], ids: list[IdArray]) -> list[int]:
         """Which of the texts ``ids`` do not give back; none where the vocabulary changes no text."""
         if self._is_exact:
             return []

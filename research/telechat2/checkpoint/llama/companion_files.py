@@ -77,7 +77,7 @@ def _llama_tokenizer(vocabulary: bytes) -> dict | None:
         known = SentencePieceVocabulary(vocabulary)
     except UsageError as error:
         raise UsageError(f"the tokenizer.model beside the weights: {error}") from None
-    if known.special_id(USER) is not None and known.special_id(BOT) is not None:
+    if {USER, BOT} <= known.special_ids.keys():
         return None
     start, end, unknown = (
         known.pieces[index] for index in (known.model.bos_id(), known.model.eos_id(), known.unknown_id)
