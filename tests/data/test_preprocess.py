@@ -114,8 +114,8 @@ def test_counts_add_up_and_say_what_was_skipped(small_vocab, small_tokenizer, tm
     assert "read 5 lines = 3 conversations written + 2 skipped" in text
     assert "skipped 1: longer than a record of 301 tokens (first: d.jsonl:3)" in text
     assert counts["skipped_lines"]["blank line"] == ["d.jsonl:2"]
-    assert "mixed prompt formats: 1 chat and 2 plain; recorded as plain" in text
-    assert "1 contain special-token text (such as <_end>), encoded as text" in text
+    assert "1 chat, 2 plain; recorded as plain" in text
+    assert "1 with special-token text" in text
     assert f"{counts['trained_tokens']:,} of them trained" in text
 
 

@@ -1,6 +1,6 @@
 """The page that ``--report`` writes: counts, lengths, masks, and samples as the model sees them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -10,10 +10,20 @@ import numpy as np
 
 from research.telechat2.common.files import atomic_write
 from research.telechat2.data.encoding import TRAINED, place_of
+from research.telechat2.data.manifests import Manifest
 from research.telechat2.data.report_words import word
 from research.telechat2.data.spool import Spool, starts_of
-from research.telechat2.text.vocabulary import Vocabulary
+from research.telechat2.text.vocabulary import TokenArray, Vocabulary
 
+# Counts of the manifest that are told where they are not 0.
+_TOLD = {
+    "copies_by_weight": "further copies, by the weights of the files",
+    "truncated": "cut at a turn border to fit a record",
+    "out_of_turn": "conversations whose turns do not alternate",
+    "changed_text": "with text that the vocabulary changes for good",
+    "with_special_text": "with special-token text (such as <_end>), encoded as text",
+}
+_Say = Callable[[str], str]  # English -> the page's language
 SAMPLES = 12
 _SAMPLE_TOKENS = 1500  # so much of a sample is shown
 _STYLE = """
@@ -26,78 +36,76 @@ mark { background: #c8ecc9; color: #123 } b { color: #8a4fb0; font-weight: 600 }
 """
 
 
-def summary(result: dict) -> str:
+def summary(result: Manifest) -> str:
     """Return what ``prepare`` did, in lines for a reader."""
-    counts = result["counts"]
-    skipped = counts["skipped"]
+    counts, skipped = result["counts"], result["counts"]["skipped"]
     share = f" ({sum(skipped.values()) / counts['lines']:.2%})" if skipped else ""
-    total = counts["records"] * (result["max_length"] + 1)
     texts = f"+ {counts['texts']:,} texts " if counts["texts"] else ""
+    first = {reason: where[0] for reason, where in counts["skipped_lines"].items()}
     lines = [
         f"read {counts['lines']:,} lines = {counts['conversations']:,} conversations {texts}written "
-        f"+ {sum(skipped.values()):,} skipped{share}"
+        f"+ {sum(skipped.values()):,} skipped{share}",
+        *(f"  skipped {n:,}: {reason} (first: {first[reason]})" for reason, n in skipped.items()),
+        f"  formats: {_listed(counts['by_format'])}",
+        *(f"  {counts[name]:,} {words}" for name, words in _TOLD.items() if counts[name]),
     ]
-    first = {reason: where[0] for reason, where in counts["skipped_lines"].items()}
-    lines += [f"  skipped {n:,}: {reason} (first: {first[reason]})" for reason, n in skipped.items()]
-    formats = ", ".join(f"{count:,} {name}" for name, count in counts["by_format"].items())
-    lines.append(f"  formats: {formats}")
-    if counts["copies_by_weight"]:
-        lines.append(f"  {counts['copies_by_weight']:,} further copies, by the weights of the files")
-    if counts["truncated"]:
-        lines.append(f"  {counts['truncated']:,} cut at a turn border to fit a record")
     if counts["unused_fields"]:
-        fields = ", ".join(f"{count:,} {name}" for name, count in counts["unused_fields"].items())
+        fields = _listed(counts["unused_fields"])
         lines.append(f"  fields that are not used (metadata, or named in --ignore_fields): {fields}")
-    if counts["out_of_turn"]:
-        lines.append(f"  {counts['out_of_turn']:,} conversations whose turns do not alternate")
-    if counts["changed_text"]:
-        lines.append(f"  {counts['changed_text']:,} hold text that the vocabulary changes for good")
     if len(counts["by_prompt_format"]) > 1:
-        both = " and ".join(f"{count:,} {name}" for name, count in counts["by_prompt_format"].items())
-        lines.append(f"  mixed prompt formats: {both}; recorded as {result['prompt_format']}")
-    if counts["with_special_text"]:
-        lines.append(
-            f"  {counts['with_special_text']:,} contain special-token text (such as <_end>), encoded as text"
-        )
+        mixed = _listed(counts["by_prompt_format"])
+        lines.append(f"  mixed prompt formats: {mixed}; recorded as {result['prompt_format']}")
     files = f", {len(result['files'])} files" if len(result["files"]) > 1 else ""
-    lines += [
-        f"wrote {counts['records']:,} records of {result['max_length'] + 1:,} tokens to {result['output']}"
-        + files,
-        f"  prompt format {result['prompt_format']}, {counts['tokens']:,} tokens, "
-        f"{counts['trained_tokens']:,} of them trained, padding {counts['padding_tokens'] / total:.2%}",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            f"wrote {counts['records']:,} records of {result['max_length'] + 1:,} tokens to "
+            f"{result['output']}{files}",
+            f"  prompt format {result['prompt_format']}, {counts['tokens']:,} tokens, "
+            f"{counts['trained_tokens']:,} of them trained, padding {_padding(result)}",
+        ]
+    )
+
+
+def _listed(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in numbers.items())
+
+
+def _padding(manifest: Manifest) -> str:
+    counts = manifest["counts"]
+    return f"{counts['padding_tokens'] / (counts['records'] * (manifest['max_length'] + 1)):.2%}"
 
 
 class Sample(NamedTuple):
     """An item of the data set: its tokens, uint32 (see encoding), and where it was read."""
 
-    tokens: np.ndarray
+    tokens: TokenArray
     file: str
     line: int
 
 
-def write(path: Path, manifest: dict, spool: Spool, words: Vocabulary, language: str) -> None:
+def write(path: Path, manifest: Manifest, spool: Spool, words: Vocabulary, language: str) -> None:
     """Write the page for a finished data set; the samples are drawn from its spool."""
     samples = list(islice(_samples(spool, [entry["path"] for entry in manifest["inputs"]]), SAMPLES))
     with atomic_write(path) as temporary:
         temporary.write_text(page(manifest, samples, words, language), encoding="utf-8")
 
 
-def page(manifest: dict, samples: list[Sample], words: Vocabulary, language: str = "en") -> str:
+def page(manifest: Manifest, samples: list[Sample], words: Vocabulary, language: str = "en") -> str:
     """Return the page in a language (``report_words.LANGUAGES``)."""
 
     def say(english: str) -> str:
         return word(english, language)
 
-    def heading(english: str) -> str:
-        return f"<h2>{say(english)}</h2>"
-
     counts = manifest["counts"]
     inputs = [[f["path"], f["bytes"], f["weight"], f["sha256"][:12]] for f in manifest["inputs"]]
-    lines = counts["lines"]
     skipped = [
-        [say(reason), number, f"{number / lines:.2%}", "; ".join(counts["skipped_lines"][reason][:3])]
+        [
+            say(reason),
+            number,
+            f"{number / counts['lines']:.2%}",
+            "; ".join(counts["skipped_lines"][reason][:3]),
+        ]
         for reason, number in counts["skipped"].items()
     ]
     stored = {
@@ -106,57 +114,46 @@ def page(manifest: dict, samples: list[Sample], words: Vocabulary, language: str
         "repeated at splits": counts["repeated_tokens"],
         "padding": counts["padding_tokens"],
     }
-    unused = [[name, number] for name, number in counts["unused_fields"].items()]
+    sections = {
+        "Result": _table("", [[say(name), value] for name, value in _result(manifest)], say),
+        "Inputs": _table("file bytes weight sha256", inputs, say),
+        "Formats": _bars(counts["by_format"]),
+        "Skipped lines": _table("reason lines share first", skipped, say),
+        "Fields that are not used": _table("field lines", list(counts["unused_fields"].items()), say),
+        "Tokens in the records": _bars({say(name): n for name, n in stored.items()}, trained=say("trained")),
+        "Lengths": f"<p>{say('Conversations and texts, by tokens, up to')}</p>{_bars(manifest['lengths'])}",
+        "Samples": f"<p>{say('Trained tokens are')} <mark>{say('green')}</mark>, "
+        f"{say('special ones')} <b>{say('violet')}</b>.</p>",
+    }
     return "\n".join(
         [
             f"<!doctype html><html lang={language}><meta charset=utf-8><title>{say('Training data')}</title>"
             f"<style>{_STYLE}</style>",
             f"<h1>{say('Training data')}</h1>",
-            heading("Result") + _table([], [[say(name), value] for name, value in _result(manifest)]),
-            heading("Inputs") + _table(list(map(say, ("file", "bytes", "weight", "sha256"))), inputs),
-            heading("Formats") + _bars(counts["by_format"]),
-            heading("Skipped lines")
-            + (_table(list(map(say, ("reason", "lines", "share", "first"))), skipped) or say("none")),
-            heading("Fields that are not used")
-            + (_table(list(map(say, ("field", "lines"))), unused) or say("none")),
-            heading("Tokens in the records")
-            + _bars({say(name): number for name, number in stored.items()}, trained=say("trained")),
-            heading("Lengths")
-            + f"<p>{say('Conversations and texts, by tokens, up to')}</p>"
-            + _bars(manifest["lengths"]),
-            heading("Samples") + f"<p>{say('Trained tokens are')} <mark>{say('green')}</mark>, "
-            f"{say('special ones')} <b>{say('violet')}</b>.</p>",
+            *(f"<h2>{say(heading)}</h2>{content}" for heading, content in sections.items()),
             *(_sample(sample, words, say) for sample in samples),
             "</html>\n",
         ]
     )
 
 
-def _result(manifest: dict) -> list[tuple[str, object]]:
+def _result(manifest: Manifest) -> list[tuple[str, object]]:
     """Name and value of what a run did; what did not happen is left out."""
     counts = manifest["counts"]
-    skipped, size = sum(counts["skipped"].values()), manifest["max_length"] + 1
-    texts = {
-        "texts": counts["texts"],
-        "further copies, by the weights of the files": counts["copies_by_weight"],
-        "cut at a turn border to fit a record": counts["truncated"],
-        "turns do not alternate": counts["out_of_turn"],
-        "text that the vocabulary changes": counts["changed_text"],
-        "special-token text (such as <_end>), encoded as text": counts["with_special_text"],
-    }
-    padding = counts["padding_tokens"] / (counts["records"] * size)
-    prompt_formats = counts["by_prompt_format"]
-    mixed = ", ".join(f"{number:,} {name}" for name, number in prompt_formats.items())
+    skipped = sum(counts["skipped"].values())
+    rendered = counts["by_prompt_format"]
+    mixed = f" ({_listed(rendered)})" if len(rendered) > 1 else ""
     return [
         ("lines read", counts["lines"]),
         ("lines skipped", f"{skipped:,} ({skipped / counts['lines']:.2%})"),
         ("conversations", counts["conversations"]),
-        *((name, number) for name, number in texts.items() if number),
+        *([("texts", counts["texts"])] if counts["texts"] else []),
+        *((words, counts[name]) for name, words in _TOLD.items() if counts[name]),
         ("records", counts["records"]),
-        ("tokens of a record", size),
+        ("tokens of a record", manifest["max_length"] + 1),
         ("tokens", counts["tokens"]),
-        ("padding", f"{padding:.2%}"),
-        ("prompt format", manifest["prompt_format"] + (f" ({mixed})" if len(prompt_formats) > 1 else "")),
+        ("padding", _padding(manifest)),
+        ("prompt format", f"{manifest['prompt_format']}{mixed}"),
     ]
 
 
@@ -169,7 +166,7 @@ def _samples(spool: Spool, files: list[str]) -> Iterator[Sample]:
             yield Sample(tokens[starts[i] : starts[i + 1]], Path(files[file]).name, line)
 
 
-def _sample(sample: Sample, words: Vocabulary, say: Callable[[str], str]) -> str:
+def _sample(sample: Sample, words: Vocabulary, say: _Say) -> str:
     tokens = sample.tokens
     shown = tokens[:_SAMPLE_TOKENS]
     parts = []
@@ -184,17 +181,19 @@ def _sample(sample: Sample, words: Vocabulary, say: Callable[[str], str]) -> str
     )
 
 
-def _table(heads: list[str], rows: list[list]) -> str:
-    """A table, "" without rows."""
+def _table(heads: str, rows: Sequence[Sequence[object]], say: _Say) -> str:
+    """A table of columns that single words head; "none" without rows."""
     if not rows:
-        return ""
+        return say("none")
+    head = "".join(f"<th>{say(name)}</th>" for name in heads.split())
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>"
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _cell(value) -> str:
-    is_number = isinstance(value, (int, float))
-    return f"<td{' class=number' if is_number else ''}>{f'{value:,}' if is_number else escape(value)}</td>"
+def _cell(value: object) -> str:
+    if isinstance(value, int | float):
+        return f"<td class=number>{value:,}</td>"
+    return f"<td>{escape(str(value))}</td>"
 
 
 def _bars(numbers: dict[str, int], trained: str = "") -> str:

@@ -6,9 +6,10 @@ not trained by another number, or belong to another vocabulary: all of that trai
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data.writing import count_documents
@@ -17,13 +18,16 @@ _LEAST_PADDING = 3  # one or two may end a text, where padding and end share an 
 _PREPARE = "prepare the data with telechat_preprocess.py"
 
 
+_Ids = npt.NDArray[np.integer[Any]]
+
+
 class Row(NamedTuple):
     """A record: ``number`` counts from 0 within ``file``; labels None where the data has none."""
 
     file: str
     number: int
-    input_ids: np.ndarray
-    labels: np.ndarray | None
+    input_ids: _Ids
+    labels: _Ids | None
 
 
 class Rules(NamedTuple):
@@ -67,7 +71,7 @@ def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
         _check_ids(where, row.input_ids, rules.vocab_size)
         seen.records, seen.length = seen.records + 1, max(length, seen.length)
         if rules.start_ids:
-            seen.documents = max(seen.documents, count_documents(row.input_ids, list(rules.start_ids)))
+            seen.documents = max(seen.documents, count_documents(row.input_ids, rules.start_ids))
         if not _trained(where, row, rules):
             seen.untrained += 1
             seen.first_untrained = seen.first_untrained or where
@@ -109,7 +113,7 @@ def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -
         )
 
 
-def _check_ids(where: str, ids: np.ndarray, vocab_size: int | None) -> None:
+def _check_ids(where: str, ids: _Ids, vocab_size: int | None) -> None:
     if ids.min() < 0:
         position = int(ids.argmin())
         raise UsageError(
@@ -123,7 +127,7 @@ def _check_ids(where: str, ids: np.ndarray, vocab_size: int | None) -> None:
         raise UsageError(too_many_tokens(found, int(ids[position]) + 1, vocab_size))
 
 
-def too_long(file, tokens: int, seq_length: int) -> str:
+def too_long(file: object, tokens: int, seq_length: int) -> str:
     """The sentence about records of more tokens than the model takes."""
     return (
         f"{file} holds records of {tokens + 1} ids, for sequences of {tokens} tokens, but the model's "
@@ -132,7 +136,7 @@ def too_long(file, tokens: int, seq_length: int) -> str:
     )
 
 
-def too_many_tokens(what, needed: int, vocab_size: int) -> str:
+def too_many_tokens(what: str, needed: int, vocab_size: int) -> str:
     """The sentence about data of a larger vocabulary than the model has."""
     return (
         f"{what} needs a vocabulary of {needed} tokens, but the model's vocab_size is {vocab_size}: prepare "
@@ -149,8 +153,9 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     trained[0] = False
     wrong = np.flatnonzero(trained & (labels != ids))
     if len(wrong):
-        raise UsageError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules)}")
-    padding = _length_of_end(trained & (ids == rules.pad))
+        raise UsageError(f"{where}: {_wrong_labels(ids, labels, trained, wrong, rules.ignored)}")
+    other = np.flatnonzero(~trained | (ids != rules.pad))
+    padding = len(ids) - 1 - int(other[-1])  # the first token is not trained, so there is one
     if padding >= _LEAST_PADDING:
         raise UsageError(
             f"{where}: the last {padding} ids are {rules.pad}, the pad id, and labelled as trained: "
@@ -160,33 +165,27 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     return int(trained.sum())
 
 
-def _length_of_end(flags: np.ndarray) -> int:
-    """How many flags are set at the end without a break."""
-    unset = np.flatnonzero(~flags)
-    return len(flags) - 1 - int(unset[-1]) if len(unset) else len(flags)
-
-
-def _wrong_labels(ids, labels, trained, wrong, rules: Rules) -> str:
-    """Why labels that are not the ids are wrong, in a sentence with the remedy."""
+def _wrong_labels(
+    ids: _Ids, labels: _Ids, trained: npt.NDArray[np.bool_], wrong: npt.NDArray[np.intp], ignored: int
+) -> str:
+    """Why labels that are not the ids are wrong, with the remedy."""
     for moved, fits in (
         ("next", (labels[:-1] == ids[1:])[trained[:-1]]),
         ("previous", (labels[1:] == ids[:-1])[trained[1:]]),
     ):
         if len(fits) and fits.all():
             return (
-                f"labels are input_ids moved by one (each is the {moved} id), but the model moves "
-                f"them itself "
-                f"and would learn the wrong token. Give labels[i] = input_ids[i] where i is trained, else "
-                f"{rules.ignored}, with seq_length + 1 ids in a record."
+                f"labels are input_ids moved by one (each is the {moved} id), but the model moves them "
+                f"itself and would learn the wrong token. Give labels[i] = input_ids[i] where i is trained, "
+                f"else {ignored}, with seq_length + 1 ids in a record."
             )
     position = int(wrong[0])
     found = (
-        f"label {labels[position]} at position {position}, where input_ids has {ids[position]}: a "
-        f"label is the id itself where it is trained, else {rules.ignored} (ignore_token_id)."
+        f"label {labels[position]} at position {position}, where input_ids has {ids[position]}: a label is "
+        f"the id itself where it is trained, else {ignored} (ignore_token_id)."
     )
-    marks = np.unique(labels[wrong])
-    if len(marks) == 1 and len(wrong) > 1:
-        mark = marks[0]
+    mark, *others = np.unique(labels[wrong])
+    if not others and len(wrong) > 1:
         return (
             f"{found} If {mark} marks what is not trained, set --model.model_config.ignore_token_id {mark}."
         )

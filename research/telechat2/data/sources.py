@@ -14,23 +14,22 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data import json_values
 from research.telechat2.text.messages import short
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
 DATA_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$", re.IGNORECASE)  # of a directory
 _MIXTURE_BYTES = 1 << 20  # a mixture is smaller
-_ZSTANDARD = (
-    "needs zstandard, which is not installed; install it with: pip install zstandard, or unpack the file "
-    "with: unzstd {}"
-)
 LINE_KEYS = frozenset(
-    {*("messages", "dialog", "conversations", "instruction", "output", "text", "data"), "input"}
+    ["messages", "dialog", "conversations", "instruction", "input", "output", "text", "data"]
 )
 BATCH_BYTES = 1 << 20
 LINE_BYTES = 64 << 20  # a longer line is no jsonl, but a file without line breaks
@@ -79,24 +78,10 @@ def input_files(path: str | Path) -> list[Path]:
     UsageError if there is none.
     """
     path = Path(path)
-    if path.is_dir():
-        there = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        files = [file for file in there if DATA_FILE.search(file.name) and not _is_single_object(file)]
-        others = [file.name for file in there if file not in files]
-        if not files:
-            raise UsageError(
-                f"{path} holds no .jsonl file (nor .ndjson or .json, packed as .gz or .zst or not) itself"
-                f"{', only ' + _listed(others) if others else ''}; give a jsonl file, a directory of such, "
-                f"or, for directories in it, a pattern in quotes: '{path}/**/*.jsonl'"
-            )
-        if others:
-            print(
-                f"{path}: not read: {_listed(others)} (no data: .jsonl, .ndjson, .json and those packed are)",
-                file=sys.stderr,
-            )
-        return files
     if path.is_file():
         return [path]
+    if path.is_dir():
+        return _files_in(path)
     if glob.has_magic(str(path)):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not files:
@@ -108,7 +93,26 @@ def input_files(path: str | Path) -> list[Path]:
     raise UsageError(f"{path} does not exist; give a jsonl file or a directory of such{several}")
 
 
-def find(paths: list[str | Path]) -> list[Source]:
+def _files_in(folder: Path) -> list[Path]:
+    there = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in there if DATA_FILE.search(file.name) and not _is_single_object(file)]
+    others = [file.name for file in there if file not in files]
+    listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    if not files:
+        raise UsageError(
+            f"{folder} holds no .jsonl file (nor .ndjson or .json, packed as .gz or .zst or not) itself"
+            f"{', only ' + listed if others else ''}; give a jsonl file, a directory of such, "
+            f"or, for directories in it, a pattern in quotes: '{folder}/**/*.jsonl'"
+        )
+    if others:
+        print(
+            f"{folder}: not read: {listed} (no data: .jsonl, .ndjson, .json and those packed are)",
+            file=sys.stderr,
+        )
+    return files
+
+
+def find(paths: Sequence[str | Path]) -> list[Source]:
     """Return all files of ``paths``; a ``.json`` of one object is a mixture: paths and their weights.
 
     UsageError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
@@ -128,9 +132,8 @@ def find(paths: list[str | Path]) -> list[Source]:
                 f'give a mixture file: {{"{source.path}": 2}}'
             )
         seen.add(real)
-    packed = next((source.path for source in sources if source.path.suffix.lower() == ".zst"), None)
-    if packed and find_spec("zstandard") is None:
-        raise UsageError(f"{packed} {_ZSTANDARD.format(packed)}")
+        if source.path.suffix.lower() == ".zst":
+            _need_zstandard(source.path)
     return sources
 
 
@@ -149,26 +152,21 @@ def _is_single_object(path: Path) -> bool:
         return True
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys().isdisjoint(LINE_KEYS)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
 def _mixture(path: Path) -> list[Source]:
-    if not path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip():
-        raise UsageError(f"{path} is empty; {_JSON_FILES}")
     try:
         # pairs, as a dict would keep the last weight of a path and lose the others
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=tuple) if text.strip() else None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
     if not isinstance(content, tuple) or not content:
-        raise UsageError(f'{path} is no mixture; expected {{"path": weight, …}}; {_JSON_FILES}')
+        found = "no mixture" if content is not None else "empty"
+        raise UsageError(f'{path} is {found}; expected {{"path": weight, …}}; {_JSON_FILES}')
     for name, times in Counter(name for name, _ in content).items():
         if times > 1:
             raise UsageError(f"{path} gives {name} {times} weights; expected one: write their sum")
@@ -212,19 +210,15 @@ def read_batches(
     number = 0
     for index, source in enumerate(sources):
         with open(source.path, "rb", buffering=0) as file:
-            raw = _Counting(file)
-            told = 0
+            raw = _Counting(file, advance)
             first_line = 1
             for unit, lines in _grouped(source.path, raw):
-                advance(raw.position - told)
-                told = raw.position
                 if number >= skip:
                     yield Batch(number, source.path, source.weight, first_line, lines, unit, index)
                 number += 1
                 first_line += len(lines)
             while raw.read(BATCH_BYTES):
                 pass
-            advance(raw.position - told)
         yield FileState(str(source.path), raw.position, raw.sha256.hexdigest(), source.weight)
 
 
@@ -242,17 +236,24 @@ def read_file(path: str | Path, is_data: bool = True) -> Iterator[tuple[str, int
                 yield unit, number, line
 
 
-def _open_packed(path: Path, raw: io.RawIOBase) -> BinaryIO:
+def _open_packed(path: Path, raw: io.RawIOBase) -> io.BufferedReader:
     """Return the text's bytes of a file that may be packed, by its suffix."""
-    file = io.BufferedReader(raw, BATCH_BYTES)
+    file: io.BufferedReader = io.BufferedReader(raw, BATCH_BYTES)
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file), BATCH_BYTES)
     if suffix != ".zst":
         return file
-    if find_spec("zstandard") is None:
-        raise UsageError(f"{path} is packed; {_ZSTANDARD.format(path)}")
+    _need_zstandard(path)
     return io.BufferedReader(_Zstandard(file), BATCH_BYTES)
+
+
+def _need_zstandard(path: Path) -> None:
+    if find_spec("zstandard") is None:
+        raise UsageError(
+            f"{path} needs zstandard, which is not installed; install it with: pip install zstandard, or "
+            f"unpack the file with: unzstd {path}"
+        )
 
 
 def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tuple[str, list[bytes]]]:
@@ -294,39 +295,41 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Counting(io.RawIOBase):
-    """A file that knows how much of it was read, and the hash of that."""
+    """A file that knows how much of it was read, and the hash of that; tells ``advance`` what was added."""
 
-    def __init__(self, file: io.RawIOBase):
-        self.file = file
+    def __init__(self, file: io.RawIOBase, advance: Callable[[int], object]):
+        self.file, self.advance = file, advance
         self.position = 0
         self.sha256 = hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        count = self.file.readinto(buffer)
+    def readinto(self, buffer: "Buffer") -> int:
+        count = self.file.readinto(buffer) or 0
         self.sha256.update(memoryview(buffer)[:count])
         self.position += count
+        self.advance(count)
         return count
 
 
 class _Zstandard(io.RawIOBase):
     """Unpacks zstd frames; unlike the library's own reader it notices that the last one is cut short."""
 
-    def __init__(self, raw: io.RawIOBase):
+    def __init__(self, raw: io.BufferedReader):
         import zstandard
 
         self.raw = raw
         self.error = zstandard.ZstdError
-        self.decompressor = zstandard.ZstdDecompressor()
-        self.frame = None
-        self.packed = self.unpacked = b""
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.packed = b""
+        self.unpacked = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "Buffer") -> int:
         while not self.unpacked:
             # little at a time: a few bytes may hold as many megabytes
             self.packed = self.packed or self.raw.read(4096)
@@ -334,7 +337,7 @@ class _Zstandard(io.RawIOBase):
                 if self.frame is not None:
                     raise EOFError("it ends within a zstd frame")
                 return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
+            self.frame = self.frame or self.new_frame()
             try:
                 self.unpacked = memoryview(self.frame.decompress(self.packed))
             except self.error as error:
@@ -342,7 +345,8 @@ class _Zstandard(io.RawIOBase):
             self.packed = b""
             if self.frame.eof:
                 self.packed, self.frame = self.frame.unused_data, None
-        count = min(len(buffer), len(self.unpacked))
-        buffer[:count] = self.unpacked[:count]
+        into = memoryview(buffer)
+        count = min(len(into), len(self.unpacked))
+        into[:count] = self.unpacked[:count]
         self.unpacked = self.unpacked[count:]
         return count
