@@ -16,8 +16,9 @@ from research.telechat2.checkpoint.convert import JOINED_FOR  # noqa: E402
 from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
 from research.telechat2.common.cli import run as run_command  # noqa: E402
 from research.telechat2.config.overrides import boolean, boolean_or_text, parse_options, parse_overrides  # noqa: E402
+from research.telechat2.config.preflight import RUN_MODES  # noqa: E402
 from research.telechat2.config.yaml_files import join_overrides  # noqa: E402
-from research.telechat2.run.task import RUN_MODES, VERBOSE, run  # noqa: E402
+from research.telechat2.run.task import VERBOSE, run  # noqa: E402
 
 # argument, the key of the YAML it sets, how argparse reads it
 ARGUMENTS = (

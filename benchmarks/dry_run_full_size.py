@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file from anywhere
 
 from research.telechat2.config.check import check  # noqa: E402
-from research.telechat2.config.settings import read_settings  # noqa: E402
+from research.telechat2.config.preflight import read_settings  # noqa: E402
 from research.telechat2.config.yaml_files import read_config, shipped_configs  # noqa: E402
 
 COMMAND = Path(__file__).resolve().parents[1] / "research" / "telechat2" / "telechat_plan.py"

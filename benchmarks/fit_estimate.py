@@ -7,7 +7,7 @@ v1.6.0), with the plans of the shipped YAMLs.
 from math import log
 from pathlib import Path
 
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.plan.estimate.costs import StepCosts, step_costs
 from research.telechat2.plan.estimate.estimate import Efficiency, throughput
 from research.telechat2.plan.estimate.workload import Workload, workload

@@ -12,7 +12,8 @@ from refusal import refused
 
 from research.telechat2.config.check import check
 from research.telechat2.config.classes import GROUPS
-from research.telechat2.config.settings import DEFAULTS, read_settings
+from research.telechat2.config.preflight import read_settings
+from research.telechat2.config.settings import DEFAULTS
 from research.telechat2.config.tables import SECTIONS
 
 COMMAND = Path(__file__).resolve().parents[2] / "research" / "telechat2" / "telechat_plan.py"

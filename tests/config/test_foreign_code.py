@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from refusal import refused
 
-from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.preflight import Facts, preflight
 from research.telechat2.config.yaml_files import read_config
 from research.telechat2.run.task import run
 
@@ -39,14 +39,14 @@ def at(dotted: str, value: object) -> dict:
 )
 def test_a_name_that_leaves_the_folder_is_refused_in_every_section(place, reference):
     with refused("auto_register") as raised:
-        check_settings(at(f"{place}.auto_register", reference), register=CHECKOUT / "research/telechat2")
+        preflight(at(f"{place}.auto_register", reference), Facts(register=CHECKOUT / "research/telechat2"))
     assert reference in str(raised.value) and "--register_path" in str(raised.value)
 
 
 @pytest.mark.parametrize("reference", [5, ["a.B"], "", "B", "a.b.C", "a.C;x", "a\n.C", None])
 def test_what_is_no_name_of_a_class_is_refused(reference):
     with refused("--register_path"):
-        check_settings({"optimizer": {"type": "C", "auto_register": reference}})
+        preflight({"optimizer": {"type": "C", "auto_register": reference}}, Facts())
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
@@ -54,12 +54,12 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "own" / "mine.py").symlink_to(tmp_path / "evil.py")
     with refused("evil.py"):
-        check_settings({"optimizer": {"type": "C", "auto_register": "mine.C"}}, register=tmp_path / "own")
+        preflight({"optimizer": {"type": "C", "auto_register": "mine.C"}}, Facts(register=tmp_path / "own"))
 
 
 def test_a_module_that_is_not_there_is_named_with_the_folder(tmp_path):
     with refused("mine.py", tmp_path):
-        check_settings({"optimizer": {"type": "C", "auto_register": "mine.C"}}, register=tmp_path)
+        preflight({"optimizer": {"type": "C", "auto_register": "mine.C"}}, Facts(register=tmp_path))
 
 
 def test_names_below_register_path_stay_and_the_plugins_own_are_known_without(tmp_path):
@@ -73,7 +73,7 @@ def test_names_below_register_path_stay_and_the_plugins_own_are_known_without(tm
             },
         },
     }  # fmt: skip
-    assert check_settings(settings, register=tmp_path) == []
+    assert preflight(settings, Facts(register=tmp_path)).notes == []
     assert settings["optimizer"]["auto_register"] == "mine.Mine"
     assert settings["model"]["arch"] == {"type": "TelechatForCausalLM"}
     assert settings["model"]["model_config"] == {"type": "TelechatConfig"}
@@ -83,7 +83,7 @@ def test_a_class_of_the_users_own_wins_over_the_plugins(tmp_path):
     (tmp_path / "telechat.py").write_text("class TelechatForCausalLM: pass\n")
     arch = {"type": "TelechatForCausalLM", "auto_register": "telechat.TelechatForCausalLM"}
     settings = {"model": {"arch": dict(arch)}}
-    check_settings(settings, register=tmp_path)
+    preflight(settings, Facts(register=tmp_path))
     assert settings["model"]["arch"] == arch
 
 
@@ -103,7 +103,7 @@ def test_a_class_of_the_users_own_wins_over_the_plugins(tmp_path):
 )
 def test_other_ways_to_run_code_are_refused(settings, message):
     with refused(*message):
-        check_settings(settings)
+        preflight(settings, Facts())
 
 
 def test_yaml_makes_no_python_objects(tmp_path):

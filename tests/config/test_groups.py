@@ -71,7 +71,7 @@ def test_groups_of_split_sequences_that_nodes_do_not_have_are_refused(dp, gather
 def test_a_plan_counts_its_context_parallel_devices():
     """Refused when context_parallel was left out: a node's devices, three of which are no group."""
     from research.telechat2.config.check import check
-    from research.telechat2.config.settings import read_settings
+    from research.telechat2.config.preflight import read_settings
 
     changes = {"data_parallel": 3, "context_parallel": 8, "model_parallel": 1}
     changes = {f"parallel_config.{key}": value for key, value in changes.items()}

@@ -12,8 +12,7 @@ from research.telechat2.config.classes import GROUPS, PLUGIN
 from research.telechat2.config.fields import kinds_of
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.places import settings_like
-from research.telechat2.config.preflight import check_settings
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import Facts, preflight, read_settings
 from research.telechat2.config.tables import SECTIONS
 from research.telechat2.config.yaml_files import read_config, resolve_config, shipped_configs
 
@@ -23,7 +22,7 @@ MODEL = "model.model_config"
 @pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.name)
 def test_shipped_configs_hold_nothing_without_effect(path: Path):
     settings = read_config(path)
-    assert check_settings(settings) == []
+    assert preflight(settings, Facts()).notes == []
 
 
 def test_the_tables_hold_what_mindformers_knows():
@@ -123,7 +122,7 @@ def test_a_mistyped_key_is_named_in_every_section(change, message):
 )
 def test_mistyped_settings_are_named(config, message):
     with refused(*message):
-        check_settings(config)
+        preflight(config, Facts())
 
 
 def test_all_mistakes_are_listed_at_once():
@@ -133,7 +132,7 @@ def test_all_mistakes_are_listed_at_once():
         "parallel_config": {"model_paralel": 4, "data_parallel": "2"},
     }
     with refused(4) as raised:
-        check_settings(config)
+        preflight(config, Facts())
     for name in ("run_model", "seed is 'a'", "model_paralel", "data_parallel is '2'"):
         assert name in str(raised.value)
 
@@ -145,14 +144,14 @@ def test_a_type_that_is_no_name_is_named(section, kind):
     for name in reversed(section.split(".")):
         settings = {name: settings}
     with refused(f"{section}.type", kind):
-        check_settings(settings)
+        preflight(settings, Facts())
 
 
 def test_a_key_of_an_aliased_section_is_named_once():
     settings = read_config(resolve_config("finetune_telechat_tiny", Path.cwd()))
     settings["train_dataset"]["shufle"] = settings["train_dataset_task"]["dataset_config"]["shufle"] = True
     with refused("shufle") as raised:
-        check_settings(settings)
+        preflight(settings, Facts())
     assert len(raised.value.found) == 1
 
 
@@ -261,7 +260,7 @@ def test_a_dataset_config_of_its_own_is_checked():
         "dataset_config": {"shufle": True},
     }
     with refused("train_dataset_task.dataset_config.shufle"):
-        check_settings(settings)
+        preflight(settings, Facts())
 
 
 @pytest.mark.parametrize(
@@ -296,4 +295,4 @@ def test_absent_sections_are_fine():
     empty = {"checkpoint": None, "callbacks": None, "moe_config": None, "metric": None}
     nested = {"parallel": {"pipeline_config": None}, "model": {"model_config": None}}
     read = config | empty | deepcopy(nested)
-    assert check_settings(read) == [] and read == before | {"parallel": {}, "model": {}}
+    assert preflight(read, Facts()).notes == [] and read == before | {"parallel": {}, "model": {}}

@@ -11,8 +11,7 @@ from migration_keys import CHANGE, NOTED, USED, keys
 from refusal import refused
 
 from research.telechat2.config.check import check
-from research.telechat2.config.preflight import check_settings
-from research.telechat2.config.settings import read_with_notes
+from research.telechat2.config.preflight import Facts, preflight, read_settings
 from research.telechat2.plan.command import plan
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -79,7 +78,7 @@ def test_keys_are_used_or_noted_as_the_table_says(name):
     settings = deepcopy(YAMLS[name])
     settings.get("model", {}).get("model_config", {}).pop("pet_config", None)
     before = keys_of(settings)
-    notes = check_settings(settings)
+    notes = preflight(settings, Facts()).notes
     after = keys_of(settings) | {key for key in before if key.endswith("auto_register")}  # by type alone
     assert before - after <= keys(NOTED), "left out and not in the table"
     assert not after & (keys(NOTED) - {"layer_decay", "lr_scale_factor"}) - {"eval_callbacks[].type"}
@@ -101,7 +100,7 @@ def test_it_is_planned_as_it_is(name, tmp_path):
         devices = sizes["data_parallel"] * sizes["model_parallel"] * sizes["pipeline_stage"]
         assert f"devices       {devices:,} =" in report
         # known to the check alone
-        noted = check(read_with_notes(str(path), {}, Path.cwd())[1]).notes
+        noted = check(read_settings(str(path), {}, Path.cwd())[1]).notes
         assert any("layer_decay" in note for note in noted)
     else:
         devices = YAMLS[name]["parallel_config"]["model_parallel"]
@@ -125,7 +124,7 @@ def test_what_must_change_is_listed_at_once():
     settings["model"]["model_config"] |= {"out_proj_has_bias": False, "pet_config": {"pet_type": "lora"}}
     settings["context"]["deterministic"] = "ON"
     with refused(4) as raised:
-        check_settings(settings, here=True)
+        preflight(settings, Facts(task="run"))
     for line in ("parallel_speed_up.json", "out_proj_has_bias", "pet_config", "train_precision_sync: True"):
         assert line in str(raised.value)
 
@@ -167,36 +166,36 @@ def test_a_length_beyond_training_seqlen_is_named_as_the_yaml_names_it():
 
 def test_a_folder_that_mindformers_would_mix_in_is_to_be_named_otherwise():
     with refused("pretrained_model_dir", "'/m/x'", "load_checkpoint"):
-        check_settings({"pretrained_model_dir": "/m/x"})
-    assert check_settings({"pretrained_model_dir": ""}) == []
+        preflight({"pretrained_model_dir": "/m/x"}, Facts())
+    assert preflight({"pretrained_model_dir": ""}, Facts()).notes == []
 
 
 def test_the_parallel_model_needs_no_auto_register():
     settings = {
         "model": {"arch": {"type": "ParallelTelechatForCausalLM"}, "model_config": {"type": "TelechatConfig"}}
     }
-    assert check_settings(settings) == []
+    assert preflight(settings, Facts()).notes == []
 
 
 def test_a_callback_that_is_no_more_is_noted_and_others_stay():
     settings = {"callbacks": [{"type": "MFLossMonitor"}, {"type": "ObsMonitor"}], "eval_callbacks": []}
-    assert "ObsMonitor" in check_settings(settings)[0]
+    assert "ObsMonitor" in preflight(settings, Facts()).notes[0]
     assert settings["callbacks"] == [{"type": "MFLossMonitor"}]
 
 
 @pytest.mark.parametrize("url", ["obs://bucket/x", "s3://bucket/x"])
 def test_an_address_to_upload_to_is_no_placeholder(url):
     settings = {"remote_save_url": url}
-    assert check_settings(settings) == [] and settings == {"remote_save_url": url}
+    assert preflight(settings, Facts()).notes == [] and settings == {"remote_save_url": url}
 
 
 def test_recomputation_is_left_out_on_cpus_alone():
     """MindSpore 2.9 ends in "Graph cycle exists" there; results are the same without."""
     settings = {"context": {"device_target": "CPU"}, "recompute_config": {"recompute": True}}
-    assert "recompute_config.recompute" in check_settings(settings)[0]
+    assert "recompute_config.recompute" in preflight(settings, Facts()).notes[0]
     assert settings["recompute_config"] == {}
     settings = {"context": {"device_target": "Ascend"}, "recompute_config": {"recompute": [1, 0]}}
-    assert check_settings(settings) == [] and settings["recompute_config"] == {"recompute": [1, 0]}
+    assert preflight(settings, Facts()).notes == [] and settings["recompute_config"] == {"recompute": [1, 0]}
 
 
 @pytest.mark.parametrize("key", ["load_checkpoint", "vocab_file"])

@@ -8,8 +8,8 @@ import pytest
 from refusal import refused
 
 from research.telechat2.config.check import check
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.config.sections import section_of
-from research.telechat2.config.settings import read_settings
 from research.telechat2.config.sharing import memory_of_rank, prediction_plan
 from research.telechat2.config.yaml_files import read_config, resolve_config, shipped_configs
 

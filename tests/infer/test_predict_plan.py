@@ -66,7 +66,7 @@ def test_processes_without_a_common_seed_are_refused(settings, monkeypatch):
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("MS_WORKER_NUM", "2")
     with pytest.raises(ValueError, match="seed is null, but the processes .* give --seed with a number"):
-        share_model(config)
+        share_model(config, prediction_plan(config, processes_of_run()))
 
 
 def test_what_cannot_fit_is_refused_on_npus_alone(settings):

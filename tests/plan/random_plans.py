@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 
 # data_parallel, model_parallel and pipeline_stage of numbers of devices that MindSpore takes.
 CLUSTERS = [

@@ -10,7 +10,7 @@ import pytest
 from random_plans import random_plan
 
 from research.telechat2.config.check import check
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.plan.dry_run.report import dry_run
 from research.telechat2.plan.dry_run.simulate import CompilationError, simulate

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fit_estimate import errors, fit, leave_one_out, published_workloads
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.plan.estimate.communication import (
     Communication,
     layer_communication,

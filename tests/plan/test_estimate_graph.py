@@ -7,7 +7,7 @@ import pytest
 from random_plans import random_plan
 
 from research.telechat2.config.check import check
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.plan.dry_run.simulate import simulate
 from research.telechat2.plan.estimate.communication import stage_communication
 from research.telechat2.plan.estimate.estimate import throughput

@@ -7,7 +7,7 @@ import pytest
 
 from research.telechat2.config.check import check
 from research.telechat2.config.mindspore_context import check_parallel_sections
-from research.telechat2.config.settings import read_settings
+from research.telechat2.config.preflight import read_settings
 from research.telechat2.plan.estimate.draw import draw, figure_of
 from research.telechat2.plan.estimate.estimate import estimate
 from research.telechat2.plan.estimate.search import search

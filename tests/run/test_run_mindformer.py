@@ -48,7 +48,7 @@ def weights(tmp_path_factory) -> Path:
             "no section `train_dataset.data_loader`.*finetune_",
         ),
         ("predict_telechat_tiny.yaml", {}, "nothing to predict"),
-        ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "has no section train_dataset"),
+        ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "section train_dataset"),
         ("predict_telechat_tiny.yaml", {"context.mode": 1}, "static graph mode only"),
         ("predict_telechat_tiny.yaml", {"run_mode": "dance"}, "run_mode is 'dance'"),
         (

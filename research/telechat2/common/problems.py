@@ -9,9 +9,9 @@ from research.telechat2.common.errors import UsageError
 class SettingsError(UsageError):
     """One error or several; ``found``: a sentence for each, none twice."""
 
-    def __init__(self, found: list[str], source: object = None):
-        """``source``: the file that messages name; None: none."""
-        self.found = tuple(dict.fromkeys(found))
+    def __init__(self, found: list[str] | str, source: object = None):
+        """``source``: the file that messages name; None: none. MindFormers raises it again with a text."""
+        self.found = (found,) if isinstance(found, str) else tuple(dict.fromkeys(found))
         at = f"{source}: " if source is not None else ""
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.found, 1))
         one = len(self.found) == 1

@@ -1,5 +1,7 @@
 """The settings of a run that evaluates: what MindFormers or MindSpore would refuse is set right here."""
 
+from collections.abc import Mapping
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_run_numbers
 from research.telechat2.config.pipeline import partition
@@ -9,25 +11,29 @@ METRIC = "TelechatPerplexity"
 REPLACED_METRICS = ("PerplexityMetric",)
 
 
-def check_evaluation_settings(config: dict, overrides: dict[str, object]) -> None:
+def check_evaluation_settings(config: dict, changed: Mapping[str, object]) -> list[str]:
     """Refuse what an evaluation would pass over, and take out, in place, what it does not need.
 
     Args:
         config: the settings.
-        overrides: what the command line gave of them.
+        changed: what the command line gave of them.
+
+    Returns:
+        A note for each setting that has no effect.
 
     Raises:
         UsageError: records are counted for the training data, or a batch or a seed that cannot be.
     """
-    if (samples := overrides.get("train_dataset.data_loader.num_samples")) is not None:
+    if (samples := changed.get("train_dataset.data_loader.num_samples")) is not None:
         raise UsageError(
             f"--num_samples {samples} is of the training data, which an evaluation does not read; give "
             f"--eval_dataset.data_loader.num_samples {samples}."
         )
     check_run_numbers(config)
     if config.get("resume_training"):
-        print("note: resume_training has no effect in an evaluation: the weights alone are read", flush=True)
         config["resume_training"] = False
+        return ["resume_training has no effect in an evaluation: the weights alone are read"]
+    return []
 
 
 def prepare_evaluation(config: dict, *, training: bool) -> None:

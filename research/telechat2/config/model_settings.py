@@ -186,7 +186,7 @@ class Run:
     """The run and its pipeline"""
 
     checkpoint_name_or_path: str = setting("", "Weights loaded when the model is built; empty: none.")
-    calculate_per_token_loss: bool = setting(
+    calculate_per_token_loss: bool | None = setting(
         False, "Return the loss as numerator and denominator (MindFormers' accumulation)."
     )
     offset: int | list[Any] = setting(

@@ -5,12 +5,14 @@ here: the tensors themselves are compared with those.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.classes import TELECHAT_CONFIGS
 from research.telechat2.config.rope import spelled_method, trained_alpha
+from research.telechat2.config.sections import Settings, section_of
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model, written in its code and not in its config.json
 DEFAULTS = {"rms_norm_eps": 1e-5, "theta": FAMILY_THETA}  # TelechatConfig's, of what changes every answer
@@ -18,6 +20,7 @@ NUMBERS = ("rms_norm_eps", "tie_word_embeddings", "base_seqlen", "training_seqle
 ROTARY = ("theta", "extend_method", "scaling_factor")
 IDS = ("bos_token_id", "eos_token_id")
 PADDING = "pad_token_id"  # -1 is a choice of the run, so a YAML may state another
+CHOSEN = "num_experts_chosen"  # of moe_config
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,30 @@ class Said:
     values: Mapping
     head_dim: int
     names: Mapping[str, str] = field(default_factory=dict)
+
+
+def settle_model(settings: Settings, said: Said | None, where: str) -> list[str]:
+    """Complete the model of a YAML, in place, by what the release of its weights says; see ``settle``.
+
+    How many experts take a token, ``moe_config.num_experts_chosen``, shows in no tensor either.
+
+    Returns:
+        Lines that say what was taken from where; none for the model of another project.
+    """
+    model, experts = section_of(settings, "model.model_config"), section_of(settings, "moe_config")
+    if model.get("type", "TelechatConfig") not in TELECHAT_CONFIGS:
+        return []
+    stated = dict(model)
+    is_mixture = experts.get("expert_num", 1) != 1
+    if is_mixture:
+        stated[CHOSEN] = experts.get(CHOSEN)
+    elif said:
+        said = replace(said, values={key: value for key, value in said.values.items() if key != CHOSEN})
+    taken, notes = settle(stated, said, where)
+    if is_mixture and CHOSEN in taken:
+        experts[CHOSEN] = taken.pop(CHOSEN)
+    model |= taken
+    return notes
 
 
 def settle(stated: Mapping, said: Said | None, where: str) -> tuple[dict, list[str]]:

@@ -1,25 +1,16 @@
-"""A run's settings before it starts: a YAML with changes, every key known, read without MindSpore.
-
-The defaults here are MindFormers', of the release that pyproject.toml names; a test compares them.
-"""
-
-from collections.abc import Callable
-from pathlib import Path
+"""The sections of a YAML that a model needs, with their defaults, and the model that they describe."""
 
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.model import read_model
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.moe import ExpertSection
-from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.plan_settings import (
     ParallelSettings,
     RecomputeSettings,
     RunnerSettings,
     SwapSettings,
 )
-from research.telechat2.config.preflight import check_settings
 from research.telechat2.config.sections import section_of
-from research.telechat2.config.yaml_files import read_config, resolve_config
 
 DEFAULTS = {
     "parallel_config": defaults_of(ParallelSettings),
@@ -27,29 +18,6 @@ DEFAULTS = {
     "swap_config": defaults_of(SwapSettings),
     "runner_config": defaults_of(RunnerSettings),
 }
-
-
-def read_settings(name: str, changes: dict[str, object], cwd: Path) -> tuple[Path, dict]:
-    """The file that ``--config name`` means, and its settings with ``changes``, dotted key to value.
-
-    Raises:
-        UsageError: no such file, or see check_settings.
-    """
-    return read_with_notes(name, changes, cwd)[:2]
-
-
-def read_with_notes(
-    name: str, changes: dict[str, object], cwd: Path, plan: Callable[[dict], object] | None = None
-) -> tuple[Path, dict, list[str]]:
-    """``read_settings``, and a note for each setting that has no effect and was left out.
-
-    ``plan``: see check_settings.
-    """
-    path = resolve_config(name, cwd)
-    settings = read_config(path)
-    apply_overrides(settings, changes)
-    notes = check_settings(settings, source=path, plan=plan)
-    return path, settings, notes
 
 
 def with_defaults(settings: dict, section: str) -> dict:

@@ -6,7 +6,7 @@ import re
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.config.kernel_limits import check_cpu_dtypes, check_paged_kernels
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config
 
 PARALLEL_MODEL = "ParallelTelechatForCausalLM"
@@ -19,13 +19,13 @@ def processes_of_run() -> int:
     return int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1
 
 
-def prediction_plan(settings: dict, processes: int) -> dict | None:
+def prediction_plan(settings: Settings, processes: int | None) -> Settings | None:
     """The ``parallel_config`` of processes that share the model; None where one process has it alone.
 
     Args:
         settings: a predict YAML. Without ``use_parallel`` its ``parallel_config`` means nothing, as in
             MindFormers; without ``model_parallel`` there, all processes take part.
-        processes: see ``processes_of_run``.
+        processes: see ``processes_of_run``; None: as many as the YAML says, or one.
 
     Raises:
         UsageError: another number of processes runs, or they cannot share this model: sizes that do not
@@ -34,8 +34,8 @@ def prediction_plan(settings: dict, processes: int) -> dict | None:
     """
     section = section_of(settings, "parallel_config")
     given = section.get("model_parallel") if settings.get("use_parallel") else 1
-    shared = processes if given is None else given
-    if shared != processes:
+    shared: int = (processes or 1) if given is None else given
+    if processes not in (None, shared):
         raise UsageError(_other_number(settings, shared, processes))
     if (copies := section.get("data_parallel", 1)) != 1 and shared > 1:
         raise UsageError(

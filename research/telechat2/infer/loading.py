@@ -9,7 +9,7 @@ from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import did_you_mean
 from research.telechat2.config.sampling import SAMPLING, check_sampling
 from research.telechat2.config.sections import section_of
-from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
+from research.telechat2.config.sharing import PARALLEL_MODEL, processes_of_run
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.process_group import Group
 from research.telechat2.infer.sources import check_weights, open_tokenizer, read_sources
@@ -62,15 +62,13 @@ def load_predictor(
         prompt_formats.check(prompt_format)
     if max_length is not None and max_length < 1:
         raise UsageError(f"max_length is {max_length}; it must be at least 1.")
-    sources = read_sources(yaml_file, checkpoint, vocab_file)
-    config = sources.config
-    if use_past is not None:
-        config["model"]["model_config"]["use_past"] = use_past
-    if use_parallel is not None:
-        config["use_parallel"] = use_parallel
+    asked = {"model.model_config.use_past": use_past, "use_parallel": use_parallel}
+    changes = {key: value for key, value in asked.items() if value is not None}
+    sources = read_sources(yaml_file, checkpoint, vocab_file, processes_of_run(), changes)
+    config, plan = sources.config, sources.shared
     settings = config["model"]["model_config"] | {"batch_size": batch_size}
     settings["moe_config"] = section_of(config, "moe_config")
-    if plan := prediction_plan(config, processes_of_run()):
+    if plan:
         settings["parallel_config"] = plan
     _set_context(section_of(config, "context"), device_id)
     from research.telechat2.telechat_config import TelechatConfig

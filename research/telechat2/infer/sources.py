@@ -4,12 +4,14 @@ Prediction and the folder for MindIE read them here.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.checkpoint.llama.stated import said_of
 from research.telechat2.common.errors import UsageError
-from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.overrides import apply_overrides
+from research.telechat2.config.preflight import Facts, preflight
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.yaml_files import read_config
 from research.telechat2.data.same_vocabulary import check_answering_vocabulary
@@ -21,16 +23,22 @@ class Sources:
     """The files of a prediction.
 
     ``config``: the YAML with its bases; its ``model_config`` holds what the checkpoint's config.json adds.
+    ``shared``: see Checked.
     """
 
     yaml_file: Path
     config: dict
     checkpoint: Path
     vocab_file: Path
+    shared: dict | None
 
 
 def read_sources(
-    yaml_file: str | Path, checkpoint: str | Path | None = None, vocab_file: str | Path | None = None
+    yaml_file: str | Path,
+    checkpoint: str | Path | None = None,
+    vocab_file: str | Path | None = None,
+    processes: int | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> Sources:
     """Read and check what a prediction is made of; of the weights only what is stated beside them.
 
@@ -41,15 +49,27 @@ def read_sources(
         checkpoint: weights of any layout, torch or MindSpore.
         vocab_file: tokenizer.model or the folder with it; if the YAML names none either, that beside the
             weights.
+        processes: that predict with the model now; None: it is served by others.
+        changes: of the YAML, dotted key to value.
 
     Raises:
         UsageError: a file is missing or does not fit the others.
     """
     config = read_config(Path(yaml_file))
-    for note in check_settings(config, source=yaml_file):
-        print(f"note: {note}", file=sys.stderr)
     if not section_of(config, "model.model_config"):
         raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
+    apply_overrides(config, changes or {})
+    weights = checkpoint or config.get("load_checkpoint")
+    facts = Facts(
+        source=str(yaml_file),
+        task="predict" if processes else None,
+        devices=processes,
+        weights=bool(weights),
+        said=said_of(config, weights),
+    )
+    checked = preflight(config, facts)
+    for line in (*(f"note: {note}" for note in checked.notes), *checked.taken):
+        print(line, file=sys.stderr)
     checkpoint = _existing(checkpoint, config, "load_checkpoint", "--checkpoint_path", yaml_file)
     section = section_of(config, "processor.tokenizer")
     if not (vocab_file or section.get("vocab_file")):
@@ -60,10 +80,7 @@ def read_sources(
     if not vocab_file.is_file():
         raise UsageError(f"{vocab_file} does not exist; give the tokenizer.model of a TeleChat2 release.")
     check_answering_vocabulary(vocab_file, checkpoint)
-    moe = section_of(config, "moe_config")
-    for line in settle_with(config["model"]["model_config"], checkpoint, str(yaml_file), moe):
-        print(f"model_config: {line}", file=sys.stderr)
-    return Sources(Path(yaml_file), config, checkpoint, vocab_file)
+    return Sources(Path(yaml_file), config, checkpoint, vocab_file, checked.shared)
 
 
 def _existing(given, section: dict, key: str, flag: str, yaml_file) -> Path:

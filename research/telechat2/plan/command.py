@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
-from research.telechat2.config.check import check
-from research.telechat2.config.settings import read_with_notes
+from research.telechat2.config.overrides import apply_overrides
+from research.telechat2.config.preflight import Facts, preflight
+from research.telechat2.config.yaml_files import read_config, resolve_config
 from research.telechat2.plan.dry_run.report import dry_run
 from research.telechat2.plan.estimate.draw import draw
 from research.telechat2.plan.estimate.estimate import estimate
@@ -50,12 +50,16 @@ def plan(
     for name, number in (("--device_num", device_num), ("--search", search_gb)):
         if number is not None and not 0 < number < inf:
             raise UsageError(f"{name} is {number}; it must be above 0.")
-    checking = _check_of(device_num, search_gb)
-    path, settings, notes = read_with_notes(config_name, changes, Path.cwd(), checking)
+    path = resolve_config(config_name, Path.cwd())
+    settings = read_config(path)
+    apply_overrides(settings, changes)
+    devices = None if search_gb is not None else device_num  # others are searched for
+    preflighted = preflight(settings, Facts(str(path), "plan", devices=devices))
+    notes = preflighted.notes
     asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
     if is_prediction(settings):
         _refuse_of_prediction(path, [name for name, given in asked.items() if given])
-    checked = checking(settings)
+    checked = preflighted.plan or check_prediction(settings, device_num)
     report = {"config": str(path), "check": checked.as_dict()} | ({"left_out": notes} if notes else {})
     texts = [f"config        {path}\n{checked.table()}" + "".join(f"\n\nnote: {note}" for note in notes)]
     if (estimated or picture) and not is_prediction(settings):
@@ -78,17 +82,6 @@ def plan(
         print("\n\n".join(texts[:-1]))
         raise UsageError(f"no plan of {device_num or checked.device_num} NPUs is found: {found.table()}")
     return "\n\n".join(texts)
-
-
-def _check_of(device_num: int | None, search_gb: float | None) -> Callable[[dict], object]:
-    """The check of settings of either kind, for the devices that there are."""
-
-    def checked(settings: dict) -> object:
-        if is_prediction(settings):
-            return check_prediction(settings, device_num)
-        return check(settings, None if search_gb is not None else device_num)  # others are searched for
-
-    return checked
 
 
 def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:

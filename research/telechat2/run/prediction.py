@@ -10,7 +10,7 @@ from research.telechat2.config.evaluation import has_weights
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.model_settings import ModelSettings
-from research.telechat2.config.sharing import PARALLEL_MODEL, prediction_plan, processes_of_run
+from research.telechat2.config.sharing import PARALLEL_MODEL
 from research.telechat2.data.formats import holds_data, read_text_lines
 from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.data.sources import DATA_FILE
@@ -73,18 +73,18 @@ def seed_sampling(config) -> None:
         set_seed(config.seed)
 
 
-def share_model(config: dict) -> None:
+def share_model(config: dict, plan: dict | None) -> None:
     """Have the processes of a ``use_parallel`` prediction share the model, instead of slicing its graph.
 
     Changes ``config``, the raw YAML with overrides; a single process predicts without ``use_parallel``.
+    ``plan``: of ``prediction_plan``.
 
     Raises:
-        UsageError: as ``prediction_plan``; or several processes have no seed, and would sample differently.
+        UsageError: several processes have no seed, and would sample differently.
     """
     model = config["model"]
     if (model.get("model_config") or {}).get("type") != "TelechatConfig":
         return
-    plan = prediction_plan(config, processes_of_run())
     if plan is None:
         config.pop("parallel_config", None)  # which means nothing without use_parallel
         return

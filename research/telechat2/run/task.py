@@ -12,15 +12,13 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.checkpoint.llama.stated import said_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.environment import prepare_environment
-from research.telechat2.config.check import check as check_plan
-from research.telechat2.config.evaluation import check_evaluation_settings, prepare_evaluation
-from research.telechat2.config.mindspore_context import check_parallel_sections
-from research.telechat2.config.optimization import check_optimization, with_float_fields
+from research.telechat2.config.evaluation import prepare_evaluation
+from research.telechat2.config.optimization import with_float_fields
 from research.telechat2.config.overrides import apply_overrides
-from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.preflight import TRAINING, Checked, Facts, preflight
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import processes_of_run
 from research.telechat2.config.yaml_files import (
@@ -55,8 +53,6 @@ from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 from research.telechat2.run.weights import hush_loaders
 from research.telechat2.text import prompt_format as prompt_formats
 
-RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
-TRAINING = ("train", "finetune")
 VERBOSE = "show all that MindFormers and MindSpore write, which is kept in OUTPUT_DIR/log/run.log otherwise"
 
 
@@ -94,27 +90,23 @@ def _run(config_name: str, overrides: dict[str, object], register_path: str | No
     config = read_config(path)
     shipped_output = config.get("output_dir") or "./output"
     apply_overrides(config, overrides)
-    plan = check_plan if config.get("run_mode") in TRAINING and _is_ours(config) else None
-    for note in check_settings(config, register=register, source=path.name, here=True, plan=plan):
-        print(f"note: {note}", flush=True)
+    weights = _weights(config)
+    checked = _preflight(config, path, register, overrides, weights)
     prepare_environment(config.get("output_dir") or "./output", register)
     _move_output(config, os.environ["LOCAL_DEFAULT_PATH"], shipped_output)
-    mode = _check_task(config, path)
-    if mode == "eval":
-        check_evaluation_settings(config, overrides)
-    weights = _settle_numbers(config, path, overrides)
+    mode = config["run_mode"]
     training = mode in TRAINING
     check_npus(config)
     if mode == "predict":
-        share_model(config)
+        share_model(config, checked.shared)
     else:
         check_cpu_plan(config)
     if mode.startswith("predict"):
         check_vocab_file(config)
         check_request(config)
         check_answering_vocabulary(config["processor"]["tokenizer"]["vocab_file"], weights)
-    if training:
-        _check_training(config)
+    if checked.plan and section_of(config, "context").get("device_target") == "CPU":
+        check_training_memory(config, processes_of_run())
     if mode in (*TRAINING, "eval"):
         check_processes(config)
     if training:
@@ -158,16 +150,27 @@ def _show_and_carry_out(
         return _carry_out(config, source, training, path)
 
 
-def _settle_numbers(config: dict, path: Path, overrides: dict[str, object]) -> str | None:
-    """Take what the YAML leaves open from the config.json beside the weights, and return their path."""
+def _preflight(
+    config: dict, path: Path, register: Path, overrides: dict[str, object], weights: str | None
+) -> Checked:
+    """Check the settings by what is known besides, and print what was left out and taken from elsewhere."""
     given = any(key.startswith("model.model_config.") for key in overrides)
-    where = f"{path} with the command line" if given else str(path)
-    weights = _weights(config)
-    for line in settle_with(
-        config["model"].get("model_config") or {}, weights, where, config.get("moe_config")
-    ):
-        print(f"model_config: {line}", flush=True)
-    return weights
+    predicts = config.get("run_mode") == "predict"
+    facts = Facts(
+        source=f"{path} with the command line" if given else str(path),
+        task="run",
+        register=register,
+        devices=processes_of_run() if predicts or "MS_ROLE" in os.environ else None,
+        changed=overrides,
+        weights=bool(weights),
+        said=said_of(config, weights),
+    )
+    checked = preflight(config, facts)
+    for note in (*checked.notes, *(checked.plan.notes if checked.plan else ())):
+        print(f"note: {note}", flush=True)
+    for line in checked.taken:
+        print(line, flush=True)
+    return checked
 
 
 def _weights(config: dict) -> str | None:
@@ -201,49 +204,6 @@ def _move_output(config: dict, output_dir: str, old: str) -> None:
     events = Path(board.get("tensorboard_dir") or "")
     if events.is_relative_to(Path(old)):
         board["tensorboard_dir"] = str(Path(output_dir) / events.relative_to(Path(old)))
-
-
-def _check_task(config: dict, path: Path) -> str:
-    mode = config.get("run_mode")
-    if mode not in RUN_MODES:
-        raise UsageError(
-            f"{path}: run_mode is {mode!r}, expected one of {', '.join(RUN_MODES)}; set it or --run_mode."
-        )
-    if (config.get("context") or {}).get("mode", 0) != 0:
-        raise UsageError("context.mode must be 0: the TeleChat2 models run in static graph mode only.")
-    needed = ["model", "trainer"] + (
-        ["train_dataset", "optimizer", "runner_wrapper"] if mode in TRAINING else []
-    )
-    missing = [section for section in needed if not config.get(section)]
-    if missing:
-        raise UsageError(
-            f"{path} has no section {', '.join(missing)}, which run_mode {mode} needs; "
-            f"use the {'finetune' if mode in TRAINING else 'predict'} YAML of this model."
-        )
-    if mode.startswith("predict") and not config.get("input_data"):
-        raise UsageError(
-            "nothing to predict: give --predict_data PROMPT…, or a text file with a prompt on each line."
-        )
-    return mode
-
-
-def _is_ours(config: dict) -> bool:
-    """Whether the model is TeleChat2, and none of the user's own."""
-    section = section_of(config, "model.model_config")
-    return section.get("type", "TelechatConfig") == "TelechatConfig"
-
-
-def _check_training(config: dict) -> None:
-    """The check of telechat_plan.py; of a model of the user's own, what is not about the model."""
-    if not _is_ours(config):
-        check_optimization(config)
-        check_parallel_sections(config)
-        return
-    checked = check_plan(config, processes_of_run() if "MS_ROLE" in os.environ else None)
-    for note in checked.notes:
-        print(f"note: {note}", flush=True)
-    if (config.get("context") or {}).get("device_target") == "CPU":
-        check_training_memory(config, processes_of_run())
 
 
 def _carry_out(raw: dict, source: Path | None, training: Training | None, path: Path) -> list | None:

@@ -189,8 +189,9 @@ def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
 
 def _fields_of_yaml(file: Path, source: Path):
     """The fields of a YAML, completed by a config.json of ``source``, and lines on what came from there."""
+    from research.telechat2.config.preflight import read_settings
     from research.telechat2.config.sections import section_of
-    from research.telechat2.config.settings import model_config, read_settings, with_defaults
+    from research.telechat2.config.settings import model_config, with_defaults
 
     settings = read_settings(str(file.absolute()), {}, Path.cwd())[1]
     lines = settle_with(section_of(settings, "model.model_config"), source, str(file))

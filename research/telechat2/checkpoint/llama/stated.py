@@ -16,40 +16,40 @@ from research.telechat2.checkpoint.llama.description import (
 from research.telechat2.checkpoint.llama.rotary import NONE
 from research.telechat2.checkpoint.sizes import TelechatSizes, config_beside
 from research.telechat2.common.errors import UsageError
-from research.telechat2.config.release import Said, settle
+from research.telechat2.config.classes import TELECHAT_CONFIGS
+from research.telechat2.config.release import CHOSEN, Said, settle_model
 
-CHOSEN = "num_experts_chosen"  # of moe_config
 _CHOSEN_NAMES = ("num_experts_per_tok", CHOSEN)
-OURS = ("TelechatConfig", "MindIETelechatConfig")
 
 
 def settle_with(
     model_config: dict, checkpoint: str | Path | None, where: str, experts: dict | None = None
 ) -> list[str]:
-    """Complete ``model_config``, in place, by what the config.json of ``checkpoint`` says; see ``settle``.
-
-    ``experts``: the YAML's ``moe_config``, where there is one: how many of them take a token shows in no
-    tensor either.
-
-    Returns:
-        Lines that say what was taken from where; none without a checkpoint.
+    """Complete ``model_config``, in place, by what the config.json of ``checkpoint`` says; see settle_model.
 
     Raises:
         UsageError: config.json is broken, or states another value than ``model_config``.
     """
-    if not checkpoint or model_config.get("type", "TelechatConfig") not in OURS:
-        return []
-    said = said_beside(Path(checkpoint).expanduser(), model_config.get("tie_word_embeddings"))
-    stated = dict(model_config)
-    if is_mixture := (experts or {}).get("expert_num", 1) != 1:
-        stated[CHOSEN] = experts.get(CHOSEN)
-    elif said:
-        said.values.pop(CHOSEN, None)
-    taken, notes = settle(stated, said, where)
-    if is_mixture and CHOSEN in taken:
-        experts[CHOSEN] = taken.pop(CHOSEN)
-    model_config |= taken
-    return notes
+    settings = {"model": {"model_config": model_config}, "moe_config": experts}
+    return settle_model(settings, said_of(settings, checkpoint), where) if checkpoint else []
+
+
+def said_of(settings: dict, checkpoint: object) -> Said | None:
+    """What the config.json of ``checkpoint`` states for the model of a YAML, which nothing has checked yet.
+
+    None: there is none, there are no weights, or the model is of another project.
+
+    Raises:
+        UsageError: see said_beside.
+    """
+    model = settings.get("model")
+    section = model.get("model_config") if isinstance(model, dict) else None
+    stated = section if isinstance(section, dict) else {}
+    if not checkpoint or not isinstance(checkpoint, (str, Path)):
+        return None
+    if stated.get("type", "TelechatConfig") not in TELECHAT_CONFIGS:
+        return None
+    return said_beside(Path(checkpoint).expanduser(), stated.get("tie_word_embeddings"))
 
 
 def said_beside(path: Path, tied: bool | None = None) -> Said | None:

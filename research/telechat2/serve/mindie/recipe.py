@@ -3,11 +3,11 @@
 import tempfile
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.checkpoint.llama.stated import said_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.overrides import load_yaml
-from research.telechat2.config.preflight import check_settings
+from research.telechat2.config.preflight import Facts, preflight
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.serve.mindie import settings
@@ -31,14 +31,10 @@ def finish_folder(folder: Path) -> str:
         if (folder / name).exists():
             raise UsageError(f"{folder / name} exists; remove it to have it written anew.")
     config = _read_copy(yaml_file)
-    check_settings(config, source=yaml_file)
+    weights = config.get("load_checkpoint")
+    facts = Facts(str(yaml_file), weights=bool(weights), said=said_of(config, weights))
+    notes = preflight(config, facts).taken
     settings.check_predict_yaml(config, yaml_file)
-    notes = settle_with(
-        config["model"]["model_config"],
-        config.get("load_checkpoint"),
-        str(yaml_file),
-        config.get("moe_config"),
-    )
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(
         config, checkpoint=config.get("load_checkpoint") or "",
@@ -59,7 +55,7 @@ def finish_folder(folder: Path) -> str:
     return (
         f"{folder}: wrote config.json and {settings.ENTRY}.py, and completed {yaml_file.name}.\n"
         + (f"Set in {yaml_file.name}: {left}.\n" if left else "")
-        + "".join(f"model_config: {note}\n" for note in notes)
+        + "".join(f"{note}\n" for note in notes)
         + "MindIE wants chmod 750 for the folder and 640 for its files.\n"
     )
 
