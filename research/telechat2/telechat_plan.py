@@ -33,56 +33,24 @@ def gigabytes(text: str) -> float:
 def main() -> None:
     """Read the arguments and print what they ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="finetune YAML: a path, or the name of a shipped one")
-    parser.add_argument(
-        "--device_num", type=int, help="NPUs that there are; as many as the plan takes by default"
-    )
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        metavar="KEY=VALUE",
-        type=setting,
-        nargs="+",
-        default=[],
-        action="extend",
-        help="change settings of the YAML: parallel_config.model_parallel=4",
-    )
-    parser.add_argument(
-        "--estimate", action="store_true", help="memory, communication and speed by formulas, in seconds"
-    )
-    parser.add_argument(
-        "--search", type=gigabytes, metavar="GB", help="list the best plans for NPUs with this memory in GB"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="PNG", help="draw the estimate: memory of each stage, and the schedule"
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="compile the training step of a rank of every stage, and read it",
-    )
-    parser.add_argument("--rank", type=int, help="with --dry_run: this rank alone")
-    parser.add_argument(
-        "--output_dir", type=Path, help="with --dry_run: where to write the strategy files of checkpoints"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result as JSON too, to a new file"
-    )
-    arguments = parser.parse_args()
-    print(
-        plan(
-            arguments.config,
-            dict(arguments.changes),
-            device_num=arguments.device_num,
-            estimated=arguments.estimate,
-            search_gb=arguments.search,
-            picture=arguments.plot,
-            dry=arguments.dry_run,
-            rank=arguments.rank,
-            output_dir=arguments.output_dir,
-            json_file=arguments.json,
-        )
-    )
+    add = parser.add_argument
+    add("--config", dest="config_name", required=True, help="YAML: a path, or the name of a shipped one")
+    add("--device_num", type=int, help="NPUs that there are; as many as the plan takes by default")
+    add("--set", dest="changes", metavar="KEY=VALUE", type=setting, nargs="+", default=[], action="extend",
+        help="change settings of the YAML: parallel_config.model_parallel=4")  # fmt: skip
+    add("--estimate", dest="estimated", action="store_true",
+        help="memory, communication and speed by formulas, in seconds")  # fmt: skip
+    add("--search", dest="search_gb", type=gigabytes, metavar="GB",
+        help="list the best plans for NPUs with this memory in GB")  # fmt: skip
+    add("--plot", dest="picture", type=Path, metavar="PNG",
+        help="draw the estimate: memory of each stage, and the schedule")  # fmt: skip
+    add("--dry_run", dest="dry", action="store_true",
+        help="compile the training step of a rank of every stage, and read it")  # fmt: skip
+    add("--rank", type=int, help="with --dry_run: this rank alone")
+    add("--output_dir", type=Path, help="with --dry_run: where to write the strategy files of checkpoints")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result as JSON, to a new file")
+    given = vars(parser.parse_args())
+    print(plan(**given | {"changes": dict(given["changes"])}))
 
 
 if __name__ == "__main__":

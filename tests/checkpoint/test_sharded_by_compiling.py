@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sharding import COUNTERS, assert_same, cut, stored_by, write_shards
 
 from research.telechat2.checkpoint.cluster.reshard import transform
-from research.telechat2.plan.dry_run.simulate import simulate
+from research.telechat2.plan.dry_run.simulate import STRATEGY, simulate
 
 MODEL = {
     "seq_length": 32, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96,
@@ -51,7 +51,7 @@ def dry_run(folder: Path, model: str, plan: dict, expert_parallel: int) -> list:
             simulate("parallel_cells:build", arguments, device_num=devices, rank=rank, parallel=parallel,
                      folder=folder / f"rank_{rank}")
         )  # fmt: skip
-        Path(reports[-1].strategy_file).rename(folder / f"strategy/ckpt_strategy_rank_{rank}.ckpt")
+        (folder / f"rank_{rank}" / STRATEGY).rename(folder / f"strategy/ckpt_strategy_rank_{rank}.ckpt")
     return reports
 
 

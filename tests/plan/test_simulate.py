@@ -1,12 +1,13 @@
 """A cluster's graph compiled without a cluster has the communication and the slices that theory demands."""
 
-import json
+import sys
 from collections import Counter
 
 import pytest
+from refusal import refused
 
 from research.telechat2.plan.dry_run.graph import TensorType
-from research.telechat2.plan.dry_run.simulate import CompilationError, simulate
+from research.telechat2.plan.dry_run.simulate import STRATEGY, CompilationError, simulate
 
 TOKENS, HIDDEN, WIDTH = 16, 64, 256  # as in plan_cells.py
 ALL_SHARDED = {
@@ -138,37 +139,25 @@ def test_stages_send_and_receive_in_pairs(reused):
     }
 
 
-def test_an_illegal_strategy_is_refused_in_the_words_of_mindspore():
-    with pytest.raises(
-        CompilationError, match=r"MatMul.*shape value 16 at dim index 0 cannot be divisible by.*3"
-    ):
+def test_an_illegal_strategy_is_refused_with_the_operator_and_the_reason():
+    with refused("MatMul", "16", "divisible", "3", kind=CompilationError):
         run(dp=3, mp=2)
 
 
-def test_a_mistake_found_while_building_keeps_its_sentence():
-    with pytest.raises(CompilationError, match=r"^hidden_size is 5, .*2\. The log is \S*log\.txt\.$"):
-        simulate(
-            "plan_cells:build_nothing", {"message": "hidden_size is 5, not a multiple of 2."}, device_num=2
-        )
+def test_a_mistake_found_while_building_keeps_its_message():
+    message = "hidden_size is 5, not a multiple of 2."
+    with refused(message, "log.txt", kind=CompilationError):
+        simulate("plan_cells:build_nothing", {"message": message}, device_num=2)
 
 
-def test_a_crash_and_a_time_limit_are_sentences_that_name_the_log():
-    with pytest.raises(CompilationError, match=r"ended without a result \(exit code 7\).*log\.txt"):
+def test_a_crash_and_a_time_limit_name_the_log(monkeypatch):
+    with refused("exit code 7", "log.txt", kind=CompilationError):
         simulate("plan_cells:build_crash", device_num=2)
-    with pytest.raises(CompilationError, match=r"longer than 8 s.*log\.txt"):
-        simulate("plan_cells:build_forever", device_num=2, time_limit=8)
+    monkeypatch.setattr(sys.modules[simulate.__module__], "TIME_LIMIT", 8.0)
+    with refused("8 s", "log.txt", kind=CompilationError):
+        simulate("plan_cells:build_forever", device_num=2)
 
 
-def test_a_rank_outside_the_cluster_is_refused():
-    with pytest.raises(ValueError, match="rank is 8, but ranks of 8 devices are 0 to 7"):
-        run(rank=8)
-
-
-def test_files_are_kept_in_a_new_folder_only(tmp_path):
-    folder = tmp_path / "dry"
-    arguments = {"dp": 2, "mp": 4}
-    report = simulate("plan_cells:build", arguments, device_num=8, folder=folder)
-    assert report.strategy_file and (folder / "log.txt").exists()
-    with pytest.raises(ValueError, match="is not empty; name a new folder"):
-        simulate("plan_cells:build", arguments, device_num=8, folder=folder)
-    json.dumps(report.as_dict())
+def test_files_are_kept_in_the_folder_that_is_named(tmp_path):
+    simulate("plan_cells:build", {"dp": 2, "mp": 4}, device_num=8, folder=tmp_path / "dry")
+    assert all((tmp_path / "dry" / name).exists() for name in (STRATEGY, "log.txt", "ir"))

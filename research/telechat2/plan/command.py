@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.preflight import Facts, preflight
+from research.telechat2.config.sections import Settings
 from research.telechat2.config.yaml_files import read_config, resolve_config
-from research.telechat2.plan.dry_run.report import dry_run
+from research.telechat2.plan.dry_run.report import CompiledStage, dry_run
 from research.telechat2.plan.estimate.draw import draw
 from research.telechat2.plan.estimate.estimate import estimate
 from research.telechat2.plan.estimate.search import search
@@ -46,35 +48,38 @@ def plan(
     Raises:
         UsageError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
     """
-    _refuse_arguments(json_file, picture, dry, rank, output_dir)
-    for name, number in (("--device_num", device_num), ("--search", search_gb)):
-        if number is not None and not 0 < number < inf:
-            raise UsageError(f"{name} is {number}; it must be above 0.")
+    _refuse_numbers({"--device_num": device_num, "--search": search_gb})
+    _refuse_files({"--json": json_file, "--plot": picture})
+    if not dry and (rank is not None or output_dir):
+        raise UsageError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
     path = resolve_config(config_name, Path.cwd())
     settings = read_config(path)
     apply_overrides(settings, changes)
     devices = None if search_gb is not None else device_num  # others are searched for
     preflighted = preflight(settings, Facts(str(path), "plan", devices=devices))
     notes = preflighted.notes
-    asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
     if is_prediction(settings):
+        asked = {"--search": search_gb is not None, "--plot": picture is not None, "--dry_run": dry}
         _refuse_of_prediction(path, [name for name, given in asked.items() if given])
     checked = preflighted.plan or check_prediction(settings, device_num)
-    report = {"config": str(path), "check": checked.as_dict()} | ({"left_out": notes} if notes else {})
+    report: dict[str, object] = {"config": str(path), "check": checked.as_dict()}
+    report |= {"left_out": notes} if notes else {}
     texts = [f"config        {path}\n{checked.table()}" + "".join(f"\n\nnote: {note}" for note in notes)]
     if (estimated or picture) and not is_prediction(settings):
         estimation = estimate(settings)
         report["estimate"] = estimation.as_dict()
         texts.append(estimation.table())
         if picture:
-            draw(estimation, picture, estimation.limit_gb)
+            draw(estimation, picture)
     found = None
     if search_gb is not None:
         found = search(settings, device_num or checked.device_num, search_gb)
         report["search"] = found.as_dict()
         texts.append(found.table())
     if dry:
-        report["dry_run"] = _compiled(settings, device_num, rank, output_dir, texts, len(checked.stages))
+        stages = list(_compiled(settings, device_num, rank, output_dir))
+        report["dry_run"] = [stage.as_dict() for stage in stages]
+        texts += [stage.table() for stage in stages]
     if json_file:
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -84,29 +89,33 @@ def plan(
     return "\n\n".join(texts)
 
 
-def _refuse_arguments(json_file, picture, dry, rank, output_dir) -> None:
-    for name, file in (("--json", json_file), ("--plot", picture)):
+def _compiled(
+    settings: Settings, device_num: int | None, rank: int | None, output_dir: Path | None
+) -> Iterator[CompiledStage]:
+    for stage in dry_run(settings, device_num, rank, output_dir):
+        print(f"compiled stage {stage.stage}", file=sys.stderr, flush=True)
+        yield stage
+
+
+def _refuse_numbers(numbers: dict[str, float | None]) -> None:
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < inf:
+            raise UsageError(f"{name} is {number}; it must be above 0.")
+
+
+def _refuse_files(files: dict[str, Path | None]) -> None:
+    for name, file in files.items():
         if file and file.exists():
             raise UsageError(f"{file} exists and is not overwritten; give {name} another name.")
         if file and not file.absolute().parent.is_dir():
             raise UsageError(f"{name} {file}: there is no folder {file.absolute().parent}; make it first.")
-    if not dry and (rank is not None or output_dir):
-        raise UsageError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
-
-
-def _compiled(settings, device_num, rank, output_dir, texts: list[str], stages: int) -> list[dict]:
-    """Compile the step; what each stage comes to is added to ``texts``, and returned for JSON."""
-    report = []
-    for stage in dry_run(settings, device_num, rank, output_dir):
-        report.append(stage.as_dict())
-        texts.append(stage.table())
-        print(f"compiled stage {stage.stage} of {stages}", file=sys.stderr, flush=True)
-    return report
+        if file and name == "--plot" and file.suffix != ".png":
+            raise UsageError(f"{name} is {file}, but pictures are PNG files; call it {file.stem}.png.")
 
 
 def _refuse_of_prediction(path: Path, flags: list[str]) -> None:
     if flags:
         raise UsageError(
             f"{path} is of a prediction, and {' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for "
-            "training; use the finetune YAML of this model, or leave that out. --estimate tells the memory."
+            "training; use the finetune YAML of this model, or leave that out. --estimate shows the memory."
         )

@@ -20,7 +20,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -136,12 +135,12 @@ def _missing() -> tuple[set[str], set[str], set[str]]:
         )
     own = [*lib.glob("*.so*"), *plugins]
     read = {path: read_library(path) for path in own}
-    defined = set().union(*(library.defined for library in read.values()))
-    needed = set().union(*(read[path].needed for path in plugins)) - {path.name for path in own}
-    # Python's own modules are loaded by Python, whatever their names.
-    needed = {name for name in needed if name.startswith("lib")}
+    defined = {name for library in read.values() for name in library.defined}
+    # Python's own modules, which are not called lib…, are loaded by Python.
+    needed = {name for path in plugins for name in read[path].needed if name.startswith("lib")}
+    needed -= {path.name for path in own}
     system = {name: library for name in needed if (library := _load(name))}
-    undefined = set().union(*(read[path].undefined for path in plugins)) - defined
+    undefined = {name for path in plugins for name in read[path].undefined} - defined
     here = [ctypes.CDLL(None), *system.values()]
     linked = {
         name
@@ -150,7 +149,7 @@ def _missing() -> tuple[set[str], set[str], set[str]]:
     }
     # Those in deeper folders are kernels: large, and nothing that looks symbols up.
     readers = [path for path in own if path.parent in (lib, lib / "plugin", lib / "plugin" / "ascend")]
-    opened = set().union(*(mentioned(path, _CANN_NAMES) for path in readers))
+    opened = {name for path in readers for name in mentioned(path, _CANN_NAMES)}
     return linked, opened, (needed - system.keys()) | set(_OPENED_LIBRARIES)
 
 
@@ -174,8 +173,6 @@ def _compiler() -> str:
 
 def _compile(compiler: str, symbols: set[str], library: Path, more: str = "") -> None:
     """One function of which all symbols are names, a zeroed table for each class, and ``more`` code in C."""
-    if strange := [name for name in symbols if not re.fullmatch(r"\w+", name)]:
-        raise AssertionError(f"no C identifier: {strange[0]}")
     lines = ["static long zero(void) { return 0; }"]
     for name in sorted(symbols):
         if name.startswith(_CLASS_TABLES):
@@ -184,17 +181,8 @@ def _compile(compiler: str, symbols: set[str], library: Path, more: str = "") ->
             lines.append(f'extern long {name}(void) __attribute__((alias("zero")));')
     source = library.with_suffix(".c")
     source.write_text("\n".join(lines) + more)
-    command = [
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-nostdlib",
-        "-fno-builtin",
-        "-w",
-        "-o",
-        str(library),
-        str(source),
-    ]
+    options = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", "-w", "-o"]
+    command = [compiler, *options, str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(
@@ -206,7 +194,7 @@ def _compile(compiler: str, symbols: set[str], library: Path, more: str = "") ->
 
 def _mindspore_libraries() -> Path:
     spec = importlib.util.find_spec("mindspore")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise UsageError("MindSpore is not installed; install this project with pip.")
     return Path(spec.origin).parent / "lib"
 

@@ -12,6 +12,7 @@ import os  # noqa: E402
 import resource  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
+from typing import Any  # noqa: E402
 
 from research.telechat2.common.files import atomic_write  # noqa: E402
 
@@ -33,7 +34,7 @@ def main() -> None:
     os._exit(0)  # MindSpore's own end would ask CANN to release devices, which stand-ins do not have
 
 
-def _compile(folder: Path, request: dict) -> dict:
+def _compile(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     import mindspore as ms
 
     _keep_parameters_empty()

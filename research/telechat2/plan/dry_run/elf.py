@@ -53,18 +53,20 @@ def read_library(path: str | Path) -> Library:
     """
     with _open(path) as (data, sections):
         by_kind = {section.kind: section for section in sections}
-        needed = set()
+        needed: set[str] = set()
         if dynamic := by_kind.get(_SHT_DYNAMIC):
             names = sections[dynamic.link].offset
             for tag, value in struct.iter_unpack("<qQ", _bytes(data, dynamic)):
                 if tag == _DT_NEEDED:
                     needed.add(_text(data, names + value))
-        defined, undefined = set(), set()
+        defined: set[str] = set()
+        undefined: set[str] = set()
         if table := by_kind.get(_SHT_DYNSYM):
             names = sections[table.link].offset
             count = table.size // _SYMBOL.size
-            versions = by_kind.get(_SHT_GNU_VERSYM)
-            versions = struct.unpack(f"<{count}H", _bytes(data, versions)) if versions else (0,) * count
+            versions: tuple[int, ...] = (0,) * count
+            if versioned := by_kind.get(_SHT_GNU_VERSYM):
+                versions = struct.unpack(f"<{count}H", _bytes(data, versioned))
             for symbol, version in zip(_SYMBOL.iter_unpack(_bytes(data, table)), versions, strict=True):
                 name, info, _, section = symbol[:4]
                 if section:
@@ -82,14 +84,15 @@ def mentioned(path: str | Path, pattern: str) -> set[str]:
     """
     search = re.compile(rb"\0(" + pattern.encode() + rb")(?=\0)")
     with _open(path) as (data, sections):
-        names = _names_of_sections(data, sections)
-        read_only = [section for section, name in zip(sections, names, strict=True) if name == ".rodata"]
+        (index,) = struct.unpack_from("<H", data, 62)
+        names = sections[index].offset
+        read_only = [section for section in sections if _text(data, names + section.name) == ".rodata"]
         found = {match for section in read_only for match in search.findall(b"\0" + _bytes(data, section))}
     return {match.decode() for match in found}
 
 
 @contextmanager
-def _open(path) -> Iterator[tuple[mmap.mmap, list[_Section]]]:
+def _open(path: str | Path) -> Iterator[tuple[mmap.mmap, list[_Section]]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:6] != b"\x7fELF\x02\x01":
             raise UsageError(f"{path} is not a 64-bit little-endian ELF file.")
@@ -98,14 +101,9 @@ def _open(path) -> Iterator[tuple[mmap.mmap, list[_Section]]]:
         yield data, [_Section(*_SECTION.unpack_from(data, offset + i * _SECTION.size)) for i in range(count)]
 
 
-def _names_of_sections(data, sections) -> list[str]:
-    (index,) = struct.unpack_from("<H", data, 62)
-    return [_text(data, sections[index].offset + section.name) for section in sections]
-
-
-def _bytes(data, section: _Section) -> bytes:
+def _bytes(data: mmap.mmap, section: _Section) -> bytes:
     return data[section.offset : section.offset + section.size]
 
 
-def _text(data, offset: int) -> str:
+def _text(data: mmap.mmap, offset: int) -> str:
     return data[offset : data.find(b"\0", offset)].decode()

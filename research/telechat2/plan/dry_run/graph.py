@@ -1,4 +1,4 @@
-"""The words of a dry run's report: tensors, parameters, operators and communication of one rank."""
+"""What a dry run reports of one rank: tensors, parameters, operators and communication."""
 
 from dataclasses import dataclass
 from math import prod
@@ -31,7 +31,7 @@ class TensorType(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ParameterLayout:
+class ShardedParameter:
     """One stored tensor: a weight, an optimizer state or an accumulated gradient.
 
     Attributes:
@@ -138,6 +138,6 @@ class Collective:
 class Graph(NamedTuple):
     """All that read_graph finds, in the order of execution within each function of the graph."""
 
-    parameters: tuple[ParameterLayout, ...]
+    parameters: tuple[ShardedParameter, ...]
     collectives: tuple[Collective, ...]
     operators: tuple[Operator, ...]

@@ -12,13 +12,13 @@ stands in them counts as often as they are called.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.plan.dry_run.graph import Collective, Graph, Operator, ParameterLayout, TensorType
+from research.telechat2.plan.dry_run.graph import Collective, Graph, Operator, ShardedParameter, TensorType
 
 COLLECTIVES = (
     "AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "AllToAllv", "Broadcast",
@@ -35,6 +35,9 @@ OPERATORS = (
 )  # fmt: skip
 
 
+Layouts = Mapping[str, Sequence[Any]]  # of parameters, as MindSpore gives them
+
+
 class _Node(NamedTuple):
     subgraph: str
     kind: str
@@ -43,7 +46,7 @@ class _Node(NamedTuple):
     scope: str
 
 
-def read_graph(folder: str | Path, layouts: dict[str, list], rank: int) -> Graph:
+def read_graph(folder: Path, layouts: Layouts, rank: int) -> Graph:
     """Read the IR that MindSpore has dumped to ``folder`` as rank ``rank``.
 
     Args:
@@ -52,8 +55,7 @@ def read_graph(folder: str | Path, layouts: dict[str, list], rank: int) -> Graph
     Raises:
         UsageError: there is no IR, or it is not written as this reader knows it: another MindSpore?
     """
-    path = _last_dump(Path(folder))
-    with open(path, encoding="utf-8") as lines:
+    with open(_last_dump(folder), encoding="utf-8") as lines:
         entry = next(lines, "").partition("# IR entry: @")[2].strip()
         parameters = tuple(_parameters(lines, layouts))
         nodes = list(_nodes(lines))
@@ -86,18 +88,16 @@ def _last_dump(folder: Path) -> Path:
 _PARAMETER = re.compile(r"%para\d+_(\S+): <Ref\[Tensor\[(\w+)\]\], \(([-\d, ]*)\), ref_key=")
 
 
-def _parameters(lines, layouts) -> Iterator[ParameterLayout]:
+def _parameters(lines: Iterator[str], layouts: Layouts) -> Iterator[ShardedParameter]:
     """The parameters in the head of the IR; leaves ``lines`` after them."""
     for line in lines:
         if line.startswith("Node counting information"):
             return
         if found := _PARAMETER.match(line):
             name, dtype, shape = found[1], found[2], _shape(found[3])
-            if layout := layouts.get(name):
-                matrix, tensor_map, slice_shape, _, _, group, whole = layout[:7]
-            else:
-                matrix, tensor_map, slice_shape, group, whole = (), (), shape, "", shape
-            yield ParameterLayout(
+            default = ((), (), shape, None, None, "", shape)
+            matrix, tensor_map, slice_shape, _, _, group, whole = layouts.get(name, default)[:7]
+            yield ShardedParameter(
                 name, dtype, tuple(whole), shape, tuple(slice_shape), tuple(matrix), tuple(tensor_map), group
             )
 
@@ -110,9 +110,11 @@ _FUNCTION = re.compile(r"@([^@(),\[\]\s]+)")
 _SCOPE = "      # Fullname with scope: ("
 
 
-def _nodes(lines) -> Iterator[_Node]:
+def _nodes(lines: Iterator[str]) -> Iterator[_Node]:
     """Every node of every function of the graph."""
-    subgraph = text = types = None
+    subgraph: str | None = None
+    text: str | None = None
+    types: str | None = None
     for line in lines:
         if line.startswith("  %"):
             if text:
@@ -147,10 +149,10 @@ def _executions(nodes: list[_Node], entry: str) -> dict[str, int]:
         if name not in counts and name in callers:
             counts[name] = None  # being counted
             counts[name] = sum(map(count, callers[name]))
-        if counts.get(name) is None:
+        if (found := counts.get(name)) is None:
             why = "calls itself" if name in counts else "is called in no way that is known here"
-            raise UsageError(f"the function {name} of the graph {why}, so how often it runs cannot be told.")
-        return counts[name]
+            raise UsageError(f"the function {name} of the graph {why}, so how often it runs is unknown.")
+        return found
 
     return {node.subgraph: count(node.subgraph) for node in nodes}
 
@@ -160,12 +162,12 @@ def _collective(node: _Node, rank: int, forward_scopes: dict[str, str]) -> Colle
     group = _attribute(node.text, "group") or ""
     ranks = _group_ranks(node, group)
     if node.kind == "Send":
-        ranks = (rank, ranks[int(_attribute(node.text, "dest_rank"))])
+        ranks = (rank, ranks[int(_required(node, "dest_rank"))])
     elif node.kind == "Receive":
-        ranks = (ranks[int(_attribute(node.text, "src_rank"))], rank)
+        ranks = (ranks[int(_required(node, "src_rank"))], rank)
         inputs = outputs  # its operand only keeps the order
     parameter = _attribute(node.text, "mirror_user_id") or ""
-    scope = forward_scopes.get(_attribute(node.text, "forward_unique_id"), node.scope)
+    scope = forward_scopes.get(_attribute(node.text, "forward_unique_id") or "", node.scope)
     return Collective(
         kind=node.kind,
         group=group,
@@ -191,8 +193,8 @@ def _group_ranks(node: _Node, group: str) -> tuple[int, ...]:
 def _role(node: _Node, parameter: str) -> str:
     if node.kind in ("Send", "Receive"):
         return "pipeline"
-    instance = re.search(r"\{instance name: (\S*?)\}", node.text)
-    instance = instance[1] if instance else ""
+    found = re.search(r"\{instance name: (\S*?)\}", node.text)
+    instance = found[1] if found else ""
     if "mirror" in instance or instance.startswith("grad_parallel_optimizer"):
         return "gradient"
     if instance.startswith("parallel_optimizer"):
@@ -235,6 +237,9 @@ def _micro_batch(text: str) -> int | None:
     return None if micro_batch is None else int(micro_batch)
 
 
+_VALUE = re.compile(r'"([^"]*)"|\(([^()]*)\)|\w+\(([^()]*)\)')
+
+
 def _attribute(text: str, name: str) -> str | None:
     """The first attribute ``name`` of a node, without quotes, brackets and type."""
     start = text.find(f" {name}: ")
@@ -242,8 +247,15 @@ def _attribute(text: str, name: str) -> str | None:
         start = text.find(f"{{{name}: ")
     if start < 0:
         return None
-    found = re.compile(r'"([^"]*)"|\(([^()]*)\)|\w+\(([^()]*)\)').match(text, start + len(name) + 3)
-    return next(value for value in found.groups() if value is not None)
+    found = _VALUE.match(text, start + len(name) + 3)
+    return next((value for value in found.groups() if value is not None), None) if found else None
+
+
+def _required(node: _Node, name: str) -> str:
+    value = _attribute(node.text, name)
+    if value is None:
+        raise UsageError(f"the IR is not written as expected: {node.kind} has no {name}.")
+    return value
 
 
 _TENSOR = re.compile(

@@ -3,28 +3,29 @@
     for stage in dry_run(settings):
         print(stage.table())
 
-See simulate.py for how, and graph.py for the words of a report.
+See simulate.py for how, and graph.py for the terms of a report.
 """
 
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.common.tables import table
 from research.telechat2.config.check import check
+from research.telechat2.config.sections import Settings
 from research.telechat2.plan.dry_run.graph import Collective, Operator
-from research.telechat2.plan.dry_run.simulate import Report, simulate
+from research.telechat2.plan.dry_run.simulate import STRATEGY, Report, simulate
 
 STRATEGY_FILE = "ckpt_strategy_rank_{rank}.ckpt"  # as MindFormers names them in output/strategy
 
 
-class Traffic(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Traffic:
     """Collectives of one kind: see Collective. ``bytes`` are what this rank sends in a step."""
 
     phase: str
@@ -36,7 +37,8 @@ class Traffic(NamedTuple):
     bytes: int
 
 
-class Computation(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Computation:
     """Operators of one kind: the dtypes of inputs and output, and executions in a step."""
 
     phase: str
@@ -68,40 +70,27 @@ class CompiledStage:
     computations: tuple[Computation, ...]
     strategy_file: str | None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """This stage for JSON."""
-        named = {
-            "traffic": [row._asdict() for row in self.traffic],
-            "computations": [row._asdict() for row in self.computations],
-        }
-        return asdict(self) | named
+        return asdict(self)
 
     def table(self) -> str:
         """This stage for people."""
         sizes = ", ".join(f"{name} {_size(size)}" for name, size in self.bytes.items() if size)
-        traffic = [("phase", "role", "collective", "group", "dtype", "times", "sent")]
-        for row in self.traffic:
-            traffic.append((*row[:3], str(row.group_size), row.dtype, str(row.count), _size(row.bytes)))
-        computed = [("phase", "operator", "inputs", "output", "times")]
-        computed += [(*row[:4], str(row.count)) for row in self.computations if row.phase != "backward"]
+        traffic = [["phase", "role", "collective", "group", "dtype", "times", "sent"]]
+        traffic += [[*map(str, astuple(row)[:-1]), _size(row.bytes)] for row in self.traffic]
+        computed = [["phase", "operator", "inputs", "output", "times"]]
+        computed += [[*map(str, astuple(row))] for row in self.computations if row.phase != "backward"]
         strategies = [f"strategies    {self.strategy_file}"] if self.strategy_file else []
         seconds = self.seconds["build"] + self.seconds["compile"]
-        return "\n".join(
-            [
-                f"stage {self.stage}: rank {self.rank}, compiled in {seconds:.0f} s with "
-                f"{_size(self.peak_bytes)} of memory",
-                f"stored        {sizes}",
-                *strategies,
-                "",
-                *table(traffic),
-                "",
-                *table(computed),
-            ]
-        )
+        head = f"stage {self.stage}: rank {self.rank}, compiled in {seconds:.0f} s with"
+        head += f" {_size(self.peak_bytes)} of memory"
+        stored = f"stored        {sizes}"
+        return "\n".join([head, stored, *strategies, "", *table(traffic), "", *table(computed)])
 
 
 def dry_run(
-    settings: dict,
+    settings: Settings,
     device_num: int | None = None,
     rank: int | None = None,
     output_dir: str | Path | None = None,
@@ -121,7 +110,7 @@ def dry_run(
     checked = check(settings, device_num)
     if checked.kind != "semi_auto":
         raise UsageError(
-            "the dry run compiles one graph that is shared out to a cluster, but this run is of "
+            "the dry run compiles one graph that is sharded over a cluster, but this run is of "
             f"{'one device' if checked.kind == 'single' else 'processes that are copies of each other'}. Use "
             "a config with use_parallel: True and parallel.parallel_mode: 1."
         )
@@ -135,7 +124,7 @@ def dry_run(
         yield _summary(report, rank // each, files[rank])
 
 
-def _strategy_file(output_dir, rank: int) -> Path | None:
+def _strategy_file(output_dir: str | Path | None, rank: int) -> Path | None:
     if output_dir is None:
         return None
     path = Path(output_dir).absolute() / "strategy" / STRATEGY_FILE.format(rank=rank)
@@ -144,7 +133,7 @@ def _strategy_file(output_dir, rank: int) -> Path | None:
     return path
 
 
-def _compile(settings: dict, device_num: int, rank: int, strategy_file: Path | None) -> Report:
+def _compile(settings: Settings, device_num: int, rank: int, strategy_file: Path | None) -> Report:
     """The rank's report; the folder that an error names is left, of a success nothing but the strategies."""
     folder = Path(tempfile.mkdtemp(prefix="telechat_dry_run_"))
     target = "research.telechat2.run.training_step:build"
@@ -152,13 +141,13 @@ def _compile(settings: dict, device_num: int, rank: int, strategy_file: Path | N
     if strategy_file:
         strategy_file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(strategy_file) as temporary:
-            shutil.copyfile(report.strategy_file, temporary)
+            shutil.copyfile(folder / STRATEGY, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
 def _summary(report: Report, stage: int, strategy_file: Path | None) -> CompiledStage:
-    stored = Counter({"weights": 0, "optimizer": 0, "gradients": 0, "other": 0})
+    stored = {"weights": 0, "optimizer": 0, "gradients": 0, "other": 0}
     for parameter in report.parameters:
         stored[_role(parameter.name)] += parameter.bytes
     return CompiledStage(
@@ -166,7 +155,7 @@ def _summary(report: Report, stage: int, strategy_file: Path | None) -> Compiled
         rank=report.rank,
         seconds=report.seconds,
         peak_bytes=report.peak_bytes,
-        bytes=dict(stored),
+        bytes=stored,
         traffic=_traffic(report.collectives),
         computations=_computations(report.operators),
         strategy_file=str(strategy_file) if strategy_file else None,
@@ -182,7 +171,8 @@ def _role(name: str) -> str:
 
 
 def _traffic(collectives: tuple[Collective, ...]) -> tuple[Traffic, ...]:
-    counts, sent = Counter(), Counter()
+    counts: Counter[tuple[str, str, str, int, str]] = Counter()
+    sent: Counter[tuple[str, str, str, int, str]] = Counter()
     for found in collectives:
         key = (found.phase, found.role, found.kind, len(found.ranks), found.input.dtype)
         counts[key] += found.count
@@ -192,7 +182,7 @@ def _traffic(collectives: tuple[Collective, ...]) -> tuple[Traffic, ...]:
 
 
 def _computations(operators: tuple[Operator, ...]) -> tuple[Computation, ...]:
-    counts = Counter()
+    counts: Counter[tuple[str, str, str, str]] = Counter()
     for found in operators:
         inputs = ", ".join(sorted({tensor.dtype for tensor in found.inputs}))
         output = found.outputs[0].dtype if found.outputs else ""

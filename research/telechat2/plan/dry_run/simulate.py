@@ -3,8 +3,8 @@
     report = simulate("package.module:build", {"model_parallel": 4}, device_num=8, rank=0)
     report.parameters, report.collectives, report.operators
 
-No NPU and no CANN are needed (see stub.py), and nothing is executed: a legal plan gives a Report, an illegal
-one the sentence with which MindSpore refuses it on the cluster.
+No NPU and no CANN are needed (see cann_stub.py), and nothing is executed: a legal plan gives a Report, an
+illegal one the error with which MindSpore refuses it on the cluster.
 """
 
 import json
@@ -13,19 +13,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.plan.dry_run.cann_stub import ascend_environment
-from research.telechat2.plan.dry_run.graph import Collective, Operator, ParameterLayout
+from research.telechat2.plan.dry_run.graph import Collective, Operator, ShardedParameter
 from research.telechat2.plan.dry_run.read_ir import read_graph
 
-TIME_LIMIT = 3600.0
+TIME_LIMIT = 3600.0  # seconds that a compilation may take
+STRATEGY = "strategy.ckpt"  # MindSpore's strategy file of the rank, in the folder of a compilation
 
 
 class CompilationError(UsageError):
-    """What was to be compiled is not legal, or could not be compiled; the message says why in a sentence."""
+    """What was to be compiled is not legal, or could not be compiled; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +36,29 @@ class Report:
     """What one rank of the cluster would hold, compute and communicate in one training step.
 
     Attributes:
-        device_num, rank: of the simulated cluster.
+        rank: of the simulated cluster.
         parameters, collectives, operators: see graph.py.
         seconds: how long building and compiling took, and all that the process used of its processors:
             ``{"build": …, "compile": …, "processor": …}``.
         peak_bytes: largest resident memory of the compiling process.
-        strategy_file: MindSpore's strategy file of this rank, if a folder was given to keep it.
     """
 
-    device_num: int
     rank: int
-    parameters: tuple[ParameterLayout, ...]
+    parameters: tuple[ShardedParameter, ...]
     collectives: tuple[Collective, ...]
     operators: tuple[Operator, ...]
     seconds: dict[str, float]
     peak_bytes: int
-    strategy_file: str | None
-
-    def as_dict(self) -> dict:
-        """This report for JSON; tuples are lists there."""
-        return asdict(self)
 
 
 def simulate(
     target: str,
-    arguments: dict | None = None,
+    arguments: Mapping[str, Any] | None = None,
     *,
     device_num: int,
     rank: int = 0,
-    parallel: dict | None = None,
+    parallel: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
-    time_limit: float = TIME_LIMIT,
 ) -> Report:
     """Call ``target`` as rank ``rank`` of ``device_num`` NPUs, compile what it returns, report on that.
 
@@ -78,17 +73,15 @@ def simulate(
             ``enable_parallel_optimizer``, ``parallel_optimizer_config``, ….
         folder: a new folder for the log, the IR and the strategy file. None: they are removed in the end, and
             left in a temporary folder named by the error if it failed.
-        time_limit: seconds that the child may take.
 
     Raises:
         CompilationError: the plan is illegal, or the child crashed or took too long; names the log.
-        UsageError: ``folder`` exists and is not empty, or see ascend_environment.
+        UsageError: see ascend_environment.
     """
-    if not 0 <= rank < device_num:
-        raise UsageError(f"rank is {rank}, but ranks of {device_num} devices are 0 to {device_num - 1}.")
     environment = ascend_environment(device_num, rank)
     kept = folder is not None
-    folder = _new_folder(folder) if kept else Path(tempfile.mkdtemp(prefix="telechat_dry_run_"))
+    folder = Path(folder or tempfile.mkdtemp(prefix="telechat_dry_run_")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     request = {
         "target": target,
         "arguments": arguments or {},
@@ -98,33 +91,15 @@ def simulate(
         "import_path": [path or os.getcwd() for path in sys.path],
     }
     (folder / "request.json").write_text(json.dumps(request, indent=1))
-    result = _run_child(folder, environment, time_limit)
+    result = _run_child(folder, environment)
     graph = read_graph(folder / "ir" / f"rank_{rank}", result["layouts"], rank)
-    strategy = folder / "strategy.ckpt"
-    report = Report(
-        device_num=device_num,
-        rank=rank,
-        parameters=graph.parameters,
-        collectives=graph.collectives,
-        operators=graph.operators,
-        seconds=result["seconds"],
-        peak_bytes=result["peak_bytes"],
-        strategy_file=str(strategy) if kept and strategy.exists() else None,
-    )
+    report = Report(rank, *graph, seconds=result["seconds"], peak_bytes=result["peak_bytes"])
     if not kept:
         shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
-def _new_folder(folder) -> Path:
-    folder = Path(folder).absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty; name a new folder, since nothing is overwritten.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _run_child(folder: Path, environment: dict[str, str], time_limit: float) -> dict:
+def _run_child(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
     """What the child reports; its output goes to ``log.txt``."""
     log = folder / "log.txt"
     environment |= {
@@ -132,31 +107,28 @@ def _run_child(folder: Path, environment: dict[str, str], time_limit: float) -> 
         "GLOG_logtostderr": "1",
         "LOG_MF_PATH": str(folder / "mindformers"),
         "MS_OM_PATH": str(folder),
-        # Only the last graph of the front end is written, in which all communication stands. Writing each of
-        # the eighty passes takes as long as they do.
+        # Only the last graph of the front end is written, which holds all communication. Writing each of the
+        # eighty passes takes as long as they do.
         "MS_DEV_DUMP_IR_PASSES": "validate",
     }
     command = [sys.executable, str(Path(__file__).with_name("compile_child.py")), str(folder)]
     with open(log, "wb") as output:
-        child = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
         try:
-            code = child.wait(time_limit)
+            child = subprocess.run(
+                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                timeout=TIME_LIMIT, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise CompilationError(
-                f"the compilation took longer than {time_limit:.0f} s and was ended. Its log is {log}."
+                f"the compilation took longer than {TIME_LIMIT:.0f} s and was ended. Its log is {log}."
             ) from None
-        finally:
-            child.kill()
-            child.wait()
-    result = folder / "result.json"
-    if not result.exists():
+    file = folder / "result.json"
+    if not file.exists():
         raise CompilationError(
-            f"the compiling process ended without a result ({_ending(code)}); the last lines of its log, "
-            f"{log}, are: {_tail(log)}"
+            f"the compiling process ended without a result ({_ending(child.returncode)}); the last lines of "
+            f"its log, {log}, are: {_tail(log)}"
         )
-    result = json.loads(result.read_text())
+    result: dict[str, Any] = json.loads(file.read_text())
     if "error" in result:
         raise CompilationError(f"{_explained(result['error'], log)} The log is {log}.")
     return result
@@ -175,14 +147,15 @@ def _tail(log: Path) -> str:
 def _explained(error: str, log: Path) -> str:
     """The first line of MindSpore's exception, and the first reason that its log gives for it.
 
-    The exception only names the operator; what is wrong with its strategy stands in the log alone.
+    The exception only names the operator; what is wrong with its strategy is in the log alone.
     """
-    said = error.strip().splitlines()
-    sentence = said[0].rstrip(".") + "."
-    where = next((line.strip() for line in said if line.startswith(("In file", "# In file"))), None)
+    lines = error.strip().splitlines()
     marker = "] "
-    for line in log.read_text(errors="replace").splitlines():
-        if line.startswith("[ERROR] PARALLEL") and marker in line:
-            sentence += f" {line.rsplit(marker, 1)[1].rstrip('.')}."
-            break
-    return f"{sentence} {where.rstrip('.')}." if where else sentence
+    reasons = (
+        line.rsplit(marker, 1)[1]
+        for line in log.read_text(errors="replace").splitlines()
+        if line.startswith("[ERROR] PARALLEL") and marker in line
+    )
+    where = (line.strip() for line in lines if line.startswith(("In file", "# In file")))
+    found = [lines[0], next(reasons, None), next(where, None)]
+    return " ".join(f"{text.rstrip('.')}." for text in found if text is not None)

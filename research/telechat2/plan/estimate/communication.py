@@ -5,7 +5,8 @@ of it from each device, an all-reduce twice that. What is smaller than the hidde
 are the loss's numbers for each token, is left out.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from research.telechat2.plan.estimate.memory import stage_parameters
 from research.telechat2.plan.estimate.workload import Workload
@@ -48,87 +49,79 @@ class Communication:
 
 
 def layer_communication(
-    run: Workload, again: bool, gathers_again: bool, first: bool = False
+    run: Workload, recomputed: bool, regathered: bool, first: bool = False
 ) -> list[Communication]:
     """A decoder layer's with one micro-batch.
 
     Args:
-        again: the layer is computed again as a whole.
-        gathers_again: its gathers are done again.
+        recomputed: the layer is recomputed as a whole.
+        regathered: its all-gathers are repeated.
         first: it follows the embedding.
     """
     found = []
     if run.mp > 1:
-        found += _blocks(run, again, gathers_again)
-    found += _context(run, again and run.gathers_in_whole)
-    # Without sequence parallelism the input is kept in parts; MindSpore keeps an embedding's as it is.
-    if again and run.mp > 1 and run.slice_kept and not run.sequence_parallel and (run.moe or not first):
+        found += _blocks(run, recomputed, regathered)
+    found += _context(run, recomputed and run.recomputes_communication)
+    # Without sequence parallelism the input is kept in slices; MindSpore keeps an embedding's whole.
+    sliced = recomputed and run.mp > 1 and run.keeps_slices and not run.sequence_parallel
+    if sliced and (run.moe or not first):
         kept = run.tokens * run.hidden_size * run.residual_bytes
         found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "kept inputs", kept))
     if run.moe:
-        found += _exchanges(run, again)
+        found += _exchanges(run, recomputed)
     return found
 
 
-def _blocks(run: Workload, again: bool, gathers_again: bool) -> list[Communication]:
+def _blocks(run: Workload, recomputed: bool, regathered: bool) -> list[Communication]:
     """Of attention and, in a dense layer, of the feed-forward block, over the tensor-parallel group."""
     hidden = run.tokens * run.hidden_size * run.compute_bytes
     blocks = 1 if run.moe else 2
-    repeats = again and run.gathers_in_whole
-    found = []
-    if run.sequence_parallel:
-        for phase in (FORWARD, BACKWARD):
-            found.append(_tensor(run, ALL_GATHER, phase, "hidden states", hidden, blocks))
-            found.append(_tensor(run, REDUCE_SCATTER, phase, "hidden states", hidden, blocks))
-        if repeats or gathers_again:
-            found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "hidden states", hidden, blocks))
-        if repeats:  # what the layer itself returns is not needed again
-            found.append(_tensor(run, REDUCE_SCATTER, RECOMPUTE, "hidden states", hidden))
-        return found
-    for phase in (FORWARD, BACKWARD):
-        found.append(_tensor(run, ALL_REDUCE, phase, "hidden states", hidden, blocks))
-    if repeats:
-        found.append(_tensor(run, ALL_REDUCE, RECOMPUTE, "hidden states", hidden))
+    repeats = recomputed and run.recomputes_communication
+    kinds = (ALL_GATHER, REDUCE_SCATTER) if run.sequence_parallel else (ALL_REDUCE,)
+    found = [
+        _tensor(run, kind, phase, "hidden states", hidden, blocks)
+        for phase in (FORWARD, BACKWARD)
+        for kind in kinds
+    ]
+    if run.sequence_parallel and (repeats or regathered):
+        found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "hidden states", hidden, blocks))
+    if repeats:  # of one block: what the layer itself returns is not needed again
+        found.append(_tensor(run, kinds[-1], RECOMPUTE, "hidden states", hidden))
     return found
 
 
 def _context(run: Workload, repeats: bool) -> list[Communication]:
     """Of attention where sequences are split: exchanges of heads for tokens and back, and gathered keys."""
     query, key = (run.tokens * size * run.compute_bytes // run.mp for size in (run.hidden_size, run.kv_size))
-    phases = (FORWARD, BACKWARD, RECOMPUTE) if repeats else (FORWARD, BACKWARD)
     found = []
-    for phase in phases:
+    for phase in (FORWARD, BACKWARD, RECOMPUTE) if repeats else (FORWARD, BACKWARD):
         if run.exchange > 1:  # queries and answers, keys and values
             for what, size in (("heads of queries", query), ("heads of keys", key)):
-                group = ("context", phase, what, run.exchange, run.mp)
-                found.append(Communication(ALL_TO_ALL, *group, size, 2))
+                found.append(Communication(ALL_TO_ALL, "context", phase, what, run.exchange, run.mp, size, 2))
         if run.gather > 1:
-            kind = REDUCE_SCATTER if phase == BACKWARD else ALL_GATHER
-            group = ("context", phase, "keys and values", run.gather, run.mp * run.exchange)
-            found.append(Communication(kind, *group, key * run.gather, 2))
+            kind, stride = REDUCE_SCATTER if phase == BACKWARD else ALL_GATHER, run.mp * run.exchange
+            size = key * run.gather
+            found.append(
+                Communication(kind, "context", phase, "keys and values", run.gather, stride, size, 2)
+            )
     return found
 
 
-def _exchanges(run: Workload, again: bool) -> list[Communication]:
+def _exchanges(run: Workload, recomputed: bool) -> list[Communication]:
     """Tokens to their experts and back."""
     rows = run.expert_rows * run.hidden_size * run.compute_bytes
+    repeats_outputs = recomputed and run.recomputes_outputs
     found = []
-    stride = 1 if run.extends else run.mp
-    back = again and run.answers_again
-    if run.owners > 1:
-        for phase, count in ((FORWARD, 2), (BACKWARD, 2), (RECOMPUTE, again + back)):
-            found.append(
-                Communication(ALL_TO_ALL, "experts", phase, "expert rows", run.owners, stride, rows, count)
-            )
+    if run.expert_ranks > 1:
+        stride = 1 if run.experts_over_tp else run.mp
+        for phase, count in ((FORWARD, 2), (BACKWARD, 2), (RECOMPUTE, recomputed + repeats_outputs)):
+            group = ("experts", phase, "expert rows", run.expert_ranks, stride)
+            found.append(Communication(ALL_TO_ALL, *group, rows, count))
     if run.width_parts > 1 and run.sequence_parallel:
-        whole = rows * run.mp
-        for phase in (FORWARD, BACKWARD):
-            found.append(_tensor(run, ALL_GATHER, phase, "expert rows", whole))
-            found.append(_tensor(run, REDUCE_SCATTER, phase, "expert rows", whole))
-        if again:
-            found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "expert rows", whole))
-        if back:
-            found.append(_tensor(run, REDUCE_SCATTER, RECOMPUTE, "expert rows", whole))
+        times = {FORWARD: (1, 1), BACKWARD: (1, 1), RECOMPUTE: (recomputed, repeats_outputs)}
+        for phase, (gathers, scatters) in times.items():
+            found.append(_tensor(run, ALL_GATHER, phase, "expert rows", rows * run.mp, gathers))
+            found.append(_tensor(run, REDUCE_SCATTER, phase, "expert rows", rows * run.mp, scatters))
     elif run.width_parts > 1:
         answers = run.tokens * run.hidden_size * run.compute_bytes
         for phase in (FORWARD, BACKWARD):
@@ -138,22 +131,22 @@ def _exchanges(run: Workload, again: bool) -> list[Communication]:
 
 def embedding_communication(run: Workload) -> list[Communication]:
     """The embedding's with one micro-batch: the parts that have a token's row give it to the others."""
-    if run.vocabulary == 1:
+    if run.vocab_parts == 1:
         return []
     size = run.tokens * run.hidden_size * run.embedding_bytes
+    ways = ((ALL_REDUCE, FORWARD), (ALL_REDUCE, BACKWARD))
     if run.sequence_parallel:
         ways = ((REDUCE_SCATTER, FORWARD), (ALL_GATHER, BACKWARD))
-        return [_tensor(run, kind, phase, "embeddings", size) for kind, phase in ways]
-    return [_tensor(run, ALL_REDUCE, phase, "embeddings", size) for phase in (FORWARD, BACKWARD)]
+    return [_tensor(run, kind, phase, "embeddings", size) for kind, phase in ways]
 
 
 def output_communication(run: Workload) -> list[Communication]:
     """The output projection's with one micro-batch.
 
-    Without sequence parallelism it has none: a gradient is added up where the forward pass adds up, in the
-    layers and in the embedding.
+    Without sequence parallelism it has none: a gradient is summed where the forward pass sums, in the layers
+    and in the embedding.
     """
-    if run.vocabulary == 1 or not run.sequence_parallel:
+    if run.vocab_parts == 1 or not run.sequence_parallel:
         return []
     size = run.tokens * run.hidden_size * run.compute_bytes
     ways = ((ALL_GATHER, FORWARD), (REDUCE_SCATTER, BACKWARD))
@@ -162,69 +155,65 @@ def output_communication(run: Workload) -> list[Communication]:
 
 def pipeline_communication(run: Workload, chunk: int, stage: int) -> list[Communication]:
     """What a chunk of a stage sends to its neighbours with one micro-batch: hidden states and gradients."""
+    if run.pp == 1:
+        return []
     size = run.tokens // run.token_parts * run.hidden_size * run.residual_bytes
     first = chunk == stage == 0
     last = chunk == run.chunks - 1 and stage == run.pp - 1
-    stride = run.stage_devices
-    if run.pp == 1:
-        return []
     sends = ((FORWARD, "hidden states", not last), (BACKWARD, "gradients", not first))
     return [
-        Communication(SEND, "pipeline", phase, what, 2, stride, size) for phase, what, there in sends if there
+        Communication(SEND, "pipeline", phase, what, 2, run.stage_devices, size)
+        for phase, what, sent in sends
+        if sent
     ]
 
 
 def micro_batch_communication(run: Workload, chunk: int, stage: int) -> list[Communication]:
     """All that a chunk of a stage communicates with one micro-batch."""
-    found = []
+    found: list[Communication] = []
     if chunk == stage == 0:
         found += embedding_communication(run)
     for number in range(run.layers[chunk][stage]):
-        again = number < run.whole[chunk][stage]
-        gathers_again = not again and number < run.gathers[chunk][stage]
-        found += layer_communication(run, again, gathers_again, chunk == stage == number == 0)
+        recomputed = number < run.recomputed[chunk][stage]
+        regathered = not recomputed and number < run.regathered[chunk][stage]
+        found += layer_communication(run, recomputed, regathered, chunk == stage == number == 0)
     if chunk == run.chunks - 1 and stage == run.pp - 1:
         found += output_communication(run)
     return merged(found + pipeline_communication(run, chunk, stage))
 
 
 def optimizer_communication(run: Workload, stage: int) -> list[Communication]:
-    """What a stage communicates once a step: weights are gathered, gradients added up and shared out."""
+    """What a stage communicates once a step: weights are gathered, gradients summed and sharded."""
     found = []
     for parameter in stage_parameters(run, stage):
-        stride = run.stage_devices // parameter.replicas
-        rest = parameter.replicas // parameter.shards
-
-        def of_data(kind, phase, what, ranks, size, stride=stride):
-            if ranks > 1:
-                found.append(Communication(kind, "data", phase, what, ranks, stride, size))
-
-        of_data(ALL_GATHER, FORWARD, "weights", parameter.shards, parameter.gathered_bytes)
-        if run.gathers_again and "embedding" not in parameter.name:
-            of_data(ALL_GATHER, RECOMPUTE, "weights", parameter.shards, parameter.gathered_bytes)
-        if not parameter.trained:
-            continue
-        of_data(REDUCE_SCATTER, BACKWARD, "gradients", parameter.shards, parameter.slice_bytes)
-        shared = parameter.slice_bytes // parameter.shards
-        of_data(ALL_REDUCE, BACKWARD, "gradients", rest, shared, stride * parameter.shards)
-    return merged(found)
+        shards, stride = parameter.shards, run.stage_devices // parameter.replicas
+        weights, gradients = ("weights", shards, stride), ("gradients", shards, stride)
+        copies = ("gradients", parameter.replicas // shards, stride * shards)
+        size, gathered = parameter.slice_bytes, parameter.gathered_bytes
+        found.append(Communication(ALL_GATHER, "data", FORWARD, *weights, gathered))
+        if run.regathers_weights and "embedding" not in parameter.name:
+            found.append(Communication(ALL_GATHER, "data", RECOMPUTE, *weights, gathered))
+        if parameter.trained:
+            found.append(Communication(REDUCE_SCATTER, "data", BACKWARD, *gradients, size))
+            found.append(Communication(ALL_REDUCE, "data", BACKWARD, *copies, size // shards))
+    return merged([item for item in found if item.ranks > 1])
 
 
 def stage_communication(run: Workload, stage: int) -> list[Communication]:
     """All that a device of a stage sends in a step."""
-    found = []
+    found: list[Communication] = []
     for chunk in range(run.chunks):
-        for item in micro_batch_communication(run, chunk, stage):
-            found += [item] * run.micro_batches
+        each = micro_batch_communication(run, chunk, stage)
+        found += [replace(item, count=item.count * run.micro_batches) for item in each]
     return merged(found + optimizer_communication(run, stage))
 
 
 def merged(found: list[Communication]) -> list[Communication]:
     """Equal collectives as one, and those of one kind that differ in size as one large tensor."""
-    sums: dict[tuple, int] = {}
+    sums: Counter[tuple[str, str, str, str, int, int]] = Counter()
     for item in found:
         key = (item.kind, item.group, item.phase, item.what, item.ranks, item.stride)
-        sums[key] = sums.get(key, 0) + item.tensor_bytes * item.count
+        sums[key] += item.tensor_bytes * item.count
     return [Communication(*key, size) for key, size in sums.items()]
 
 

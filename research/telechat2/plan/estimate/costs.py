@@ -15,17 +15,9 @@ from research.telechat2.plan.estimate.memory import stage_parameters
 from research.telechat2.plan.estimate.workload import Workload
 
 NODE = 8  # NPUs
-
-
 PEAK = 313e12  # operations a second in bfloat16
-
-
 MEMORY = 1.6e12  # bytes a second
-
-
 HCCS_LINK = 28e9  # bytes a second and direction between two NPUs of a node
-
-
 ROCE = 25e9  # bytes a second and direction from one NPU to other nodes
 
 
@@ -67,71 +59,61 @@ class StepCosts:
 def step_costs(run: Workload) -> StepCosts:
     """All costs of a step."""
     forward, backward = (
-        [[pass_cost(run, chunk, stage, way) for stage in range(run.pp)] for chunk in range(run.chunks)]
+        [[_pass_cost(run, chunk, stage, way) for stage in range(run.pp)] for chunk in range(run.chunks)]
         for way in (True, False)
     )
-    return StepCosts(forward, backward, [update_cost(run, stage) for stage in range(run.pp)])
+    return StepCosts(forward, backward, [_update_cost(run, stage) for stage in range(run.pp)])
 
 
-@dataclass(frozen=True)
-class Operations:
-    """Of a layer's forward pass on a device with one micro-batch; ``last`` is w2's share of the products."""
+def _layer_operations(run: Workload) -> tuple[float, float, float]:
+    """Operations of a layer's forward pass on a device with one micro-batch.
 
-    products: float
-    attention: float
-    last: float
-
-
-def layer_operations(run: Workload) -> Operations:
-    """Of a layer; rows that pad an expert's capacity are computed as well."""
+    Those of its matrix products, of attention, and of the products the share of w2. Rows that pad an expert's
+    capacity are computed as well.
+    """
     hidden, rows, parts = run.hidden_size, run.tokens, run.mp
     projections = 2 * rows * hidden * (2 * hidden + 2 * run.kv_size) / run.mp
     # Of devices that gather keys, those with a sequence's last tokens have the most to see; others wait.
-    square = 1.0 if run.packed else 1 - 0.5 / run.gather
+    square = 1.0 if run.document_masks else 1 - 0.5 / run.gather
     attention = 4 * run.tokens * run.seq_length * hidden * square / run.mp
     if run.moe:
-        rows, parts = _received_rows(run), run.width_parts
+        rows, parts = run.received_rows, run.width_parts
     product = 2 * rows * hidden * run.intermediate_size / parts
-    return Operations(projections + 3 * product, attention, product)
+    return projections + 3 * product, attention, product
 
 
-def _received_rows(run: Workload) -> int:
-    """Rows for which a device's experts, or parts of experts, compute."""
-    return run.expert_rows * (run.mp if run.width_parts > 1 and run.sequence_parallel else 1)
-
-
-def pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
+def _pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
     """Of the forward or backward pass of a chunk of a stage with one micro-batch."""
-    operations = layer_operations(run)
-    layers, whole = run.layers[chunk][stage], run.whole[chunk][stage]
+    products, attention, last_product = _layer_operations(run)
+    layers, recomputed = run.layers[chunk][stage], run.recomputed[chunk][stage]
     if forward:
-        flops = layers * (operations.products + operations.attention)
-        moved = layers * layer_bytes(run)
+        flops = layers * (products + attention)
+        moved = layers * _layer_bytes(run)
     else:  # FlashAttentionScoreGrad computes the scores again: five products against two
-        flops = layers * (2 * operations.products + 2.5 * operations.attention)
-        again = operations.products + operations.attention
-        if not (run.moe and run.answers_again):  # what a layer returns is not needed again
-            again -= operations.last
-        flops += whole * again
-        moved = (2 * layers + whole) * layer_bytes(run)
+        flops = layers * (2 * products + 2.5 * attention)
+        again = products + attention
+        if not (run.moe and run.recomputes_outputs):  # what a layer returns is not needed again
+            again -= last_product
+        flops += recomputed * again
+        moved = (2 * layers + recomputed) * _layer_bytes(run)
     if chunk == run.chunks - 1 and stage == run.pp - 1:
-        parts = run.vocabulary if run.vocabulary > 1 else run.token_parts
+        parts = run.vocab_parts if run.vocab_parts > 1 else run.token_parts
         logits = run.tokens * run.vocab_size / parts
         flops += (2 if forward else 4) * logits * run.hidden_size
         # Forward: to float32, maxima, softmax, its logarithm; backward: the gradient and its cast.
         moved += logits * (run.compute_bytes + 5 * 4 if forward else run.compute_bytes + 3 * 4)
     links = sum(
-        link_seconds(item) / (run.fine_grain if item.group == "tensor" else 1)
+        link_seconds(item) / (run.copies if item.group == "tensor" else 1)
         for item in micro_batch_communication(run, chunk, stage)
         if (item.phase == FORWARD) == forward
     )
     return Cost(flops, moved, links)
 
 
-def layer_bytes(run: Workload) -> float:
+def _layer_bytes(run: Workload) -> float:
     """Bytes that the operators of a layer's forward pass read and write, matrix products and attention apart.
 
-    Norms, residual sums with biases, turning and transposing heads, and the gate; each operator reads its
+    Norms, residual sums with biases, rotating and transposing heads, and the gate; each operator reads its
     operands and writes its result once. The backward pass is taken for twice that.
     """
     number, stream = run.compute_bytes, run.residual_bytes
@@ -139,22 +121,23 @@ def layer_bytes(run: Workload) -> float:
     total = hidden * 2 * (stream + number) / parts  # norms
     total += hidden * 2 * (number + 2 * stream) / parts  # sums
     heads = run.tokens * (run.hidden_size + run.kv_size) / run.mp
-    total += heads * 2 * number * 3  # transposed in and out, turned
+    total += heads * 2 * number * 3  # transposed in and out, rotated
     gate = 7 * number  # stacked: two read and written, two read and one written
-    if not run.moe:
+    moe = run.moe
+    if moe is None:
         return total + gate * run.tokens * run.intermediate_size / run.mp
-    rows, received = run.expert_rows, _received_rows(run)
+    rows, received = run.expert_rows, run.received_rows
     total += gate * received * run.intermediate_size / run.width_parts
     total += received * run.hidden_size * 4 * number  # ordered by expert, and back
     total += rows * run.hidden_size * 4 * number  # from tokens to the block
-    tokens, moe = run.tokens / run.token_parts, run.moe
+    tokens = run.tokens / run.token_parts
     total += tokens * moe.top_k * run.hidden_size * 3 * number  # from the block to tokens
     pairs = moe.num_experts * (moe.num_experts - 1) / 2
     return total + tokens * 4 * (2 * run.hidden_size + 4 * pairs + 8 * moe.top_k * moe.num_experts)
 
 
-def update_cost(run: Workload, stage: int) -> Cost:
-    """What comes once a step: gradients and weights travel, and AdamW goes over what a device stores."""
+def _update_cost(run: Workload, stage: int) -> Cost:
+    """Once a step: gradients and weights are communicated, and AdamW goes over what a device stores."""
     moved = 0
     for parameter in stage_parameters(run, stage):
         if parameter.trained:

@@ -4,7 +4,7 @@
     print(estimated.table())
 
 Parameters, gradients and optimizer are exact, communication follows the compiled graph, activations and times
-are formulas; see memory.py, communication.py and throughput.py.
+are formulas; see memory.py, communication.py and costs.py.
 """
 
 import re
@@ -13,7 +13,7 @@ from math import prod
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.tables import table
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.plan.estimate.communication import Communication, stage_communication
 from research.telechat2.plan.estimate.costs import MEMORY, PEAK, Cost, StepCosts, step_costs
 from research.telechat2.plan.estimate.memory import StageMemory, stage_memory
@@ -21,14 +21,12 @@ from research.telechat2.plan.estimate.schedule import Schedule, schedule
 from research.telechat2.plan.estimate.workload import Workload, workload
 
 GB = 1e9
-
-
 ASSUMPTIONS = (
     "Atlas 800T A2: 313 TFLOPS (bfloat16), memory 1.6 TB/s, 28 GB/s to each NPU of a node, 25 GB/s to others",
-    "collectives go first across nodes and then within them, and wait for computation as it waits for them",
-    "gradients and weights travel while nothing is computed",
-    "n interleaved copies of a layer (fine_grain_interleave) leave 1/n of its tensor communication bare",
-    "tokens go to experts equally often where there is no capacity",
+    "collectives go across nodes first, then within them, and do not overlap with computation",
+    "nor does the communication of gradients and weights",
+    "n interleaved copies of a layer (fine_grain_interleave) expose 1/n of its tensor-parallel communication",
+    "experts without a capacity get equally many tokens",
 )
 
 
@@ -86,12 +84,12 @@ def throughput(run: Workload, efficiency: Efficiency = FITTED, costs: StepCosts 
         [[efficiency.seconds(cost) for cost in row] for row in table]
         for table in (costs.forward, costs.backward)
     )
-    plan = schedule(forward, backward, run.micro_batches)
+    passes = schedule(forward, backward, run.micro_batches)
     update = max(map(efficiency.seconds, costs.update))
-    step = plan.seconds + update
+    step = passes.seconds + update
     speed = run.step_tokens / run.devices / step
     flops = model_flops_per_token(run)
-    return Throughput(speed, step, plan.seconds, update, plan.bubble, flops, speed * flops / PEAK, plan)
+    return Throughput(speed, step, passes.seconds, update, passes.bubble, flops, speed * flops / PEAK, passes)
 
 
 def model_flops_per_token(run: Workload) -> float:
@@ -133,7 +131,7 @@ class Estimate:
         """Of the fullest stage's devices."""
         return max(stage.total for stage in self.memory)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """This estimate for JSON: bytes and seconds; of the schedule its bubble alone."""
         speed = {name: value for name, value in vars(self.throughput).items() if name != "schedule"}
         return {
@@ -160,7 +158,7 @@ class Estimate:
             f"{speed.step_seconds:.2f} s, {speed.optimizer_seconds:.2f} s of it for gradients and optimizer",
             f"bubble        {speed.bubble:.1%} of the stages' time",
             f"arithmetic    {speed.model_flops_per_token / 1e9:,.1f} GFLOP a token, {speed.utilization:.1%} "
-            "of the peak, without what is computed again",
+            "of the peak, without recomputation",
             "",
             *table(_memory_rows(self.memory)),
             *self._fit(),
@@ -187,35 +185,35 @@ class Estimate:
 
     def _remedies(self) -> list[str]:
         run, found = self.workload, []
-        if sum(map(sum, run.whole)) < run.num_layers:
-            found.append("compute more layers again (recompute_config.recompute)")
+        if sum(map(sum, run.recomputed)) < run.num_layers:
+            found.append("recompute more layers (recompute_config.recompute)")
         if run.devices > 1:
             return [*found, f"look for a plan: --search {self.limit_gb:g}"]
-        return [*found, "share the model out to several NPUs (use_parallel, model_parallel, pipeline_stage)"]
+        return [*found, "shard the model over several NPUs (use_parallel, model_parallel, pipeline_stage)"]
 
 
-def estimate(settings: dict) -> Estimate:
+def estimate(settings: Settings) -> Estimate:
     """Of the settings of ``read_settings``.
 
     Raises:
         UsageError: the plan is not legal, or asks for what is not estimated; see workload and schedule.
     """
-    context = section_of(settings, "context")
-    if context.get("device_target") == "CPU":
+    if section_of(settings, "context").get("device_target") == "CPU":
         raise UsageError(
             "context.device_target is CPU, but memory and speed are estimated for Ascend's NPUs. Set "
             "context.device_target=Ascend and model.model_config.compute_dtype=bfloat16 to estimate this "
             "model there."
         )
-    limit = memory_gb(context.get("max_device_memory", "58GB"))
+    limit = limit_gb_of(settings)
     return replace(estimate_workload(workload(settings)), limit_gb=limit)
 
 
-def memory_gb(limit: str) -> float:
+def limit_gb_of(settings: Settings) -> float:
     """``context.max_device_memory`` in GB of 10^9 bytes.
 
     MindSpore's GB are of 2^30 bytes; the difference is left for what no formula here counts.
     """
+    limit = section_of(settings, "context").get("max_device_memory", "58GB")
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", str(limit))
     if found is None or not float(found[1]):
         raise UsageError(f"context.max_device_memory is {limit!r}; it must be a size such as 58GB.")
@@ -249,7 +247,7 @@ def _memory_rows(memory: tuple[StageMemory, ...]) -> list[list[str]]:
 
 def _communication_rows(stages: tuple[tuple[Communication, ...], ...]) -> list[list[str]]:
     """One row for each kind, group and phase, a column for each stage."""
-    sent: dict[tuple, list[int]] = {}
+    sent: dict[tuple[str, ...], list[int]] = {}
     for number, items in enumerate(stages):
         for item in items:
             key = (item.group, f"{item.ranks}", item.kind, item.what, item.phase)

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from research.telechat2.checkpoint.table import EMBEDDING, FINAL_NORM, LM_HEAD, Row
+from research.telechat2.config.moe import MoESettings
 from research.telechat2.config.pipeline import places
 from research.telechat2.plan.estimate.schedule import Schedule
 from research.telechat2.plan.estimate.workload import Workload
 
-STATISTICS = (
-    2 * 8 * 4
-)  # bytes for each head and token: FlashAttentionScore's maxima and sums, eight times each
+STATISTICS = 2 * 8 * 4  # bytes for each head and token: FlashAttentionScore's maxima and sums, eight times
 SCORES = 4  # of a logit in the loss: float32
 
 
@@ -62,6 +61,11 @@ class StoredParameter:
         return prod(self.slice_shape) * self.gather_bytes
 
     @property
+    def is_copied(self) -> bool:
+        """Whether the device computes with another tensor than the stored one."""
+        return len(self.shape) > 1 and (self.shards > 1 or self.compute_bytes != self.number_bytes)
+
+    @property
     def computed_bytes(self) -> int:
         """Bytes of the slice as the device computes with it."""
         return prod(self.slice_shape) * self.compute_bytes
@@ -72,7 +76,7 @@ def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
     found = [_stored(run, EMBEDDING)] if stage == 0 else []
     for layer, place in enumerate(places(run.layers)):
         if place.stage == stage:
-            recomputed = place.number < run.whole[place.chunk][stage]
+            recomputed = place.number < run.recomputed[place.chunk][stage]
             found += [_stored(run, row, layer, recomputed) for row in run.layer_rows]
             if run.moe:
                 found.append(_expert_load(run, layer))
@@ -100,11 +104,11 @@ def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool 
     parts = _parts(run, row)
     slice_shape = tuple(size // number for size, number in zip(shape, parts, strict=True))
     replicas = run.stage_devices // prod(parts)
-    shards = replicas if run.weight_shards < 1 else min(run.weight_shards, replicas)
+    shards = replicas if run.optimizer_shards < 1 else min(run.optimizer_shards, replicas)
     if not (
-        run.shares_optimizer
+        run.shards_optimizer
         and len(shape) > 1
-        and prod(shape) * number_bytes >= run.threshold
+        and prod(shape) * number_bytes >= run.shard_threshold
         and slice_shape[0] % shards == 0
     ):
         shards = 1
@@ -113,7 +117,7 @@ def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool 
         compute_bytes = gather_bytes = number_bytes
     elif row.mindspore.endswith("router.dense.weight"):
         compute_bytes = gather_bytes = 4  # computed in float32
-    elif recomputed and run.fine_grain > 1:
+    elif recomputed and run.copies > 1:
         gather_bytes = number_bytes  # MindSpore casts before it gathers, but not where copies are recomputed
     return StoredParameter(
         name=row.mindspore.format(i=layer),
@@ -139,9 +143,9 @@ def _parts(run: Workload, row: Row) -> list[int]:
     symbols = row.shape_on("mindspore")
     parts = [1] * len(symbols)
     if len(symbols) == 3:  # the experts' matrices
-        parts[0] = run.owners
+        parts[0] = run.expert_ranks
     if row.split is not None:
-        widths = {"vocab": run.vocabulary, "ffn": run.width_parts}
+        widths = {"vocab": run.vocab_parts, "ffn": run.width_parts}
         parts[row.split] = widths.get(symbols[row.split], run.mp)
     return parts
 
@@ -152,12 +156,12 @@ class StageMemory:
 
     Attributes:
         parameters: as they are stored.
-        gradients: those that are kept: of the stored parameters, or where micro-batches are added up of the
-            whole slices.
+        gradients: those that are kept: of the stored parameters, or where micro-batches are accumulated of
+            the whole slices.
         optimizer: AdamW's two moments, float32.
         gathered: weights in the compute dtype, whole slices, kept from their gathering to the backward pass.
         activations: of all micro-batches in flight, when the stage has most of them.
-        working: one layer's activations while it is computed again, or the loss with its logits.
+        working: one layer's activations while it is recomputed, or the loss with its logits.
     """
 
     parameters: int
@@ -173,65 +177,59 @@ class StageMemory:
         return sum(asdict(self).values())
 
 
-def stage_memory(run: Workload, stage: int, in_flight: Schedule) -> StageMemory:
-    """Of a device of ``stage``, with the micro-batches in flight that the schedule says."""
+def stage_memory(run: Workload, stage: int, passes: Schedule) -> StageMemory:
+    """Of a device of ``stage``, with the micro-batches in flight of a schedule."""
     stored = stage_parameters(run, stage)
     trained = [parameter for parameter in stored if parameter.trained]
     accumulates = run.micro_batches > 1
-    activations = sum(
-        in_flight.in_flight[chunk][stage] * chunk_activations(run, chunk, stage)
-        for chunk in range(run.chunks)
-    )
     return StageMemory(
         parameters=sum(parameter.bytes for parameter in stored),
         gradients=sum(p.slice_bytes if accumulates else p.bytes for p in trained),
         optimizer=sum(2 * 4 * prod(parameter.local_shape) for parameter in trained),
-        gathered=sum(_gathered(run, parameter) for parameter in trained),
-        activations=activations,
+        gathered=sum(p.computed_bytes for p in trained if not run.regathers_weights and p.is_copied),
+        activations=sum(
+            passes.in_flight[chunk][stage] * chunk_activations(run, chunk, stage)
+            for chunk in range(run.chunks)
+        ),
         working=_working(run, stage),
     )
 
 
-def _gathered(run: Workload, parameter) -> int:
-    """Bytes of a weight as it is computed with, where that is another tensor than the stored one."""
-    same = parameter.shards == 1 and parameter.compute_bytes == parameter.number_bytes
-    if same or len(parameter.shape) == 1 or run.gathers_again:
-        return 0
-    return parameter.computed_bytes
-
-
 def chunk_activations(run: Workload, chunk: int, stage: int) -> int:
     """Bytes that a chunk of a stage keeps for one micro-batch."""
-    layers, whole = run.layers[chunk][stage], run.whole[chunk][stage]
-    total = min(whole, layers) * layer_input(run)
-    for number in range(whole, layers):
-        selected, gathers = number < run.selected[chunk][stage], number < run.gathers[chunk][stage]
-        total += layer_activations(run, selected, gathers)
+    layers, recomputed = run.layers[chunk][stage], run.recomputed[chunk][stage]
+    total = min(recomputed, layers) * layer_input(run)
+    for number in range(recomputed, layers):
+        selected, regathered = number < run.selected[chunk][stage], number < run.regathered[chunk][stage]
+        total += layer_activations(run, selected, regathered)
     if chunk == run.chunks - 1 and stage == run.pp - 1:
         total += _output_activations(run)
     return total
 
 
 def layer_input(run: Workload) -> int:
-    """Bytes of what a layer that is computed again keeps."""
-    parts = run.mp if run.sequence_parallel or run.slice_kept else 1
+    """Bytes of what a recomputed layer keeps."""
+    parts = run.mp if run.sequence_parallel or run.keeps_slices else 1
     return run.tokens * run.hidden_size * run.residual_bytes // parts
 
 
-def layer_activations(run: Workload, selected: bool = False, gathers: bool = False) -> int:
+def layer_activations(run: Workload, selected: bool = False, regathered: bool = False) -> int:
     """Bytes that a layer keeps for one micro-batch.
 
     Args:
-        selected: the product of its feed-forward block is computed again.
-        gathers: the inputs of its projections are gathered again.
+        selected: the product of its feed-forward block is recomputed.
+        regathered: the inputs of its projections are gathered again.
     """
     tokens, hidden, number = run.tokens, run.hidden_size, run.compute_bytes
     streams = 2 * tokens * hidden * run.residual_bytes // run.token_parts  # into both norms
-    inputs = tokens * hidden * number // (run.token_parts if gathers else 1)  # of a block's projections
+    inputs = tokens * hidden * number // (run.token_parts if regathered else 1)  # of a block's projections
     # Rotated queries and keys, values, and attention's result, which is the input of wo as well.
     attention = tokens * (2 * hidden + 2 * run.gather * run.kv_size) * number // run.mp
     attention += tokens * run.num_heads * STATISTICS // run.mp
-    feed_forward = _expert_activations(run, selected) if run.moe else inputs + _width(run, tokens, selected)
+    if run.moe:
+        feed_forward = _expert_activations(run, run.moe, selected)
+    else:
+        feed_forward = inputs + _width(run, tokens, selected)
     return streams + inputs + attention + feed_forward
 
 
@@ -240,31 +238,29 @@ def _width(run: Workload, rows: int, selected: bool) -> int:
     return (2 if selected else 3) * rows * run.intermediate_size * run.compute_bytes // run.width_parts
 
 
-def _expert_activations(run: Workload, selected: bool) -> int:
+def _expert_activations(run: Workload, moe: MoESettings, selected: bool) -> int:
     """Router, rows sent and received, products, and the answers before they are weighted."""
-    tokens, moe = run.tokens // run.token_parts, run.moe
+    tokens = run.tokens // run.token_parts
     router = tokens * (run.hidden_size + 3 * moe.num_experts + 2 * moe.top_k) * 4
-    spread = run.mp if run.sequence_parallel else 1
-    received = run.expert_rows * (spread if run.width_parts > 1 else 1)
     block = run.hidden_size * run.compute_bytes
-    return router + received * block + run.expert_rows * block + _width(run, received, selected)
+    rows = run.received_rows + run.expert_rows
+    return router + rows * block + _width(run, run.received_rows, selected)
 
 
 def _output_activations(run: Workload) -> int:
     """The last norm's input, and the output projection's."""
     stream = run.tokens * run.hidden_size * run.residual_bytes // run.token_parts
-    parts = run.token_parts if run.vocabulary == 1 else 1
+    parts = run.token_parts if run.vocab_parts == 1 else 1
     return stream + run.tokens * run.hidden_size * run.compute_bytes // parts
 
 
 def _working(run: Workload, stage: int) -> int:
-    """The larger one of a layer that is computed again and, on the last stage, of the loss.
+    """The larger one of a recomputed layer and, on the last stage, of the loss.
 
     The loss keeps logits in the compute dtype and in float32, their softmax and their gradient in float32.
     """
-    again = any(row[stage] for row in run.whole)
-    layer = layer_activations(run) if again else 0
+    layer = layer_activations(run) if any(row[stage] for row in run.recomputed) else 0
     if stage < run.pp - 1:
         return layer
-    parts = run.vocabulary if run.vocabulary > 1 else run.token_parts
+    parts = run.vocab_parts if run.vocab_parts > 1 else run.token_parts
     return max(layer, run.tokens * run.vocab_size * (run.compute_bytes + 3 * SCORES) // parts)

@@ -39,13 +39,6 @@ class Schedule:
     in_flight: tuple[tuple[int, ...], ...]
 
 
-def run_ahead(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
-    """Most forward passes of a stage whose backward pass is to come."""
-    if chunks == 1:
-        return min(stages - stage, micro_batches)
-    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
-
-
 MOST_PASSES = 1_000_000  # forward, of all stages, chunks and micro-batches; some seconds
 
 
@@ -72,7 +65,7 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
             f"pipeline_stage. Set micro_batch_num to {-(-micro_batches // stages) * stages}, for one."
         )
     orders = [_order(stage, stages, chunks, micro_batches) for stage in range(stages)]
-    done: dict[tuple[bool, int, int, int], float] = {}
+    ends: dict[tuple[bool, int, int, int], float] = {}
     free, taken = [0.0] * stages, [0] * stages
     passes: list[Pass] = []
     while len(passes) < 2 * chunks * stages * micro_batches:
@@ -80,12 +73,13 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
         for stage, order in enumerate(orders):
             while taken[stage] < len(order):
                 way, chunk, micro_batch = order[taken[stage]]
-                ready = _ready(done, way, chunk, stage, micro_batch, chunks, stages)
+                needed = _operand(way, chunk, stage, chunks, stages)
+                ready = ends.get((*needed, micro_batch)) if needed else 0.0
                 if ready is None:
                     break
                 start = max(free[stage], ready)
                 end = start + (forward if way else backward)[chunk][stage]
-                done[way, chunk, stage, micro_batch] = free[stage] = end
+                ends[way, chunk, stage, micro_batch] = free[stage] = end
                 taken[stage] += 1
                 passes.append(Pass(stage, way, chunk, micro_batch, start, end))
         assert len(passes) > before, "a stage waits for itself"
@@ -96,15 +90,19 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
 
 
 def _order(stage: int, stages: int, chunks: int, micro_batches: int) -> list[tuple[bool, int, int]]:
-    """Direction, chunk and micro-batch of a stage's passes: first ahead, then in turn, then what is left."""
+    """Direction, chunk and micro-batch of a stage's passes.
+
+    First forward passes alone, then forward and backward passes in turn, then what is left.
+    """
     forward = [(True, *rest) for rest in _sequence(range(chunks), stages, micro_batches)]
     backward = [(False, *rest) for rest in _sequence(range(chunks - 1, -1, -1), stages, micro_batches)]
-    ahead = run_ahead(stage, stages, chunks, micro_batches) - 1
-    turns = zip(forward[ahead:], backward[: len(backward) - ahead], strict=True)
-    return forward[:ahead] + [step for turn in turns for step in turn] + backward[len(backward) - ahead :]
+    alone = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    alone = min(alone, len(forward) - 1)
+    turns = zip(forward[alone:], backward[: len(backward) - alone], strict=True)
+    return forward[:alone] + [step for turn in turns for step in turn] + backward[len(backward) - alone :]
 
 
-def _sequence(chunks, stages: int, micro_batches: int) -> list[tuple[int, int]]:
+def _sequence(chunks: range, stages: int, micro_batches: int) -> list[tuple[int, int]]:
     """Chunk and micro-batch: as many micro-batches as there are stages, for each chunk in turn."""
     return [
         (chunk, micro_batch)
@@ -114,17 +112,15 @@ def _sequence(chunks, stages: int, micro_batches: int) -> list[tuple[int, int]]:
     ]
 
 
-def _ready(done, forward, chunk, stage, micro_batch, chunks, stages) -> float | None:
-    """When the operands of a pass are there; None if that is not known yet."""
+def _operand(forward: bool, chunk: int, stage: int, chunks: int, stages: int) -> tuple[bool, int, int] | None:
+    """Direction, chunk and stage of the pass whose result a pass needs; None of the very first."""
     if forward:
-        if chunk == stage == 0:
-            return 0.0
-        before = (True, chunk, stage - 1) if stage else (True, chunk - 1, stages - 1)
-    elif stage < stages - 1:
-        before = (False, chunk, stage + 1)
-    else:
-        before = (False, chunk + 1, 0) if chunk < chunks - 1 else (True, chunk, stage)
-    return done.get((*before, micro_batch))
+        if stage:
+            return True, chunk, stage - 1
+        return (True, chunk - 1, stages - 1) if chunk else None
+    if stage < stages - 1:
+        return False, chunk, stage + 1
+    return (False, chunk + 1, 0) if chunk < chunks - 1 else (True, chunk, stage)
 
 
 def _in_flight(passes: list[Pass], chunks: int, stages: int) -> tuple[tuple[int, ...], ...]:

@@ -1,49 +1,77 @@
 """Search the plans of a model on a number of NPUs: those that are legal and fit, the fastest first.
 
 Every plan keeps the global batch, so that it trains the same model. Stages get layers as equally as they
-divide, and of each stage just so many layers are computed again that it fits. Sequences stay whole, or are
-split as the config's own ``context_parallel`` says.
+divide, and as few layers of each stage are recomputed as it takes to fit. Sequences stay whole, or are split
+as the config's own ``context_parallel`` says.
 """
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import problems_of
 from research.telechat2.common.tables import table
 from research.telechat2.config.check import check
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.overrides import value_word
 from research.telechat2.config.parallel import check_cluster, check_exchange, check_plan, devices_of
 from research.telechat2.config.recompute import first_layers
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config, with_defaults
 from research.telechat2.plan.estimate.costs import NODE
-from research.telechat2.plan.estimate.estimate import Estimate, estimate_workload
-from research.telechat2.plan.estimate.estimate import memory_gb as max_memory_gb
+from research.telechat2.plan.estimate.estimate import GB, Estimate, estimate_workload, limit_gb_of
 from research.telechat2.plan.estimate.memory import stage_memory
 from research.telechat2.plan.estimate.schedule import Schedule, schedule
-from research.telechat2.plan.estimate.workload import Workload, of_config, workload
+from research.telechat2.plan.estimate.workload import Workload, workload, workload_of
 
 MOST_CHUNKS = 4
-GB = 1e9
+Changes = dict[str, Any]  # dotted key to value
 
 
 @dataclass(frozen=True)
 class FoundPlan:
-    """A plan: the settings in which it differs from the config, dotted key to value; and what it comes to."""
+    """A plan: the settings in which it differs from the config, and its estimate."""
 
-    changes: dict[str, object]
+    changes: Changes
     estimate: Estimate
 
     def words(self) -> str:
         """The changes as words that telechat_plan.py reads as the same; "" where there are none."""
         words = [shlex.quote(f"{key}={value_word(value)}") for key, value in self.changes.items()]
         return f"--set {' '.join(words)}" if words else ""
+
+    def as_dict(self) -> dict[str, object]:
+        """This plan for JSON."""
+        speed = self.estimate.throughput
+        return {
+            "changes": self.changes,
+            "words": self.words(),
+            "tokens_per_second": speed.tokens_per_second,
+            "bubble": speed.bubble,
+            "peak_bytes": self.estimate.peak_bytes,
+        }
+
+    def row(self) -> list[str]:
+        """This plan as a row of the table."""
+        run, speed = self.estimate.workload, self.estimate.throughput
+        layers = sum(map(sum, run.recomputed))
+        recomputed = [f"{layers} of {run.num_layers} layers"] if layers else []
+        recomputed += ["select"] if any(map(any, run.selected)) else []
+        split = (run.dp, run.mp, run.pp, run.gather * run.exchange, run.chunks, run.ep, run.micro_batches)
+        return [
+            f"{speed.tokens_per_second:,.0f}",
+            f"{self.estimate.peak_bytes / GB:.1f}",
+            f"{speed.bubble:.1%}",
+            *map(str, split),
+            " and ".join(recomputed) or "none",
+        ]
+
+
+_SPLIT = ("dp", "mp", "pp", "cp", "chunks", "ep", "micro-batches")
+_HEAD = ["tokens/s/NPU", "GB", "bubble", *_SPLIT, "recomputed"]
 
 
 @dataclass(frozen=True)
@@ -59,43 +87,29 @@ class SearchResult:
     tried: int
     illegal: int
     too_large: int
-    broken: str | None = None
-    least_bytes: int | None = None
-    batch: int = 0
+    broken: str | None
+    least_bytes: int | None
+    batch: int
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """This result for JSON."""
-        return vars(self) | {"plans": [_summary(plan) for plan in self.plans]}
+        return vars(self) | {"plans": [plan.as_dict() for plan in self.plans]}
 
     def table(self) -> str:
         """This result for people."""
-        heads = [
-            "tokens/s/NPU",
-            "GB",
-            "bubble",
-            "dp",
-            "mp",
-            "pp",
-            "cp",
-            "chunks",
-            "ep",
-            "micro-batches",
-            "recomputed",
-        ]
-        rows = [heads] + [_row(plan) for plan in self.plans]
         counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
         if not self.plans:
             return " ".join([counts, *self._remedies()])
         words = self.plans[0].words()
         first = f"the first: {words}" if words else "the first is the config's own."
-        return "\n".join([*table(rows), "", counts, first])
+        return "\n".join([*table([_HEAD, *(plan.row() for plan in self.plans)]), "", counts, first])
 
     def _remedies(self) -> list[str]:
         """What to change where no plan is found."""
         if self.least_bytes:
             return [
-                f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, with all layers computed "
-                "again: take more NPUs, or a smaller model or seq_length."
+                f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, with all layers recomputed: "
+                "take more NPUs, or a smaller model or seq_length."
             ]
         kept = f"All plans keep the global batch of {self.batch} sequences"
         if not self.broken:
@@ -108,7 +122,7 @@ class SearchResult:
         return [*found, larger] if "micro_batch_num" in self.broken else found
 
 
-def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -> SearchResult:
+def search(settings: Settings, device_num: int, memory_gb: float, count: int = 10) -> SearchResult:
     """The fastest plans of a model.
 
     Args:
@@ -128,19 +142,17 @@ def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -
         )
     workload(settings)  # what is not estimated at all is refused here, not counted as a plan
     plan = with_defaults(settings, "parallel_config")
-    config = model_config(settings, plan | {"vocab_emb_dp": False})
-    own_limit = max_memory_gb(section_of(settings, "context").get("max_device_memory", "58GB"))
-    plans, rules, too_large, tried = [], Counter(), [], 0
-    examples: dict[str, str] = {}
-    for changes in _candidates(config, settings, device_num, checked.global_batch):
+    model = model_config(settings, plan | {"vocab_emb_dp": False})
+    own_limit = limit_gb_of(settings)
+    plans, too_large, tried = [], [], 0
+    broken: dict[str, list[str]] = {}  # errors, by their text without numbers
+    for changes in _candidates(model, device_num, checked.global_batch):
         tried += 1
         try:
-            run, changes = _fitted(config, settings, changes, memory_gb * GB)
+            run, changes = _fitted(model, settings, changes, memory_gb * GB)
         except UsageError as error:
             problem = problems_of(error)[0]
-            rule = re.sub(r"\d+", "", problem)
-            rules[rule] += 1
-            examples.setdefault(rule, problem)
+            broken.setdefault(re.sub(r"\d+", "", problem), []).append(problem)
             continue
         if isinstance(run, int):
             too_large.append(run)
@@ -153,15 +165,15 @@ def search(settings: dict, device_num: int, memory_gb: float, count: int = 10) -
     return SearchResult(
         plans=tuple(plans[:count]),
         tried=tried,
-        illegal=rules.total(),
+        illegal=sum(map(len, broken.values())),
         too_large=len(too_large),
-        broken=examples[rules.most_common(1)[0][0]] if rules else None,
+        broken=max(broken.values(), key=len)[0] if broken else None,
         least_bytes=min(too_large, default=None),
         batch=checked.global_batch,
     )
 
 
-def _differences(changes: dict[str, object], settings: dict) -> dict[str, object]:
+def _differences(changes: Changes, settings: Settings) -> Changes:
     """What of the changes is not in the settings already."""
     missing = {"model.model_config.pp_interleave_num": 1, "model.model_config.offset": 0}
     found = {}
@@ -173,52 +185,53 @@ def _differences(changes: dict[str, object], settings: dict) -> dict[str, object
     return found
 
 
-def _candidates(config, settings: dict, device_num: int, batch: int) -> Iterator[dict[str, object]]:
+def _candidates(model: ModelSettings, device_num: int, batch: int) -> Iterator[Changes]:
     """Every way to split the devices; whether it is legal is for others to say."""
-    rows = config.batch_size
-    for dp, mp, pp, cp in _splits(config, device_num):
-        if batch % (rows * dp):
+    for dp, mp, pp, cp in _splits(model, device_num):
+        steps, rest = divmod(batch, model.batch_size * dp)
+        if rest:
             continue
-        steps = batch // (rows * dp)
-        experts = _divisors(config.moe.num_experts, of=dp) if config.moe else [1]
         for chunks in range(1, MOST_CHUNKS + 1 if pp > 1 else 2):
-            for ep in experts:
+            for ep in _divisors(model.moe.num_experts, of=dp) if model.moe else [1]:
                 for selected in (False, True):
-                    yield _changes(config.num_layers, dp, mp, pp, cp, ep, steps, chunks, selected)
+                    yield {
+                        "parallel_config.data_parallel": dp,
+                        "parallel_config.model_parallel": mp,
+                        "parallel_config.pipeline_stage": pp,
+                        "parallel_config.context_parallel": cp,
+                        "parallel_config.expert_parallel": ep,
+                        "parallel_config.micro_batch_num": steps if pp > 1 else 1,
+                        "runner_config.gradient_accumulation_steps": 1 if pp > 1 else steps,
+                        "parallel_config.use_seq_parallel": mp > 1,
+                        "parallel_config.vocab_emb_dp": False,
+                        "model.model_config.pp_interleave_num": chunks,
+                        "model.model_config.offset": _offset(model.num_layers, pp, chunks),
+                        "recompute_config.select_recompute": selected,
+                        "recompute_config.select_comm_recompute": False,
+                        "parallel.pipeline_config": _INTERLEAVED if chunks > 1 else None,
+                        "recompute_config.recompute": False,
+                    }
 
 
-def _splits(config, device_num: int) -> Iterator[tuple[int, int, int, int]]:
+_INTERLEAVED = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}
+
+
+def _splits(model: ModelSettings, device_num: int) -> Iterator[tuple[int, int, int, int]]:
     """Data, tensor, pipeline and context parallelism whose product is ``device_num``."""
-    for cp in sorted({1, config.parallel_config.context_parallel}):
+    for cp in sorted({1, model.parallel_config.context_parallel}):
         if device_num % cp:
             continue
         for mp in _divisors(min(device_num, NODE), of=device_num // cp):
-            for pp in _divisors(config.num_layers, of=device_num // cp // mp):
+            for pp in _divisors(model.num_layers, of=device_num // cp // mp):
                 yield device_num // cp // mp // pp, mp, pp, cp
 
 
-def _changes(layers, dp, mp, pp, cp, ep, steps, chunks, selected) -> dict[str, object]:
-    """A plan as settings."""
-    found = {
-        "parallel_config.data_parallel": dp,
-        "parallel_config.model_parallel": mp,
-        "parallel_config.pipeline_stage": pp,
-        "parallel_config.context_parallel": cp,
-        "parallel_config.expert_parallel": ep,
-        "parallel_config.micro_batch_num": steps if pp > 1 else 1,
-        "runner_config.gradient_accumulation_steps": 1 if pp > 1 else steps,
-        "parallel_config.use_seq_parallel": mp > 1,
-        "parallel_config.vocab_emb_dp": False,
-        "model.model_config.pp_interleave_num": chunks,
-        "model.model_config.offset": _offset(layers, pp, chunks),
-        "recompute_config.select_recompute": selected,
-        "recompute_config.select_comm_recompute": False,
-    }
-    interleaved = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"} if chunks > 1 else None
-    return found | {"parallel.pipeline_config": interleaved}
+def _divisors(most: int, of: int) -> list[int]:
+    """Divisors of ``of`` that are at most ``most``."""
+    return [number for number in range(1, min(most, of) + 1) if of % number == 0]
 
 
-def _offset(layers: int, stages: int, chunks: int) -> list | int:
+def _offset(layers: int, stages: int, chunks: int) -> list[int] | list[list[int]] | int:
     """Layers that do not divide go to the stages in the middle first, then to the last and the first one."""
     left = layers % (stages * chunks)
     if not left:
@@ -230,34 +243,35 @@ def _offset(layers: int, stages: int, chunks: int) -> list | int:
     return table[0] if chunks == 1 else table
 
 
-def _fitted(config, settings: dict, changes: dict, limit: float) -> tuple[Workload | int, dict]:
-    """The plan with as few layers computed again as fit; where not even all suffice, the bytes it takes then.
+def _fitted(
+    model: ModelSettings, settings: Settings, changes: Changes, limit: float
+) -> tuple[Workload | int, Changes]:
+    """The plan with as few layers recomputed as fit; where not even all suffice, the bytes it takes then.
 
     Raises:
         UsageError: the plan is not legal.
     """
-    run = _workload(config, settings, changes)
+    run = _workload(model, settings, changes)
     unit = [[1.0] * run.pp for _ in range(run.chunks)]
     in_flight = schedule(unit, unit, run.micro_batches)  # as many whatever passes take
+    layers = [sum(row[stage] for row in run.layers) for stage in range(run.pp)]
     numbers = []
-    for stage in range(run.pp):
-        most = sum(row[stage] for row in run.layers)
+    for stage, most in enumerate(layers):
         number = _fewest(run, stage, most, in_flight, limit)
         if number is None:
-            return _least(run, in_flight), changes
+            return max(_bytes(run, layers, stage, in_flight) for stage in range(run.pp)), changes
         numbers.append(number)
     changes = changes | {"recompute_config.recompute": numbers if any(numbers) else False}
-    return _workload(config, settings, changes), changes
+    return _workload(model, settings, changes), changes
 
 
 def _fewest(run: Workload, stage: int, most: int, in_flight: Schedule, limit: float) -> int | None:
-    """How many layers of a stage must be computed again; None if not even all of them suffice."""
+    """How many layers of a stage must be recomputed; None if not even ``most``, all of them, suffice."""
 
     def fits(number: int) -> bool:
-        setting = [0] * run.pp
-        setting[stage] = number
-        again = replace(run, whole=first_layers("recompute", setting, run.layers))
-        return stage_memory(again, stage, in_flight).total <= limit
+        numbers = [0] * run.pp
+        numbers[stage] = number
+        return _bytes(run, numbers, stage, in_flight) <= limit
 
     if not fits(most):
         return 0 if fits(0) else None
@@ -268,61 +282,24 @@ def _fewest(run: Workload, stage: int, most: int, in_flight: Schedule, limit: fl
     return low
 
 
-def _least(run: Workload, in_flight: Schedule) -> int:
-    """Bytes of the fullest device with all layers computed again."""
-    layers = [sum(row[stage] for row in run.layers) for stage in range(run.pp)]
-    again = replace(run, whole=first_layers("recompute", layers, run.layers))
-    return max(stage_memory(again, stage, in_flight).total for stage in range(run.pp))
+def _bytes(run: Workload, numbers: list[int], stage: int, in_flight: Schedule) -> int:
+    """What a device of a stage takes with so many layers of each stage recomputed."""
+    recomputed = first_layers("recompute", numbers, run.layers)
+    return stage_memory(replace(run, recomputed=recomputed), stage, in_flight).total
 
 
-def _workload(config, settings: dict, changes: dict) -> Workload:
-    """Of the config with changes; its rules are checked."""
+def _workload(model: ModelSettings, settings: Settings, changes: Changes) -> Workload:
+    """Of the model with changes; its rules are checked."""
 
-    def changed(prefix: str) -> dict:
+    def changed(prefix: str) -> Changes:
         return {key[len(prefix) :]: value for key, value in changes.items() if key.startswith(prefix)}
 
-    config = copy(config)
-    vars(config).update(changed("model.model_config."))
-    recompute = SimpleNamespace(**vars(config.parallel_config.recompute) | changed("recompute_config."))
-    if "recompute_config.recompute" not in changes:
-        recompute.recompute = False
-    config.parallel_config = SimpleNamespace(
-        **vars(config.parallel_config) | changed("parallel_config.") | {"recompute": recompute}
-    )
-    check_plan(config)
+    recompute = replace(model.parallel_config.recompute, **changed("recompute_config."))
+    plan = replace(model.parallel_config, **changed("parallel_config."), recompute=recompute)
+    model = replace(model, **changed("model.model_config."), parallel_config=plan)
+    check_plan(model)
     parallel = section_of(settings, "parallel")
-    check_cluster(config, devices_of(config.parallel_config), parallel.get("gradients_mean", False))
-    check_exchange(config, parallel.get("enable_alltoall", False))
-    runner = DEFAULTS["runner_config"] | (settings.get("runner_config") or {}) | changed("runner_config.")
-    return of_config(config, settings | {"runner_config": runner})
-
-
-def _divisors(most: int, of: int) -> list[int]:
-    """Divisors of ``of`` that are at most ``most``."""
-    return [number for number in range(1, min(most, of) + 1) if of % number == 0]
-
-
-def _summary(plan: FoundPlan) -> dict:
-    speed = plan.estimate.throughput
-    return {
-        "changes": plan.changes,
-        "words": plan.words(),
-        "tokens_per_second": speed.tokens_per_second,
-        "bubble": speed.bubble,
-        "peak_bytes": plan.estimate.peak_bytes,
-    }
-
-
-def _row(plan: FoundPlan) -> list[str]:
-    run, speed = plan.estimate.workload, plan.estimate.throughput
-    again = sum(map(sum, run.whole))
-    recomputed = [f"{again} of {run.num_layers} layers"] if again else []
-    recomputed += ["select"] if any(map(any, run.selected)) else []
-    split = (run.dp, run.mp, run.pp, run.gather * run.exchange, run.chunks, run.ep, run.micro_batches)
-    return [
-        f"{speed.tokens_per_second:,.0f}",
-        f"{plan.estimate.peak_bytes / GB:.1f}",
-        f"{speed.bubble:.1%}",
-        *map(str, split),
-        " and ".join(recomputed) or "none",
-    ]
+    check_cluster(model, devices_of(plan), parallel.get("gradients_mean", False))
+    check_exchange(model, parallel.get("enable_alltoall", False))
+    runner = section_of(settings, "runner_config") | changed("runner_config.")
+    return workload_of(model, settings | {"runner_config": runner})
