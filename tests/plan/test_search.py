@@ -61,7 +61,8 @@ def test_sequences_are_tried_whole_and_split_as_the_config_says():
     splits = [plan.estimate.workload for plan in found.plans]
     assert {run.gather for run in splits} == {1, 2} and {run.devices for run in splits} == {8}
     split = next(plan for plan in found.plans if plan.estimate.workload.gather == 2)
-    assert estimate(shipped("finetune_telechat_7b_32k", changes | split.changes)) == split.estimate
+    again = estimate(shipped("finetune_telechat_7b_32k", changes | split.changes))
+    assert (again.memory, again.throughput) == (split.estimate.memory, split.estimate.throughput)
 
 
 def test_a_model_that_fits_nowhere_is_said_to(found):

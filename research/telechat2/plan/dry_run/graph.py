@@ -69,7 +69,6 @@ class Operator:
         inputs, outputs: its tensors, with local shapes.
         phase: ``forward`` (the optimizer's too), ``backward``, or ``recompute`` for what runs once more.
         scope: the names of the cells it belongs to: ``network.model.layers.0.attention``.
-        strategy: MindSpore's text of its strategy, "" in the backward pass.
         micro_batch: the pipeline's micro-batch, None without pipeline.
         count: executions per step.
     """
@@ -79,7 +78,6 @@ class Operator:
     outputs: tuple[TensorType, ...]
     phase: str
     scope: str
-    strategy: str
     micro_batch: int | None
     count: int = 1
 

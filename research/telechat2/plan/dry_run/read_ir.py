@@ -208,14 +208,12 @@ def _role(node: _Node, parameter: str) -> str:
 
 def _operator(node: _Node) -> Operator:
     inputs, outputs = _types(node.types)
-    strategy = re.search(r"\bin_strategy: (\(\(.*?\)\))", node.text)
     return Operator(
         kind=node.kind,
         inputs=inputs,
         outputs=outputs,
         phase=_phase(node),
         scope=_cells(node.scope),
-        strategy=strategy[1] if strategy else "",
         micro_batch=_micro_batch(node.text),
     )
 

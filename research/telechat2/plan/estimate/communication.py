@@ -64,18 +64,18 @@ def layer_communication(
     found += _context(run, recomputed and run.recomputes_communication)
     # Without sequence parallelism the input is kept in slices; MindSpore keeps an embedding's whole.
     sliced = recomputed and run.mp > 1 and run.keeps_slices and not run.sequence_parallel
-    if sliced and (run.moe or not first):
-        kept = run.tokens * run.hidden_size * run.residual_bytes
+    if sliced and (run.model.moe or not first):
+        kept = run.tokens * run.model.hidden_size * run.residual_bytes
         found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "kept inputs", kept))
-    if run.moe:
+    if run.model.moe:
         found += _exchanges(run, recomputed)
     return found
 
 
 def _blocks(run: Workload, recomputed: bool, regathered: bool) -> list[Communication]:
     """Of attention and, in a dense layer, of the feed-forward block, over the tensor-parallel group."""
-    hidden = run.tokens * run.hidden_size * run.compute_bytes
-    blocks = 1 if run.moe else 2
+    hidden = run.tokens * run.model.hidden_size * run.compute_bytes
+    blocks = 1 if run.model.moe else 2
     repeats = recomputed and run.recomputes_communication
     kinds = (ALL_GATHER, REDUCE_SCATTER) if run.sequence_parallel else (ALL_REDUCE,)
     found = [
@@ -92,7 +92,9 @@ def _blocks(run: Workload, recomputed: bool, regathered: bool) -> list[Communica
 
 def _context(run: Workload, repeats: bool) -> list[Communication]:
     """Of attention where sequences are split: exchanges of heads for tokens and back, and gathered keys."""
-    query, key = (run.tokens * size * run.compute_bytes // run.mp for size in (run.hidden_size, run.kv_size))
+    query, key = (
+        run.tokens * size * run.compute_bytes // run.mp for size in (run.model.hidden_size, run.kv_size)
+    )
     found = []
     for phase in (FORWARD, BACKWARD, RECOMPUTE) if repeats else (FORWARD, BACKWARD):
         if run.exchange > 1:  # queries and answers, keys and values
@@ -109,7 +111,7 @@ def _context(run: Workload, repeats: bool) -> list[Communication]:
 
 def _exchanges(run: Workload, recomputed: bool) -> list[Communication]:
     """Tokens to their experts and back."""
-    rows = run.expert_rows * run.hidden_size * run.compute_bytes
+    rows = run.expert_rows * run.model.hidden_size * run.compute_bytes
     repeats_outputs = recomputed and run.recomputes_outputs
     found = []
     if run.expert_ranks > 1:
@@ -123,63 +125,51 @@ def _exchanges(run: Workload, recomputed: bool) -> list[Communication]:
             found.append(_tensor(run, ALL_GATHER, phase, "expert rows", rows * run.mp, gathers))
             found.append(_tensor(run, REDUCE_SCATTER, phase, "expert rows", rows * run.mp, scatters))
     elif run.width_parts > 1:
-        answers = run.tokens * run.hidden_size * run.compute_bytes
+        answers = run.tokens * run.model.hidden_size * run.compute_bytes
         for phase in (FORWARD, BACKWARD):
             found.append(_tensor(run, ALL_REDUCE, phase, "answers of experts", answers))
     return [item for item in found if item.count]
 
 
-def embedding_communication(run: Workload) -> list[Communication]:
-    """The embedding's with one micro-batch: the parts that have a token's row give it to the others."""
-    if run.vocab_parts == 1:
-        return []
-    size = run.tokens * run.hidden_size * run.embedding_bytes
-    ways = ((ALL_REDUCE, FORWARD), (ALL_REDUCE, BACKWARD))
-    if run.sequence_parallel:
-        ways = ((REDUCE_SCATTER, FORWARD), (ALL_GATHER, BACKWARD))
-    return [_tensor(run, kind, phase, "embeddings", size) for kind, phase in ways]
+def _vocabulary(run: Workload, embedding: bool) -> list[Communication]:
+    """The embedding's or the output projection's with one micro-batch.
 
-
-def output_communication(run: Workload) -> list[Communication]:
-    """The output projection's with one micro-batch.
-
-    Without sequence parallelism it has none: a gradient is summed where the forward pass sums, in the layers
-    and in the embedding.
+    The parts of the embedding that have a token's row give it to the others. Without sequence parallelism the
+    output projection has none: a gradient is summed where the forward pass sums, in the layers and in the
+    embedding.
     """
-    if run.vocab_parts == 1 or not run.sequence_parallel:
+    if run.vocab_parts == 1 or not (embedding or run.sequence_parallel):
         return []
-    size = run.tokens * run.hidden_size * run.compute_bytes
-    ways = ((ALL_GATHER, FORWARD), (REDUCE_SCATTER, BACKWARD))
-    return [_tensor(run, kind, phase, "hidden states", size) for kind, phase in ways]
+    kinds = (REDUCE_SCATTER, ALL_GATHER) if embedding else (ALL_GATHER, REDUCE_SCATTER)
+    forward, backward = kinds if run.sequence_parallel else (ALL_REDUCE, ALL_REDUCE)
+    what = "embeddings" if embedding else "hidden states"
+    size = run.tokens * run.model.hidden_size * (run.embedding_bytes if embedding else run.compute_bytes)
+    return [_tensor(run, kind, way, what, size) for kind, way in ((forward, FORWARD), (backward, BACKWARD))]
 
 
-def pipeline_communication(run: Workload, chunk: int, stage: int) -> list[Communication]:
+def _pipeline(run: Workload, chunk: int, stage: int) -> list[Communication]:
     """What a chunk of a stage sends to its neighbours with one micro-batch: hidden states and gradients."""
-    if run.pp == 1:
-        return []
-    size = run.tokens // run.token_parts * run.hidden_size * run.residual_bytes
-    first = chunk == stage == 0
-    last = chunk == run.chunks - 1 and stage == run.pp - 1
-    sends = ((FORWARD, "hidden states", not last), (BACKWARD, "gradients", not first))
-    return [
-        Communication(SEND, "pipeline", phase, what, 2, run.stage_devices, size)
-        for phase, what, sent in sends
-        if sent
-    ]
+    size = run.tokens // run.token_parts * run.model.hidden_size * run.residual_bytes
+    sends = []
+    if run.pp > 1 and not run.is_last(chunk, stage):
+        sends.append((FORWARD, "hidden states"))
+    if run.pp > 1 and not chunk == stage == 0:
+        sends.append((BACKWARD, "gradients"))
+    return [Communication(SEND, "pipeline", *what, 2, run.stage_devices, size) for what in sends]
 
 
 def micro_batch_communication(run: Workload, chunk: int, stage: int) -> list[Communication]:
     """All that a chunk of a stage communicates with one micro-batch."""
     found: list[Communication] = []
     if chunk == stage == 0:
-        found += embedding_communication(run)
+        found += _vocabulary(run, embedding=True)
     for number in range(run.layers[chunk][stage]):
         recomputed = number < run.recomputed[chunk][stage]
         regathered = not recomputed and number < run.regathered[chunk][stage]
         found += layer_communication(run, recomputed, regathered, chunk == stage == number == 0)
-    if chunk == run.chunks - 1 and stage == run.pp - 1:
-        found += output_communication(run)
-    return merged(found + pipeline_communication(run, chunk, stage))
+    if run.is_last(chunk, stage):
+        found += _vocabulary(run, embedding=False)
+    return merged(found + _pipeline(run, chunk, stage))
 
 
 def optimizer_communication(run: Workload, stage: int) -> list[Communication]:

@@ -71,14 +71,14 @@ def _layer_operations(run: Workload) -> tuple[float, float, float]:
     Those of its matrix products, of attention, and of the products the share of w2. Rows that pad an expert's
     capacity are computed as well.
     """
-    hidden, rows, parts = run.hidden_size, run.tokens, run.mp
+    hidden, rows, parts = run.model.hidden_size, run.tokens, run.mp
     projections = 2 * rows * hidden * (2 * hidden + 2 * run.kv_size) / run.mp
     # Of devices that gather keys, those with a sequence's last tokens have the most to see; others wait.
     square = 1.0 if run.document_masks else 1 - 0.5 / run.gather
-    attention = 4 * run.tokens * run.seq_length * hidden * square / run.mp
-    if run.moe:
+    attention = 4 * run.tokens * run.model.seq_length * hidden * square / run.mp
+    if run.model.moe:
         rows, parts = run.received_rows, run.width_parts
-    product = 2 * rows * hidden * run.intermediate_size / parts
+    product = 2 * rows * hidden * run.model.intermediate_size / parts
     return projections + 3 * product, attention, product
 
 
@@ -92,14 +92,14 @@ def _pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
     else:  # FlashAttentionScoreGrad computes the scores again: five products against two
         flops = layers * (2 * products + 2.5 * attention)
         again = products + attention
-        if not (run.moe and run.recomputes_outputs):  # what a layer returns is not needed again
+        if not (run.model.moe and run.recomputes_outputs):  # what a layer returns is not needed again
             again -= last_product
         flops += recomputed * again
         moved = (2 * layers + recomputed) * _layer_bytes(run)
-    if chunk == run.chunks - 1 and stage == run.pp - 1:
+    if run.is_last(chunk, stage):
         parts = run.vocab_parts if run.vocab_parts > 1 else run.token_parts
-        logits = run.tokens * run.vocab_size / parts
-        flops += (2 if forward else 4) * logits * run.hidden_size
+        logits = run.tokens * run.model.vocab_size / parts
+        flops += (2 if forward else 4) * logits * run.model.hidden_size
         # Forward: to float32, maxima, softmax, its logarithm; backward: the gradient and its cast.
         moved += logits * (run.compute_bytes + 5 * 4 if forward else run.compute_bytes + 3 * 4)
     links = sum(
@@ -117,23 +117,23 @@ def _layer_bytes(run: Workload) -> float:
     operands and writes its result once. The backward pass is taken for twice that.
     """
     number, stream = run.compute_bytes, run.residual_bytes
-    hidden, parts = run.tokens * run.hidden_size, run.token_parts
+    hidden, parts = run.tokens * run.model.hidden_size, run.token_parts
     total = hidden * 2 * (stream + number) / parts  # norms
     total += hidden * 2 * (number + 2 * stream) / parts  # sums
-    heads = run.tokens * (run.hidden_size + run.kv_size) / run.mp
+    heads = run.tokens * (run.model.hidden_size + run.kv_size) / run.mp
     total += heads * 2 * number * 3  # transposed in and out, rotated
     gate = 7 * number  # stacked: two read and written, two read and one written
-    moe = run.moe
+    moe = run.model.moe
     if moe is None:
-        return total + gate * run.tokens * run.intermediate_size / run.mp
+        return total + gate * run.tokens * run.model.intermediate_size / run.mp
     rows, received = run.expert_rows, run.received_rows
-    total += gate * received * run.intermediate_size / run.width_parts
-    total += received * run.hidden_size * 4 * number  # ordered by expert, and back
-    total += rows * run.hidden_size * 4 * number  # from tokens to the block
+    total += gate * received * run.model.intermediate_size / run.width_parts
+    total += received * run.model.hidden_size * 4 * number  # ordered by expert, and back
+    total += rows * run.model.hidden_size * 4 * number  # from tokens to the block
     tokens = run.tokens / run.token_parts
-    total += tokens * moe.top_k * run.hidden_size * 3 * number  # from the block to tokens
+    total += tokens * moe.top_k * run.model.hidden_size * 3 * number  # from the block to tokens
     pairs = moe.num_experts * (moe.num_experts - 1) / 2
-    return total + tokens * 4 * (2 * run.hidden_size + 4 * pairs + 8 * moe.top_k * moe.num_experts)
+    return total + tokens * 4 * (2 * run.model.hidden_size + 4 * pairs + 8 * moe.top_k * moe.num_experts)
 
 
 def _update_cost(run: Workload, stage: int) -> Cost:

@@ -98,14 +98,14 @@ def model_flops_per_token(run: Workload) -> float:
     Six for each weight of a matrix product, of experts those that the token is sent to, without the router;
     and for causal attention ``6·S·H`` for each layer.
     """
-    top_k = run.moe.top_k if run.moe else 1
+    top_k = run.model.moe.top_k if run.model.moe else 1
     layer = sum(
         prod(run.dims[symbol] for symbol in row.shape) * (top_k if row.stacked else 1)
         for row in run.layer_rows
         if row.split is not None
     )
-    attention = run.seq_length * run.hidden_size
-    return 6 * (run.num_layers * (layer + attention) + run.hidden_size * run.vocab_size)
+    attention = run.model.seq_length * run.model.hidden_size
+    return 6 * (run.model.num_layers * (layer + attention) + run.model.hidden_size * run.model.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Estimate:
 
     def _remedies(self) -> list[str]:
         run, found = self.workload, []
-        if sum(map(sum, run.recomputed)) < run.num_layers:
+        if sum(map(sum, run.recomputed)) < run.model.num_layers:
             found.append("recompute more layers (recompute_config.recompute)")
         if run.devices > 1:
             return [*found, f"look for a plan: --search {self.limit_gb:g}"]

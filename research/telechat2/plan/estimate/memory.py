@@ -78,10 +78,12 @@ def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
         if place.stage == stage:
             recomputed = place.number < run.recomputed[place.chunk][stage]
             found += [_stored(run, row, layer, recomputed) for row in run.layer_rows]
-            if run.moe:
+            if run.model.moe:
                 found.append(_expert_load(run, layer))
     if stage == run.pp - 1:
-        found += [_stored(run, row) for row in (FINAL_NORM, LM_HEAD)[: 1 if run.tie_word_embeddings else 2]]
+        found += [
+            _stored(run, row) for row in (FINAL_NORM, LM_HEAD)[: 1 if run.model.tie_word_embeddings else 2]
+        ]
     return found
 
 
@@ -202,7 +204,7 @@ def chunk_activations(run: Workload, chunk: int, stage: int) -> int:
     for number in range(recomputed, layers):
         selected, regathered = number < run.selected[chunk][stage], number < run.regathered[chunk][stage]
         total += layer_activations(run, selected, regathered)
-    if chunk == run.chunks - 1 and stage == run.pp - 1:
+    if run.is_last(chunk, stage):
         total += _output_activations(run)
     return total
 
@@ -210,7 +212,7 @@ def chunk_activations(run: Workload, chunk: int, stage: int) -> int:
 def layer_input(run: Workload) -> int:
     """Bytes of what a recomputed layer keeps."""
     parts = run.mp if run.sequence_parallel or run.keeps_slices else 1
-    return run.tokens * run.hidden_size * run.residual_bytes // parts
+    return run.tokens * run.model.hidden_size * run.residual_bytes // parts
 
 
 def layer_activations(run: Workload, selected: bool = False, regathered: bool = False) -> int:
@@ -220,14 +222,14 @@ def layer_activations(run: Workload, selected: bool = False, regathered: bool = 
         selected: the product of its feed-forward block is recomputed.
         regathered: the inputs of its projections are gathered again.
     """
-    tokens, hidden, number = run.tokens, run.hidden_size, run.compute_bytes
+    tokens, hidden, number = run.tokens, run.model.hidden_size, run.compute_bytes
     streams = 2 * tokens * hidden * run.residual_bytes // run.token_parts  # into both norms
     inputs = tokens * hidden * number // (run.token_parts if regathered else 1)  # of a block's projections
     # Rotated queries and keys, values, and attention's result, which is the input of wo as well.
     attention = tokens * (2 * hidden + 2 * run.gather * run.kv_size) * number // run.mp
-    attention += tokens * run.num_heads * STATISTICS // run.mp
-    if run.moe:
-        feed_forward = _expert_activations(run, run.moe, selected)
+    attention += tokens * run.model.num_heads * STATISTICS // run.mp
+    if run.model.moe:
+        feed_forward = _expert_activations(run, run.model.moe, selected)
     else:
         feed_forward = inputs + _width(run, tokens, selected)
     return streams + inputs + attention + feed_forward
@@ -235,23 +237,23 @@ def layer_activations(run: Workload, selected: bool = False, regathered: bool = 
 
 def _width(run: Workload, rows: int, selected: bool) -> int:
     """Gate, up and their product, of the rows' part of the width."""
-    return (2 if selected else 3) * rows * run.intermediate_size * run.compute_bytes // run.width_parts
+    return (2 if selected else 3) * rows * run.model.intermediate_size * run.compute_bytes // run.width_parts
 
 
 def _expert_activations(run: Workload, moe: MoESettings, selected: bool) -> int:
     """Router, rows sent and received, products, and the answers before they are weighted."""
     tokens = run.tokens // run.token_parts
-    router = tokens * (run.hidden_size + 3 * moe.num_experts + 2 * moe.top_k) * 4
-    block = run.hidden_size * run.compute_bytes
+    router = tokens * (run.model.hidden_size + 3 * moe.num_experts + 2 * moe.top_k) * 4
+    block = run.model.hidden_size * run.compute_bytes
     rows = run.received_rows + run.expert_rows
     return router + rows * block + _width(run, run.received_rows, selected)
 
 
 def _output_activations(run: Workload) -> int:
     """The last norm's input, and the output projection's."""
-    stream = run.tokens * run.hidden_size * run.residual_bytes // run.token_parts
+    stream = run.tokens * run.model.hidden_size * run.residual_bytes // run.token_parts
     parts = run.token_parts if run.vocab_parts == 1 else 1
-    return stream + run.tokens * run.hidden_size * run.compute_bytes // parts
+    return stream + run.tokens * run.model.hidden_size * run.compute_bytes // parts
 
 
 def _working(run: Workload, stage: int) -> int:
@@ -263,4 +265,4 @@ def _working(run: Workload, stage: int) -> int:
     if stage < run.pp - 1:
         return layer
     parts = run.vocab_parts if run.vocab_parts > 1 else run.token_parts
-    return max(layer, run.tokens * run.vocab_size * (run.compute_bytes + 3 * SCORES) // parts)
+    return max(layer, run.tokens * run.model.vocab_size * (run.compute_bytes + 3 * SCORES) // parts)

@@ -58,7 +58,7 @@ class FoundPlan:
         """This plan as a row of the table."""
         run, speed = self.estimate.workload, self.estimate.throughput
         layers = sum(map(sum, run.recomputed))
-        recomputed = [f"{layers} of {run.num_layers} layers"] if layers else []
+        recomputed = [f"{layers} of {run.model.num_layers} layers"] if layers else []
         recomputed += ["select"] if any(map(any, run.selected)) else []
         split = (run.dp, run.mp, run.pp, run.gather * run.exchange, run.chunks, run.ep, run.micro_batches)
         return [

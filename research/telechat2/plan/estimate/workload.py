@@ -9,7 +9,6 @@ from research.telechat2.checkpoint.table import ATTENTION_ROWS, DENSE_ROWS, MOE_
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.model_settings import ModelSettings
-from research.telechat2.config.moe import MoESettings
 from research.telechat2.config.parallel import copies_of, exchange_of
 from research.telechat2.config.pipeline import partition_of
 from research.telechat2.config.recompute import COMMUNICATION, SELECTED, read_recompute
@@ -23,12 +22,12 @@ Table = list[list[int]]
 class Workload:
     """A model, how it is sharded, and what is kept and what recomputed.
 
-    Sizes have the names of ModelSettings. Tables are ``[chunk][stage]``, numbers of layers.
+    Tables are ``[chunk][stage]``, numbers of layers.
 
     Attributes:
+        model: its sizes and experts.
         parameter_bytes, embedding_bytes, norm_bytes, compute_bytes, residual_bytes: of one number.
         document_masks: attention computes its whole square, since documents have masks of their own.
-        moe: None in a dense model.
         dp, mp, pp, ep: data, tensor, pipeline and expert parallel.
         gather, exchange: factors of context parallel: devices that gather the keys and values of a sequence,
             and devices that exchange heads for tokens.
@@ -46,21 +45,13 @@ class Workload:
         keeps_slices: they keep their input sharded over the tensor-parallel ranks.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    n_kv_heads: int
-    intermediate_size: int
-    vocab_size: int
-    seq_length: int
-    tie_word_embeddings: bool
+    model: ModelSettings
     parameter_bytes: int
     embedding_bytes: int
     norm_bytes: int
     compute_bytes: int
     residual_bytes: int
     document_masks: bool
-    moe: MoESettings | None
     dp: int
     mp: int
     pp: int
@@ -88,18 +79,18 @@ class Workload:
     def dims(self) -> dict[str, int]:
         """The symbols in which the table of weights writes shapes."""
         return TelechatSizes(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
+            num_layers=self.model.num_layers,
+            hidden_size=self.model.hidden_size,
+            intermediate_size=self.model.intermediate_size,
+            vocab_size=self.model.vocab_size,
             kv_size=self.kv_size,
-            num_experts=self.moe.num_experts if self.moe else 0,
+            num_experts=self.model.moe.num_experts if self.model.moe else 0,
         ).dims()
 
     @property
     def layer_rows(self) -> tuple[Row, ...]:
         """Rows of the table of weights that each layer has."""
-        return ATTENTION_ROWS + (MOE_ROWS if self.moe else DENSE_ROWS)
+        return ATTENTION_ROWS + (MOE_ROWS if self.model.moe else DENSE_ROWS)
 
     @property
     def stage_devices(self) -> int:
@@ -111,15 +102,19 @@ class Workload:
         """NPUs of the cluster."""
         return self.stage_devices * self.pp
 
+    def is_last(self, chunk: int, stage: int) -> bool:
+        """Whether a chunk of a stage has the output projection and the loss."""
+        return chunk == self.chunks - 1 and stage == self.pp - 1
+
     @property
     def kv_size(self) -> int:
         """Width of all keys of a token."""
-        return self.hidden_size // self.num_heads * self.n_kv_heads
+        return self.model.head_dim * self.model.n_kv_heads
 
     @property
     def tokens(self) -> int:
         """Tokens that the devices of a tensor-parallel group compute at once."""
-        return self.micro_batch_size * self.seq_length // (self.gather * self.exchange)
+        return self.micro_batch_size * self.model.seq_length // (self.gather * self.exchange)
 
     @property
     def token_parts(self) -> int:
@@ -129,12 +124,12 @@ class Workload:
     @property
     def step_tokens(self) -> int:
         """Tokens of one step of the optimizer, on all devices."""
-        return self.micro_batch_size * self.seq_length * self.dp * self.micro_batches
+        return self.micro_batch_size * self.model.seq_length * self.dp * self.micro_batches
 
     @property
     def experts_over_tp(self) -> bool:
         """Whether tensor-parallel ranks have whole experts of their own."""
-        return self.moe is not None and self.moe.ep_extend_tp and self.sequence_parallel
+        return self.model.moe is not None and self.model.moe.ep_extend_tp and self.sequence_parallel
 
     @property
     def expert_ranks(self) -> int:
@@ -160,12 +155,12 @@ class Workload:
 
         Without a capacity, those of all choices of its tokens. 0 in a dense model.
         """
-        if self.moe is None:
+        if self.model.moe is None:
             return 0
         tokens = self.tokens // self.token_parts
-        if not self.moe.capacity_factor:
-            return tokens * self.moe.top_k
-        return self.moe.num_experts * self.moe.capacity(tokens)
+        if not self.model.moe.capacity_factor:
+            return tokens * self.model.moe.top_k
+        return self.model.moe.num_experts * self.model.moe.capacity(tokens)
 
     @property
     def received_rows(self) -> int:
@@ -194,21 +189,13 @@ def workload_of(model: ModelSettings, settings: Settings) -> Workload:
     accumulation = with_defaults(settings, "runner_config")["gradient_accumulation_steps"] or 1
     options = _optimizer_options(settings)
     return Workload(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        n_kv_heads=model.n_kv_heads,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        seq_length=model.seq_length,
-        tie_word_embeddings=model.tie_word_embeddings,
+        model=model,
         parameter_bytes=WIDTH[model.param_init_type],
         embedding_bytes=WIDTH[model.embedding_init_type],
         norm_bytes=WIDTH[model.layernorm_compute_type],
         compute_bytes=WIDTH[model.compute_dtype],
         residual_bytes=WIDTH[model.res_dtype],
         document_masks=bool(model.document_start_ids) and plan.context_parallel > 1,
-        moe=model.moe,
         dp=plan.data_parallel,
         mp=mp,
         pp=plan.pipeline_stage,
