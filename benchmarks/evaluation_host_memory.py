@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_host_memory.py --seq_length 8192 --vocab_size 16384
 
-On a CPU the device's memory is the host's, so the two are told apart in three ways. The step is run twice:
+On a CPU the device's memory is the host's, so the two are separated in three ways. The step is run twice:
 MindSpore keeps the device memory of the first, so that what the second adds to the resident memory is the
 host's. Python's and NumPy's allocations are traced. The bytes that tensors hand over to NumPy are counted.
 """

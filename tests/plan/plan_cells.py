@@ -37,7 +37,7 @@ class Block(nn.Cell):
 
 
 class Blocks(nn.Cell):
-    """As many blocks as asked, shared out to the pipeline's stages, and the sum of all that they return."""
+    """As many blocks as asked, placed on the pipeline's stages, and the sum of all that they return."""
 
     def __init__(self, num_blocks, dp, mp, stages):
         super().__init__()
@@ -84,7 +84,7 @@ def build_nothing(message):
 
 
 def build_crash():
-    """A process that ends without a word."""
+    """A process that ends without a result."""
     import os
 
     os._exit(7)

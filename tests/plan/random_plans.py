@@ -65,7 +65,7 @@ def _sound(draw: random.Random) -> dict:
 
 
 def _experts(draw: random.Random, dp: int, mp: int) -> dict:
-    """A mixture whose experts can be shared out."""
+    """A mixture whose experts can be placed on the ranks."""
     ep = draw.choice([n for n in (1, 2, 3, 4) if dp % n == 0])
     extend = draw.random() < 0.5
     changes = {

@@ -24,9 +24,9 @@ CLUSTER = [path.name for path in PLANS if read_config(path).get("use_parallel")]
 DELIBERATE = {
     "gradients would be divided twice": "gradients_mean is True",
     "one chunk cannot be interleaved": "pp_interleave_num is 1, but parallel.pipeline_config",
-    "gradients of copies would be added up": "micro_batch_interleave_num is 2",
+    "gradients of copies would be summed": "micro_batch_interleave_num is 2",
     "sequences have no pipeline": "pipeline_scheduler is seq",
-    "experts that are not there would not be shared out": "but the model has no experts; set it to 1",
+    "a model without experts has none to place": "but the model has no experts; set it to 1",
     "chunks without a pipeline would be one": "virtual chunks need a pipeline",
     "experts without capacity would compute with a part of their width": "experts without capacity lie whole",
 }

@@ -120,7 +120,7 @@ def test_split_sequences_send_heads_and_keys(published):
     assert (run.devices, run.tokens, run.step_tokens) == (8, 2048, 2 * 8192 * run.micro_batches)
 
 
-def test_gradients_and_weights_travel_once_a_step(published):
+def test_gradients_and_weights_are_communicated_once_a_step(published):
     run = published["7b"]
     vectors = 4096 * (30 * 4 + 1)
     matrices = 7_617_351_680 - vectors

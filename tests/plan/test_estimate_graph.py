@@ -120,7 +120,7 @@ def _compare_communication(run, stage: int, report):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_pipeline_that_computes_again_is_estimated_as_compiled(stage):
+def test_a_pipeline_with_recomputation_is_estimated_as_compiled(stage):
     compare(settings_of(PIPELINE), stage)
 
 

@@ -86,7 +86,7 @@ def test_an_optimizer_shard_is_gathered_once_and_its_gradient_scattered_once():
 
 
 def test_a_strategy_that_does_not_fit_its_neighbours_shows_as_redistribution():
-    # Split by tokens, the activation wants all columns of its tokens: an exchange on either side of it, of
+    # Split by tokens, the activation needs all columns of its tokens: an exchange on either side of it, of
     # which none is there where it is split by columns (the first test).
     report = run(dp=2, mp=4, relu=(8, 1))
     found = [c for c in report.collectives if c.role == "redistribution"]
@@ -102,7 +102,7 @@ def test_recomputed_operators_are_told_from_their_first_run(reused):
     for operator in report.operators:
         if operator.kind == "MatMul":
             products[operator.phase, operator.scope.rpartition(".")[2]] += operator.count
-    # ``up`` is computed again for the gradients of ReLU and of ``down``; ``down``'s own result is not needed.
+    # ``up`` is recomputed for the gradients of ReLU and of ``down``; ``down``'s own result is not needed.
     # The block's input is the data, so ``up`` has the gradient of its weight alone.
     assert products == {
         ("forward", "up"): 3, ("forward", "down"): 3, ("recompute", "up"): 3,

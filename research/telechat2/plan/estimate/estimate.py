@@ -110,7 +110,7 @@ def model_flops_per_token(run: Workload) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run comes to.
+    """Memory, communication and speed of a run.
 
     Attributes:
         workload: what was estimated.

@@ -26,11 +26,11 @@ class StoredParameter:
         name: as in the checkpoint.
         shape: of the whole.
         slice_shape: what the device computes with.
-        local_shape: what it stores, less than that where the optimizer's work is shared out.
+        local_shape: what it stores, less than that where the optimizer is sharded.
         number_bytes: of one number.
         compute_bytes: of one number as the device computes with it.
         gather_bytes: of one number when the shards are gathered.
-        replicas: devices with the same slice. shards: how many of them share it out.
+        replicas: devices with the same slice. shards: how many of them shard it.
         trained: has a gradient and an optimizer's state.
     """
 
@@ -52,7 +52,7 @@ class StoredParameter:
 
     @property
     def slice_bytes(self) -> int:
-        """Bytes of the slice, in the parameter's own dtype: those of its gradient before it is shared out."""
+        """Bytes of the slice, in the parameter's own dtype: those of its gradient before it is reduced and scattered."""
         return prod(self.slice_shape) * self.number_bytes
 
     @property
@@ -99,7 +99,7 @@ def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool 
 
     The plan splits a parameter into slices. MindSpore shards a slice further by its first axis, for the
     optimizer. It leaves it whole where that does not divide, where the parameter has fewer bytes than the
-    threshold, and where it is told to, as for all of one axis.
+    threshold, and where the model says so, as for all of one axis.
     """
     shape = tuple(run.dims[symbol] for symbol in row.shape_on("mindspore"))
     number_bytes = _number_bytes(run, row)

@@ -23,7 +23,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All passes of a step in the order of their ends, and what they come to.
+    """All passes of a step in the order of their ends, their time and their memory.
 
     Attributes:
         passes: see Pass.
