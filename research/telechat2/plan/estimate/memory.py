@@ -52,7 +52,7 @@ class StoredParameter:
 
     @property
     def slice_bytes(self) -> int:
-        """Bytes of the slice, in the parameter's own dtype: those of its gradient before it is reduced and scattered."""
+        """Bytes of the slice, in the parameter's own dtype: those of its whole gradient."""
         return prod(self.slice_shape) * self.number_bytes
 
     @property
