@@ -1,21 +1,3 @@
 """What YAMLs name in ``auto_register``: MindFormers runs a copy of this file, so it only re-exports."""
 
-from research.telechat2.run.registered import (
-    MFTrainOneStepCell,
-    ParallelTelechatForCausalLM,
-    TelechatConfig,
-    TelechatForCausalLM,
-    TelechatMonitor,
-    TelechatPerplexity,
-    TelechatTokenizer,
-)
-
-__all__ = [
-    "MFTrainOneStepCell",
-    "ParallelTelechatForCausalLM",
-    "TelechatConfig",
-    "TelechatForCausalLM",
-    "TelechatMonitor",
-    "TelechatPerplexity",
-    "TelechatTokenizer",
-]
+from research.telechat2.run.registered import *

@@ -114,8 +114,28 @@ def test_what_may_be_stopped_goes_on(tmp_path):
     assert (job.returncode, out, told) == (0, "on\n", "")
 
 
-def test_the_second_ends_what_tolerates_one(tmp_path):
-    body = "with tolerating(1):\n        hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_second_ends_what_tolerates_one(tmp_path, second):
+    """The first is answered at once, though no handler is called."""
+    body = "with tolerating(1, 'once more'):\n        hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
+    job = start(body, tmp_path)
+    job.send_signal(signal.SIGINT)
+    assert job.stderr.readline() == "once more\n"
+    job.send_signal(second)
+    _, told = job.communicate(timeout=20)
+    assert (job.returncode, told, os.listdir(tmp_path)) == (130, "interrupted\n", [])
+
+
+def test_the_second_ends_what_swallows_it(tmp_path):
+    """C++ that calls Python, as a compiler of graphs, loses the exception."""
+    body = """
+    with tolerating(1):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            try:
+                time.sleep(1)
+            except KeyboardInterrupt:
+                pass"""
     job = start(body, tmp_path)
     for _ in range(2):
         job.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ from mindformers.modules.transformer import moe as mindformers_moe
 from mindspore.nn.utils import no_init_parameters
 from refusal import refused
 
+from research.telechat2.compat.library import moe_config_from
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.moe import ExpertSection, MoESettings
 from research.telechat2.telechat import TelechatForCausalLM
@@ -58,8 +59,10 @@ def settings_of(section) -> MoESettings | None:
 
 
 def from_trainer(section: dict):
-    """What MindFormers' Trainer makes of a YAML's section and gives to the model's config."""
-    config = MindFormerConfig(moe_config=section, use_legacy=True, parallel_config={}, recompute_config={})
+    """What a run, and MindFormers' Trainer after it, makes of a YAML's section."""
+    config = MindFormerConfig(
+        moe_config=moe_config_from(section), use_legacy=True, parallel_config={}, recompute_config={}
+    )
     build_parallel_config(config)
     return config.moe_config
 
@@ -96,7 +99,7 @@ def test_every_setting_can_be_another(form):
 
 
 def test_mindformers_own_object_forgets_ep_extend_tp():
-    """It is made where nothing of the plugin was imported before; then its default holds."""
+    """It is made where no command of the plugin runs; then its default holds."""
     own = mindformers_moe.MoEConfig(**RELEASED)
     assert not hasattr(own, "ep_extend_tp")
     assert settings_of(own) == settings_of(RELEASED)

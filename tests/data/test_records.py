@@ -5,7 +5,8 @@ import pytest
 from refusal import refused
 
 from research.telechat2.data.records import Row, Rules, check_records
-from research.telechat2.run.records import MAX_FILES, MAX_IDS, MAX_RECORDS, check_steps, sample
+from research.telechat2.run.records import MAX_FILES, MAX_IDS, MAX_RECORDS, sample
+from research.telechat2.run.steps import check_steps
 
 LENGTH, VOCABULARY, IGNORED = 16, 100, -100
 RULES = Rules(LENGTH, VOCABULARY)

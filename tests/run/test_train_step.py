@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from mindformers.core.optim import AdamW
-from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from model_fixtures import RandomModel, int32
 
@@ -43,12 +42,6 @@ def take(step, gradients) -> tuple[bool, list[np.ndarray]]:
 
 def ordinary() -> list[np.ndarray]:
     return [np.full(shape, value, np.float32) for shape, value in (((2, 3), 0.25), (4, -0.5), (1, 0.125))]
-
-
-def test_the_step_is_the_one_that_yamls_name():
-    assert (
-        MindFormerRegister.get_cls(MindFormerModuleType.WRAPPER, "MFTrainOneStepCell") is MFTrainOneStepCell
-    )
 
 
 def test_finite_gradients_are_applied(step):

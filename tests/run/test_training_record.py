@@ -6,14 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.telechat2.run import training_record
-from research.telechat2.run.training_record import (
-    count_records,
-    describe_training,
-    fingerprint,
-    global_batch_size,
-    steps_per_epoch,
-)
+from research.telechat2.run import records
+from research.telechat2.run.records import count_records, fingerprint
+from research.telechat2.run.steps import global_batch_size, steps_per_epoch
+from research.telechat2.run.training_record import describe_training
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +29,7 @@ def dataset(tmp_path_factory) -> list[Path]:
 
 
 def test_records_are_counted_and_contents_compared(dataset, tmp_path):
-    assert count_records(dataset) == 7 and count_records(dataset[1:]) == 2
+    assert [count_records(file) for file in dataset] == [5, 2]
     for file in dataset[:1]:
         for suffix in ("", ".db"):
             shutil.copy(f"{file}{suffix}", f"{tmp_path / 'renamed.mindrecord'}{suffix}")
@@ -47,12 +43,12 @@ def test_records_are_counted_and_contents_compared(dataset, tmp_path):
         stream.write(bytes([last ^ 1]))
     assert fingerprint([renamed]) != fingerprint(dataset[:1])
     (tmp_path / "renamed.mindrecord.db").write_bytes(b"no index")
-    assert count_records([renamed]) is None
+    assert count_records(renamed) is None
 
 
 def test_large_files_are_compared_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_record, "_WHOLE_BYTES", 64)
-    monkeypatch.setattr(training_record, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(records, "_WHOLE_BYTES", 64)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 16)
     file = tmp_path / "large"
     file.write_bytes(bytes(range(200)))
     before = fingerprint([file])
@@ -95,14 +91,15 @@ def test_the_batch_and_the_steps_of_an_epoch_are_mindformers(changes, devices, b
 
 
 def test_a_run_is_described_from_its_settings_and_data(dataset):
-    record = describe_training(settings(seed=3, context={"device_target": "CPU"}), dataset)
+    files = {file: count_records(file) for file in dataset}
+    record = describe_training(settings(seed=3, context={"device_target": "CPU"}), files)
     assert (record.records, record.steps_per_epoch, record.epochs, record.total_steps) == (7, 3, 3, 9)
     assert (record.seed, record.sink_size, record.devices) == (3, 0, 1)
     assert record.others["model_config.theta"] == 10000.0  # a default
     changed = settings(
         model={"model_config": {"theta": 2e4, "use_past": True}}, runner_wrapper={"max_grad_norm": 2.0}
     )
-    others = describe_training(changed, []).others
+    others = describe_training(changed, {}).others
     assert {key: value for key, value in others.items() if record.others.get(key) != value} == {
         "model_config.theta": 2e4,
         "runner_wrapper.max_grad_norm": 2.0,
@@ -110,7 +107,7 @@ def test_a_run_is_described_from_its_settings_and_data(dataset):
     sinking = settings(context={"device_target": "Ascend"})
     sinking["runner_config"] |= {"sink_mode": True, "sink_size": 2}
     # 3 epochs of 3 steps are 9; MindFormers trains int(3 / 2 * 3) = 4 sinks of 2
-    assert describe_training(sinking, dataset).total_steps == 8
+    assert describe_training(sinking, files).total_steps == 8
     sinking["runner_config"]["sink_size"] = -1
-    assert describe_training(sinking, dataset).sink_size == 3
-    assert describe_training(settings(), []).total_steps is None
+    assert describe_training(sinking, files).sink_size == 3
+    assert describe_training(settings(), {}).total_steps is None

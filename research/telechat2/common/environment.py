@@ -37,14 +37,8 @@ ANY_VERSION = "TELECHAT_ANY_VERSION"
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
-def check_environment(command):
-    """Check what a command needs.
-
-    Args:
-        command: the name of its file.
-
-    Returns:
-        What is unusual and may work, as sentences.
+def check_environment(command: str) -> "list[str]":
+    """Check what the command in a file of that name needs; returns what is unusual and may work.
 
     Raises:
         ValueError: Python is too old, a package is missing, or another one of its name comes first.
@@ -54,14 +48,20 @@ def check_environment(command):
         raise ValueError(f"this is Python {found} ({sys.executable}), the plugin needs {needed}; {remedy()}.")
     _check_research()
     needed = list(PACKAGES) + ([] if command in WITHOUT else list(VERSIONS))
-    absent = [name for name in needed if not _found(name)]
+    folders = {name: _found(name) for name in needed}
+    absent = [name for name, folder in folders.items() if folder is None]
     if absent:
         names = ", ".join(PACKAGES.get(name, name) for name in absent)
         raise ValueError(f"{names}: not installed in this Python ({sys.executable}); {remedy()}.")
-    return [note for name in VERSIONS if name in needed for note in _notes(name)]
+    return [
+        note
+        for name, folder in folders.items()
+        if name in VERSIONS and folder
+        for note in _notes(name, folder)
+    ]
 
 
-def remedy():
+def remedy() -> str:
     """What to type where packages are missing."""
     ready = CHECKOUT / ".venv" / "bin" / "activate"
     if ready.is_file() and Path(sys.prefix).resolve() != ready.parents[1].resolve():
@@ -73,7 +73,7 @@ def remedy():
     )
 
 
-def _found(name):
+def _found(name: str) -> "Path | None":
     """Where Python would import a package from, as a folder; None: nowhere."""
     try:
         spec = importlib.util.find_spec(name)
@@ -84,7 +84,7 @@ def _found(name):
     return Path(spec.origin).resolve().parent
 
 
-def _check_research():
+def _check_research() -> None:
     """A MindFormers checkout has a package `research`, which would hide ours."""
     spec = importlib.machinery.PathFinder.find_spec("research")
     folder = CHECKOUT / "research"
@@ -97,14 +97,13 @@ def _check_research():
     )
 
 
-def _off_the_path(folder):
+def _off_the_path(folder: Path) -> str:
     if os.environ.get("PYTHONPATH"):
-        value = os.environ["PYTHONPATH"]
-        return f"unset PYTHONPATH (now {value})"
+        return "unset PYTHONPATH (now {})".format(os.environ["PYTHONPATH"])
     return f"run the command from a directory other than {folder}"
 
 
-def _notes(name):
+def _notes(name: str, folder: Path) -> "list[str]":
     """What is unusual of MindSpore or MindFormers.
 
     Raises:
@@ -112,7 +111,7 @@ def _notes(name):
     """
     from importlib import metadata
 
-    folder, expected, installed, version = _found(name), VERSIONS[name], None, None
+    expected, installed, version = VERSIONS[name], None, None
     try:
         distribution = metadata.distribution(name)
         installed = Path(str(distribution.locate_file(name))).resolve()
@@ -139,7 +138,7 @@ def _notes(name):
     return [f"{name} is taken from {folder}"] if hides else []
 
 
-def _version_in(folder):
+def _version_in(folder: Path) -> "str | None":
     """The ``__version__`` that a package's source states."""
     for file in (folder / "version.py", folder / "__init__.py"):
         if file.is_file():
@@ -151,18 +150,14 @@ def _version_in(folder):
     return None
 
 
-def _number(version):
+def _number(version: str) -> "tuple[int, ...]":
     """A version as numbers to compare; without any, it counts as new."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else (9999,)
 
 
-def main(command):
-    """Check, and end the process where a command cannot work; notes go to the standard error.
-
-    Args:
-        command: the name of its file.
-    """
+def main(command: str) -> None:
+    """Check, and end the process where a command cannot work; notes are printed to stderr."""
     _listen()
     try:
         notes = check_environment(command)
@@ -172,19 +167,19 @@ def main(command):
         sys.stderr.write(f"note: {note}\n")
 
 
-def _listen():
+def _listen() -> None:
     """Until the command has its handlers Ctrl-C ends it with status 130, without an import's traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
-def _leave(number, frame):
+def _leave(number: int, frame: object) -> None:
     sys.stderr.write("interrupted\n")
     sys.stderr.flush()
     os._exit(130)
 
 
-def _told(sentence):
+def _told(sentence: str) -> "str | int":
     """What the process ends with; a worker of msrun leaves the sentence for its launcher."""
     folder = os.environ.get("TELECHAT_ERRORS")
     if not folder or os.environ.get("MS_ROLE") != "MS_WORKER":

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 STATUS = 130
 _PATIENCE = 2.0  # seconds after which a Ctrl-C that no handler has heard ends the process
+_UNWIND = 5.0  # seconds in which a Ctrl-C that was heard leaves what tolerated an earlier one
 _SLACK = 1.0  # seconds that the watching thread may be late
 _NUDGE = 0.2  # seconds after which a prompt that has not heard a signal is woken
 _folders: list[str] = []
@@ -36,17 +37,20 @@ class _Interrupts:
         handled: signals that mean Ctrl-C.
         pressed, heard: when Ctrl-C was pressed, and when the handler was called last; seconds.
         at_a_prompt: whether a person types.
+        last_call: held by the thread that ends the process.
     """
 
-    def __init__(self):
-        self.count, self.tolerated, self.leaving, self.answer = 0, 0, False, ""
+    def __init__(self) -> None:
+        self.count, self.leaving, self.answer = 0, False, ""
+        self.tolerated: float = 0
         self.pressed: list[float] = []
         self.handled: list[int] = []
         self.heard = -math.inf
         self.at_a_prompt = False
         self.process = os.getpid()
+        self.last_call = threading.Lock()
 
-    def ask(self, number, frame) -> None:
+    def ask(self, number: int, frame: object) -> None:
         """The handler.
 
         Raises:
@@ -56,11 +60,19 @@ class _Interrupts:
         self.count += 1
         if self.count > self.tolerated:
             self.leaving = True
+            if self.tolerated:
+                self._later(_UNWIND, self._leave_unended)
             raise KeyboardInterrupt
-        if self.count == 1 and self.answer:
-            print(self.answer, file=sys.stderr, flush=True)
+        self._tell()
 
-    def ask_at_a_prompt(self, number, frame) -> None:
+    def _tell(self) -> None:
+        """Print the answer, once: here, or in the thread that hears a signal before the handler is called."""
+        answer, self.answer = self.answer, ""
+        if answer:
+            with suppress(OSError):  # a terminal that is closed
+                print(answer, file=sys.stderr, flush=True)
+
+    def ask_at_a_prompt(self, number: int, frame: object) -> None:
         """The handler while a person types: raises KeyboardInterrupt; SIGINT alone need not be the end."""
         self.heard = time.monotonic()
         self.leaving |= number != signal.SIGINT
@@ -71,11 +83,12 @@ class _Interrupts:
         while data := os.read(received, 16):
             if times := sum(byte in numbers for byte in data):
                 self.pressed += [time.monotonic()] * times
+                self._tell()
                 self._later(_PATIENCE, self._leave_unheard)
                 self._later(_NUDGE, self._nudge)
         os.close(received)
 
-    def _later(self, seconds: float, call: Callable) -> None:
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, call)
         timer.daemon = True
         timer.start()
@@ -86,12 +99,21 @@ class _Interrupts:
         A few times at most: the handler may have been called just before this thread saw the signal.
         """
         if self.at_a_prompt and self.pressed[-1] > self.heard and times:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
             self._later(_NUDGE, lambda: self._nudge(times - 1))
 
     def _leave_unheard(self) -> None:
         unheard = sum(pressed > self.heard + _SLACK for pressed in self.pressed)
         if unheard > max(0, self.tolerated - self.count):
+            self._leave()
+
+    def _leave_unended(self) -> None:
+        """Leave what Ctrl-C was tolerated in: C++ that calls Python may have swallowed the exception."""
+        if self.tolerated:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.last_call.acquire(blocking=False):
             leave()
 
 
@@ -140,7 +162,7 @@ def listening() -> Iterator[None]:
         return
     _command = _Interrupts()
     atexit.register(_skip_the_rest, _command)  # registered first, called last
-    numbers = [signal.SIGINT]
+    numbers: list[int] = [signal.SIGINT]
     if "MS_ROLE" not in os.environ:  # msrun ends its workers by SIGTERM
         numbers += [signal.SIGTERM, signal.SIGHUP]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup, or `&`
@@ -206,15 +228,23 @@ def prompting() -> Iterator[None]:
 
 
 @contextmanager
-def _handling(handler: Callable, numbers: Sequence[int] = (signal.SIGINT,)) -> Iterator[None]:
-    """Handle SIGINT, which MindSpore may have taken, by ``handler``, and others where the command does."""
-    own = (signal.SIGINT, *(_command.handled if _command else ()))
+def _handling(
+    handler: Callable[[int, object], None], numbers: Sequence[int] = (signal.SIGINT,)
+) -> Iterator[None]:
+    """Handle by ``handler`` those of ``numbers`` that are not ignored; MindSpore may have taken SIGINT."""
+    own = _command.handled if _command else [signal.SIGINT]
     before = {number: signal.signal(number, handler) for number in numbers if number in own}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier or signal.default_int_handler)  # None: MindSpore's
+
+
+def listen_again() -> None:
+    """Take SIGINT back from MindSpore's data set, whose handler ends the process."""
+    if _command is not None and signal.SIGINT in _command.handled:
+        signal.signal(signal.SIGINT, _command.ask)
 
 
 def temporary_folder(prefix: str) -> str:

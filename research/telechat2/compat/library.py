@@ -1,7 +1,6 @@
-"""The one file that knows which MindFormers this is, and what its Trainer needs to run on a CPU.
+"""What the code takes from MindFormers, so that a move to another release is a change of one package.
 
-Everything the model takes from MindFormers comes through here, so that a move to another release is a
-change of one file. The workarounds for the CPU target are at the end; they change nothing on Ascend.
+Importing this file changes nothing of MindFormers; ``install`` and ``run_by`` of this package do.
 """
 
 import logging
@@ -9,13 +8,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from pprint import pprint
 
 import mindspore as ms
-from mindformers import MindFormerConfig, Trainer, model_runner
+from mindformers import MindFormerConfig, Trainer
 from mindformers.checkpoint.checkpoint import CommonInfo
-from mindformers.core import parallel_config as _parallel_config
 from mindformers.core.callback import CheckpointMonitor as LibraryCheckpointMonitor
 from mindformers.core.callback import MFLossMonitor
 from mindformers.core.context import build_context
@@ -23,7 +19,6 @@ from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.generation.text_generator import get_valid_length_each_example
 from mindformers.models.configuration_utils import PretrainedConfig
-from mindformers.models.modeling_utils import PreTrainedModel as LibraryPreTrainedModel
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import AddedToken
 from mindformers.modules.transformer.moe import MoEConfig as _MoEConfig
@@ -32,7 +27,6 @@ from mindformers.modules.transformer.transformer import (
     TransformerOpParallelConfig,
     default_transformer_config,
 )
-from mindformers.pipeline.text_generation_pipeline import TextGenerationPipeline
 from mindformers.tools.logger import get_logger
 from mindformers.tools.logger import logger as library_logger
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
@@ -46,60 +40,13 @@ from mindformers.tools.utils import (
     get_real_rank,
     is_main_rank,
 )
-from mindformers.trainer import CausalLanguageModelingTrainer, base_trainer
-from mindformers.trainer.causal_language_modeling import causal_language_modeling
+from mindformers.trainer import CausalLanguageModelingTrainer
 from mindformers.utils.file_utils import set_output_path
 from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers.wrapper.wrapper import MFTrainOneStepCell as LibraryTrainOneStepCell
 from mindspore.train.callback import Callback
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.compat.loading import _load_by_model
-
-__all__ = [
-    "AddedToken",
-    "Callback",
-    "CausalLanguageModelingTrainer",
-    "CommonInfo",
-    "ConfigTemplate",
-    "CrossEntropyLoss",
-    "GenerationConfig",
-    "LibraryCheckpointMonitor",
-    "LibraryPreTrainedModel",
-    "LibraryTrainOneStepCell",
-    "MindFormerConfig",
-    "MindFormerModuleType",
-    "MindFormerRegister",
-    "MoEConfig",
-    "OpParallelConfig",
-    "PreTrainedTokenizer",
-    "PretrainedConfig",
-    "TextGenerationPipeline",
-    "Trainer",
-    "TransformerOpParallelConfig",
-    "base_trainer",
-    "build_context",
-    "check_in_modelarts",
-    "default_transformer_config",
-    "get_logger",
-    "get_output_subpath",
-    "get_real_rank",
-    "get_tensorboard_writer",
-    "get_valid_length_each_example",
-    "is_cpu",
-    "is_main_rank",
-    "is_predict_run",
-    "join_processes",
-    "library_logger",
-    "logger",
-    "moe_config_from",
-    "naming_data",
-    "naming_target",
-    "output_directory",
-    "parallel_config_from",
-    "process_group",
-    "set_output_path",
-]
 
 
 class _ToStandardError(logging.StreamHandler):
@@ -134,6 +81,11 @@ def process_group() -> tuple[int, int, str]:
     return ms.communication.get_group_size(), ms.communication.get_rank(), group.WORLD_COMM_GROUP
 
 
+def place_in_group(group: str) -> tuple[int, int]:
+    """This process's number within a communication group, and the group's size."""
+    return ms.communication.get_rank(group), ms.communication.get_group_size(group)
+
+
 def pipeline_place() -> tuple[int, int]:
     """The stage of this process, and the number of stages."""
     stages = ms.get_auto_parallel_context("pipeline_stages")
@@ -157,12 +109,6 @@ def mean_over_parts(run_params, loss: float) -> float:
     """The loss of a step as MFLossMonitor reports it: micro-batches may arrive as their sum."""
     monitor = loss_monitor(run_params)
     return loss if monitor is None else float(monitor._fix_loss_for_parallel(loss, print_warning=False))
-
-
-def print_configs_to(stream) -> None:
-    """Have MindFormers' Trainer print its whole config there, and not to ``sys.stdout``."""
-    for module in (base_trainer, causal_language_modeling):
-        module.pprint = partial(pprint, stream=stream)
 
 
 def join_processes() -> None:
@@ -256,7 +202,13 @@ class MoEConfig(_MoEConfig):
         self.ep_extend_tp = ep_extend_tp
 
 
-_parallel_config.MoEConfig = MoEConfig  # what the Trainer makes of the section from now on
+def mindformers_config(settings: dict) -> MindFormerConfig:
+    """The config that the Trainer takes: ``settings``, completed in place by MindFormers' defaults."""
+    ConfigTemplate.apply_template(settings)
+    config = MindFormerConfig(**settings)
+    if config.moe_config:
+        config.moe_config = moe_config_from(config.moe_config)  # the Trainer keeps such an object
+    return config
 
 
 def moe_config_from(value) -> _MoEConfig:
@@ -266,6 +218,3 @@ def moe_config_from(value) -> _MoEConfig:
     if value is not None and not isinstance(value, dict):
         raise UsageError(f"moe_config is {value!r}; expected a section of settings.")
     return MoEConfig(**dict(value or {}))
-
-
-model_runner.transform_and_load_checkpoint = _load_by_model

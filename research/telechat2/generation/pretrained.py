@@ -7,12 +7,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from research.telechat2.compat.library import (
-    GenerationConfig,
-    LibraryPreTrainedModel,
-    get_valid_length_each_example,
-)
-from research.telechat2.compat.pipeline import read_as_rows
+from research.telechat2.compat.install import PluginModel
+from research.telechat2.compat.library import GenerationConfig, get_valid_length_each_example
 from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.sampling import check_spelling
@@ -37,8 +33,10 @@ def _ids_of(value) -> set:
     return set(value) if isinstance(value, list | tuple) else {value}
 
 
-class PreTrainedModel(LibraryPreTrainedModel):
+class PreTrainedModel(PluginModel):
     """MindFormers' model, whose next tokens are chosen by rules of our own: see generation/sampling.py."""
+
+    rows = Rows
 
     def generate(self, input_ids, generation_config=None, *args, seed=None, **kwargs):
         """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
@@ -161,6 +159,3 @@ class PreTrainedModel(LibraryPreTrainedModel):
 def _processed(processors, tokens, scores: np.ndarray) -> np.ndarray:
     """Scores ``[V]`` after the processors of a caller."""
     return processors(tokens[None], scores[None].astype(np.float32), [False])[0].astype(np.float64)
-
-
-read_as_rows(PreTrainedModel, Rows)

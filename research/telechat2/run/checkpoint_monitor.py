@@ -1,54 +1,28 @@
 """MindFormers 1.9's CheckpointMonitor, with a record beside each checkpoint, and an end that loses nothing.
 
-Registered under MindFormers' own name, so that every YAML gets it. It adds: ``training.json``; a check of the
-free bytes before anything is written; after a failed save the folder as it was, with its earlier checkpoints
-and a tracker that names the last; and a stop at the end of a step after Ctrl-C.
+In a run it takes the place of MindFormers' class of the same name, so that every YAML gets it. It adds:
+``training.json``; a check of the free bytes before anything is written; after a failed save the folder as it
+was, with its earlier checkpoints and a tracker that names the last; and a stop at the end of a step after
+Ctrl-C.
 """
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 from research.telechat2.checkpoint.storage.folders import TRACKER
 from research.telechat2.common.files import atomic_write
 from research.telechat2.compat.library import (
     CommonInfo,
     LibraryCheckpointMonitor,
-    MindFormerModuleType,
-    MindFormerRegister,
     get_output_subpath,
     get_real_rank,
 )
 from research.telechat2.run.space import free_bytes, gigabytes
-from research.telechat2.run.stopping import STOP
-from research.telechat2.run.training_record import TrainingRecord
-
-
-class _Run:
-    """What the monitor knows of the run that saves; set by ``recording``."""
-
-    record: TrainingRecord | None = None
-
-
-@contextmanager
-def recording(record: TrainingRecord | None) -> Iterator[None]:
-    """Have ``record`` written beside the checkpoints that are saved inside; None: nothing is."""
-    _Run.record = record
-    try:
-        yield
-    finally:
-        _Run.record = None
-
-
-def complete_record(steps_per_epoch: int, global_batch_size: int) -> None:
-    """Add what MindFormers alone knows, once it has opened the data."""
-    if _Run.record is not None:
-        _Run.record = replace(
-            _Run.record, steps_per_epoch=steps_per_epoch, global_batch_size=global_batch_size
-        )
+from research.telechat2.run.training import Training
 
 
 class _CommonInfo(CommonInfo):
@@ -56,14 +30,18 @@ class _CommonInfo(CommonInfo):
 
     def save_common(self, common_filename: str):
         """Write the record, then MindFormers' file."""
-        if _Run.record is not None:
-            _Run.record.at(self.step_num).write(Path(common_filename).parent)
+        CheckpointMonitor.training.record.at(self.step_num).write(Path(common_filename).parent)
         super().save_common(common_filename)
 
 
-@MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class CheckpointMonitor(LibraryCheckpointMonitor):
-    """See the file's docstring; its settings are MindFormers'."""
+    """See the file's docstring; its settings are MindFormers'.
+
+    Attributes:
+        training: the run that saves, of which MindFormers, which builds the callback, knows nothing.
+    """
+
+    training: ClassVar[Training | None] = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -72,18 +50,19 @@ class CheckpointMonitor(LibraryCheckpointMonitor):
     def on_train_begin(self, run_context):
         """From now on Ctrl-C waits for the end of a step."""
         super().on_train_begin(run_context)
-        STOP.begin()
+        self.training.stop.begin()
 
     def on_train_step_begin(self, run_context):
         """Take SIGINT back from MindSpore's data set, whose handler ends the process."""
         super().on_train_step_begin(run_context)
-        STOP.listen()
+        self.training.stop.begin_step()
 
     def on_train_step_end(self, run_context):
         """Save where a checkpoint is due; after Ctrl-C end the run, which saves the last step."""
         super().on_train_step_end(run_context)
-        STOP.steps = run_context.original_args().cur_step_num
-        if STOP.is_due(STOP.steps):
+        stop = self.training.stop
+        stop.steps = run_context.original_args().cur_step_num
+        if stop.is_due(stop.steps):
             run_context.request_stop()
 
     def _save_megatron_ckpt_file_format(self, cb_params):
@@ -94,7 +73,7 @@ class CheckpointMonitor(LibraryCheckpointMonitor):
         cells = [cb_params.network.network] + ([cb_params.network.optimizer] if self.save_optimizer else [])
         with saving(folder, _bytes_of(cells)):
             super()._save_megatron_ckpt_file_format(cb_params)
-        STOP.saved = folder
+        self.training.stop.saved = folder
 
     def save_checkpoint(self, cb_params):
         """Save a file of the older format, named by epoch and step."""
@@ -107,9 +86,8 @@ class CheckpointMonitor(LibraryCheckpointMonitor):
             for path in set(folder.iterdir()) - before:
                 path.unlink(missing_ok=True)
             raise
-        if _Run.record is not None:
-            _Run.record.at(self._append_step_num + cb_params.cur_step_num).write(folder)
-        STOP.saved = folder.parent  # which resuming is given
+        self.training.record.at(self._append_step_num + cb_params.cur_step_num).write(folder)
+        self.training.stop.saved = folder.parent  # which resuming is given
 
 
 @contextmanager

@@ -13,12 +13,14 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
-from research.telechat2.run.records import COLUMNS, check_steps, counted, read_rows
-from research.telechat2.run.training_record import count_records, device_num, is_data_parallel
+from research.telechat2.data.same_vocabulary import check_data_vocabulary
+from research.telechat2.run.processes import device_num, is_data_parallel
+from research.telechat2.run.records import COLUMNS, count_records, read_rows
+from research.telechat2.run.steps import check_steps, counted
 from research.telechat2.text.prompt_format import manifest_path
 
 
-def check_dataset(config: dict, which: str) -> None:
+def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[Path, int | None]:
     """Refuse a data set that is missing, incomplete, or not this model's; print what is checked.
 
     Each MindRecord file is compared by its manifest, which telechat_preprocess.py wrote, and by its records:
@@ -28,6 +30,10 @@ def check_dataset(config: dict, which: str) -> None:
     Args:
         config: the settings.
         which: "train" or "eval".
+        weights: what is loaded, whose vocabulary is compared; None: random weights.
+
+    Returns:
+        Each file and its records, in MindFormers' order; empty for a loader of another type.
 
     Raises:
         UsageError: with the file, what it holds, and what the model takes.
@@ -36,23 +42,22 @@ def check_dataset(config: dict, which: str) -> None:
     loader = section.get("data_loader") or {}
     if loader.get("type", "MindDataset") != "MindDataset":
         print(f"{which} data: not checked, its data_loader is a {loader['type']}", flush=True)
-        return
-    files = files_of_loader(loader, which)
+        return {}
+    files = {file: count_records(file) for file in files_of_loader(loader, which)}
+    first, records = next(iter(files)), sum(count or 0 for count in files.values())
     columns = _input_columns(section, which)
     model = (config.get("model") or {}).get("model_config") or {}
     rules = _rules(model, section)
     unchecked = [key for key in ("seq_length", "vocab_size") if model.get(key) is None]
     if unchecked:
         print(f"{which} data: not compared with the model, whose YAML states no {', '.join(unchecked)}")
-    manifests = {file: _checked_manifest(file, rules) for file in files}
-    rows, records = read_rows(files, columns)
-    seen = check_records(rows, rules)
+    manifests = {file: _checked_manifest(file, count, rules) for file, count in files.items()}
+    seen = check_records(read_rows(files, columns), rules)
     told = max((manifest.get("documents_per_record", 0) for manifest in manifests.values()), default=0)
     if rules.start_ids:
         documents = max(told, seen.documents)
-        _compare_documents(
-            files[0].parent, documents, model.get("max_documents", ModelSettings.max_documents)
-        )
+        limit = model.get("max_documents", ModelSettings.max_documents)
+        _compare_documents(first.parent, documents, limit)
     elif told > 1:
         print(
             f"{which} data: up to {told} conversations of a record see each other, as "
@@ -64,7 +69,7 @@ def check_dataset(config: dict, which: str) -> None:
     how = f", {without} of them without manifest" if without else ""
     read = "all" if seen.records == records else f"{seen.records:,} of them, evenly spaced,"
     print(
-        f"{which} data: {loader.get('dataset_dir') or files[0]} ({len(files)} files{how}), "
+        f"{which} data: {loader.get('dataset_dir') or first} ({len(files)} files{how}), "
         f"{counted(records)} of {seen.length:,} ids, {read} checked",
         flush=True,
     )
@@ -76,6 +81,8 @@ def check_dataset(config: dict, which: str) -> None:
         )
     for note in check_steps(config, records) if which == "train" else []:
         print(f"{which} data: {note}", flush=True)
+    check_data_vocabulary(files, weights)
+    return files
 
 
 def _input_columns(section: dict, which: str) -> tuple[str, ...]:
@@ -110,7 +117,7 @@ def _rules(model: dict, section: dict) -> Rules:
     )
 
 
-def _checked_manifest(file: Path, rules: Rules) -> dict:
+def _checked_manifest(file: Path, found: int | None, rules: Rules) -> dict:
     """A file's manifest, compared with the model and with the index; empty where there is none."""
     if not Path(f"{file}.db").is_file():
         raise UsageError(
@@ -124,17 +131,15 @@ def _checked_manifest(file: Path, rules: Rules) -> dict:
         raise UsageError(
             f"{file} was prepared with documents that begin with the ids {sorted(starts)}, but the model's "
             f"document_start_ids is {list(rules.start_ids)}, by which it would not keep them apart: set "
-            f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may "
-            f"see each "
-            f"other."
+            f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may see "
+            "each other."
         )
     parts = {part.get("name"): part.get("records") for part in manifest.get("files") or []}
-    told, found = parts.get(file.name, manifest.get("records")), count_records([file])
+    told = parts.get(file.name, manifest.get("records"))
     if None not in (told, found) and told != found:
         raise UsageError(
-            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says "
-            f"{told:,}: they "
-            f"are not of one preparation. Copy all files of the data again, or delete the manifest."
+            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says {told:,}: "
+            "they are not of one preparation. Copy all files of the data again, or delete the manifest."
         )
     return manifest
 
@@ -156,16 +161,9 @@ def _check_shorter(config: dict, length: int, which: str) -> None:
         check(config | {"model": model}, device_num() if is_data_parallel(config) else None)
     except UsageError as error:
         raise UsageError(
-            f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this "
-            f"plan cannot "
-            f"split: {error} (Or prepare the data with --max_length {seq_length}.)"
+            f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this plan "
+            f"cannot split: {error} (Or prepare the data with --max_length {seq_length}.)"
         ) from error
-
-
-def record_files(config: dict, which: str) -> list[Path]:
-    """The MindRecord files of the ``train`` or ``eval`` data in MindFormers' order; none of other loaders."""
-    loader = (config.get(f"{which}_dataset") or {}).get("data_loader") or {}
-    return files_of_loader(loader, which) if loader.get("type", "MindDataset") == "MindDataset" else []
 
 
 def files_of_loader(loader: dict, which: str) -> list[Path]:

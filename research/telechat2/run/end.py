@@ -12,8 +12,8 @@ from research.telechat2.checkpoint.storage.folders import latest_iteration
 from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED
 from research.telechat2.run.load_checkpoint import newest_file
 from research.telechat2.run.metrics import NAME, find_metrics
+from research.telechat2.run.processes import is_data_parallel
 from research.telechat2.run.save_checkpoint import checkpoint_folder
-from research.telechat2.run.training_record import is_data_parallel
 from research.telechat2.text.prompt_format import MANIFEST_SUFFIX, manifest_path
 
 MONITOR = "TelechatMonitor"

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.run.training_record import is_data_parallel
 
 LAUNCHER = 'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N'
+_DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
 # What launchers set: msrun, mpirun, a rank table; and a simulation, which needs none.
 LAUNCHED_BY = ("MS_ROLE", "OMPI_COMM_WORLD_SIZE", "RANK_TABLE_FILE", "MS_SIMULATION_LEVEL")
 
@@ -15,6 +15,20 @@ LAUNCHED_BY = ("MS_ROLE", "OMPI_COMM_WORLD_SIZE", "RANK_TABLE_FILE", "MS_SIMULAT
 def is_first_process() -> bool:
     """Whether this process speaks, locks and writes for all: rank 0, or the only one; never the scheduler."""
     return os.environ.get("MS_ROLE") != "MS_SCHED" and os.environ.get("RANK_ID", "0") == "0"
+
+
+def device_num() -> int:
+    """Processes of a parallel run, as msrun and other launchers tell them."""
+    for name in ("MS_WORKER_NUM", "RANK_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1
+
+
+def is_data_parallel(config: dict) -> bool:
+    """Whether ranks are copies of each other: MindSpore's parallel_mode 0."""
+    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
+    return bool(config.get("use_parallel")) and mode in _DATA_PARALLEL
 
 
 def check_cpu_plan(config: dict) -> None:

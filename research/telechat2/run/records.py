@@ -1,25 +1,32 @@
-"""Records before a run: a bounded look at what they hold, and how many of them an epoch trains."""
+"""MindRecord files before a run: how many records they hold, a bounded look at these, and a hash of all."""
 
-from collections.abc import Iterator
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data.records import Row
-from research.telechat2.run.training_record import (
-    count_records,
-    device_num,
-    global_batch_size,
-    is_data_parallel,
-    steps_per_epoch,
-)
 
 # At most so much is read before a run, which takes two seconds or three: evenly spaced records.
 MAX_RECORDS = 10_000
 MAX_IDS = 2**24
 MAX_FILES = 100
 COLUMNS = ("input_ids", "labels")
+_WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks
+_BLOCK_BYTES = 2**20
+
+
+def count_records(file: Path) -> int | None:
+    """Records of a MindRecord file, from its index; None where that cannot be read."""
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}.db?mode=ro", uri=True)) as index:
+            return index.execute("SELECT COUNT(*) FROM INDEXES").fetchone()[0]
+    except sqlite3.Error:
+        return None
 
 
 def sample(counts: list[int], length: int) -> list[list[int]]:
@@ -43,19 +50,22 @@ def sample(counts: list[int], length: int) -> list[list[int]]:
     return [numbers if place in opened else [] for place, numbers in enumerate(found)]
 
 
-def read_rows(files: list[Path], columns: tuple[str, ...]) -> tuple[Iterator[Row], int]:
-    """The records of ``sample``, read as they come, and how many records there are.
+def read_rows(files: Mapping[Path, int | None], columns: tuple[str, ...]) -> Iterator[Row]:
+    """The records of ``sample``, read as they come.
+
+    Args:
+        files: file -> its records, in MindFormers' order; None: not known.
+        columns: to be read.
 
     Raises:
         UsageError: a file is not readable, or lacks a column.
     """
-    counts = [count_records([file]) or 0 for file in files]
-    first = next(_read(files[0], columns, [0]), None)
+    file = next(iter(files))
+    first = next(_read(file, columns, [0]), None)
     if first is None:
-        raise UsageError(_unreadable(files[0]))
-    chosen = sample(counts, len(np.atleast_1d(first.input_ids)))
-    rows = (row for file, numbers in zip(files, chosen, strict=True) for row in _read(file, columns, numbers))
-    return rows, sum(counts)
+        raise UsageError(_unreadable(file))
+    chosen = sample([count or 0 for count in files.values()], len(np.atleast_1d(first.input_ids)))
+    return (row for file, numbers in zip(files, chosen, strict=True) for row in _read(file, columns, numbers))
 
 
 def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[Row]:
@@ -89,67 +99,27 @@ def _without_labels(found: list[str]) -> str:
 
 def _unreadable(file: Path) -> str:
     return (
-        f"{file} is not readable as MindRecord, or empty: damaged, cut short, or something else. Copy "
-        f"it again "
-        f"with its .db, or prepare the data again."
+        f"{file} is not readable as MindRecord, or empty: damaged, cut short, or something else. Copy it "
+        "again with its .db, or prepare the data again."
     )
 
 
-def check_steps(config: dict, records: int) -> list[str]:
-    """Whether the records of ``train_dataset`` fill a step, and what of them an epoch does not train.
+def fingerprint(files: Iterable[Path]) -> str:
+    """A hash of files' sizes and contents in their order, whatever their names and folders.
 
-    Returns:
-        Sentences to print.
-
-    Raises:
-        UsageError: they do not fill a single step, or the last batch could not be split.
+    Of a file above 256 MiB 256 blocks of 1 MiB are read, its first and its last among them.
     """
-    devices = device_num() if config.get("use_parallel") else 1
-    batch = global_batch_size(config, devices)
-    dataset = config.get("train_dataset") or {}
-    loader = dataset.get("data_loader") or {}
-    records = min(records, loader.get("num_samples") or records)
-    steps = steps_per_epoch(config, records, batch, devices)
-    if steps == 0:
-        raise UsageError(
-            f"the data has {counted(records)}, but a step takes {_described(config, batch)}: lower "
-            f"--batch_size{' or the factors of the plan' if config.get('use_parallel') else ''}, or "
-            f"give more "
-            f"data. (drop_remainder is True, so that a step is never smaller.)"
-        )
-    if steps is None:
-        return []
-    shards = devices if is_data_parallel(config) else 1
-    read = -(-records // shards) * shards  # MindSpore repeats records until the processes have equally many
-    rest = read % batch
-    notes = []
-    if read > records:
-        notes.append(
-            f"{counted(read - records)} of {records:,} twice in each epoch, as {shards} processes read "
-            f"equally many"
-        )
-    if rest and dataset.get("drop_remainder", True):
-        which = "always the last ones" if loader.get("shuffle") is False else "others each time, by shuffle"
-        notes.append(
-            f"{counted(rest)} of {read:,} not trained in each epoch ({which}): {read // batch} steps take "
-            f"{_described(config, batch)} each"
-        )
-    elif rest and config.get("use_parallel") and shards == 1:
-        raise UsageError(
-            f"train_dataset.drop_remainder is False, and {counted(records)} in steps of "
-            f"{_described(config, batch)} leave a last one of {rest}, which the plan cannot split: set it to "
-            f"True."
-        )
-    elif rest:
-        notes.append(f"the last step of each epoch takes {counted(rest)}, as drop_remainder is False")
-    return notes
-
-
-def counted(records: int) -> str:
-    """So many records, in words."""
-    return f"{records:,} record{'' if records == 1 else 's'}"
-
-
-def _described(config: dict, batch: int) -> str:
-    each = (config.get("runner_config") or {}).get("batch_size") or 1
-    return f"{batch:,}" if batch == each else f"{batch:,} (batch_size {each} x {batch // each} by the plan)"
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with open(file, "rb") as stream:
+            if size <= _WHOLE_BYTES:
+                while block := stream.read(_BLOCK_BYTES):
+                    digest.update(block)
+                continue
+            count = _WHOLE_BYTES // _BLOCK_BYTES
+            for number in range(count):
+                stream.seek((size - _BLOCK_BYTES) * number // (count - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -13,7 +13,8 @@ from research.telechat2.common.files import write_json
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.settings import model_config, with_defaults
 from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary
-from research.telechat2.run.training_record import is_data_parallel
+from research.telechat2.run.processes import is_data_parallel
+from research.telechat2.text import prompt_format as prompt_formats
 
 # the section `checkpoint:` -> the callback CheckpointMonitor
 MONITOR_KEYS = {
@@ -152,6 +153,23 @@ def record_config(config: dict, weights: str | None, data: Iterable[Path] = ()) 
     folder = checkpoint_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, content)
+
+
+def record_prompt_format(config: dict) -> None:
+    """Carry the format that the data was rendered in over to the checkpoints."""
+    dataset = section_of(config, "train_dataset.data_loader").get("dataset_dir")
+    prompt_format = prompt_formats.of_dataset(dataset) if isinstance(dataset, str) and dataset else None
+    if prompt_format is None:
+        print(
+            "prompt format: not recorded, as the data has no manifest that tells it; name it to "
+            "run_telechat_predict.py with --prompt_format",
+            flush=True,
+        )
+        return
+    folder = checkpoint_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt_formats.write(folder, prompt_format)
+    print(f"prompt format: {prompt_format} (recorded in {folder})", flush=True)
 
 
 def answers_file(config: dict) -> Path:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from research.telechat2.checkpoint.loading import NO_WEIGHTS
 from research.telechat2.common.errors import UsageError
 
 # Warnings of MindFormers and MindSpore about what this plugin chooses or replaces; they stay in the log.
@@ -32,11 +33,10 @@ EXPECTED = re.compile(
     r"|does not have a convert_name method|make sure remove_redundancy is consistent"
     r"|^CPU device is not supported|Distributed job is spawned"
 )
-
-# Loading a resumed run's optimizer warns of all weights; they are in the other file, and have been compared.
-EXPECTED_RESUMING = re.compile(rf"{EXPECTED.pattern}|\] are not loaded\.$")
 LONGEST = 600  # characters of a warning on the screen
-
+_NOT_LOADED = re.compile(
+    r"No source parameters found for dst_param: (.+), skipping|\[(.*)\] are not loaded\."
+)
 
 bars: list = []  # the bar of a training on a terminal (tqdm), which text must not tear
 
@@ -82,17 +82,31 @@ class Both:
         return self.log.fileno()
 
 
+def is_expected(text: str, resuming: bool = False) -> bool:
+    """Whether a warning of the libraries tells nothing that a user could change.
+
+    So do warnings that parameters are not loaded which no checkpoint needs to hold. Loading a resumed run's
+    optimizer warns of all weights: they are in the other file, and have been compared.
+    """
+    if EXPECTED.search(text) or "parameters in the 'net' are not loaded" in text:
+        return True  # of those that are not loaded this is the number: the next message names them
+    if not (found := _NOT_LOADED.fullmatch(text)):
+        return False
+    names = [name.strip(" '") for name in (found[1] or found[2]).split(",")]
+    return (resuming and bool(found[2])) or all(name.endswith(NO_WEIGHTS) for name in names)
+
+
 class _Warnings(logging.Handler):
     """Shows warnings and errors of the libraries on the screen, each text once."""
 
-    def __init__(self, screen, hidden: re.Pattern):
+    def __init__(self, screen, resuming: bool):
         super().__init__(logging.WARNING)
-        self.screen, self.hidden, self.shown = Both(screen, io.StringIO()), hidden, set()
+        self.screen, self.resuming, self.shown = Both(screen, io.StringIO()), resuming, set()
 
     def emit(self, record):
         """Show one record."""
         text = record.getMessage()
-        if text in self.shown or self.hidden.search(text):
+        if text in self.shown or is_expected(text, self.resuming):
             return
         self.shown.add(text)
         more = f"… ({len(text)} characters, all in the log)" if len(text) > LONGEST else ""
@@ -131,17 +145,17 @@ def launcher_shows(rank: int) -> bool:
 
 
 @contextmanager
-def own_lines(output_dir: str, verbose: bool, hidden: re.Pattern = EXPECTED) -> Iterator[None]:
+def own_lines(output_dir: str, verbose: bool, resuming: bool = False) -> Iterator[None]:
     """Import MindFormers and carry out a task with only this plugin's lines on the screen.
 
-    Warnings and errors of the libraries are shown as well, but for those that match ``hidden``.
+    Warnings and errors of the libraries are shown as well, but for those that are expected.
 
     Raises:
         OSError: the log cannot be written.
     """
     if verbose or "MS_ROLE" in os.environ:
         screen = sys.stdout.screen if isinstance(sys.stdout, Both) else None
-        with _shown_warnings(screen, hidden) if screen else nullcontext():
+        with _shown_warnings(screen, resuming) if screen else nullcontext():
             yield
         return
     path = Path(output_dir) / "log" / "run.log"
@@ -158,7 +172,7 @@ def own_lines(output_dir: str, verbose: bool, hidden: re.Pattern = EXPECTED) -> 
     os.dup2(log.fileno(), 2)
     try:
         sys.stdout, sys.stderr = (Both(screen, log) for screen in screens)
-        with _shown_warnings(screens[1], hidden):
+        with _shown_warnings(screens[1], resuming):
             yield
     except Exception as error:
         if not isinstance(error, (UsageError, OSError)):  # a defect, whose reason the libraries may have told
@@ -185,7 +199,7 @@ def _kept(stream, descriptor: int):
 
 
 @contextmanager
-def _shown_warnings(screen, hidden: re.Pattern) -> Iterator[None]:
+def _shown_warnings(screen, resuming: bool) -> Iterator[None]:
     """Import MindFormers; show of what it and MindSpore's Python code log the warnings on ``screen``."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream.log for stream in streams)  # which the libraries' loggers keep
@@ -194,7 +208,7 @@ def _shown_warnings(screen, hidden: re.Pattern) -> Iterator[None]:
     from research.telechat2.compat.library import get_logger
 
     sys.stdout, sys.stderr = streams
-    handler = _Warnings(screen, hidden)
+    handler = _Warnings(screen, resuming)
     loggers = _get_logger(), get_logger()
     for logger in loggers:
         for other in logger.handlers:

@@ -1,13 +1,8 @@
-"""MindFormers' training step, with an overflow check that exists on a CPU."""
+"""The training step."""
 
 from mindspore import nn, ops
 
-from research.telechat2.compat.library import (
-    LibraryTrainOneStepCell,
-    MindFormerModuleType,
-    MindFormerRegister,
-    is_cpu,
-)
+from research.telechat2.compat.library import LibraryTrainOneStepCell, is_cpu
 
 
 class _AnyNotFinite(nn.Cell):
@@ -27,13 +22,12 @@ class _AnyNotFinite(nn.Cell):
         return self.logical_not(finite)
 
 
-@MindFormerRegister.register(MindFormerModuleType.WRAPPER)
 class MFTrainOneStepCell(LibraryTrainOneStepCell):
-    """MindFormers' training step, under its own name, with an overflow check that exists on a CPU.
+    """MindFormers' training step with an overflow check that exists on a CPU.
 
-    MindFormers takes every target but GPU and 910B for an NPU and falls through to
-    ``NPUGetFloatStatusV2``, which a CPU does not have. Registered under the same name, so that a YAML
-    written for NPUs trains on a CPU unchanged; on Ascend the inherited check runs.
+    On Ascend the inherited check runs. MindFormers takes every target but GPU and 910B for an NPU and falls
+    through to ``NPUGetFloatStatusV2``, which a CPU does not have. In a run this class takes the place of
+    MindFormers' class of the same name, so that a YAML written for NPUs trains on a CPU unchanged.
     """
 
     def __init__(self, network, optimizer, **kwargs):

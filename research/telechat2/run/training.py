@@ -4,7 +4,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,14 +12,19 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.table import expand
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.interrupts import interrupted
 from research.telechat2.config.optimization import check_schedule_length
-from research.telechat2.run.dataset import record_files
 from research.telechat2.run.end import saved_checkpoint
 from research.telechat2.run.load_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.run.lock import only_training_in
-from research.telechat2.run.processes import is_first_process
+from research.telechat2.run.processes import device_num, is_first_process
 from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
-from research.telechat2.run.save_checkpoint import checkpoint_folder, record_config, refuse_overwriting
+from research.telechat2.run.save_checkpoint import (
+    checkpoint_folder,
+    record_config,
+    record_prompt_format,
+    refuse_overwriting,
+)
 from research.telechat2.run.space import (
     check_space,
     checkpoint_bytes,
@@ -27,54 +32,74 @@ from research.telechat2.run.space import (
     gigabytes,
     kept_checkpoints,
 )
-from research.telechat2.run.stopping import Interrupted, StopRequest, resuming_command, stopping
-from research.telechat2.run.training_record import (
-    TrainingRecord,
-    describe_training,
-    device_num,
-    read_record,
-)
+from research.telechat2.run.stopping import StopRequest, resuming_command, stopping
+from research.telechat2.run.training_record import TrainingRecord, describe_training, read_record
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """What is known of a training before MindSpore is imported.
+    """A training that is under way.
 
     Attributes:
         record: to be saved beside its checkpoints.
-        check: for a run that resumes, called once the data is open, with the steps done, those of an epoch,
-            the records of a step and MindFormers' factor of the steps; raises UsageError.
+        stop: whether it was asked to stop.
+        check: of a run that resumes: raises UsageError unless ``record``, complete, goes on where the
+            checkpoint stopped, which MindFormers takes for ``step`` and ``batch`` records of a step.
     """
 
     record: TrainingRecord
-    check: Callable[[int, int, int, float], None] | None
+    stop: StopRequest
+    check: Callable[[TrainingRecord, int, int], None] | None = None
+
+    def open(self, steps_per_epoch: int, batch: int, step: int, factor: float | None) -> None:
+        """Complete the record by what MindFormers knows once it has opened the data.
+
+        Args:
+            steps_per_epoch: of the data.
+            batch: records of a step.
+            step: after which MindFormers goes on.
+            factor: by which it has multiplied the steps done, for another batch.
+
+        Raises:
+            UsageError: the run would not go on where it stopped.
+        """
+        self.record = replace(self.record, steps_per_epoch=steps_per_epoch, global_batch_size=batch)
+        if self.check:
+            self.check(self.record, step, round(batch * (factor or 1.0)))
 
 
 def train(
-    config: dict, carry_out: Callable[[dict, Path | None, Training], None], weights: str | None = None
+    config: dict,
+    files: Mapping[Path, int | None],
+    carry_out: Callable[[Path | None, Training], object],
+    weights: str | None = None,
 ) -> None:
     """Train, alone in the output folder; Ctrl-C ends it with a checkpoint.
 
     Args:
         config: the checked settings.
-        carry_out: runs the Trainer.
+        files: the data, see ``check_dataset``.
+        carry_out: runs the Trainer, with what our own reader loads.
         weights: what the user gave to begin with; None: random weights.
 
     Raises:
         UsageError: another training writes there; what cannot be resumed; no room for a checkpoint.
-        Interrupted: after Ctrl-C, with what is saved and the command that resumes.
+        KeyboardInterrupt: after Ctrl-C, with what is saved and the command that resumes.
     """
     first = is_first_process()
     with _locked(config) if first else nullcontext(), stopping(_is_alone(config)) as stop:
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
-            record_config(config, weights, record_files(config, "train"))
-            training = _prepare(config) if first else Training(describe_training(config, []), None)
-            carry_out(config, source, training)
+            record_config(config, weights, files)
+            record_prompt_format(config)
+            training = Training(describe_training(config, files if first else {}), stop)
+            if first:
+                _look_ahead(config, training)
+            carry_out(source, training)
         except BaseException as error:
-            if stop.left or isinstance(error, KeyboardInterrupt):
-                raise Interrupted(farewell(config, stop, sys.argv)) from None
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(farewell(config, stop, sys.argv)) from None
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise _full_disk(Path(config["output_dir"]), error) from error
             raise
@@ -82,7 +107,7 @@ def train(
             print(farewell(config, stop, sys.argv), flush=True)
             sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
-            raise Interrupted(farewell(config, stop, sys.argv))
+            raise KeyboardInterrupt(farewell(config, stop, sys.argv))
 
 
 def _full_disk(folder: Path, error: OSError) -> OSError:
@@ -118,12 +143,12 @@ def leave_sinks_on_cpus(config: dict) -> None:
         config["runner_config"] = runner | {"sink_mode": False}
 
 
-def _prepare(config: dict) -> Training:
-    """Look ahead: the length of the run, where it starts, whether its checkpoints fit."""
-    record = describe_training(config, record_files(config, "train"))
-    check = _check_position(config, record) if config.get("resume_training") else None
-    steps = record.total_steps
-    _check_sinks(record)
+def _look_ahead(config: dict, training: Training) -> None:
+    """Check where the run starts, how long it is, and whether its checkpoints fit on the disk."""
+    if config.get("resume_training"):
+        training.check = _check_position(config, training.record)
+    steps = training.record.total_steps
+    _check_sinks(training.record)
     for note in check_schedule_length(config, steps) if steps else []:
         print(f"note: {note}", flush=True)
     if sizes := known_sizes(config):
@@ -133,7 +158,6 @@ def _prepare(config: dict) -> Training:
         )
         if warning:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return Training(record, check)
 
 
 def _check_sinks(record: TrainingRecord) -> None:
@@ -154,8 +178,8 @@ def _check_sinks(record: TrainingRecord) -> None:
         )
 
 
-def _check_position(config: dict, record: TrainingRecord) -> Callable[[int, int, int, float], None]:
-    """Compare with the run that saved, now as far as that is known, and later, when the data is open."""
+def _check_position(config: dict, record: TrainingRecord) -> Callable[[TrainingRecord, int, int], None]:
+    """Compare with the run that saved, now as far as that is known; returns the check for the open data."""
     for key in ("ignore_data_skip", "data_skip_steps"):
         if config.get(key):
             raise UsageError(
@@ -172,9 +196,8 @@ def _check_position(config: dict, record: TrainingRecord) -> Callable[[int, int,
     for note in check_resumption(saved, common, record):
         print(f"resume_training: {note}", flush=True)
 
-    def check(step: int, steps_per_epoch: int, batch: int, factor: float) -> None:
-        opened = replace(record, steps_per_epoch=steps_per_epoch, global_batch_size=batch)
-        read = {} if section else {"step_num": step, "global_batch_size": round(batch * factor)}
+    def check(opened: TrainingRecord, step: int, batch: int) -> None:
+        read = {} if section else {"step_num": step, "global_batch_size": batch}
         check_resumption(saved, common | read, opened)
 
     return check

@@ -4,11 +4,8 @@ A checkpoint says how many steps were done. Which records those were depends on 
 and the order; without them a resumed run would skip records or repeat them.
 """
 
-import hashlib
 import json
-import os
-import sqlite3
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -16,10 +13,11 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.model_settings import ModelSettings
+from research.telechat2.run.processes import device_num
+from research.telechat2.run.records import fingerprint
+from research.telechat2.run.steps import global_batch_size, steps_per_epoch
 
 NAME = "training.json"
-_WHOLE_BYTES = 256 * 2**20  # files up to this size are hashed whole, of larger ones evenly spaced blocks
-_BLOCK_BYTES = 2**20
 _NAMES = ("type", "auto_register")
 # of model_config: of prediction, of a plan, or told by others and by the weights
 _NOT_TRAINED = (
@@ -29,7 +27,6 @@ _NOT_TRAINED = (
     "calculate_per_token_loss", "bos_token_id", "eos_token_id", "sigma", "mean", "max_position_embedding",
     "base_seqlen", "training_seqlen", "n_kv_heads", "intermediate_size",
 )  # fmt: skip
-_DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
 
 
 @dataclass(frozen=True)
@@ -104,18 +101,19 @@ def read_record(folder: Path) -> TrainingRecord | None:
         ) from error
 
 
-def describe_training(config: dict, files: list[Path]) -> TrainingRecord:
+def describe_training(config: dict, files: Mapping[Path, int | None]) -> TrainingRecord:
     """The record of a run that is about to start, at step 0.
 
     Args:
         config: its settings.
-        files: of ``train_dataset`` in their order; empty: a loader of which nothing is known.
+        files: of ``train_dataset``, see ``check_dataset``; empty: a loader of which nothing is known.
     """
     runner = config.get("runner_config") or {}
     dataset = config.get("train_dataset") or {}
     loader = dataset.get("data_loader") or {}
-    records = count_records(files) if files else None
-    if records is not None:
+    records = None
+    if files and None not in files.values():
+        records = sum(files.values())
         records = min(records, loader.get("num_samples") or records)
     on_cpu = (config.get("context") or {}).get("device_target") == "CPU"
     sinks = runner.get("sink_mode", True) and not on_cpu
@@ -152,83 +150,3 @@ def _others(config: dict) -> dict:
     found |= {f"runner_wrapper.{key}": value for key, value in wrapper.items() if key not in _NAMES}
     found |= {f"moe_config.{key}": value for key, value in moe.items()}
     return found | {"train_dataset.input_columns": dataset.get("input_columns")}
-
-
-def device_num() -> int:
-    """Processes of a parallel run, as msrun and other launchers tell them."""
-    for name in ("MS_WORKER_NUM", "RANK_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
-
-
-def is_data_parallel(config: dict) -> bool:
-    """Whether ranks are copies of each other: MindSpore's parallel_mode 0."""
-    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in _DATA_PARALLEL
-
-
-def global_batch_size(config: dict, devices: int) -> int:
-    """Records of a step, of all devices together, as MindFormers counts them."""
-    runner, plan = (config.get(name) or {} for name in ("runner_config", "parallel_config"))
-    batch = runner.get("batch_size") or 1
-    if not config.get("use_parallel"):
-        return batch
-    if is_data_parallel(config):
-        return batch * devices
-    stages = plan.get("pipeline_stage") or 1
-    times = plan.get("micro_batch_num") if stages > 1 else runner.get("gradient_accumulation_steps")
-    return batch * (plan.get("data_parallel") or 1) * (times or 1)
-
-
-def steps_per_epoch(config: dict, records: int, batch: int, devices: int) -> int | None:
-    """Steps of a pass over the data; None where MindSpore alone knows."""
-    dataset = config.get("train_dataset") or {}
-    parallel = config.get("parallel") or {}
-    shards = 1
-    if config.get("use_parallel"):
-        if is_data_parallel(config):
-            shards = devices
-        elif not parallel.get("full_batch", True):
-            return None
-    if dataset.get("dynamic_batch"):
-        return None
-    loader = dataset.get("data_loader") or {}
-    if (samples := loader.get("num_samples")) is not None:
-        records = min(samples, records)
-    each, rest = -(-records // shards), batch // shards
-    whole = dataset.get("drop_remainder", True)
-    return (each // rest if whole else -(-each // rest)) * (dataset.get("repeat") or 1)
-
-
-def count_records(files: list[Path]) -> int | None:
-    """Records of MindRecord files, from their indexes; None where one cannot be read."""
-    total = 0
-    for file in files:
-        try:
-            with closing(sqlite3.connect(f"{file.resolve().as_uri()}.db?mode=ro", uri=True)) as index:
-                total += index.execute("SELECT COUNT(*) FROM INDEXES").fetchone()[0]
-        except sqlite3.Error:
-            return None
-    return total
-
-
-def fingerprint(files: list[Path]) -> str:
-    """A hash of files' sizes and contents in their order, whatever their names and folders.
-
-    Of a file above 256 MiB 256 blocks of 1 MiB are read, its first and its last among them.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with open(file, "rb") as stream:
-            if size <= _WHOLE_BYTES:
-                while block := stream.read(_BLOCK_BYTES):
-                    digest.update(block)
-                continue
-            count = _WHOLE_BYTES // _BLOCK_BYTES
-            for number in range(count):
-                stream.seek((size - _BLOCK_BYTES) * number // (count - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()

@@ -62,14 +62,12 @@ def _trainer(settings: dict):
     import research.telechat2.run.registered  # noqa: F401 registers the classes that YAMLs name
     from research.telechat2.compat.library import (
         CausalLanguageModelingTrainer,
-        ConfigTemplate,
-        MindFormerConfig,
         build_context,
+        mindformers_config,
         set_output_path,
     )
 
-    ConfigTemplate.apply_template(settings)
-    config = MindFormerConfig(**settings)
+    config = mindformers_config(settings)
     set_output_path(str(here / "output"))
     build_context(config)
     ms.set_auto_parallel_context(strategy_ckpt_save_file=str(here / "strategy.ckpt"))
