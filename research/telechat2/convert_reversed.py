@@ -12,7 +12,6 @@ import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
 from research.telechat2.checkpoint.convert import (  # noqa: E402
-    JOINED_FOR,
     TORCH_FORMATS,  # noqa: E402
     add_options,
     options_of,
@@ -49,7 +48,6 @@ def main() -> None:
         "--vocab_file_path",
         help="with --format llama: the model's tokenizer.model (default: the tokenizer beside its config)",
     )
-    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     add_options(parser)
     args = parser.parse_args()
     assume_joined_for(args.joined_for)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 
 from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
-from research.telechat2.checkpoint.convert import JOINED_FOR, add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.convert import add_options, options_of  # noqa: E402
 from research.telechat2.checkpoint.convert_layout import convert_layout  # noqa: E402
 from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
 from research.telechat2.common.cli import run  # noqa: E402
@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument(
         "--model_name", help="such as telechat_7B: tells the heads of weights without config.json"
     )
-    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     add_options(parser)
     args = parser.parse_args()
     assume_joined_for(args.joined_for)

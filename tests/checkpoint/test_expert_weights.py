@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
 from research.telechat2.checkpoint.storage import tensor as stored
-from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of, cut, join
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage.views import cut, join
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "ffn_hidden_size": 40}
 MANY = MOE | {"num_experts": 11, "n_layer": 3}  # more than ten: experts 10 and 2 sort by number, not by text

@@ -1,48 +1,40 @@
 """The two conversions, torch -> MindSpore and back, and reading a MindSpore checkpoint tensor by tensor."""
 
 import argparse
-import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from research.telechat2.checkpoint.job.job import Job, Options, Written, check_choice
 from research.telechat2.checkpoint.job.output import deal
-from research.telechat2.checkpoint.job.run import Job, Options, Written, run_job
-from research.telechat2.checkpoint.layouts.read import plan_whole
-from research.telechat2.checkpoint.llama.companion_files import GENERATION, telechat_files
-from research.telechat2.checkpoint.llama.config_values import json_bytes, read_json
+from research.telechat2.checkpoint.job.run import run_job
+from research.telechat2.checkpoint.layouts.read import plan_mindspore, plan_torch
+from research.telechat2.checkpoint.llama.companion_files import notes_of, small_files, telechat_files
 from research.telechat2.checkpoint.llama.convert import export_llama, holds_llama, import_llama
-from research.telechat2.checkpoint.llama.description import token_ids
-from research.telechat2.checkpoint.plan import Plan, make_plan
-from research.telechat2.checkpoint.recognised import refuse_mindspore, refuse_torch
-from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside, sizes_beside
-from research.telechat2.checkpoint.storage.dtypes import WIDTH, widen
-from research.telechat2.checkpoint.storage.folders import read_torch_source
-from research.telechat2.checkpoint.table import Side, canonical_name
+from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.sizes import sizes_beside
+from research.telechat2.checkpoint.storage.dtypes import widen
+from research.telechat2.checkpoint.storage.recognise import refuse_mindspore, refuse_torch
+from research.telechat2.checkpoint.table import Side
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text import prompt_format as prompt_formats
 
 CKPT_FORMATS = ("safetensors", "ckpt")
 TORCH_FORMATS = ("telechat", "llama")
-
-
 JOINED_FOR = "ranks that the rows of the weights are joined for, if nothing beside them records it"
-
-
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags whose values are the fields of ``Options``."""
+    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
     parser.add_argument("--dtype", choices=tuple(WIDTH), help="of the new weights (default: as they are)")
     parser.add_argument(
-        "--max_shard_size",
-        type=parse_size,
-        metavar="SIZE",
-        help="of a file in a folder (default: 5GB)",
+        "--max_shard_size", type=parse_size, metavar="SIZE", help="of a file in a folder (default: 5GB)"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print the table of tensors, source and target; write nothing"
@@ -60,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def options_of(args: argparse.Namespace) -> dict:
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of ``Options`` that parsed arguments give."""
     return {key: getattr(args, key) for key in ("dtype", "max_shard_size", "dry_run", "verify", "resume")}
 
@@ -78,17 +70,8 @@ def parse_size(text: str) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Summary(Written):
-    """What a conversion did; ``ignored`` counts, by kind, source tensors that are not weights."""
-
-    sizes: TelechatSizes
-    ignored: dict[str, int]
-    prompt_format: str | None
-
-
 def convert_to_mindspore(
-    torch_path: str | Path, mindspore_path: str | Path, ckpt_format: str | None = None, **options
+    torch_path: str | Path, mindspore_path: str | Path, ckpt_format: str | None = None, **options: Any
 ) -> Written:
     """Convert an HF folder of a TeleChat model, or of a Llama, to a MindSpore checkpoint.
 
@@ -109,8 +92,10 @@ def convert_to_mindspore(
         )
     refuse_mindspore(source)
     if holds_llama(source):
-        return import_llama(source, target, checked_options(options), ckpt_format == "ckpt")
-    return _convert(source, target, "torch", checked_options(options), (".safetensors", ".ckpt"), ckpt_format)
+        return import_llama(source, target, Options(**options), ckpt_format == "ckpt")
+    return _convert(
+        source, target, "torch", Options(**options), (".safetensors", ".ckpt"), ckpt_format == "ckpt"
+    )
 
 
 def convert_to_torch(
@@ -119,7 +104,7 @@ def convert_to_torch(
     torch_format: str | None = None,
     config: str | Path | None = None,
     vocab_file: str | Path | None = None,
-    **options,
+    **options: Any,
 ) -> Written:
     """Convert a MindSpore checkpoint of a TeleChat model to Hugging Face's names.
 
@@ -138,8 +123,10 @@ def convert_to_torch(
     check_choice("format", torch_format, TORCH_FORMATS)
     was_llama = holds_llama(source)
     if torch_format == "llama" or (torch_format is None and was_llama):
-        config, vocab_file = (path and given_path(path, "the path given") for path in (config, vocab_file))
-        return export_llama(source, target, checked_options(options), config, vocab_file)
+        own_config, vocabulary = (
+            path and given_path(path, "the path given") for path in (config, vocab_file)
+        )
+        return export_llama(source, target, Options(**options), own_config or None, vocabulary or None)
     if was_llama:
         raise UsageError(
             f"the config.json of {source} is that of a Llama model, which the torch code of TeleChat does "
@@ -147,10 +134,10 @@ def convert_to_torch(
         )
     if config or vocab_file:
         raise UsageError("a config or a vocabulary is only taken for format llama; drop them, or use it")
-    return _convert(source, target, "mindspore", checked_options(options), (".safetensors", ".bin"))
+    return _convert(source, target, "mindspore", Options(**options), (".safetensors", ".bin"))
 
 
-def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the weights of a MindSpore checkpoint: (name, array), one in memory at a time.
 
     ``path`` as in ``convert_to_torch``. float32 and float16 come as they are, bfloat16 as float32 (exact):
@@ -160,9 +147,8 @@ def read_mindspore_tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]
         UsageError: the checkpoint is broken or incomplete, or not a TeleChat model.
     """
     source = given_path(path, "path")
-    plan = plan_whole(source, sizes_beside(source))
-    for tensor in plan.sources:
-        data = tensor.read(tensor.dtype)
+    for tensor in plan_mindspore(source, sizes_beside(source)).sources:
+        data = tensor.read()
         array = widen(data, "bfloat16") if tensor.dtype == "bfloat16" else np.frombuffer(data, tensor.dtype)
         yield tensor.name, array.reshape(tensor.shape)
 
@@ -172,97 +158,26 @@ def _convert(
     target: Path,
     side: Side,
     options: Options,
-    file_suffixes: tuple[str, ...],
-    ckpt_format: str | None = None,
-) -> Summary:
+    file_suffixes: Sequence[str],
+    as_ckpt: bool = False,
+) -> Written:
     """From the names of ``side`` to those of the other one."""
-    sizes, other = sizes_beside(source), "mindspore" if side == "torch" else "torch"
-    if side == "torch":
-        plan = make_plan(read_torch_source(source), side, sizes, str(source))
-    else:
-        plan = plan_whole(source, sizes)
-    folder, files = deal(target, plan.weights, options, source, file_suffixes, ckpt_format == "ckpt")
-    prompt_format = prompt_formats.find(source)
-    along, along_notes = (
-        telechat_files(_config_file(source), plan.sizes, side) if folder == target else ({}, ())
-    )
+    sizes, from_torch = sizes_beside(source), side == "torch"
+    plan = plan_torch(source, sizes) if from_torch else plan_mindspore(source, sizes)
+    folder, files = deal(target, plan.weights, options, source, file_suffixes, as_ckpt)
+    other: Side = "mindspore" if from_torch else "torch"
+    along, along_notes = telechat_files(source, plan.sizes, side) if folder == target else ({}, ())
     job = Job(
         source=source,
-        sources={canonical_name(tensor.name, side): tensor for tensor in plan.sources},
+        sources=plan.named_sources,
         files=files,
         back=lambda tensors: make_plan(tensors, other, plan.sizes, f"what was written to {folder}").weights,
-        framework="ms" if side == "torch" else "pt",
-        beside=small_files(source, target, folder, prompt_format) | along,
-        notes=(*notes_of(plan, prompt_format, source, config_name(target, folder)), *along_notes),
+        framework="ms" if from_torch else "pt",
+        beside=small_files(source, target, folder) | along,
+        notes=(*notes_of(plan, source, target, folder), *along_notes),
+        ignored=plan.ignored,
     )
-    done = run_job(job, folder, options)
-    return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
-
-
-def small_files(source: Path, target: Path, folder: Path, prompt_format: str | None) -> dict[str, bytes]:
-    """What goes along with the weights: the config, and which prompts they were tuned with.
-
-    A folder gets ``config.json``; a single file a config of its own, named after it, see config_beside.
-    """
-    beside = {}
-    if (config := config_beside(source)) is not None:
-        beside[config_name(target, folder)] = _config_content(config, alone=folder != target)
-    if prompt_format is not None:
-        record = folder / prompt_formats.FILE_NAME
-        content = (json.dumps({"prompt_format": prompt_format}, indent=2) + "\n").encode()
-        if record.exists():
-            prompt_formats.write(folder, prompt_format)  # refuses another
-            content = record.read_bytes()
-        beside[record.name] = content
-    return beside
-
-
-def config_name(target: Path, folder: Path) -> str:
-    """The name of the config of what is written to ``target``, which is ``folder`` or a file in it."""
-    return CONFIG if folder == target else f"{target.name}.{CONFIG}"
-
-
-def _config_content(config: Path, alone: bool) -> bytes:
-    """The bytes of a config.json; ``alone``: with the ids of the generation_config.json that stays behind."""
-    generation = read_json(config.parent / GENERATION) if alone else None
-    if generation is None:
-        return config.read_bytes()
-    content = read_json(config)
-    ids = {key: value for key, value in token_ids(content, generation).items() if value is not None}
-    return config.read_bytes() if ids.items() <= content.items() else json_bytes(content | ids)
-
-
-def notes_of(plan: Plan, prompt_format: str | None, source: Path, config: str) -> tuple[str, ...]:
-    """Lines of a summary: the model, what is left out, and what goes along."""
-    tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
-    lines = [
-        f"model: {plan.sizes.describe()}{tied}",
-        f"left out: {', '.join(f'{count} {kind}' for kind, count in plan.ignored.items()) or 'nothing'}",
-    ]
-    if config_beside(source) is not None:
-        lines.append(f"config.json goes along with the weights{'' if config == CONFIG else f', as {config}'}")
-    if prompt_format:
-        lines.append(f"prompt format recorded with the weights: {prompt_format}")
-    return tuple(lines)
-
-
-def checked_options(given: dict) -> Options:
-    """The options of these fields; UsageError for a value that is none."""
-    options = Options(**given)
-    check_choice("dtype", options.dtype, WIDTH)
-    if options.max_shard_size is not None and options.max_shard_size <= 0:
-        raise UsageError(f"max_shard_size is {options.max_shard_size}; expected a positive number of bytes")
-    return options
-
-
-def _config_file(source: Path) -> Path:
-    return config_beside(source) or (source if source.is_dir() else source.parent) / CONFIG
-
-
-def check_choice(what: str, value: str | None, choices: Iterable[str]) -> None:
-    """UsageError if ``value`` is given, but none of ``choices``."""
-    if value is not None and value not in choices:
-        raise UsageError(f"{what} {value!r} is unknown; expected one of {', '.join(choices)}")
+    return run_job(job, folder, options)
 
 
 def given_path(path: str | Path, what: str) -> Path:

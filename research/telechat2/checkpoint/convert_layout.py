@@ -1,28 +1,17 @@
-"""A checkpoint in another layout for inference: rows joined, or cut for tensor-parallel ranks, or both."""
+"""A checkpoint in another layout for inference: rows joined, or sharded for tensor parallelism, or both."""
 
 from collections import defaultdict
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from research.telechat2.checkpoint.convert import (
-    Summary,
-    checked_options,
-    config_name,
-    given_path,
-    notes_of,
-    small_files,
-)
+from research.telechat2.checkpoint.convert import given_path
+from research.telechat2.checkpoint.job.job import Job, Options, Written
 from research.telechat2.checkpoint.job.journal import part_folder
-from research.telechat2.checkpoint.job.output import Weights, deal, refuse_own_folder
-from research.telechat2.checkpoint.job.run import Job, Options, run_job
-from research.telechat2.checkpoint.layouts.read import (
-    QKV_CONCAT,
-    TENSOR_PARALLEL,
-    is_torch_source,
-    rank_folders,
-    read_whole,
-)
+from research.telechat2.checkpoint.job.output import deal, require_folder
+from research.telechat2.checkpoint.job.run import run_job
+from research.telechat2.checkpoint.layouts.read import QKV_CONCAT, TENSOR_PARALLEL, plan_checkpoint
 from research.telechat2.checkpoint.layouts.tensor_parallel import (
     check_divisible,
     glue_ranks,
@@ -30,14 +19,12 @@ from research.telechat2.checkpoint.layouts.tensor_parallel import (
     part_of_rank,
     part_rows,
 )
-from research.telechat2.checkpoint.llama.companion_files import YAMLS, companions
+from research.telechat2.checkpoint.llama.companion_files import YAMLS, companions, notes_of, small_files
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
-from research.telechat2.checkpoint.storage.folders import read_torch_source
-from research.telechat2.checkpoint.storage.tensor import StoredTensor
-from research.telechat2.checkpoint.table import canonical_name
+from research.telechat2.checkpoint.storage.folders import rank_folders
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text import prompt_format as prompt_formats
 
 SUFFIXES = (".safetensors", ".ckpt")
 # Layers, hidden size, feed-forward size, heads, key/value heads and experts of the releases.
@@ -51,6 +38,27 @@ RELEASES = {
 _VOCABULARY = 131072
 
 
+@dataclass(frozen=True)
+class Layout:
+    """``ranks``: tensor-parallel size. ``joined``: with joined rows. ``folders``: a folder for each rank."""
+
+    ranks: int
+    joined: bool
+    folders: bool
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """What headers and manifest say of it."""
+        count = str(self.ranks)
+        joined = {QKV_CONCAT: count} if self.joined else {}
+        return joined | ({TENSOR_PARALLEL: count} if self.folders else {})
+
+    def __str__(self) -> str:
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        rows = f"rows joined for {ranks}" if self.joined else "rows not joined"
+        return f"layout: {rows}, {f'a folder for each of {ranks}' if self.folders else 'whole'}"
+
+
 def convert_layout(
     path: str | Path,
     target: str | Path,
@@ -58,8 +66,8 @@ def convert_layout(
     qkv_concat: bool,
     tensor_parallel: int | None = None,
     model_name: str | None = None,
-    **options,
-) -> Summary:
+    **options: Any,
+) -> Written:
     """Write a checkpoint of any layout, torch or MindSpore, for the parallel inference model.
 
     Args:
@@ -78,54 +86,40 @@ def convert_layout(
             a layout that the target cannot have, a target that exists, or as ``run_job``.
     """
     source, target = given_path(path, "the path of the checkpoint"), given_path(target, "the new path")
-    options = checked_options(options)
-    is_torch = is_torch_source(source)
-    sizes = sizes_beside(source)
-    release = None if model_name is None else sizes_of_release(model_name)
-    if is_torch:
-        plan = make_plan(read_torch_source(source), "torch", sizes, str(source))
-        whole = {name: tensor for tensor, name in plan.weights}
-    else:
-        plan = make_plan(read_whole(source, sizes or release), "mindspore", sizes, str(source))
-        whole = {tensor.name: tensor for tensor in plan.sources}
-    if release is not None:
-        check_model_name(model_name, plan.sizes)
-        heads = {"num_heads": release.num_heads, "n_kv_heads": release.n_kv_heads}
-        plan = plan if sizes else replace(plan, sizes=replace(plan.sizes, **heads))
-    into_ranks = target.suffix not in SUFFIXES
-    if into_ranks and tensor_parallel is None:
+    asked = Options(**options)
+    plan = _plan(source, model_name)
+    if (to_folder := target.suffix not in SUFFIXES) and tensor_parallel is None:
         tensor_parallel = len(rank_folders(source)) or None
-    into_ranks = into_ranks and tensor_parallel is not None
-    _require_sense(target, qkv_concat, tensor_parallel, into_ranks)
-    count = 1 if tensor_parallel is None else tensor_parallel
-    check_divisible(plan.sizes, count)
-    if into_ranks:
-        folder, files = target, _rank_files(whole, plan.sizes, count, qkv_concat)
-        _refuse_ranks(target, options, source)
+    if not to_folder and tensor_parallel is not None:
+        _require_sense(target, qkv_concat, tensor_parallel)
+    ranks = 1 if tensor_parallel is None else tensor_parallel
+    layout = Layout(ranks, qkv_concat, folders=to_folder and tensor_parallel is not None)
+    check_divisible(plan.sizes, layout.ranks)
+    if layout.folders:
+        folder, files = target, _rank_files(plan, layout)
+        _refuse_ranks(target, asked, source)
     else:
-        weights = join_rows(whole, plan.sizes, count) if qkv_concat else whole
-        folder, files = deal(target, _named(weights), options, source, SUFFIXES)
-    prompt_format = prompt_formats.find(source)
-    whole_folder = folder == target
+        weights = join_rows(plan.parameters, plan.sizes, layout.ranks) if qkv_concat else plan.parameters
+        folder, files = deal(target, _named(weights), asked, source, SUFFIXES)
     origin = source if source.is_dir() else source.parent
-    yamls = companions(origin, YAMLS) if whole_folder else {}
-    along = companions(origin) | yamls if whole_folder else {}
+    yamls = companions(origin, YAMLS) if folder == target else {}
+    along = companions(origin) | yamls if folder == target else {}
     job = Job(
         source=source,
-        sources=_sources(plan, whole, is_torch),
+        sources=plan.named_sources,
         files=files,
-        back=partial(_back, plan, is_torch, count),
+        back=lambda tensors: _back(plan, layout, tensors),
         framework="ms",
-        beside=small_files(source, target, folder, prompt_format) | along,
-        layout=_layout(qkv_concat, count, into_ranks),
+        beside=small_files(source, target, folder) | along,
+        layout=layout.recorded,
         notes=(
-            *notes_of(plan, prompt_format, source, config_name(target, folder)),
-            _described(qkv_concat, count, into_ranks),
+            *notes_of(plan, source, target, folder),
+            str(layout),
             *([f"{' and '.join(yamls)} of the input: copied unchanged"] if yamls else []),
         ),
+        ignored=plan.ignored,
     )
-    done = run_job(job, folder, options)
-    return Summary(**vars(done), sizes=plan.sizes, ignored=plan.ignored, prompt_format=prompt_format)
+    return run_job(job, folder, asked)
 
 
 def sizes_of_release(name: str) -> TelechatSizes:
@@ -160,10 +154,22 @@ def check_model_name(name: str, found: TelechatSizes) -> None:
         )
 
 
-def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int | None, into_ranks: bool) -> None:
+def _plan(source: Path, model_name: str | None) -> Plan:
+    """Match ``source`` with the table; the release of ``model_name`` tells the heads without config.json."""
+    sizes = sizes_beside(source)
+    if model_name is None:
+        return plan_checkpoint(source, sizes)
+    release = sizes_of_release(model_name)
+    plan = plan_checkpoint(source, sizes, release)
+    check_model_name(model_name, plan.sizes)
+    if sizes is not None:
+        return plan
+    heads = replace(plan.sizes, num_heads=release.num_heads, n_kv_heads=release.n_kv_heads)
+    return replace(plan, sizes=heads)
+
+
+def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int) -> None:
     """Refuse what a single file cannot be."""
-    if into_ranks or tensor_parallel is None:
-        return
     if not qkv_concat:
         raise UsageError(
             f"{target} is one file of all weights, which without --qkv_concat True is the same for any "
@@ -177,62 +183,34 @@ def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int | None, 
         )
 
 
-def _rank_files(
-    whole: dict[str, StoredTensor], sizes: TelechatSizes, tensor_parallel: int, qkv_concat: bool
-) -> dict[str, Weights]:
+def _rank_files(plan: Plan, layout: Layout) -> dict[str, Weights]:
+    whole = plan.parameters
     return {
         f"rank_{rank}/checkpoint_{rank}.safetensors": _named(
-            part_of_rank(whole, sizes, tensor_parallel, rank, qkv_concat)
+            part_of_rank(whole, plan.sizes, layout.ranks, rank, layout.joined)
         )
-        for rank in range(tensor_parallel)
+        for rank in range(layout.ranks)
     }
 
 
 def _refuse_ranks(folder: Path, options: Options, source: Path) -> None:
     if options.max_shard_size is not None:
         raise UsageError("--max_shard_size does not go with ranks, each of which has one file; leave it out")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; expected a folder, or a path that does not exist yet")
-    if options.resume and part_folder(folder, "").exists():
-        return
-    refuse_own_folder(folder, source)
-    if there := rank_folders(folder):
-        raise UsageError(
-            f"{folder} already holds {there[0].name}; nothing is overwritten: give another folder, or delete "
-            "the old checkpoint"
-        )
+    if not (options.resume and part_folder(folder, "").exists()):
+        require_folder(folder, source, "rank_[0-9]*")
 
 
-def _sources(plan: Plan, whole: dict[str, StoredTensor], is_torch: bool) -> dict[str, StoredTensor]:
-    if not is_torch:
-        return whole
-    return {canonical_name(tensor.name, "torch"): tensor for tensor in plan.sources}
-
-
-def _back(plan: Plan, is_torch: bool, tensor_parallel: int, tensors: list[StoredTensor]) -> Weights:
+def _back(plan: Plan, layout: Layout, tensors: list[StoredTensor]) -> Weights:
     """The tensors of the source, from those of the new files."""
-    by_folder: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for tensor in tensors:
-        by_folder[tensor.file.parent.name][tensor.name] = tensor
-    ranks = [f"rank_{rank}" for rank in range(tensor_parallel)]
-    if by_folder.keys() == set(ranks):
-        tensors = glue_ranks([by_folder[rank] for rank in ranks])
-    found = make_plan(
-        part_rows(tensors, plan.sizes, tensor_parallel), "mindspore", plan.sizes, "what was written"
-    )
-    return found.weights if is_torch else [(tensor, tensor.name) for tensor in found.sources]
+    if layout.folders:
+        by_folder: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for tensor in tensors:
+            by_folder[tensor.file.parent.name][tensor.name] = tensor
+        tensors = glue_ranks([by_folder[f"rank_{rank}"] for rank in range(layout.ranks)])
+    whole = part_rows(tensors, plan.sizes, layout.ranks)
+    found = make_plan(whole, "mindspore", plan.sizes, "what was written")
+    return found.weights if plan.side == "torch" else _named(found.named_sources)
 
 
-def _layout(qkv_concat: bool, tensor_parallel: int, into_ranks: bool) -> dict[str, str]:
-    count = str(tensor_parallel)
-    return ({QKV_CONCAT: count} if qkv_concat else {}) | ({TENSOR_PARALLEL: count} if into_ranks else {})
-
-
-def _described(qkv_concat: bool, tensor_parallel: int, into_ranks: bool) -> str:
-    ranks = "1 rank" if tensor_parallel == 1 else f"{tensor_parallel} ranks"
-    rows = f"rows joined for {ranks}" if qkv_concat else "rows not joined"
-    return f"layout: {rows}, {f'a folder for each of {ranks}' if into_ranks else 'whole'}"
-
-
-def _named(weights: dict[str, StoredTensor]) -> Weights:
+def _named(weights: Mapping[str, StoredTensor]) -> Weights:
     return [(tensor, name) for name, tensor in weights.items()]

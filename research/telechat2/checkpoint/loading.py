@@ -6,9 +6,10 @@ import numpy as np
 
 from research.telechat2.checkpoint.cluster.own_slices import GroupPlace, own_slices
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.tables import listed
 
 NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
 
@@ -105,6 +106,6 @@ def _refuse(different: list[str], origin: str) -> None:
     if different:
         raise UsageError(
             f"{origin} does not fit the model of the YAML, {len(different)} tensors differ: "
-            f"{'; '.join(different[:10])}{'; …' if len(different) > 10 else ''}. Use the YAML of this "
-            "checkpoint's size and kind, dense or mixture of experts."
+            f"{listed(different)}. Use the YAML of this checkpoint's size and kind, dense or mixture of "
+            "experts."
         )

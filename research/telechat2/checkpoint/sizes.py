@@ -1,11 +1,15 @@
 """The sizes that a checkpoint's shapes follow from: read from a config, or from the tensors themselves."""
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from research.telechat2.common.errors import UsageError
+from research.telechat2.checkpoint.llama.config_values import one_of
+from research.telechat2.common.errors import UsageError, naming
+from research.telechat2.common.files import read_json
+from research.telechat2.common.tables import listed
 
 CONFIG = "config.json"
 _PART_OF_A_RUN = re.compile(r"iteration_\d+|rank_\d+")
@@ -45,7 +49,7 @@ class TelechatSizes:
     num_experts: int | None = None
 
     @classmethod
-    def from_hf_config(cls, config: dict) -> "TelechatSizes":
+    def from_hf_config(cls, config: Mapping[str, Any]) -> "TelechatSizes":
         """Sizes from the content of a config.json, TeleChat's key names or MindFormers'.
 
         0 and 1 experts both mean a dense model, as 1 does in MindFormers.
@@ -54,26 +58,20 @@ class TelechatSizes:
             UsageError: a size is absent, is not a positive whole number, is given twice with two values, or
                 does not divide as it must.
         """
-        found = {}
+        found: dict[str, int] = {}
         config = _with_moe_section(config)
         for size, keys in SPELLINGS.items():
-            key = next((key for key in keys if config.get(key) is not None), None)
-            if key is None and size in OPTIONAL:
-                continue
-            if key is None:
+            key = one_of(config, keys)
+            if key is not None:
+                value = config[key]
+                if isinstance(value, bool) or not isinstance(value, int) or value < (size != "num_experts"):
+                    raise UsageError(f"the config says {key} = {value!r}; expected a positive whole number")
+                found[size] = value
+            elif size not in OPTIONAL:
                 raise UsageError(
                     f"the config has no {' or '.join(keys)}, so it is not that of a TeleChat model; "
-                    f"it has {sorted(config)[:10]}"
+                    f"it has {listed(sorted(config))}"
                 )
-            value = config[key]
-            if other := next((name for name in keys if config.get(name) not in (None, value)), None):
-                raise UsageError(
-                    f"the config says {key} = {value!r} and {other} = {config[other]!r}, which are one "
-                    "setting; correct or remove one of them"
-                )
-            if isinstance(value, bool) or not isinstance(value, int) or value < (size != "num_experts"):
-                raise UsageError(f"the config says {key} = {value!r}; expected a positive whole number")
-            found[size] = value
         found.setdefault("n_kv_heads", found["num_heads"])  # multi-head attention: the key is often left out
         if found.get("num_experts") == 1:
             found["num_experts"] = 0
@@ -92,6 +90,12 @@ class TelechatSizes:
             )
         head_dim = found["hidden_size"] // found["num_heads"]
         return cls(kv_size=found["n_kv_heads"] * head_dim, tie_word_embeddings=tied, **found)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head; ``num_heads`` must be known."""
+        assert self.num_heads is not None
+        return self.hidden_size // self.num_heads
 
     def dims(self) -> dict[str, int]:
         """The symbols that the table writes shapes in."""
@@ -138,19 +142,11 @@ def sizes_beside(path: Path) -> TelechatSizes | None:
     file = config_beside(path)
     if file is None:
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} holds a JSON {type(config).__name__}, expected an object")
-    try:
-        return TelechatSizes.from_hf_config(config)
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None
+    with naming(file):
+        return TelechatSizes.from_hf_config(read_json(file) or {})
 
 
-def _with_moe_section(config: dict) -> dict:
+def _with_moe_section(config: Mapping[str, Any]) -> dict:
     """``config`` with the ``expert_num`` of MindFormers' nested section beside the other keys."""
     section = config.get("moe_config")
     if section is None:
@@ -159,4 +155,4 @@ def _with_moe_section(config: dict) -> dict:
         raise UsageError(
             f"the config says moe_config = {section!r}; expected an object such as expert_num: 16"
         )
-    return {"expert_num": section.get("expert_num")} | config
+    return {"expert_num": section.get("expert_num"), **config}

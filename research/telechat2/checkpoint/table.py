@@ -1,16 +1,16 @@
 """The one table of weights: which TeleChat (torch) tensors are which MindSpore parameter, and of what shapes.
 
-Both converters, and every loader, work from these rows, in either direction. ``{i}`` is the layer and ``{e}``
-the expert. Shapes are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold
-the same rows in the same order, K then V per kv head, and MindSpore stacks the experts of a layer along a
-leading axis: so a parameter's bytes are those of its torch tensors, one after the other, never reordered.
-Only what inference joins (``JOINED``) has its rows in another order.
+Converters, loaders and estimates work from these rows. ``{i}`` is the layer and ``{e}`` the expert. Shapes
+are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold the same rows in the
+same order, K then V per kv head, and MindSpore stacks the experts of a layer along a leading axis: a
+parameter's bytes are those of its torch tensors, one after the other, never reordered. Only what inference
+joins (``JOINED``) has its rows in another order.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
@@ -37,12 +37,18 @@ class Row:
         return self.stacked if side == "mindspore" and self.stacked else self.shape
 
 
-def _layer_row(torch: str, mindspore: str, *shape: str, **more) -> Row:
-    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, **more)
+def _layer_row(
+    torch: str, mindspore: str, *shape: str, split: int | None = None, stacked: tuple[str, ...] = ()
+) -> Row:
+    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, stacked, split)
 
 
-def _expert_row(torch: str, mindspore: str, *shape: str, **more) -> Row:
-    return _layer_row(f"mlp.local_experts.{{e}}.{torch}", f"feed_forward.ffn.{mindspore}", *shape, **more)
+def _expert_row(
+    leaf: str, parameter: str, *shape: str, split: int | None = None, stacked: tuple[str, ...] = ()
+) -> Row:
+    stacked = stacked or ("experts", *shape)
+    torch, mindspore = f"mlp.local_experts.{{e}}.{leaf}", f"feed_forward.ffn.{parameter}"
+    return _layer_row(torch, mindspore, *shape, split=split, stacked=stacked)
 
 
 EMBEDDING = Row(
@@ -67,17 +73,12 @@ DENSE_ROWS = (
 )
 MOE_ROWS = (
     _layer_row("mlp.router.weight", "feed_forward.router.dense.weight", "experts", "hidden"),
-    _expert_row(
-        "gate_proj.weight", "w1.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden"), split=1
-    ),
-    _expert_row(
-        "up_proj.weight", "w3.weight", "ffn", "hidden", stacked=("experts", "ffn", "hidden"), split=1
-    ),
-    _expert_row(
-        "down_proj.weight", "w2.weight", "hidden", "ffn", stacked=("experts", "hidden", "ffn"), split=2
-    ),
+    _expert_row("gate_proj.weight", "w1.weight", "ffn", "hidden", split=1),
+    _expert_row("up_proj.weight", "w3.weight", "ffn", "hidden", split=1),
+    _expert_row("down_proj.weight", "w2.weight", "hidden", "ffn", split=2),
     _expert_row("down_proj.bias", "w2.bias", "hidden", stacked=("1", "experts", "1", "hidden")),
 )
+EXPERT_ROWS = tuple(row for row in MOE_ROWS if "{e}" in row.torch)
 FINAL_NORM = Row("transformer.ln_f.weight", "model.norm_out.weight", ("hidden",))
 LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab", "hidden"), split=0)  # absent when tied
 ROWS = (EMBEDDING, *ATTENTION_ROWS, *DENSE_ROWS, *MOE_ROWS, FINAL_NORM, LM_HEAD)
@@ -117,7 +118,7 @@ _STATE_PER_WEIGHT = (
     "muon_m|pma_weight_[a-z]+|vhat|accum(_update)?|mean_(grad|square)|stat|prev|step_size"
 )
 ROUTER_BIASES = "all-zero router biases"  # those of the parallel inference model; another value is an error
-IGNORED: dict[Side, dict[str, re.Pattern]] = {
+IGNORED: dict[Side, dict[str, re.Pattern[str]]] = {
     "torch": {"rotary buffers": re.compile(r".*rotary\w*\.(inv_freq|cos_cached|sin_cached)")},
     "mindspore": {
         "optimizer states": re.compile(rf"({_STATE_PER_WEIGHT})[._](model\.|lm_head\.).*"),
@@ -139,9 +140,12 @@ IGNORED: dict[Side, dict[str, re.Pattern]] = {
 class Weight:
     """One MindSpore parameter of a model of known sizes: a row with its layer, experts and shapes filled in.
 
-    ``torch`` holds the names and shapes of the torch tensors whose bytes, in this order, are the parameter's.
+    ``layer`` is None for what no layer has. ``torch`` holds the names and shapes of the torch tensors whose
+    bytes, in this order, are the parameter's.
     """
 
+    row: Row
+    layer: int | None
     mindspore: str
     shape: tuple[int, ...]
     torch: Mapping[str, tuple[int, ...]]
@@ -151,24 +155,28 @@ class Weight:
         return self.torch if side == "torch" else {self.mindspore: self.shape}
 
 
-def expand(sizes: TelechatSizes) -> list[Weight]:
+@lru_cache(maxsize=8)
+def expand(sizes: TelechatSizes) -> tuple[Weight, ...]:
     """Every weight of a model, in the order of its layers; without ``lm_head`` when embeddings are tied."""
     dims = sizes.dims()
     layer_rows = ATTENTION_ROWS + (MOE_ROWS if sizes.num_experts else DENSE_ROWS)
-    return [
+    return (
         _fill(EMBEDDING, dims),
         *(_fill(row, dims, layer) for layer in range(sizes.num_layers) for row in layer_rows),
         *(_fill(row, dims) for row in (FINAL_NORM, LM_HEAD)[: 1 if sizes.tie_word_embeddings else 2]),
-    ]
+    )
 
 
 def _fill(row: Row, dims: Mapping[str, int], layer: int | None = None) -> Weight:
-    def shape_on(side: Side) -> tuple[int, ...]:
-        return tuple(dims[symbol] for symbol in row.shape_on(side))
-
+    shape = tuple(dims[symbol] for symbol in row.shape)
     experts = range(dims["experts"] if "{e}" in row.torch else 1)
-    torch = {row.torch.format(i=layer, e=expert): shape_on("torch") for expert in experts}
-    return Weight(row.mindspore.format(i=layer), shape_on("mindspore"), torch)
+    return Weight(
+        row,
+        layer,
+        row.mindspore.format(i=layer),
+        tuple(dims[symbol] for symbol in row.shape_on("mindspore")),
+        {row.torch.format(i=layer, e=expert): shape for expert in experts},
+    )
 
 
 def canonical_name(name: str, side: Side) -> str:
@@ -178,18 +186,39 @@ def canonical_name(name: str, side: Side) -> str:
     return name
 
 
-def place(name: str, row: Row | Joined, side: Side) -> tuple[int, int] | None:
-    """The (layer, expert) of a tensor of that row, 0 for what the row has not; None if it is of another."""
-    match = _pattern(getattr(row, side)).fullmatch(name)
-    return match and tuple(int(match.groupdict().get(key, 0)) for key in ("i", "e"))
+@dataclass(frozen=True)
+class Place:
+    """Where in the table a tensor's name is: its row, and the layer and the expert of the name, if any."""
+
+    row: Row
+    layer: int | None
+    expert: int | None
 
 
 @cache
-def _pattern(name: str) -> re.Pattern:
-    text = re.escape(name)
+def locate(name: str, side: Side) -> Place | None:
+    """The place of a tensor's name; None if the table does not have it."""
+    for row in ROWS:
+        if match := _pattern(getattr(row, side)).fullmatch(name):
+            layer, expert = (match.groupdict().get(key) for key in ("i", "e"))
+            return Place(row, layer and int(layer), expert and int(expert))
+    return None
+
+
+def locate_joined(name: str) -> tuple[Joined, int] | None:
+    """The joined parameter, and its layer, that a MindSpore name is; None if it is none."""
+    for joined in JOINED:
+        if match := _pattern(joined.mindspore).fullmatch(name):
+            return joined, int(match["i"])
+    return None
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    pattern = re.escape(name)
     for key in ("i", "e"):
-        text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>[0-9]{{1,9}})")
-    return re.compile(text)
+        pattern = pattern.replace(rf"\{{{key}\}}", rf"(?P<{key}>[0-9]{{1,9}})")
+    return re.compile(pattern)
 
 
 def ignored_as(name: str, side: Side) -> str | None:

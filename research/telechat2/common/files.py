@@ -1,10 +1,16 @@
-"""Files that are whole or absent: written under a temporary name, on the disk before they get their own."""
+"""Files that are whole or absent: written under a temporary name, on the disk before they get their own.
+
+And small JSON files, whose errors name the file.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from research.telechat2.common.errors import UsageError
 
 
 @contextmanager
@@ -34,7 +40,29 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is no file.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
+        raise UsageError(f"{file} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def json_bytes(content: object) -> bytes:
+    """A JSON value as the content of a file."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write ``content`` under a temporary name in the same directory, fsync, rename."""
+    """Write a JSON value under a temporary name in the same directory, fsync, rename."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(content))

@@ -3,6 +3,7 @@
 import os
 import re
 
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.config.kernel_limits import check_cpu_dtypes, check_paged_kernels
@@ -10,7 +11,6 @@ from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config
 
 PARALLEL_MODEL = "ParallelTelechatForCausalLM"
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
@@ -119,4 +119,4 @@ def rotary_bytes(config) -> int:
 
 
 def _width(dtype) -> int:
-    return _WIDTHS[str(dtype).lower()]
+    return WIDTH[str(dtype).lower()]

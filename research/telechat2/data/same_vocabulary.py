@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 from research.telechat2.text.prompt_format import manifest_path
 from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
 

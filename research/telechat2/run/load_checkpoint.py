@@ -15,16 +15,16 @@ import os
 import re
 from pathlib import Path
 
-from research.telechat2.checkpoint.layouts.read import (
-    is_for_inference,
-    is_torch_source,
-    rank_folders,
-    whole_weights,
-)
+from research.telechat2.checkpoint.layouts.read import is_for_inference, whole_weights
 from research.telechat2.checkpoint.layouts.tensor_parallel import is_joined
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.sizes import SPELLINGS, TelechatSizes
-from research.telechat2.checkpoint.storage.folders import latest_iteration, read_mindspore_source
+from research.telechat2.checkpoint.storage.folders import (
+    latest_iteration,
+    rank_folders,
+    read_mindspore_source,
+)
+from research.telechat2.checkpoint.storage.recognise import is_torch_source
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.model import feed_forward_width
@@ -126,8 +126,8 @@ def _prepare_own(config: dict, path: Path, resume: bool | str) -> None:
 def _has_joined_rows(path: Path) -> bool:
     if is_torch_source(path):
         return False
-    folders = rank_folders(path)
-    return is_joined(tensor.name for tensor in read_mindspore_source(folders[0] if folders else path))
+    folder = next(iter(rank_folders(path).values()), path)
+    return is_joined(tensor.name for tensor in read_mindspore_source(folder))
 
 
 def _source(path: Path, parallel: bool) -> tuple[Path, str]:

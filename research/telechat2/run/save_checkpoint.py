@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.config_values import read_json
 from research.telechat2.checkpoint.llama.written import trained_config
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.storage.folders import latest_iteration
 from research.telechat2.common.errors import UsageError
-from research.telechat2.common.files import write_json
+from research.telechat2.common.files import read_json, write_json
 from research.telechat2.config.sections import section_of
 from research.telechat2.config.settings import model_config, with_defaults
 from research.telechat2.data.same_vocabulary import HASH_KEY, data_vocabulary

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MOMENTS_BYTES = 8  # of a parameter: two of AdamW, float32
 
 
@@ -19,7 +19,7 @@ def checkpoint_bytes(parameters: int, config: dict) -> int:
     model = (config.get("model") or {}).get("model_config") or {}
     section = config.get("checkpoint")
     moments = section is None or not section.get("no_save_optim", True)
-    item = _ITEM_BYTES.get(str(model.get("param_init_type", "float32")).lower(), 4)
+    item = WIDTH.get(str(model.get("param_init_type", "float32")).lower(), 4)
     return parameters * (item + (_MOMENTS_BYTES if moments else 0))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that a cluster saved slice by slice: merged, or cut anew for another cluster.
+"""Sharded checkpoints of a cluster: merged, or re-sharded for another cluster.
 
 MindFormers' ``transform_ckpt.py`` does this too, byte for byte, where nothing is wrong. Where a rank's file
 is missing, cut off, or of another step, it writes what is left, and ends with "Transform succeed!". Here
@@ -7,22 +7,27 @@ every slice is looked up before anything is written, and a few slices are in mem
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from research.telechat2.checkpoint.cluster.strategies import Box, Cluster, Layout, read_strategies
-from research.telechat2.checkpoint.cluster.write_ranks import refuse_existing, write_ranks
+from research.telechat2.checkpoint.cluster.write_ranks import write_ranks
+from research.telechat2.checkpoint.job.output import require_folder
+from research.telechat2.checkpoint.layouts.tensor_parallel import require_same
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.storage.folders import read_mindspore_source
-from research.telechat2.checkpoint.storage.rank_folders import Shards, saved_shards, width_of
-from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage.rank_folders import Shards, saved_shards
+from research.telechat2.checkpoint.storage.safetensors_format import BYTES
+from research.telechat2.checkpoint.storage.tensor import Blocks, StoredTensor, blocks_of
 from research.telechat2.checkpoint.table import ignored_as
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.tables import listed
 from research.telechat2.text import prompt_format as prompt_formats
 
 ACCUMULATED = "accu_grads."  # gradients of a step that is under way
@@ -49,8 +54,8 @@ class Whole:
             return self.parts[0][1]
         return StoredTensor(self.name, self.dtype, shape, self.parts[0][1].file, partial(self._blocks, box))
 
-    def _blocks(self, box: Box, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        gathered = np.empty([stop - start for start, stop in box], f"V{width_of(self.dtype)}")
+    def _blocks(self, box: Box, start: int = 0, stop: int | None = None) -> Blocks:
+        gathered = np.empty([stop - start for start, stop in box], f"V{BYTES[self.dtype]}")
         for place, tensor in self.parts:
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(place, box, strict=True)]
             if any(first >= last for first, last in common):
@@ -58,14 +63,14 @@ class Whole:
             into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))
             within = [(a - c, b - c) for (a, b), (c, _) in zip(common, place, strict=True)]
             gathered[into] = _read_rows(tensor, within)
-        return blocks_of(gathered.view(np.uint8), start, stop)
+        return blocks_of(gathered.view(np.uint8).data, start, stop)
 
 
-def _read_rows(tensor: StoredTensor, box: list[tuple[int, int]]) -> np.ndarray:
+def _read_rows(tensor: StoredTensor, box: list[tuple[int, int]]) -> NDArray[np.void]:
     """The elements within ``box``; only the rows of the first axis are read that hold some."""
-    width = width_of(tensor.dtype)
+    width = BYTES[tensor.dtype]
     if not box:
-        return np.frombuffer(b"".join(tensor.blocks()), f"V{width}").reshape(())
+        return np.frombuffer(tensor.read(), f"V{width}").reshape(())
     (first, last), *others = box
     row = prod(tensor.shape[1:]) * width
     content = bytearray()
@@ -90,13 +95,13 @@ class Summary:
     sizes: str
 
     def __str__(self) -> str:
-        copied = ", ".join(self.copied[:5]) + (f" and {len(self.copied) - 5} more" if self.copied[5:] else "")
+        copied = listed(self.copied, 5) or "nothing"
         return "\n".join(
             [
                 f"read {self.source}, saved by {self.device_num} devices",
                 f"wrote {self.tensors:,} tensors, {self.bytes:,} bytes, {self.files} files, to {self.folder}",
                 f"model: {self.sizes}",
-                f"not in the strategies, the same on all ranks, copied: {copied or 'nothing'}",
+                f"not in the strategies, the same on all ranks, copied: {copied}",
                 f"left out: {self.left_out} accumulated gradients" if self.left_out else "left out: nothing",
             ]
         )
@@ -131,7 +136,7 @@ def transform(
             "saved, the second cuts a checkpoint for a cluster, both together do one after the other"
         )
     source, folder = Path(src_ckpt_dir), Path(dst_ckpt_dir)
-    refuse_existing(folder)
+    require_folder(folder, None, "rank_*")
     cluster = read_strategies(src_ckpt_strategy) if src_ckpt_strategy else None
     target = read_strategies(dst_ckpt_strategy) if dst_ckpt_strategy else None
     if cluster is None:
@@ -167,7 +172,8 @@ def _wholes(
     shards: Shards, cluster: Cluster | None, left_out: set[str]
 ) -> tuple[dict[str, Whole], dict[str, Whole]]:
     """The tensors that the strategies split, and those that they do not know."""
-    sliced, copied = {}, {}
+    sliced: dict[str, Whole] = {}
+    copied: dict[str, Whole] = {}
     for name in dict.fromkeys(name for shard in shards for name in shard):
         stage = cluster.stage_of(name) if cluster else None
         if name in left_out:
@@ -185,19 +191,19 @@ def _wholes(
 
 def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
     layout, ranks = cluster.stages[stage][name], cluster.ranks_of(stage)
-    holders = defaultdict(list)
+    holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank, place in zip(ranks, layout.places(), strict=True):
         holders[place].append(rank)
     held = {place: [rank for rank in ranks if name in shards[rank]] for place, ranks in holders.items()}
     if empty := [place for place in held if not held[place]]:
         raise UsageError(
-            f"{name} is not complete: none of the ranks {_listed(holders[empty[0]])} holds its part "
+            f"{name} is not complete: none of the ranks {listed(holders[empty[0]])} holds its part "
             f"{list(empty[0])} of {list(layout.parts)}. Copy their files again"
         )
-    kinds = Counter(_kind(shards[rank][name]) for having in held.values() for rank in having)
+    kinds = Counter(shards[rank][name].kind for having in held.values() for rank in having)
     if len(kinds) > 1:
         usual, other = (kind for kind, _ in kinds.most_common(2))
-        odd = next(rank for rank in ranks if name in shards[rank] and _kind(shards[rank][name]) == other)
+        odd = next(rank for rank in ranks if name in shards[rank] and shards[rank][name].kind == other)
         raise UsageError(
             f"{shards[odd][name].file} holds {name} as {_described(other)}, other ranks hold theirs as "
             f"{_described(usual)}; expected slices of one shape. They are of different runs"
@@ -214,14 +220,10 @@ def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
 
 
 def _same_everywhere(name: str, shards: Shards) -> Whole:
-    first, *others = (shard[name] for shard in shards if name in shard)
-    content = b"".join(first.blocks()) if others else b""
-    for other in others:
-        if _kind(other) != _kind(first) or b"".join(other.blocks()) != content:
-            raise UsageError(
-                f"{name} is in no strategy file, and {first.file} and {other.file} hold different values of "
-                "it: the strategies are of another model, or some of the files of another step"
-            )
+    copies = [shard[name] for shard in shards if name in shard]
+    reason = "no strategy file has it, so the strategies are of another model, or some files of another step"
+    require_same(copies, reason)
+    first = copies[0]
     return Whole(name, first.dtype, first.shape, ((_box_of(first.shape), first),))
 
 
@@ -232,7 +234,7 @@ def _require_all(expected: set[str], found: Mapping[str, Whole], lack: str) -> N
         absent = [name for name in absent if not _is_state(name)]
     if absent:
         raise UsageError(
-            f"{lack} {len(absent)} of the {len(expected)} tensors of the strategies: {_listed(absent)}. "
+            f"{lack} {len(absent)} of the {len(expected)} tensors of the strategies: {listed(absent)}. "
             "The strategies are of another model, or the checkpoint is not complete"
         )
 
@@ -250,7 +252,7 @@ def _cut(
     if unknown := sorted(sliced.keys() - target.names):
         raise UsageError(
             f"the strategies of the target do not know {len(unknown)} tensors of the checkpoint: "
-            f"{_listed(unknown)}. They are of another model, or miss a stage"
+            f"{listed(unknown)}. They are of another model, or miss a stage"
         )
     _require_all(target.names, sliced, "the checkpoint lacks")
     ranks: list[list[StoredTensor]] = []
@@ -282,13 +284,5 @@ def _box_of(shape: tuple[int, ...]) -> Box:
     return tuple((0, length) for length in shape)
 
 
-def _kind(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape
-
-
 def _described(kind: tuple[str, tuple[int, ...]]) -> str:
     return f"{kind[0]} {list(kind[1])}"
-
-
-def _listed(items: list) -> str:
-    return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -7,7 +7,7 @@ At no time does a thread hold more than a few blocks: see ``MEMORY_BYTES``.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from threading import Event
 
 import xxhash
 
-from research.telechat2.checkpoint.storage.dtypes import WIDTH, count_nonfinite
-from research.telechat2.checkpoint.storage.safetensors_format import header_bytes
-from research.telechat2.checkpoint.storage.tensor import BLOCK_BYTES, StoredTensor
+from research.telechat2.checkpoint.storage.dtypes import count_nonfinite
+from research.telechat2.checkpoint.storage.safetensors_format import BYTES, header_bytes
+from research.telechat2.checkpoint.storage.tensor import BLOCK_BYTES, StoredTensor, Weights
 
 THREADS = 4  # two wait for the disk while two copy
 BATCH_BYTES = 256 << 20  # go to the disk together, while others are being copied
@@ -30,7 +30,7 @@ Task = Callable[[], Iterable["Task"]]
 
 @dataclass(frozen=True)
 class Content:
-    """What has been seen of a tensor as it was written: the xxh3_128 of its bytes, and its odd values."""
+    """What was seen of a tensor as it was written: the xxh3_128 of its bytes, its NaN and infinities."""
 
     checksum: str
     nan: int = 0
@@ -62,15 +62,16 @@ class Output:
         return self.tensors[-1].end if self.tensors else len(self.head)
 
 
-def lay_out(name: str, weights: list, dtype: str | None, metadata: dict[str, str]) -> Output:
-    """Decide the place of every weight in a file; ``dtype`` None keeps each one's own."""
+def lay_out(name: str, weights: Weights, dtype: str | None, metadata: Mapping[str, str]) -> Output:
+    """Decide the place of every weight in a file; ``dtype`` None keeps each one's own, which may be any."""
     # Wide elements first: every tensor then begins at a multiple of its element's width.
-    weights = sorted(weights, key=lambda weight: WIDTH[dtype or weight[0].dtype], reverse=True)
-    head = header_bytes({name: (dtype or tensor.dtype, tensor.shape) for tensor, name in weights}, metadata)
+    kinds = sorted(((tensor, target, dtype or tensor.dtype) for tensor, target in weights),
+                   key=lambda weight: BYTES[weight[2]], reverse=True)  # fmt: skip
+    head = header_bytes({target: (kind, tensor.shape) for tensor, target, kind in kinds}, metadata)
     placed, begin = [], len(head)
-    for tensor, target in weights:
-        end = begin + tensor.nbytes(dtype)
-        placed.append(Placed(tensor, target, dtype or tensor.dtype, begin, end))
+    for tensor, target, kind in kinds:
+        end = begin + tensor.size * BYTES[kind]
+        placed.append(Placed(tensor, target, kind, begin, end))
         begin = end
     return Output(name, head, tuple(placed))
 
@@ -131,14 +132,6 @@ def checksum_of_range(file: Path, begin: int, end: int, passed: Passed = lambda 
 def content_of(data: bytearray, dtype: str) -> Content:
     """The same of bytes in memory."""
     return Content(xxhash.xxh3_128_hexdigest(data), *count_nonfinite(data, dtype))
-
-
-def checksum_of(tensor: StoredTensor, dtype: str) -> str:
-    """The checksum of a tensor's bytes as ``dtype``."""
-    digest = xxhash.xxh3_128()
-    for block in tensor.blocks_as(dtype):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def work(tasks: Iterable[Task], halted: Event) -> None:

@@ -3,66 +3,61 @@
 import json
 import platform
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from research.telechat2.checkpoint.job.copy import Content
+from research.telechat2.checkpoint.job.job import Job, Options
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 
 NAME = "manifest.json"
 FORMAT = "telechat2 conversion 1"
 CHECKSUM = "xxh3_128 of the bytes of the tensor as stored"
-Weights = list[tuple[StoredTensor, str]]
 
 
 def manifest_bytes(
-    source: Path,
+    job: Job,
+    options: Options,
     read: Mapping[Path, tuple[int, int]],
-    files: Mapping[str, tuple[int, Weights]],
+    sizes: Mapping[str, int],
     contents: Mapping[tuple[str, str], Content],
-    sources: Mapping[str, StoredTensor],
-    said: Mapping[str, object],
 ) -> bytes:
     """The content of a manifest, the same for the same conversion: it holds no time.
 
-    ``read``: each source file with its bytes and time of change; ``files``: each new file with its bytes and
-    weights; ``contents``: by file and tensor; ``said``: options and layout.
+    ``read``: each source file with its bytes and time of change; ``sizes``: bytes of each new file;
+    ``contents``: by file and tensor.
     """
-    origin_of = origins(sources)
+    origin_of = origins(job.sources)
     written = {}
-    for file, (nbytes, weights) in files.items():
+    for file, weights in job.files.items():
         tensors = {}
         for tensor, name in weights:
             content = contents[file, name]
             tensors[name] = {
-                "dtype": said["dtype"] or tensor.dtype,
+                "dtype": options.dtype or tensor.dtype,
                 "shape": list(tensor.shape),
                 "checksum": content.checksum,
                 "source": origin_of(tensor),
             }
-            tensors[name] |= {key: count for key, count in counts(content).items() if count}
-        written[file] = {"bytes": nbytes, "tensors": tensors}
-    content = {
+            odd = {"nan": content.nan, "inf": content.inf}
+            tensors[name] |= {key: count for key, count in odd.items() if count}
+        written[file] = {"bytes": sizes[file], "tensors": tensors}
+    content_of_file = {
         "format": FORMAT,
         "checksum": CHECKSUM,
         "versions": _versions(),
         "source": {
-            "path": str(source.absolute()),
+            "path": str(job.source.absolute()),
             "files": {str(file.absolute()): {"bytes": size} for file, (size, _) in read.items()},
         },
-        "options": said,
+        "options": {"dtype": options.dtype, "verified": options.verify, "layout": dict(job.layout)},
         "files": written,
     }
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+    return (json.dumps(content_of_file, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def counts(content: Content) -> dict[str, int]:
-    """The odd values of a tensor: how many of each kind."""
-    return {"nan": content.nan, "inf": content.inf}
-
-
-def origins(sources: Mapping[str, StoredTensor]):
+def origins(sources: Mapping[str, StoredTensor]) -> Callable[[StoredTensor], list[str]]:
     """A function from a tensor to the names of the sources that its bytes are of.
 
     A tensor whose bytes lie in no known place is called by its own name.
@@ -89,11 +84,11 @@ def origins(sources: Mapping[str, StoredTensor]):
     return origin_of
 
 
-def table(files: Mapping[str, Weights], sources: Mapping[str, StoredTensor], dtype: str | None) -> str:
+def table(job: Job, dtype: str | None) -> str:
     """Every tensor of every new file: where it comes from, its name there, shape, dtype, bytes."""
-    origin_of = origins(sources)
+    origin_of = origins(job.sources)
     lines = []
-    for file, weights in files.items():
+    for file, weights in job.files.items():
         nbytes = sum(tensor.nbytes(dtype) for tensor, _ in weights)
         lines.append(f"{file}: {len(weights):,} tensors, {nbytes:,} bytes")
         for tensor, name in weights:

@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from research.telechat2.checkpoint.job.job import Options
 from research.telechat2.checkpoint.job.journal import part_folder
-from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.checkpoint.storage.tensor import Weights
 from research.telechat2.common.errors import UsageError
-
-Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
 
 MAX_SHARD_BYTES = 5_000_000_000  # in a folder, unless another number is asked for
 SINGLE_FILE = "model.safetensors"
@@ -20,7 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 def deal(
     target: Path,
     weights: Weights,
-    options,
+    options: Options,
     source: Path,
     suffixes: Iterable[str] = (".safetensors",),
     as_ckpt: bool = False,
@@ -46,7 +45,10 @@ def deal(
         folder = target
         files = plan_shards(weights, options.dtype, options.max_shard_size or MAX_SHARD_BYTES)
     if not (options.resume and part_folder(folder, own_name(files)).exists()):
-        require_new(target, is_folder, source)
+        if is_folder:
+            require_folder(target, source, "[!.]*.safetensors*", CKPT_FILE)
+        else:
+            _require_new_file(target, source)
     return folder, files
 
 
@@ -56,37 +58,33 @@ def own_name(files: Mapping[str, Weights]) -> str:
     return "" if Path(only).stem == "model" or "/" in only else only
 
 
-def require_new(target: Path, is_folder: bool, source: Path) -> None:
-    """Refuse a target that exists, or that would mix its tensors with those of the source.
+def require_folder(target: Path, source: Path | None, *taken: str) -> None:
+    """Refuse a file, a folder that holds what is ``taken``, and the one that ``source`` is, or lies in.
 
     Raises:
         UsageError: with what is in the way.
     """
-    if is_folder:
-        if target.exists() and not target.is_dir():
-            raise UsageError(f"{target} is a file; expected a folder, or a path that does not exist yet")
-        refuse_own_folder(target, source)
-        there = [*sorted(target.glob("[!.]*.safetensors*")), *target.glob("model.ckpt")]
-        if there:
-            raise UsageError(
-                f"{target} already holds {there[0].name}; nothing is overwritten: give another folder, or "
-                "delete the old checkpoint"
-            )
-    elif target.exists():
-        same = " (it is the input)" if target.resolve() == source.resolve() else ""
-        raise UsageError(f"{target} exists{same}; nothing is overwritten: give another path, or delete it")
-    elif target.suffix == ".safetensors" and target.parent.resolve() == source.resolve():
-        raise UsageError(
-            f"{target} would lie among the files it is converted from; give a path in another folder"
-        )
-
-
-def refuse_own_folder(target: Path, source: Path) -> None:
-    """UsageError if the folder ``target`` is the one that ``source`` is, or lies in."""
-    if target.resolve() == (source if source.is_dir() else source.parent).resolve():
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; expected a folder, or a path that does not exist yet")
+    if source and target.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise UsageError(
             f"{target} cannot receive the result: it is the input's folder, where the new files would be "
             "read in place of the old ones; give another folder"
+        )
+    if there := [file for pattern in taken for file in sorted(target.glob(pattern))]:
+        raise UsageError(
+            f"{target} already holds {there[0].name}; nothing is overwritten: give another folder, or "
+            "delete the old checkpoint"
+        )
+
+
+def _require_new_file(target: Path, source: Path) -> None:
+    if target.exists():
+        same = " (it is the input)" if target.resolve() == source.resolve() else ""
+        raise UsageError(f"{target} exists{same}; nothing is overwritten: give another path, or delete it")
+    if target.suffix == ".safetensors" and target.parent.resolve() == source.resolve():
+        raise UsageError(
+            f"{target} would lie among the files it is converted from; give a path in another folder"
         )
 
 

@@ -8,22 +8,22 @@ verification, the manifest, going on after a kill, and naming everything at once
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import xxhash
 from tqdm import tqdm
 
 from research.telechat2.checkpoint.job import copy as copying
 from research.telechat2.checkpoint.job import manifest
-from research.telechat2.checkpoint.job.copy import Content, Placed, Task, lay_out
+from research.telechat2.checkpoint.job.copy import Content, Output, Placed, Task, lay_out
+from research.telechat2.checkpoint.job.job import Job, Options, Written
 from research.telechat2.checkpoint.job.journal import Staging, staging
 from research.telechat2.checkpoint.job.output import (
-    Weights,
     index_files,
     missing_beside,
     own_name,
@@ -32,92 +32,15 @@ from research.telechat2.checkpoint.job.output import (
 )
 from research.telechat2.checkpoint.job.verify import failed, prove
 from research.telechat2.checkpoint.storage.folders import READERS
-from research.telechat2.checkpoint.storage.framework_formats import write_bin, write_ckpt
-from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.checkpoint.storage.framework_formats import Whole, write_bin, write_ckpt
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
+from research.telechat2.common.tables import listed
 
+Identities = Mapping[Path, tuple[int, int]]  # of files: bytes, and when changed (ns)
 Contents = dict[tuple[str, str], Content]  # by file and tensor
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may ask of any conversion.
-
-    ``dtype`` (float32, float16, bfloat16) of the new weights, None: as they are. ``max_shard_size``: bytes of
-    a file at most, None: 5 GB in a folder. ``dry_run``: only say what would be done. ``verify``: read the
-    result and prove that it is what was read. ``resume``: go on where an earlier run was stopped, and keep
-    what is done if this one is.
-    """
-
-    dtype: str | None = None
-    max_shard_size: int | None = None
-    dry_run: bool = False
-    verify: bool = True
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is converted.
-
-    ``source`` is what the user named; ``sources`` every weight that is read, under the name that ``back``
-    gives it; ``files`` the new files, by their names relative to the output folder, with their weights.
-    ``back`` is the inverse: from the tensors of the written files to tensors made of their bytes, named as in
-    ``sources``, without any that were made up. ``framework``, pt or ms, and ``layout`` go into the headers,
-    ``layout`` into the manifest too. ``beside``: small files and their content. ``notes``: lines for the
-    summary.
-    """
-
-    source: Path
-    sources: Mapping[str, StoredTensor]
-    files: Mapping[str, Weights]
-    back: Callable[[list[StoredTensor]], Weights]
-    framework: str
-    beside: Mapping[str, bytes] = field(default_factory=dict)
-    layout: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a conversion read and wrote, or (``table``) would have."""
-
-    sources: tuple[Path, ...]
-    files: tuple[Path, ...]
-    tensors: int
-    parameters: int
-    bytes: int
-    dtypes: tuple[str, ...]
-    nan: int
-    inf: int
-    seconds: float
-    verified: bool
-    table: str | None
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [self.table] if self.table is not None else []
-        size = f"{self.tensors:,} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes"
-        lines += [
-            f"read {', '.join(map(str, self.sources[:3]))}"
-            + (f" and {len(self.sources) - 3} more files" if len(self.sources) > 3 else ""),
-            f"{'would write' if self.table is not None else 'wrote'} {size}, "
-            f"{' and '.join(self.dtypes)}, to {self.files[0]}"
-            + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""),
-            *self.notes,
-        ]
-        if self.table is None:
-            proof = (
-                "verified: every tensor read back, and traced to its source"
-                if self.verified
-                else "not verified"
-            )
-            lines += [
-                f"values that are not numbers: {self.nan:,} NaN, {self.inf:,} infinite",
-                f"{proof}; {self.seconds:.1f} s, {self.bytes / max(self.seconds, 1e-3) / 1e9:.2f} GB/s",
-            ]
-        return "\n".join(lines)
+Passed = Callable[[int], None]  # is told how many bytes have passed
 
 
 def run_job(job: Job, folder: Path, options: Options) -> Written:
@@ -130,8 +53,7 @@ def run_job(job: Job, folder: Path, options: Options) -> Written:
     began = time.monotonic()
     read = _identities(job.sources.values())
     if options.dry_run:
-        lines = manifest.table(job.files, job.sources, options.dtype)
-        return _summary(job, folder, options, read, {}, began, lines)
+        return _summary(job, folder, options, read, {}, began)
     indexes = index_files(job.files, options.dtype)
     beside = missing_beside(folder, job.beside, job.source)
     own = own_name(job.files)
@@ -146,26 +68,25 @@ def run_job(job: Job, folder: Path, options: Options) -> Written:
             sizes, contents = _fill(job, stage, options)
             if _identities(job.sources.values()) != read:
                 raise UsageError(f"{job.source} changed while it was read; convert it again")
-            said = {"dtype": options.dtype, "verified": options.verify, "layout": dict(job.layout)}
-            files = {name: (sizes[name], weights) for name, weights in job.files.items()}
-            text = manifest.manifest_bytes(job.source, read, files, contents, job.sources, said)
+            text = manifest.manifest_bytes(job, options, read, sizes, contents)
             for name, content in (beside | indexes | {manifest_file: text}).items():
                 _write_small(stage.path / name, content)
             for key in contents.keys() - stage.done.keys():  # of .bin and .ckpt files, which are whole now
                 stage.record(*key, vars(contents[key]))
         stage.name_all(names)
-    return _summary(job, folder, options, read, contents, began, None)
+    return _summary(job, folder, options, read, contents, began)
 
 
 def _fill(job: Job, stage: Staging, options: Options) -> tuple[dict[str, int], Contents]:
     """Write all weights into the hidden folder, on the disk and proven: bytes of each file, and contents."""
-    streamed, contents = {}, {}
-    for name, weights in job.files.items():
-        if name.endswith(".safetensors"):
-            streamed[name] = lay_out(
-                name, weights, options.dtype, {"format": job.framework} | dict(job.layout)
-            )
-    total = sum(tensor.nbytes(options.dtype) for weights in job.files.values() for tensor, _ in weights)
+    contents: Contents = {}
+    metadata = {"format": job.framework, **job.layout}
+    streamed = {
+        name: lay_out(name, weights, options.dtype, metadata)
+        for name, weights in job.files.items()
+        if name.endswith(".safetensors")
+    }
+    total = job.nbytes(options.dtype)
     require_room(stage.path, total)
     halted = Event()
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
@@ -176,7 +97,7 @@ def _fill(job: Job, stage: Staging, options: Options) -> tuple[dict[str, int], C
             if halted.is_set():
                 raise InterruptedError("another thread failed")
 
-        tasks = []
+        tasks: list[Task] = []
         for name, output in streamed.items():
             (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
             copying.create(output, stage.path / name)
@@ -194,13 +115,13 @@ def _fill(job: Job, stage: Staging, options: Options) -> tuple[dict[str, int], C
 
 
 def _tasks(
-    name: str, batch: list[Placed], stage: Staging, verify: bool, contents: Contents, passed: Callable
+    name: str, batch: list[Placed], stage: Staging, verify: bool, contents: Contents, passed: Passed
 ) -> list[Task]:
     """Copy some tensors of a file; the last one of them has them put on the disk, then all are read back."""
     file = stage.path / name
-    left, checked = Counter({"tensors": len(batch)}), set()
+    left, checked = Counter({"tensors": len(batch)}), set[str]()
 
-    def copy(placed: Placed) -> Iterator[Task]:
+    def copy(placed: Placed) -> Iterable[Task]:
         key = (name, placed.name)
         before = _content(stage.done[key]) if key in stage.done else None
         if before and copying.checksum_of_range(file, placed.begin, placed.end) == before.checksum:
@@ -215,11 +136,11 @@ def _tasks(
             last = left["tensors"] == 0
         return [finish] if last else []
 
-    def finish() -> list[Task]:
+    def finish() -> Iterable[Task]:
         fsync(file)
         return [partial(check, placed) for placed in batch if verify and placed.name not in checked]
 
-    def check(placed: Placed) -> list[Task]:
+    def check(placed: Placed) -> Iterable[Task]:
         content = contents[name, placed.name]
         if copying.checksum_of_range(file, placed.begin, placed.end) != content.checksum:
             raise failed(f"{placed.name} in {name} was read back with another checksum than it had")
@@ -229,11 +150,11 @@ def _tasks(
 
 
 def _write_whole(
-    file: Path, name: str, weights: Weights, dtype: str | None, contents: dict, passed: Callable
+    file: Path, name: str, weights: Weights, dtype: str | None, contents: Contents, passed: Passed
 ) -> None:
     """Write a .bin or .ckpt file, from memory."""
 
-    def loaded() -> Iterator[tuple[str, str, tuple[int, ...], bytearray]]:
+    def loaded() -> Iterator[Whole]:
         for tensor, target in weights:
             kind = dtype or tensor.dtype
             data = tensor.read(kind)
@@ -247,14 +168,14 @@ def _write_whole(
 
 
 def _require_contents(
-    tensors: list[StoredTensor], folder: Path, streamed: Mapping, contents: Mapping
+    tensors: list[StoredTensor], folder: Path, streamed: Mapping[str, Output], contents: Contents
 ) -> None:
     """Hold the tensors of .bin and .ckpt files against what was written; the others' have been by now."""
     found = {(str(tensor.file.relative_to(folder)), tensor.name): tensor for tensor in tensors}
     if found.keys() != contents.keys():
-        raise failed(f"tensors differ: {sorted(found.keys() ^ contents.keys())[:5]}")
+        raise failed(f"tensors differ: {listed(sorted(found.keys() ^ contents.keys()))}")
     for key, tensor in found.items():
-        if key[0] not in streamed and copying.checksum_of(tensor, tensor.dtype) != contents[key].checksum:
+        if key[0] not in streamed and tensor.checksum() != contents[key].checksum:
             raise failed(f"{key[1]} in {key[0]} was read back with another checksum than it had")
 
 
@@ -264,18 +185,18 @@ def _write_small(file: Path, content: bytes) -> None:
     fsync(file)
 
 
-def _content(entry: Mapping) -> Content:
+def _content(entry: Mapping[str, Any]) -> Content:
     return Content(entry["checksum"], entry["nan"], entry["inf"])
 
 
-def _identities(tensors) -> dict[Path, tuple[int, int]]:
+def _identities(tensors: Iterable[StoredTensor]) -> Identities:
     """Every file that tensors are read from: its bytes, and when it was changed (ns)."""
-    files = {tensor.file: None for tensor in tensors}
-    files |= {file: None for tensor in tensors for file, _, _ in tensor.extents or ()}
+    files = dict.fromkeys(tensor.file for tensor in tensors)
+    files |= dict.fromkeys(file for tensor in tensors for file, _, _ in tensor.extents or ())
     return {file: (stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())}
 
 
-def _identity(job: Job, options: Options, read: Mapping[Path, tuple[int, int]]) -> dict:
+def _identity(job: Job, options: Options, read: Identities) -> dict[str, object]:
     """What makes two conversions the same one, by the words that say in what they differ."""
     plan = [
         (file, name, tensor.name, tensor.dtype, tensor.shape)
@@ -306,26 +227,21 @@ def _disk_full_in_words(folder: Path) -> Iterator[None]:
 
 
 def _summary(
-    job: Job,
-    folder: Path,
-    options: Options,
-    read: Mapping,
-    contents: Contents,
-    began: float,
-    lines: str | None,
+    job: Job, folder: Path, options: Options, read: Identities, contents: Contents, began: float
 ) -> Written:
-    tensors = [tensor for weights in job.files.values() for tensor, _ in weights]
+    tensors = [tensor for tensor, _ in job.weights]
     return Written(
         sources=tuple(read),
         files=tuple(folder / name for name in job.files),
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors),
-        bytes=sum(tensor.nbytes(options.dtype) for tensor in tensors),
+        bytes=job.nbytes(options.dtype),
         dtypes=tuple(sorted({options.dtype or tensor.dtype for tensor in tensors})),
         nan=sum(content.nan for content in contents.values()),
         inf=sum(content.inf for content in contents.values()),
         seconds=time.monotonic() - began,
         verified=options.verify,
-        table=lines,
+        table=manifest.table(job, options.dtype) if options.dry_run else None,
         notes=job.notes,
+        ignored=job.ignored,
     )

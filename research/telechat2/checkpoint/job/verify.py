@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from research.telechat2.checkpoint.job.copy import Output, Placed, checksum_of, work
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
-from research.telechat2.checkpoint.storage.tensor import Extent, StoredTensor, clip
+from research.telechat2.checkpoint.job.copy import Output, Placed, Task, work
+from research.telechat2.checkpoint.storage.tensor import Extent, StoredTensor, Weights, clip
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
-
-Weights = list[tuple[StoredTensor, str]]
+from research.telechat2.common.tables import listed
 
 
 def prove(
@@ -41,7 +40,7 @@ def prove(
     except UsageError as error:
         raise failed(f"the way back is refused: {error}") from None
     if found.keys() != sources.keys():
-        raise failed(f"the way back gives other tensors: {sorted(found.keys() ^ sources.keys())[:10]}")
+        raise failed(f"the way back gives other tensors: {listed(sorted(found.keys() ^ sources.keys()))}")
     to_read = []
     for name, source in sources.items():
         view = found[name]
@@ -69,15 +68,15 @@ def _require_placed(tensors: list[StoredTensor], outputs: dict[Path, Output]) ->
     held = {(tensor.file, tensor.name): tensor for tensor in tensors if tensor.file in outputs}
     expected = {(file, placed.name): placed for file, output in outputs.items() for placed in output.tensors}
     if held.keys() != expected.keys():
-        raise failed(f"headers and tensors differ: {sorted(map(str, held.keys() ^ expected.keys()))[:5]}")
+        raise failed(f"headers and tensors differ: {listed(sorted(map(str, held.keys() ^ expected.keys())))}")
     for key, placed in expected.items():
         kind = (placed.dtype, placed.tensor.shape, ((key[0], placed.begin, placed.end),))
         if (held[key].dtype, held[key].shape, held[key].extents) != kind:
             raise failed(f"the header of {key[0].name} describes {placed.name} wrongly")
 
 
-def _compare(name: str, view: StoredTensor, source: StoredTensor) -> Iterable:
-    if checksum_of(view, view.dtype) != checksum_of(source, view.dtype):
+def _compare(name: str, view: StoredTensor, source: StoredTensor) -> Iterable[Task]:
+    if view.checksum() != source.checksum(view.dtype):
         raise failed(f"{name} comes back with other values")
     return ()
 

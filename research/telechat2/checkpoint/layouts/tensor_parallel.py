@@ -1,17 +1,24 @@
 """Layouts for inference: the part of one rank of a tensor-parallel group, and rows joined for one product.
 
-``qkv_concat`` joins the rows of wq and wk_v, and those of w1 and w3 (``JOINED`` in the table). For a group
-of n ranks the joined rows are arranged rank by rank, so that each rank's are together: such a file is for n
-ranks only, and says so in its header. Every function has its inverse; tensors are views, nothing is read.
+``qkv_concat`` joins the rows of wq and wk_v, and those of w1 and w3 (``JOINED`` in the table). Joined rows
+are stored for tensor-parallel size n: rank by rank, so that each rank's are together. Such a file is for n
+ranks only, and its header records it. Every function has its inverse; tensors are views, nothing is read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.storage.views import glue, part_of, rows_of
-from research.telechat2.checkpoint.table import JOINED, ROWS, Joined, ignored_as, place
+from research.telechat2.checkpoint.table import (
+    JOINED,
+    ROWS,
+    Joined,
+    ignored_as,
+    locate,
+    locate_joined,
+)
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 
 Tensors = dict[str, StoredTensor]  # by MindSpore name
@@ -85,7 +92,7 @@ def join_rows(whole: Mapping[str, StoredTensor], sizes: TelechatSizes, tensor_pa
 
 def is_joined(names: Iterable[str]) -> bool:
     """Whether a checkpoint of these names has joined rows."""
-    return any(place(name, joined, "mindspore") for name in names for joined in JOINED)
+    return any(map(locate_joined, names))
 
 
 def part_rows(
@@ -99,13 +106,13 @@ def part_rows(
     check_divisible(sizes, tensor_parallel)
     parted = []
     for tensor in tensors:
-        found = next(((j, at[0]) for j in JOINED if (at := place(tensor.name, j, "mindspore"))), None)
+        found = locate_joined(tensor.name)
         parted += [tensor] if found is None else _part(tensor, *found, sizes, tensor_parallel)
     return parted
 
 
-def glue_ranks(ranks: list[Mapping[str, StoredTensor]]) -> list[StoredTensor]:
-    """Whole tensors from what all ranks have, joined rows arranged for so many ranks.
+def glue_ranks(ranks: Sequence[Mapping[str, StoredTensor]]) -> list[StoredTensor]:
+    """Whole tensors from what all ranks have; joined rows stay stored for so many ranks.
 
     Of what is no weight, one rank's is given.
 
@@ -116,20 +123,26 @@ def glue_ranks(ranks: list[Mapping[str, StoredTensor]]) -> list[StoredTensor]:
     whole = []
     for name in dict.fromkeys(name for tensors in ranks for name in tensors):
         having = [tensors[name] for tensors in ranks if name in tensors]
-        if ignored_as(name, "mindspore") or having[0].dtype not in WIDTH:
-            whole.append(having[0])
+        first = having[0]
+        if ignored_as(name, "mindspore") or first.dtype not in WIDTH:
+            whole.append(first)
             continue
         _require_alike(name, ranks)
         axis = _split_axis(name)
-        if axis is not None and axis < len(having[0].shape):
-            whole.append(glue(having, axis))
+        if axis is not None and axis < len(first.shape):
+            first = glue(having, axis)
         else:
-            _require_same(having)
-            whole.append(having[0])
+            require_same(having, "the ranks are of different checkpoints, or not of a tensor-parallel group")
+        whole.append(first)
     return whole
 
 
-def _with_joined(whole, others, sizes: TelechatSizes, ranges) -> Tensors:
+def _with_joined(
+    whole: Mapping[str, StoredTensor],
+    others: Mapping[str, StoredTensor],
+    sizes: TelechatSizes,
+    ranges: Callable[[Joined, int], list[RowRange]],
+) -> Tensors:
     """``others`` with joined tensors, made of rows of ``whole``, in place of their parts."""
     _require_heads(sizes, "joining its rows (qkv_concat)")
     result = dict(others)
@@ -140,8 +153,8 @@ def _with_joined(whole, others, sizes: TelechatSizes, ranges) -> Tensors:
                 continue
             dtypes = {whole[part].dtype: part for part in parts}
             if len(dtypes) > 1:
-                listed = " but ".join(f"{part} is {dtype}" for dtype, part in dtypes.items())
-                raise UsageError(f"{listed}; rows of different dtypes cannot be joined: convert them to one")
+                names = " but ".join(f"{part} is {dtype}" for dtype, part in dtypes.items())
+                raise UsageError(f"{names}; rows of different dtypes cannot be joined: convert them to one")
             pieces = [(whole[part], first, last) for part, first, last in ranges(joined, layer)]
             for part in parts:
                 del result[part]
@@ -154,12 +167,14 @@ def _part(
     tensor: StoredTensor, joined: Joined, layer: int, sizes: TelechatSizes, tensor_parallel: int
 ) -> list[StoredTensor]:
     _require_heads(sizes, f"taking {tensor.name} apart")
-    places, place_now = {}, 0  # of each part, where its row ranges lie in the joined tensor
+    # Of each part, its row ranges as (first row, where they begin in the joined tensor, and end).
+    places: dict[str, list[tuple[int, int, int]]] = {}
+    end = 0
     for rank in range(tensor_parallel):
         for part, first, last in _ranges(joined, layer, sizes, tensor_parallel, rank):
-            places.setdefault(part, []).append((first, place_now, place_now + last - first))
-            place_now += last - first
-    expected = (place_now, sizes.hidden_size)
+            begin, end = end, end + last - first
+            places.setdefault(part, []).append((first, begin, end))
+    expected = (end, sizes.hidden_size)
     if tensor.shape != expected:
         raise UsageError(
             f"{tensor.name} {list(tensor.shape)} in {tensor.file} should be {list(expected)} in a model of "
@@ -178,8 +193,7 @@ def _ranges(
 ) -> list[RowRange]:
     """The rows of the whole parts that make a rank's rows of a joined tensor, in order."""
     dims = sizes.dims()
-    head_dim = sizes.hidden_size // sizes.num_heads
-    ranges = []
+    ranges: list[RowRange] = []
     for part, which in joined.parts:
         row = next(row for row in ROWS if row.mindspore == part)
         count = dims[row.shape[0]] // tensor_parallel
@@ -187,6 +201,7 @@ def _ranges(
         if which == "all":
             ranges.append((name, start, start + count))
             continue
+        head_dim = sizes.head_dim
         offset = 0 if which == "keys" else head_dim
         firsts = range(start + offset, start + count, 2 * head_dim)
         ranges += [(name, first, first + head_dim) for first in firsts]
@@ -194,9 +209,10 @@ def _ranges(
 
 
 def _split_axis(name: str) -> int | None:
-    if is_joined([name]):
+    if locate_joined(name):
         return 0
-    return next((row.split for row in ROWS if place(name, row, "mindspore")), None)
+    place = locate(name, "mindspore")
+    return place.row.split if place else None
 
 
 def _require_heads(sizes: TelechatSizes, doing: str) -> None:
@@ -207,7 +223,7 @@ def _require_heads(sizes: TelechatSizes, doing: str) -> None:
         )
 
 
-def _require_alike(name: str, ranks: list[Mapping[str, StoredTensor]]) -> None:
+def _require_alike(name: str, ranks: Sequence[Mapping[str, StoredTensor]]) -> None:
     if lacking := [rank for rank, tensors in enumerate(ranks) if name not in tensors]:
         raise UsageError(
             f"rank {lacking[0]} lacks {name}, which other ranks have; expected the same names in all "
@@ -222,11 +238,13 @@ def _require_alike(name: str, ranks: list[Mapping[str, StoredTensor]]) -> None:
             )
 
 
-def _require_same(tensors: list[StoredTensor]) -> None:
-    first = b"".join(map(bytes, tensors[0].blocks()))
-    for other in tensors[1:]:
-        if b"".join(map(bytes, other.blocks())) != first:
+def require_same(tensors: Sequence[StoredTensor], reason: str) -> None:
+    """UsageError, with ``reason`` what that shows, if tensors of several ranks are not the same."""
+    first, *others = tensors
+    expected = first.checksum() if others else ""
+    for other in others:
+        if other.kind != first.kind or other.checksum() != expected:
             raise UsageError(
-                f"{tensors[0].file} and {other.file} hold different values of {other.name}, of which every "
-                "rank has a copy; the ranks are of different checkpoints, or not of a tensor-parallel group"
+                f"{first.file} and {other.file} hold different values of {first.name}, of which every rank "
+                f"has a copy: {reason}"
             )

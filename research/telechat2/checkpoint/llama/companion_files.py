@@ -1,21 +1,25 @@
 """The small files of a checkpoint's folder: those that go along, and the tokenizer of an exported folder."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from research.telechat2.checkpoint.llama.config_values import json_bytes, read_json
 from research.telechat2.checkpoint.llama.description import (
     Description,
     describe_telechat,
     lost_ids,
     model_section,
+    token_ids,
 )
 from research.telechat2.checkpoint.llama.fast_tokenizer import tokenizer_json
-from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.plan import Plan
+from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.table import Side
-from research.telechat2.common.errors import UsageError
+from research.telechat2.common.errors import UsageError, naming
+from research.telechat2.common.files import json_bytes, read_json
+from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.jinja_template import chat_template
 from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from research.telechat2.text.vocabulary import BOT, USER
@@ -91,37 +95,87 @@ def _llama_tokenizer(vocabulary: bytes) -> dict | None:
     }
 
 
-def telechat_files(
-    config: Path, sizes: TelechatSizes, side: Side
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Small files for the folder of converted weights, beside config.json, and notes on them.
+def small_files(source: Path, target: Path, folder: Path) -> dict[str, bytes]:
+    """What goes along with weights in every form: the config, and which prompts they were tuned with.
 
-    ``config`` is where the source's config.json would be, ``side`` which names the source has. Those files go
-    along that the other side needs later; MindSpore weights of TeleChat v1 get YAMLs, since none is shipped.
+    A folder gets ``config.json``; a single file a config of its own, named after it, see config_beside.
+    """
+    beside = {}
+    if (config := config_beside(source)) is not None:
+        beside[config_name(target, folder)] = _config_content(config, alone=folder != target)
+    return beside | prompt_format_file(prompt_formats.find(source), folder)
+
+
+def prompt_format_file(prompt_format: str | None, folder: Path) -> dict[str, bytes]:
+    """The file that records the prompt format, where one is known; UsageError if ``folder`` says another."""
+    if prompt_format is None:
+        return {}
+    record = folder / prompt_formats.FILE_NAME
+    if not record.exists():
+        return {record.name: json_bytes({"prompt_format": prompt_format})}
+    prompt_formats.write(folder, prompt_format)
+    return {record.name: record.read_bytes()}
+
+
+def config_name(target: Path, folder: Path) -> str:
+    """The name of the config of what is written to ``target``, which is ``folder`` or a file in it."""
+    return CONFIG if folder == target else f"{target.name}.{CONFIG}"
+
+
+def _config_content(config: Path, alone: bool) -> bytes:
+    """The bytes of a config.json; ``alone``: with the ids of the generation_config.json that stays behind."""
+    content, generation = read_json(config), read_json(config.parent / GENERATION) if alone else None
+    if content is None or generation is None:
+        return config.read_bytes()
+    ids = {key: value for key, value in token_ids(content, generation).items() if value is not None}
+    return config.read_bytes() if ids.items() <= content.items() else json_bytes(content | ids)
+
+
+def model_notes(plan: Plan, kind: str = "", ignored: Mapping[str, int] | None = None) -> list[str]:
+    """Lines of a summary: the model, and what is left out."""
+    left_out = ", ".join(f"{count} {what}" for what, count in (ignored or plan.ignored).items())
+    tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
+    return [f"model: {kind}{plan.sizes.describe()}{tied}", f"left out: {left_out or 'nothing'}"]
+
+
+def notes_of(plan: Plan, source: Path, target: Path, folder: Path) -> list[str]:
+    """``model_notes``, and lines on the small files of ``small_files``."""
+    lines, config = model_notes(plan), config_name(target, folder)
+    if config_beside(source) is not None:
+        lines.append(f"config.json goes along with the weights{'' if config == CONFIG else f', as {config}'}")
+    if prompt_format := prompt_formats.find(source):
+        lines.append(f"prompt format recorded with the weights: {prompt_format}")
+    return lines
+
+
+def telechat_files(source: Path, sizes: TelechatSizes, side: Side) -> tuple[dict[str, bytes], list[str]]:
+    """Small files for the folder of converted weights, beside those of ``small_files``, and notes on them.
+
+    ``side``: which names the source has. Those files go along that the other side needs later; MindSpore
+    weights of TeleChat v1 get YAMLs, since none is shipped.
 
     Raises:
         UsageError: the config asks for what no TeleChat model here has.
     """
+    config = config_beside(source) or (source if source.is_dir() else source.parent) / CONFIG
     files = companions(config.parent)
-    notes = (f"{', '.join(files)} go along too",) if files else ()
+    notes = [f"{', '.join(files)} go along too"] if files else []
     notes += vocabulary_notes(files, sizes.vocab_size)
     content = read_json(config)
     if content is None:
         return files, notes
-    try:
+    with naming(config):
         description = describe_telechat(content, read_json(config.parent / GENERATION), sizes)
-    except UsageError as error:
-        raise UsageError(f"{config}: {error}") from None
-    notes += (f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens",)
+    notes.append(f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens")
     if description.origin == "telechat v1" and side == "torch":
         yamls = yaml_files(description)
-        notes += (f"{' and '.join(yamls)} run this model, TeleChat v1", *lost_ids(description))
-        return files | yamls, notes
+        notes += [f"{' and '.join(yamls)} run this model, TeleChat v1", *lost_ids(description)]
+        files |= yamls
     return files, notes
 
 
 def companions(
-    folder: Path, patterns: tuple[str, ...] = (GENERATION, *TOKENIZER_FILES, *CODE)
+    folder: Path, patterns: Sequence[str] = (GENERATION, *TOKENIZER_FILES, *CODE)
 ) -> dict[str, bytes]:
     """Name -> content of the small files in a checkpoint's folder that belong to the model in every form.
 
@@ -131,20 +185,20 @@ def companions(
     return {file.name: file.read_bytes() for file in files}
 
 
-def vocabulary_notes(files: dict[str, bytes], vocab_size: int) -> tuple[str, ...]:
+def vocabulary_notes(files: Mapping[str, bytes], vocab_size: int) -> list[str]:
     """Notes on a tokenizer.model that goes along with weights of ``vocab_size`` rows."""
     import sentencepiece
 
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=files[MODEL]).get_piece_size()
     except (KeyError, RuntimeError):  # none, or no SentencePiece
-        return ()
+        return []
     if pieces <= vocab_size:
-        return ()
-    return (
+        return []
+    return [
         f"warning: {MODEL} has {pieces} pieces, but the embedding {vocab_size} rows; prediction and training "
-        "refuse this vocabulary",
-    )
+        "refuse this vocabulary"
+    ]
 
 
 def exported_tokenizer(

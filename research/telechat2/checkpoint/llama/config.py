@@ -88,7 +88,7 @@ def llama_config(description: Description, dtype: str) -> dict:
         "num_hidden_layers": sizes.num_layers,
         "num_attention_heads": sizes.num_heads,
         "num_key_value_heads": sizes.n_kv_heads,
-        "head_dim": description.head_dim,
+        "head_dim": description.sizes.head_dim,
         "vocab_size": sizes.vocab_size,
         "max_position_embeddings": description.seq_length,
         "rms_norm_eps": description.rms_norm_eps,

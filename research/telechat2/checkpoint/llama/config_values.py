@@ -1,32 +1,8 @@
-"""Small configs, read with care: a broken one is a sentence."""
+"""Values of a config.json, each of the type that it must have."""
 
-import json
 import math
-from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
-
-
-def read_json(file: Path) -> dict | None:
-    """The JSON object in a file, None where there is no file.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def json_bytes(content: dict) -> bytes:
-    """A config as the text of a file."""
-    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def number(config: dict, key: str, default: float) -> float:

@@ -1,24 +1,27 @@
 """Llama checkpoints in and out: any of them to MindSpore, and a TeleChat model to a Hugging Face folder."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from research.telechat2.checkpoint.job.job import Job, Options, Written
 from research.telechat2.checkpoint.job.output import deal
-from research.telechat2.checkpoint.job.run import Job, Options, Written, run_job
-from research.telechat2.checkpoint.layouts.read import read_whole
+from research.telechat2.checkpoint.job.run import run_job
+from research.telechat2.checkpoint.layouts.read import plan_mindspore
 from research.telechat2.checkpoint.llama.companion_files import (
     GENERATION,
     MODEL,
     companions,
+    config_name,
     exported_tokenizer,
     generation_config,
+    model_notes,
+    prompt_format_file,
     vocabulary_notes,
     yaml_files,
 )
 from research.telechat2.checkpoint.llama.config import describe_llama, is_llama, llama_config, unread_keys
-from research.telechat2.checkpoint.llama.config_values import json_bytes, read_json
 from research.telechat2.checkpoint.llama.description import (
     Description,
     describe_fields,
@@ -30,7 +33,6 @@ from research.telechat2.checkpoint.llama.stated import settle_with
 from research.telechat2.checkpoint.llama.weights import (
     ATTENTION_ZEROS,
     MLP_ZEROS,
-    Weights,
     from_llama,
     to_llama,
     with_needed_biases,
@@ -38,35 +40,35 @@ from research.telechat2.checkpoint.llama.weights import (
 from research.telechat2.checkpoint.plan import Plan, make_plan
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.storage.folders import read_torch_source
-from research.telechat2.checkpoint.storage.tensor import StoredTensor
-from research.telechat2.common.errors import UsageError
+from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights
+from research.telechat2.common.errors import UsageError, naming
+from research.telechat2.common.files import json_bytes, read_json
 from research.telechat2.config.yaml_files import resolve_config
 from research.telechat2.text import prompt_format as prompt_formats
-
-
-def folder_of(path: Path) -> Path:
-    """The folder that a checkpoint's config lies in."""
-    return path if path.is_dir() else path.parent
 
 
 def holds_llama(path: Path) -> bool:
     """Whether the config.json of a checkpoint says that it is a Llama model."""
     file = config_beside(path)
-    return file is not None and _naming(file, lambda: is_llama(read_json(file)))
+    if file is None:
+        return False
+    with naming(file):
+        return is_llama(read_json(file))
 
 
 def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = False) -> Written:
     """Convert the Hugging Face folder of a Llama model to a MindSpore checkpoint of TelechatForCausalLM.
 
-    ``target`` is a file (``.safetensors``, ``.ckpt``) or a folder, which also receives config.json and the
-    tokenizer as they are, and YAMLs for prediction and training.
+    ``source`` has a config.json, see ``holds_llama``. ``target`` is a file (``.safetensors``, ``.ckpt``) or a
+    folder, which also receives config.json and the tokenizer as they are, and YAMLs that run the model.
 
     Raises:
         UsageError: a model that TeleChat's layers cannot express, a broken source, or a target that exists.
     """
-    origin = folder_of(source)
-    config, generation = read_json(origin / CONFIG), read_json(origin / GENERATION)
-    description = _naming(origin / CONFIG, lambda: describe_llama(config, generation))
+    file = _config_of(source, None)
+    config, generation = read_json(file) or {}, read_json(file.parent / GENERATION)
+    with naming(file):
+        description = describe_llama(config, generation)
     imported = from_llama(read_torch_source(source), description, str(source))
     plan = make_plan(imported.tensors, "torch", description.sizes, str(source))
     sources = dict(imported.sources)
@@ -78,24 +80,25 @@ def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = F
         weights = make_plan(tensors, "mindspore", plan.sizes, f"what was written to {folder}").weights
         return [(part, name) for part, name in to_llama(weights, description) if name in sources]
 
-    beside, notes = {}, _notes(description, plan, Counter(imported.ignored))
+    ignored = {**imported.ignored, **plan.ignored}
+    name = config_name(target, folder)
+    beside, notes = {name: file.read_bytes()}, _notes(description, plan, ignored)
     if folder != target:
-        beside = {f"{target.name}.{CONFIG}": (origin / CONFIG).read_bytes()}
-        notes.append(f"config.json goes along with the weights, as {target.name}.{CONFIG}")
+        notes.append(f"config.json goes along with the weights, as {name}")
     if not description.attention_bias or not description.mlp_bias:
         notes.append("biases of wo and w2, which this model lacks, are zeros")
     if unread := unread_keys(config):
         notes.append(f"keys of {CONFIG} without a counterpart: {', '.join(unread)}")
     if folder == target:
-        along = companions(origin)
+        along = companions(file.parent)
         yamls = yaml_files(description, along.get(MODEL))
-        beside = {CONFIG: (origin / CONFIG).read_bytes()} | along | yamls
-        beside |= _prompt_format_file(prompt_formats.find(source))
+        beside |= along | yamls | prompt_format_file(prompt_formats.find(source), folder)
         notes.append(
             f"{' and '.join(yamls)} run this model; {CONFIG} and tokenizer go along with the weights"
         )
         notes += [*vocabulary_notes(along, plan.sizes.vocab_size), *lost_ids(description)]
-    return run_job(Job(source, sources, files, back, "ms", beside, notes=tuple(notes)), folder, options)
+    job = Job(source, sources, files, back, "ms", beside, notes=tuple(notes), ignored=ignored)
+    return run_job(job, folder, options)
 
 
 def export_llama(
@@ -129,33 +132,31 @@ def export_llama(
         return make_plan(imported.tensors, "torch", plan.sizes, f"what was written to {folder}").weights
 
     prompt_format = prompt_formats.find(source)
-    home = file.parent if file.suffix == ".json" else folder_of(source)
+    home = file.parent if file.suffix == ".json" else _folder_of(source)
     tokenizer, tokenizer_notes = exported_tokenizer(home, vocab_file, description, prompt_format)
     dtype = options.dtype or Counter(tensor.dtype for tensor, _ in weights).most_common(1)[0][0]
     beside = {
         CONFIG: _exported_config(file, description, dtype),
         **generation_config(home, description),
         **tokenizer,
-        **_prompt_format_file(prompt_format),
+        **prompt_format_file(prompt_format, folder),
     }
-    notes = [*_notes(description, plan, Counter()), *lines, *_export_notes(weights, description)]
-    notes += tokenizer_notes
-    sources = {tensor.name: tensor for tensor in plan.sources}
-    return run_job(Job(source, sources, files, back, "pt", beside, notes=tuple(notes)), folder, options)
+    notes = (*_notes(description, plan, plan.ignored), *lines, *_export_notes(weights, description),
+             *tokenizer_notes)  # fmt: skip
+    job = Job(source, plan.named_sources, files, back, "pt", beside, notes=notes, ignored=plan.ignored)
+    return run_job(job, folder, options)
 
 
-def _prompt_format_file(prompt_format: str | None) -> dict[str, bytes]:
-    """The file that records the prompt format, where one is known."""
-    if prompt_format is None:
-        return {}
-    return {prompt_formats.FILE_NAME: json_bytes({"prompt_format": prompt_format})}
+def _folder_of(path: Path) -> Path:
+    """The folder that a checkpoint's config lies in."""
+    return path if path.is_dir() else path.parent
 
 
 def _config_of(source: Path, config: Path | None) -> Path:
     """The file that describes the model: a config.json, or a YAML, which may be a shipped one's name."""
     if config is not None and config.suffix in (".yaml", ".yml"):
         return resolve_config(str(config), Path.cwd())
-    file = config or config_beside(source) or folder_of(source) / CONFIG
+    file = config or config_beside(source) or _folder_of(source) / CONFIG
     if not file.is_file():
         raise UsageError(
             f"{file} does not exist, and the weights alone do not tell how many heads the model has; name "
@@ -166,19 +167,24 @@ def _config_of(source: Path, config: Path | None) -> Path:
 
 def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
     """A MindSpore checkpoint, the description of its model in ``file``, and lines for the summary."""
-    generation, lines = read_json(file.parent / GENERATION), []
+    generation, content, lines = read_json(file.parent / GENERATION), {}, []
     if file.suffix in (".yaml", ".yml"):
         fields, lines = _fields_of_yaml(file, source)
         described = describe_fields(fields, None, fields.tie_word_embeddings)
-        plan = make_plan(read_whole(source, described.sizes), "mindspore", described.sizes, str(source))
+        sizes = described.sizes
     else:
-        content = read_json(file)
-        sizes = _naming(file, lambda: TelechatSizes.from_hf_config(content))
-        plan = make_plan(read_whole(source, sizes), "mindspore", sizes, str(source))
-        if is_llama(content):
-            described = _naming(file, lambda: describe_llama(content, generation))
-        else:
-            described = _naming(file, lambda: describe_telechat(content, generation, plan.sizes))
+        content = read_json(file) or {}
+        with naming(file):
+            sizes = TelechatSizes.from_hf_config(content)
+    plan = plan_mindspore(source, sizes)
+    if content:
+        with naming(file):
+            llama = is_llama(content)
+            described = (
+                describe_llama(content, generation)
+                if llama
+                else describe_telechat(content, generation, plan.sizes)
+            )
     if plan.sizes.num_experts:
         raise UsageError(
             f"{source} holds a mixture of {plan.sizes.num_experts} experts, which is no Llama, and no common "
@@ -214,16 +220,12 @@ def _exported_config(file: Path, description: Description, dtype: str) -> bytes:
     return json_bytes(own | flags | dtypes) if flags or dtypes else file.read_bytes()
 
 
-def _notes(description: Description, plan: Plan, ignored: Counter) -> list[str]:
-    left_out = ", ".join(f"{count} {kind}" for kind, count in (ignored + Counter(plan.ignored)).items())
-    tied = ", output layer tied to the embeddings" if plan.sizes.tie_word_embeddings else ""
+def _notes(description: Description, plan: Plan, ignored: Mapping[str, int]) -> list[str]:
     kind = {"llama": "Llama", "telechat": "TeleChat", "telechat v1": "TeleChat v1"}[description.origin]
-    return [
-        f"model: {kind}, {plan.sizes.describe()}{tied}",
-        f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens"
-        + ("" if description.extension[0] == "None" else f", {description.extension[0]}"),
-        f"left out: {left_out or 'nothing'}",
-    ]
+    model, left_out = model_notes(plan, f"{kind}, ", ignored)
+    method = description.extension[0]
+    rotary = f"rotary base {description.theta:.8g}, up to {description.seq_length:,} tokens"
+    return [model, rotary + ("" if method == "None" else f", {method}"), left_out]
 
 
 def _export_notes(weights: Weights, description: Description) -> list[str]:
@@ -235,11 +237,3 @@ def _export_notes(weights: Weights, description: Description) -> list[str]:
             "stretches the rotary base, which no Llama does"
         )
     return notes
-
-
-def _naming(file: Path, read: Callable):
-    """The value of ``read()``, whose errors are those of ``file``."""
-    try:
-        return read()
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None

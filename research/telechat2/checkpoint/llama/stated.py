@@ -4,7 +4,7 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.llama.companion_files import GENERATION
 from research.telechat2.checkpoint.llama.config import describe_llama, is_llama
-from research.telechat2.checkpoint.llama.config_values import number, one_of, read_json, whole_number
+from research.telechat2.checkpoint.llama.config_values import number, one_of, whole_number
 from research.telechat2.checkpoint.llama.description import (
     BASE_SEQLEN_V1_7B,
     EPSILON,
@@ -16,6 +16,7 @@ from research.telechat2.checkpoint.llama.description import (
 from research.telechat2.checkpoint.llama.rotary import NONE
 from research.telechat2.checkpoint.sizes import TelechatSizes, config_beside
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 from research.telechat2.config.classes import TELECHAT_CONFIGS
 from research.telechat2.config.release import CHOSEN, Said, settle_model
 

@@ -7,15 +7,15 @@ the order of channels within a head and everything else are the same. TeleChat h
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from research.telechat2.checkpoint.llama.description import Description
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
-from research.telechat2.checkpoint.storage.tensor import StoredTensor, cut, join, zeros
+from research.telechat2.checkpoint.plan import differences, refuse_differences
+from research.telechat2.checkpoint.storage.tensor import Shape, StoredTensor, Weights, zeros
+from research.telechat2.checkpoint.storage.views import cut, join
+from research.telechat2.checkpoint.table import expand
 from research.telechat2.common.errors import UsageError
-
-Weights = list[tuple[StoredTensor, str]]
 
 TOP = {
     "model.embed_tokens.weight": "transformer.word_embeddings.weight",
@@ -96,7 +96,7 @@ def _absent_biases(description: Description) -> tuple[str, ...]:
 
 def _every_other_head(key_value: StoredTensor, description: Description, first: int) -> StoredTensor:
     """K (``first`` 0) or V (1) of packed rows."""
-    heads, dim, hidden = description.sizes.n_kv_heads, description.head_dim, key_value.shape[1]
+    heads, dim, hidden = description.sizes.n_kv_heads, description.sizes.head_dim, key_value.shape[1]
     parts = cut(key_value, [(dim, hidden)] * (2 * heads))[first::2]
     return join(parts, f"{key_value.name}[{'kv'[first]}]", (heads * dim, hidden))
 
@@ -109,7 +109,7 @@ def with_needed_biases(weights: Weights, description: Description) -> Descriptio
     """
 
     def nonzero(name: str) -> bool:
-        return any(not is_zero(tensor) for tensor, full in weights if full.endswith(name))
+        return any(not tensor.is_zero() for tensor, full in weights if full.endswith(name))
 
     return replace(
         description,
@@ -126,8 +126,8 @@ def from_llama(tensors: list[StoredTensor], description: Description, origin: st
             each are listed), K and V of different dtypes, or a bias that TeleChat lacks and is not zero.
     """
     found: dict[str, StoredTensor] = {}
-    ignored: Counter = Counter()
-    twice = []
+    ignored: Counter[str] = Counter()
+    twice: list[str] = []
     for tensor in tensors:
         if _ROTARY.fullmatch(tensor.name):
             ignored["rotary buffers"] += 1
@@ -137,7 +137,7 @@ def from_llama(tensors: list[StoredTensor], description: Description, origin: st
             found[tensor.name] = tensor
     _check(found, twice, description, origin)
     for name in [name for name in found if name.endswith((*ATTENTION_ZEROS, *MLP_ZEROS))]:
-        if not is_zero(found[name]):
+        if not found[name].is_zero():
             raise UsageError(
                 f"{name} in {origin} is not zero; TeleChat's layers have biases on the output and down "
                 "projections alone, so this model cannot be expressed"
@@ -170,42 +170,20 @@ def _packed(key: StoredTensor, value: StoredTensor, name: str, description: Desc
             "tensor: save them in one dtype"
         )
     heads = description.sizes.n_kv_heads
-    rows = [(description.head_dim, key.shape[1])] * heads
+    rows = [(description.sizes.head_dim, key.shape[1])] * heads
     pairs = zip(cut(key, rows), cut(value, rows), strict=True)
     return join([part for pair in pairs for part in pair], name, (2 * key.shape[0], key.shape[1]))
 
 
-def expected_shapes(description: Description) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the Llama model."""
-    sizes, absent = description.sizes, _absent_biases(description)
-    hidden, ffn, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
-    rows = {
-        "self_attn.q_proj": (hidden, hidden),
-        KEY: (kv, hidden),
-        VALUE: (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    layer = {f"{name}.weight": shape for name, shape in rows.items()}
-    layer |= {f"{name}.bias": shape[:1] for name, shape in rows.items() if f"{name}.bias" not in absent}
-    layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    return {
-        "model.embed_tokens.weight": (sizes.vocab_size, hidden),
-        **{
-            f"model.layers.{i}.{name}": shape
-            for i in range(sizes.num_layers)
-            for name, shape in layer.items()
-        },
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (sizes.vocab_size, hidden),
-    }
-
-
-def is_zero(tensor: StoredTensor) -> bool:
-    """Whether every byte of a tensor is 0."""
-    return not any(bytes(block).strip(b"\0") for block in tensor.blocks())
+def expected_shapes(description: Description) -> dict[str, Shape]:
+    """Name -> shape of every tensor of the Llama model: what the table's weights become."""
+    sizes = replace(description.sizes, tie_word_embeddings=False)
+    table = [
+        (zeros(name, "float32", shape), name)
+        for weight in expand(sizes)
+        for name, shape in weight.torch.items()
+    ]
+    return {name: tensor.shape for tensor, name in to_llama(table, description)}
 
 
 def _check(found: dict[str, StoredTensor], twice: list[str], description: Description, origin: str) -> None:
@@ -216,31 +194,8 @@ def _check(found: dict[str, StoredTensor], twice: list[str], description: Descri
             "config or the weights belong to another model, or files are missing"
         )
     expected = expected_shapes(description)
-    missing = [name for name in expected if name not in found]
-    if sizes.tie_word_embeddings:
-        missing = [name for name in missing if name != "lm_head.weight"]
-    problems = {
-        "there twice": twice,
-        "unknown": [name for name in found if name not in expected],
-        "missing": missing,
-        "misshapen": [
-            f"{name} {list(tensor.shape)}, expected {list(expected[name])}"
-            for name, tensor in found.items()
-            if name in expected and tensor.shape != expected[name]
-        ],
-        "non-floating-point": [
-            f"{n} ({tensor.dtype})" for n, tensor in found.items() if tensor.dtype not in WIDTH
-        ],
-    }
-    if any(problems.values()):
-        raise UsageError(
-            f"{origin} is not the Llama checkpoint that its config describes: {sizes.describe()}. "
-            "Tensors that are\n"
-            + "\n".join(_listed(kind, names) for kind, names in problems.items() if names)
-        )
-
-
-def _listed(kind: str, names: Iterable[str]) -> str:
-    names = [name if name.isprintable() else ascii(name) for name in names]
-    more = f", … and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"  {len(names)} {kind}: {', '.join(names[:10])}{more}"
+    if sizes.tie_word_embeddings and "lm_head.weight" not in found:
+        del expected["lm_head.weight"]
+    problems = differences(found, expected) | {"there twice": twice}
+    what = f"{origin} is not the Llama checkpoint that its config describes: {sizes.describe()}"
+    refuse_differences(problems, what)

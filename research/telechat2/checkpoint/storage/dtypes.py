@@ -1,13 +1,14 @@
-"""Element types of weights, and casts between them on raw blocks of bytes.
+"""Casts between the element types of weights, and counts of NaN and infinities, on raw blocks of bytes.
 
 NumPy has no bfloat16: here it is its bit pattern, uint16, the upper half of a float32.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per element
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns, without the sign
 NOT_READ = (
     "weights are read as float32, float16 and bfloat16. Of a quantized model, give the weights from before "
@@ -29,33 +30,36 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
     values = widen(block, source)
     if target == "float32":
         return memoryview(values).cast("B")
-    result = _to_bfloat16(values) if target == "bfloat16" else _to_float16(values)
+    if target == "bfloat16":
+        result = _to_bfloat16(values)
+    else:
+        with np.errstate(over="ignore"):  # told from infinities that were there before below
+            result = values.astype(np.float16)
     infinite = (result.view(np.uint16) & 0x7FFF) == INFINITY[target]
     if infinite.any() and np.isfinite(values[infinite]).any():
         raise UsageError(
             f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, which {target} cannot hold "
-            f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or ask for another"
+            f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or choose another"
         )
     return memoryview(result).cast("B")
 
 
-def widen(block: memoryview | bytes | bytearray, source: str) -> np.ndarray:
+def widen(block: memoryview | bytes | bytearray, source: str) -> NDArray[np.float32]:
     """The elements of a block as float32, one-dimensional: exact for every type of weights."""
     if source != "bfloat16":
         return np.frombuffer(block, source).astype(np.float32, copy=False)
     return (np.frombuffer(block, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def count_nonfinite(block: memoryview | bytes, dtype: str) -> tuple[int, int]:
+def count_nonfinite(block: memoryview | bytes | bytearray, dtype: str) -> tuple[int, int]:
     """How many elements of a block are NaN, and how many infinite.
 
-    Read as integers they are the largest of either sign, so that two maxima, which cost no memory, show
-    that a block has none.
+    Read as integers they are the largest of either sign: two maxima, which cost no memory, show that a block
+    has none.
     """
     if not len(block):
         return 0, 0
-    width = WIDTH[dtype]
-    infinity = INFINITY[dtype]
+    width, infinity = WIDTH[dtype], INFINITY[dtype]
     unsigned = np.frombuffer(block, f"<u{width}")
     sign = 1 << (8 * width - 1)
     if unsigned.view(f"<i{width}").max() < infinity and unsigned.max() < sign + infinity:
@@ -64,12 +68,7 @@ def count_nonfinite(block: memoryview | bytes, dtype: str) -> tuple[int, int]:
     return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
 
 
-def _to_float16(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the caller tells these from infinities that were there before
-        return values.astype(np.float16)
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     nan = np.isnan(values)

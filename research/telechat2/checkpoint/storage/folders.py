@@ -3,15 +3,31 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from research.telechat2.checkpoint.storage.framework_formats import read_bin, read_ckpt
 from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.tables import listed
 
 READERS = {".safetensors": read_safetensors, ".bin": read_bin, ".ckpt": read_ckpt}
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def visible(folder: Path, *patterns: str) -> list[Path]:
+    """The files of the first pattern that has some; hidden ones are unfinished downloads and conversions."""
+    for pattern in patterns:
+        if files := [file for file in sorted(folder.glob(pattern)) if file.name[0] != "." and file.is_file()]:
+            return files
+    return []
+
+
+def rank_folders(path: Path) -> dict[int, Path]:
+    """The folders ``rank_0`` and so on in ``path``, by number."""
+    numbers = {folder.name.removeprefix("rank_"): folder for folder in path.glob("rank_*/")}
+    return {int(text): numbers[text] for text in sorted(filter(str.isdecimal, numbers), key=int)}
 
 
 def read_torch_source(path: Path) -> list[StoredTensor]:
@@ -23,19 +39,20 @@ def read_torch_source(path: Path) -> list[StoredTensor]:
     Raises:
         UsageError: nothing there to read, or files that do not agree with their index or numbering.
     """
-    adapters = [path] if path.is_file() else _files(path, "adapter_model.*")
-    if any(file.name.startswith("adapter_model.") for file in adapters):
-        raise UsageError(
-            f"{adapters[0]} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
-            "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
-        )
+    _require_exists(path)
+    for file in [path] if path.is_file() else visible(path, "adapter_model.*"):
+        if file.name.startswith("adapter_model."):
+            raise UsageError(
+                f"{file} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
+                "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
+            )
     if path.is_file():
         return _read_files([path], (".safetensors", ".bin"))
-    files = _files(path, "*.safetensors") or _files(path, "pytorch_model*.bin")
+    files = visible(path, "*.safetensors", "pytorch_model*.bin")
     if not files:
         raise UsageError(
             f"{path} holds no *.safetensors and no pytorch_model*.bin; expected the folder of a "
-            f"Hugging Face checkpoint, found {_listing(path)}"
+            f"Hugging Face checkpoint, found {_content_of(path)}"
         )
     return _read_shards(path, files)
 
@@ -49,10 +66,16 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     Raises:
         UsageError: nothing there to read, or more than one checkpoint.
     """
+    _require_exists(path)
     if path.is_file():
         return _read_files([path], (".safetensors", ".ckpt"))
     folder = _training_folder(path)
-    files = _files(folder, "*.safetensors") or _files(folder, "*.ckpt")
+    files = visible(folder, "*.safetensors", "*.ckpt")
+    if not files:
+        raise UsageError(
+            f"{folder} holds no *.safetensors and no *.ckpt; found {_content_of(folder)}. "
+            "Give a checkpoint file, or the folder that holds it"
+        )
     steps = [file for file in files if re.search(r"-[0-9]+_[0-9]+\.(safetensors|ckpt)$", file.name)]
     if len(files) > 1 and (steps or files[0].suffix == ".ckpt"):
         raise UsageError(f"{folder} holds several checkpoints ({_names(files)}); name the file to convert")
@@ -61,11 +84,6 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
         raise UsageError(
             f"{folder} holds what {int(ranks[0][1])} devices saved: {_names(files)}. If each of them held "
             "the whole model (data parallel), give one of the -model- files; if not, merge them first"
-        )
-    if not files:
-        raise UsageError(
-            f"{folder} holds no *.safetensors and no *.ckpt; found {_listing(folder)}. "
-            "Give a checkpoint file, or the folder that holds it"
         )
     return _read_shards(folder, files)
 
@@ -93,16 +111,16 @@ def _training_folder(path: Path) -> Path:
     """Descend from MindFormers' output/checkpoint to the one folder that holds a checkpoint."""
     if (folder := latest_iteration(path)) != path:
         return folder
-    ranks = sorted(path.glob("rank_*/"))
+    ranks = list(rank_folders(path).values())
     if len(ranks) > 1:
         raise UsageError(
-            f"{path} holds {len(ranks)} folders rank_*: the checkpoint was cut up for {len(ranks)} "
+            f"{path} holds {len(ranks)} folders rank_*: the checkpoint is sharded for {len(ranks)} "
             "devices; merge it first with transform_ckpt.py in research/telechat2, and convert the result"
         )
     return ranks[0] if ranks else path
 
 
-def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
+def _read_shards(folder: Path, files: Sequence[Path]) -> list[StoredTensor]:
     """Read files that together are one checkpoint: as their index says, or as their names count."""
     base = "pytorch_model.bin" if files[0].suffix == ".bin" else "model.safetensors"
     index_file = folder / f"{base}.index.json"
@@ -115,8 +133,8 @@ def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
     if absent or extra:
         raise UsageError(
             f"{index_file} and the files beside it do not agree."
-            + (f" {len(absent)} of its files are absent: {_first(absent)}. Download them." if absent else "")
-            + (f" {len(extra)} files are not in it: {_first(extra)}. Move them elsewhere." if extra else "")
+            + (f" {len(absent)} of its files are absent: {listed(absent)}. Download them." if absent else "")
+            + (f" {len(extra)} files are not in it: {listed(extra)}. Move them elsewhere." if extra else "")
         )
     tensors = _read_files(files, READERS)
     held = defaultdict(set)
@@ -129,18 +147,17 @@ def _read_shards(folder: Path, files: list[Path]) -> list[StoredTensor]:
     if lacking or unlisted:
         raise UsageError(
             f"{index_file} and the tensors in its files do not agree:"
-            + (f" {len(lacking)} tensors are not where it says: {_first(lacking)}." if lacking else "")
-            + (f" {len(unlisted)} tensors are not listed: {_first(unlisted)}." if unlisted else "")
+            + (f" {len(lacking)} tensors are not where it says: {listed(lacking)}." if lacking else "")
+            + (f" {len(unlisted)} tensors are not listed: {listed(unlisted)}." if unlisted else "")
             + " Download the index and the files again, from one release"
         )
     return tensors
 
 
 def _read_index(file: Path) -> dict[str, set[str]]:
-    """The index of a sharded checkpoint, turned round: file name -> names of its tensors."""
+    """The index of a sharded checkpoint, by file: file name -> names of its tensors."""
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8-sig"))["weight_map"]
-        pairs = list(weight_map.items())
+        pairs = list(json.loads(file.read_text(encoding="utf-8-sig"))["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pairs = []
     tensors = defaultdict(set)
@@ -157,7 +174,7 @@ def _read_index(file: Path) -> dict[str, set[str]]:
     return tensors
 
 
-def _check_numbering(folder: Path, files: list[Path]) -> None:
+def _check_numbering(folder: Path, files: Sequence[Path]) -> None:
     """Without an index, names such as model-00002-of-00003 still tell whether files are missing."""
     numbers = [re.search(r"-([0-9]{5})-of-([0-9]{5})\.[a-z]+$", file.name) for file in files]
     totals = {int(match[2]) for match in numbers if match}
@@ -168,34 +185,25 @@ def _check_numbering(folder: Path, files: list[Path]) -> None:
         )
 
 
-def _read_files(files: list[Path], allowed) -> list[StoredTensor]:
-    tensors = []
+def _read_files(files: Sequence[Path], allowed: Collection[str]) -> list[StoredTensor]:
     for file in files:
         if file.suffix not in allowed:
             raise UsageError(f"{file} ends in {file.suffix!r}; expected {' or '.join(allowed)}, or a folder")
-        tensors += READERS[file.suffix](file)
-    return tensors
+    return [tensor for file in files for tensor in READERS[file.suffix](file)]
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
-    if not folder.is_dir():
-        hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+def _require_exists(path: Path) -> None:
+    if not path.exists():
+        hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
         raise UsageError(
-            f"{folder} does not exist; expected a checkpoint file or folder"
+            f"{path} does not exist; expected a checkpoint file or folder"
             + ("; names of models on a hub are not looked up, download the model first" if hub else "")
         )
-    # Not hidden files: unfinished ones, ours and those of the hubs' download tools.
-    found = (file for file in folder.glob(pattern) if not file.name.startswith("."))
-    return sorted(file for file in found if file.is_file())
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+def _names(files: Sequence[Path]) -> str:
+    return listed(file.name for file in files)
 
 
-def _names(files: list[Path]) -> str:
-    return _first([file.name for file in files])
-
-
-def _listing(folder: Path) -> str:
-    return _first(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+def _content_of(folder: Path) -> str:
+    return listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"

@@ -12,12 +12,15 @@ import zipfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage.tensor import Blocks, Shape, StoredTensor, blocks_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.placeholders import what_stands_here
+
+Whole = tuple[str, str, Shape, bytearray]  # name, dtype, shape and bytes of a tensor in memory
 
 
 def read_bin(file: Path) -> list[StoredTensor]:
@@ -66,16 +69,16 @@ def _unread_pickle(file: Path) -> str | None:
     return f"a pickle of protocol {start[1]}" if start[:1] == b"\x80" and start[1:] > b"\x02" else None
 
 
-def _from_torch(torch, name: str, tensor, file: Path) -> StoredTensor:
-    def blocks(start=0, stop=None):
-        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start, stop)
+def _from_torch(torch: Any, name: str, tensor: Any, file: Path) -> StoredTensor:
+    def blocks(start: int = 0, stop: int | None = None) -> Blocks:
+        return blocks_of(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, start, stop)
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     return StoredTensor(str(name), dtype, tuple(tensor.shape), file, blocks)
 
 
-def write_bin(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
-    """Write (name, dtype, shape, bytes) as a dictionary of tensors with ``torch.save``."""
+def write_bin(file: Path, tensors: Iterable[Whole]) -> None:
+    """Write tensors as a dictionary with ``torch.save``."""
     torch = _import_torch(file)
     content = {}
     for name, dtype, shape, data in tensors:
@@ -103,16 +106,16 @@ def read_ckpt(file: Path) -> list[StoredTensor]:
     return [_from_mindspore(name, value, file) for name, value in content.items()]
 
 
-def _from_mindspore(name: str, value, file: Path) -> StoredTensor:
+def _from_mindspore(name: str, value: Any, file: Path) -> StoredTensor:
     if isinstance(value, str):  # text that the training script stored beside the parameters
         return StoredTensor(name, "text", (), file, partial(blocks_of, value.encode()))
     array = np.ascontiguousarray(value.asnumpy())
     bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-    return StoredTensor(name, array.dtype.name, tuple(value.shape), file, partial(blocks_of, bits))
+    return StoredTensor(name, array.dtype.name, tuple(value.shape), file, partial(blocks_of, bits.data))
 
 
-def write_ckpt(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], bytearray]]) -> None:
-    """Write (name, dtype, shape, bytes) with ``mindspore.save_checkpoint``; ``file`` ends in ``.ckpt``."""
+def write_ckpt(file: Path, tensors: Iterable[Whole]) -> None:
+    """Write tensors with ``mindspore.save_checkpoint``; ``file`` ends in ``.ckpt``."""
     import mindspore
     from mindspore.common.np_dtype import bfloat16
 
@@ -123,7 +126,7 @@ def write_ckpt(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], by
     mindspore.save_checkpoint(parameters, str(file))
 
 
-def _import_torch(file: Path):
+def _import_torch(file: Path) -> Any:
     try:
         import torch
     except ImportError:

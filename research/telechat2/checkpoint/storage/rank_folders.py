@@ -1,33 +1,25 @@
-"""The files of a sharded checkpoint: which belong to one step of a run, and writing new ones."""
+"""The files of a sharded checkpoint: which of them belong to one step of a run."""
 
 import re
 from itertools import islice
 from pathlib import Path
 
-from research.telechat2.checkpoint.storage.folders import READERS, latest_iteration
-from research.telechat2.checkpoint.storage.safetensors_format import CODES, ITEM_BYTES
+from research.telechat2.checkpoint.storage.folders import READERS, latest_iteration, rank_folders, visible
+from research.telechat2.checkpoint.storage.safetensors_format import CODES
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.tables import listed
 
 Shards = list[dict[str, StoredTensor]]  # of each rank, its tensors by name
 
-_CODE = {name: code for code, name in CODES.items()} | {
-    "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 _STEP = re.compile(r"-([0-9]+)_([0-9]+)\.(?:safetensors|ckpt)$")  # epoch and step, by CheckpointMonitor
-_OF_ITERATION = re.compile(r"-(?:model|opt)-([0-9]{7})-([0-9]{7})\.safetensors$")
-
-
-def width_of(dtype: str) -> int:
-    """Bytes of an element of any dtype that a checkpoint can hold."""
-    return ITEM_BYTES[_CODE.get(dtype, dtype)]
+_OF_ITERATION = re.compile(r"-(model|opt)-([0-9]{7})-([0-9]{7})\.safetensors$")
 
 
 def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
     """What each of ``device_num`` ranks saved: in ``rank_*`` folders, or in MindFormers' format 2.
 
-    ``reason`` tells in an error's sentence why there must be so many.
+    ``reason`` tells in an error why there must be so many.
 
     Raises:
         UsageError: other ranks than these, a rank without a file of the newest step, or a broken file.
@@ -53,22 +45,10 @@ def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
 
 def _in_rank_folders(folder: Path) -> dict[int, list[Path]]:
     """Rank -> its file of the newest step."""
-    names = {rank: re.fullmatch(r"rank_([0-9]+)", rank.name) for rank in folder.glob("rank_*")}
-    found = {int(match[1]): _checkpoint_files(rank) for rank, match in names.items() if match}
-    steps = {
-        tuple(map(int, match.groups()))
-        for files in found.values()
-        for file in files
-        if (match := _STEP.search(file.name))
-    }
-    newest = max(steps, default=None)
+    found = {rank: _checkpoint_files(files) for rank, files in rank_folders(folder).items()}
+    newest = max(filter(None, (_step(file) for files in found.values() for file in files)), default=None)
     for rank, files in sorted(found.items()):
-        of_step = [
-            file
-            for file in files
-            if newest is None
-            or ((match := _STEP.search(file.name)) and tuple(map(int, match.groups())) == newest)
-        ]
+        of_step = [file for file in files if _step(file) == newest]
         if len(of_step) != 1:
             step = f"of epoch {newest[0]}, step {newest[1]}, the newest" if newest else "with weights"
             raise UsageError(
@@ -79,9 +59,14 @@ def _in_rank_folders(folder: Path) -> dict[int, list[Path]]:
     return found
 
 
+def _step(file: Path) -> tuple[int, int] | None:
+    """Epoch and step that a file's name tells."""
+    match = _STEP.search(file.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def _checkpoint_files(folder: Path) -> list[Path]:
-    files = (file for file in sorted(folder.glob("*")) if not file.name.startswith("."))
-    return [file for file in files if file.suffix in (".safetensors", ".ckpt")]
+    return [file for file in visible(folder, "*") if file.suffix in (".safetensors", ".ckpt")]
 
 
 def _of_iteration(folder: Path) -> dict[int, list[Path]]:
@@ -90,24 +75,19 @@ def _of_iteration(folder: Path) -> dict[int, list[Path]]:
     with_states: set[int] = set()
     for file in _checkpoint_files(folder):
         if match := _OF_ITERATION.search(file.name):
-            found.setdefault(int(match[1]), []).append(file)
-            if "-opt-" in match[0]:
-                with_states.add(int(match[1]))
+            found.setdefault(int(match[2]), []).append(file)
+            if match[1] == "opt":
+                with_states.add(int(match[2]))
     if with_states and with_states != found.keys():
         raise UsageError(
             f"{folder} holds the optimizer's states (*-opt-*) of some ranks, but not of "
-            f"{sorted(found.keys() - with_states)[:10]}; expected those of all or of none. Copy the others"
+            f"{listed(sorted(found.keys() - with_states))}; expected those of all or of none. Copy the others"
         )
     return found
 
 
 def _read(files: list[Path]) -> dict[str, StoredTensor]:
-    tensors = {}
-    for file in files:
-        for tensor in READERS[file.suffix](file):
-            if _CODE.get(tensor.dtype, tensor.dtype) not in ITEM_BYTES:
-                raise UsageError(
-                    f"{file} holds {tensor.name} as {tensor.dtype}, which is no dtype of tensors"
-                )
-            tensors[tensor.name] = tensor
+    tensors = {tensor.name: tensor for file in files for tensor in READERS[file.suffix](file)}
+    if odd := next((tensor for tensor in tensors.values() if tensor.dtype not in CODES), None):
+        raise UsageError(f"{odd.file} holds {odd.name} as {odd.dtype}, which is no dtype of tensors")
     return tensors

@@ -1,4 +1,4 @@
-"""A tensor where it lies: its description, and its bytes a block at a time; joined, and cut apart."""
+"""A tensor of a checkpoint: its description, and its bytes a block at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -6,35 +6,45 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from research.telechat2.checkpoint.storage.dtypes import NOT_READ, WIDTH, cast
+import xxhash
+
+from research.telechat2.checkpoint.storage.dtypes import NOT_READ, cast
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 
 BLOCK_BYTES = 1 << 20  # a multiple of every element's width, and little enough for a core's cache
 
+Shape = tuple[int, ...]
+Blocks = Iterator[memoryview]
 Extent = tuple[Path, int, int]  # a file, and the first byte and the one after the last of a range of it
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint; ``dtype`` is float32, float16, bfloat16, or the file's word for another.
+    """One tensor of a checkpoint; ``dtype`` is NumPy's name, bfloat16, or the file's word for another.
 
     ``blocks(start, stop)`` yields its bytes from ``start`` up to ``stop`` (by default all) in order, at most
-    ``BLOCK_BYTES`` at a time, little-endian and row by row; a block is valid until the next one is asked for.
+    ``BLOCK_BYTES`` at a time, little-endian and row by row. A block is valid until the next one is asked for.
     ``extents`` says where the same bytes lie, in order, where that is known and worth listing: such a tensor
     is verified without being read a second time.
     """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     file: Path
-    blocks: Callable[..., Iterator[memoryview]]
+    blocks: Callable[..., Blocks]
     extents: tuple[Extent, ...] | None = None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def kind(self) -> tuple[str, Shape]:
+        """Dtype and shape."""
+        return self.dtype, self.shape
 
     def nbytes(self, dtype: str | None = None) -> int:
         """Number of bytes, as stored or as another dtype of weights; UsageError for what is none of these."""
@@ -43,54 +53,31 @@ class StoredTensor:
             raise UsageError(f"{self.name} in {self.file} is stored as {kind}, but {NOT_READ}.")
         return self.size * WIDTH[kind]
 
-    def blocks_as(self, dtype: str) -> Iterator[memoryview]:
+    def blocks_as(self, dtype: str) -> Blocks:
         """The blocks, cast to another dtype of weights."""
         # Not a generator, whose variable would keep a block alive while the next one is read.
         return map(lambda block: cast(block, self.dtype, dtype, self.name), self.blocks())
 
-    def read(self, dtype: str) -> bytearray:
-        """All bytes at once, as ``dtype``."""
+    def read(self, dtype: str | None = None) -> bytearray:
+        """All bytes at once, as stored or as another dtype of weights."""
         content = bytearray()
-        for block in self.blocks_as(dtype):
+        for block in self.blocks() if dtype is None else self.blocks_as(dtype):
             content += block
         return content
 
+    def checksum(self, dtype: str | None = None) -> str:
+        """The xxh3_128 of the bytes, as stored or as another dtype of weights."""
+        digest = xxhash.xxh3_128()
+        for block in self.blocks() if dtype is None else self.blocks_as(dtype):
+            digest.update(block)
+        return digest.hexdigest()
 
-def join(parts: list[StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """Tensors of one dtype as a single tensor: their bytes one after the other, which is ``shape``."""
-    if len(parts) == 1 and parts[0].shape == shape:
-        return parts[0]
-    assert len({part.dtype for part in parts}) == 1 and sum(part.size for part in parts) == prod(shape)
-
-    def blocks(start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        begin = 0
-        for part in parts:
-            end = begin + part.nbytes()
-            last = end if stop is None else min(end, stop)
-            if max(begin, start) < last:
-                yield from part.blocks(max(begin, start) - begin, last - begin)
-            begin = end
-
-    extents = None
-    if all(part.extents is not None for part in parts):
-        extents = tuple(extent for part in parts for extent in part.extents)
-    return StoredTensor(name, parts[0].dtype, shape, parts[0].file, blocks, extents)
+    def is_zero(self) -> bool:
+        """Whether every byte is 0."""
+        return not any(bytes(block).strip(b"\0") for block in self.blocks())
 
 
-def cut(tensor: StoredTensor, shapes: list[tuple[int, ...]]) -> list[StoredTensor]:
-    """The inverse of ``join``: consecutive ranges of a tensor's bytes as tensors of these shapes."""
-    if shapes == [tensor.shape]:
-        return [tensor]
-    assert sum(map(prod, shapes)) == tensor.size
-    parts, begin = [], 0
-    for number, shape in enumerate(shapes):
-        end = begin + prod(shape) * WIDTH[tensor.dtype]
-        blocks = _range_of(tensor, begin, end)
-        extents = None if tensor.extents is None else tuple(clip(tensor.extents, begin, end))
-        name = f"{tensor.name}[{number}]"
-        parts.append(StoredTensor(name, tensor.dtype, shape, tensor.file, blocks, extents))
-        begin = end
-    return parts
+Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
 
 
 def clip(extents: Iterable[Extent], begin: int, end: int) -> Iterator[Extent]:
@@ -101,13 +88,13 @@ def clip(extents: Iterable[Extent], begin: int, end: int) -> Iterator[Extent]:
         begin, end = begin - (last - first), end - (last - first)
 
 
-def zeros(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+def zeros(name: str, dtype: str, shape: Shape) -> StoredTensor:
     """A tensor that lies nowhere: all zero, such as the bias of a model that has none."""
     length = prod(shape) * WIDTH[dtype]
     return StoredTensor(name, dtype, shape, Path("zeros"), partial(_zero_blocks, length))
 
 
-def _zero_blocks(length: int, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+def _zero_blocks(length: int, start: int = 0, stop: int | None = None) -> Blocks:
     length = (length if stop is None else min(stop, length)) - start
     block = memoryview(bytes(min(length, BLOCK_BYTES)))
     while length > 0:
@@ -115,14 +102,7 @@ def _zero_blocks(length: int, start: int = 0, stop: int | None = None) -> Iterat
         length -= len(block)
 
 
-def _range_of(tensor: StoredTensor, begin: int, end: int) -> Callable[..., Iterator[memoryview]]:
-    def blocks(start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        return tensor.blocks(begin + start, end if stop is None else min(end, begin + stop))
-
-    return blocks
-
-
-def blocks_of(buffer, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+def blocks_of(buffer: memoryview | bytes, start: int = 0, stop: int | None = None) -> Blocks:
     """A contiguous object in memory as blocks of bytes."""
     view = memoryview(buffer).cast("B")[start:stop]
     for begin in range(0, len(view), BLOCK_BYTES):

@@ -1,31 +1,60 @@
 """A tensor made of parts of others without copying them: its bytes are gathered when they are asked for.
 
-Slicing along an axis, the inverse, and exchanging rows are all one thing: seen as a matrix of ``outer`` rows
-of bytes, each row is a sequence of ranges of the rows of other tensors. An arrangement of arrangements is
-again one, so that of what was cut and put together again only the bytes asked for are read.
+Joining, slicing along an axis, the inverse of both, and exchanging rows are all one thing: seen as a matrix
+of ``outer`` rows of bytes, each row is a sequence of ranges of the rows of other tensors. An arrangement of
+arrangements is again one: of what was cut and put together again only the bytes asked for are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
-from research.telechat2.checkpoint.storage.tensor import BLOCK_BYTES, Extent, StoredTensor, blocks_of, clip
+from research.telechat2.checkpoint.storage.tensor import (
+    BLOCK_BYTES,
+    Blocks,
+    Extent,
+    Shape,
+    StoredTensor,
+    blocks_of,
+    clip,
+)
+from research.telechat2.common.dtypes import WIDTH
 
 LONG_RUN = 1 << 20  # ranges of a row that are worth a read of their own; shorter ones are read by whole rows
 MANY_EXTENTS = 4096  # a list that is worth making: the rows of a matrix are more, the heads of a layer fewer
 
-Piece = tuple[
-    StoredTensor, int, int
-]  # of each row of bytes of a tensor, the first one and the one after the last
+# A tensor, and the first of its bytes, or of those of each of its rows, and the one after the last.
+Piece = tuple[StoredTensor, int, int]
 
 
-def rows_of(pieces: list[Piece], name: str, shape: tuple[int, ...]) -> StoredTensor:
+def join(parts: Sequence[StoredTensor], name: str, shape: Shape) -> StoredTensor:
+    """Tensors of one dtype as a single tensor: their bytes one after the other, which is ``shape``."""
+    if len(parts) == 1 and parts[0].shape == shape:
+        return parts[0]
+    return _arrange([(part, 0, part.nbytes()) for part in parts], 1, name, shape)
+
+
+def cut(tensor: StoredTensor, shapes: Sequence[Shape]) -> list[StoredTensor]:
+    """The inverse of ``join``: consecutive ranges of a tensor's bytes as tensors of these shapes."""
+    if list(shapes) == [tensor.shape]:
+        return [tensor]
+    assert sum(map(prod, shapes)) == tensor.size
+    parts, begin = [], 0
+    for number, shape in enumerate(shapes):
+        end = begin + prod(shape) * WIDTH[tensor.dtype]
+        parts.append(_arrange([(tensor, begin, end)], 1, f"{tensor.name}[{number}]", shape))
+        begin = end
+    return parts
+
+
+def rows_of(pieces: Sequence[Piece], name: str, shape: Shape) -> StoredTensor:
     """A tensor of ``shape`` made of ranges of rows: (tensor, first row, the row after the last) in order."""
-    return _arrange([(tensor, begin * _row(tensor), end * _row(tensor)) for tensor, begin, end in pieces],
-                    1, name, shape)  # fmt: skip
+    widths = [tensor.nbytes() // tensor.shape[0] for tensor, _, _ in pieces]
+    ranges = [(tensor, begin * n, end * n) for n, (tensor, begin, end) in zip(widths, pieces, strict=True)]
+    return _arrange(ranges, 1, name, shape)
 
 
 def part_of(tensor: StoredTensor, axis: int, index: int, parts: int) -> StoredTensor:
@@ -37,7 +66,7 @@ def part_of(tensor: StoredTensor, axis: int, index: int, parts: int) -> StoredTe
     return _arrange([(tensor, index * nbytes, (index + 1) * nbytes)], outer, tensor.name, shape)
 
 
-def glue(parts: list[StoredTensor], axis: int) -> StoredTensor:
+def glue(parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
     """Tensors of one dtype and shape put together along ``axis``: the inverse of ``part_of``."""
     first = parts[0]
     outer = prod(first.shape[:axis])
@@ -52,7 +81,7 @@ class _Arrangement:
     pieces: tuple[Piece, ...]
     outer: int
 
-    def __call__(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+    def __call__(self, start: int = 0, stop: int | None = None) -> Blocks:
         row = sum(end - begin for _, begin, end in self.pieces)
         stop = self.outer * row if stop is None else min(stop, self.outer * row)
         if start >= stop:
@@ -62,7 +91,7 @@ class _Arrangement:
         else:
             yield from self._in_rows(row, start, stop)
 
-    def _in_runs(self, row: int, start: int, stop: int) -> Iterator[memoryview]:
+    def _in_runs(self, row: int, start: int, stop: int) -> Blocks:
         """Read each range of each row by itself."""
         for number in range(start // row, -(-stop // row)):
             place = number * row
@@ -73,7 +102,7 @@ class _Arrangement:
                     yield from tensor.blocks(offset + first, offset + last)
                 place += end - begin
 
-    def _in_rows(self, row: int, start: int, stop: int) -> Iterator[memoryview]:
+    def _in_rows(self, row: int, start: int, stop: int) -> Blocks:
         """Read many rows at once, and take the ranges from them."""
         strides = [tensor.nbytes() // self.outer for tensor, _, _ in self.pieces]
         together = max(1, BLOCK_BYTES // max(sum(strides), row))
@@ -84,10 +113,10 @@ class _Arrangement:
                 for (tensor, begin, end), stride in zip(self.pieces, strides, strict=True)
             ]
             gathered = np.concatenate(columns, axis=1)
-            yield from blocks_of(gathered, max(0, start - number * row), stop - number * row)
+            yield from blocks_of(gathered.data, max(0, start - number * row), stop - number * row)
 
 
-def _arrange(pieces: list[Piece], outer: int, name: str, shape: tuple[int, ...]) -> StoredTensor:
+def _arrange(pieces: Sequence[Piece], outer: int, name: str, shape: Shape) -> StoredTensor:
     resolved = _merge([underlying for piece in pieces for underlying in _resolve(*piece, outer)])
     first = resolved[0][0]
     if len(resolved) == 1 and resolved[0][1:] == (0, first.nbytes() // outer):  # all of it
@@ -98,13 +127,15 @@ def _arrange(pieces: list[Piece], outer: int, name: str, shape: tuple[int, ...])
     return StoredTensor(name, first.dtype, shape, first.file, blocks, _extents(resolved, outer))
 
 
-def _extents(pieces: list[Piece], outer: int) -> tuple[Extent, ...] | None:
+def _extents(pieces: Sequence[Piece], outer: int) -> tuple[Extent, ...] | None:
     """Where the bytes lie, unless they lie in many places."""
-    if outer * len(pieces) > MANY_EXTENTS or any(tensor.extents is None for tensor, _, _ in pieces):
+    if outer * len(pieces) > MANY_EXTENTS:
         return None
     extents: list[Extent] = []
     for number in range(outer):
         for tensor, begin, end in pieces:
+            if tensor.extents is None:
+                return None
             offset = number * (tensor.nbytes() // outer)
             extents += clip(tensor.extents, offset + begin, offset + end)
     return tuple(extents) if len(extents) <= MANY_EXTENTS else None
@@ -123,7 +154,7 @@ def _resolve(tensor: StoredTensor, begin: int, end: int, outer: int) -> list[Pie
     return found
 
 
-def _merge(pieces: list[Piece]) -> list[Piece]:
+def _merge(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbouring ranges of one tensor as one."""
     merged: list[Piece] = []
     for tensor, begin, end in pieces:
@@ -133,12 +164,8 @@ def _merge(pieces: list[Piece]) -> list[Piece]:
     return merged
 
 
-def _read_rows(tensor: StoredTensor, number: int, count: int, stride: int) -> np.ndarray:
+def _read_rows(tensor: StoredTensor, number: int, count: int, stride: int) -> NDArray[np.uint8]:
     content = bytearray()
     for block in tensor.blocks(number * stride, (number + count) * stride):
         content += block
     return np.frombuffer(content, np.uint8).reshape(count, stride)
-
-
-def _row(tensor: StoredTensor) -> int:
-    return tensor.nbytes() // tensor.shape[0]

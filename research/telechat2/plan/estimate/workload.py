@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
-from research.telechat2.checkpoint.storage.dtypes import WIDTH
 from research.telechat2.checkpoint.table import ATTENTION_ROWS, DENSE_ROWS, MOE_ROWS, Row
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.model_settings import ModelSettings
