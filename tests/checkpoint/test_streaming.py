@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save_file
 from test_plan_115b import described, hf_shapes
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.job import copy, run, verify
+from research.telechat2.checkpoint.job import copy, run
+from research.telechat2.checkpoint.job.job import Job
 from research.telechat2.checkpoint.job.manifest import table
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.safetensors_format import read_metadata
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SIZES = {"num_key_value_heads": 2}
@@ -58,7 +60,7 @@ def test_the_table_of_the_115b(shared_data):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors = described({name: hf_shapes(config)[name] for name in index["weight_map"]})
     plan = make_plan(tensors, "torch", TelechatSizes.from_hf_config(config), "115B")
-    said = table({"all": plan.weights}, {tensor.name: tensor for tensor in plan.sources}, None)
+    said = table(Job(Path("hf"), plan.named_sources, {"all": plan.weights}, list, "ms"), None)
     assert said.startswith("all: 963 tensors, 453,131,665,408 bytes\n")
     assert said.count(" -> ") == 963
 
@@ -156,9 +158,9 @@ def test_a_byte_that_changes_on_its_way_is_found(hf, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_two_weights_in_each_others_place_are_found(hf, tmp_path, monkeypatch, dtype):
     """All checksums fit, names and shapes too: only the way back tells."""
-    from research.telechat2.checkpoint import convert
+    from research.telechat2.checkpoint.layouts import read
 
-    plain = convert.make_plan
+    plain = read.make_plan
 
     def swapped(tensors, side, *rest):
         plan = plain(tensors, side, *rest)
@@ -169,7 +171,7 @@ def test_two_weights_in_each_others_place_are_found(hf, tmp_path, monkeypatch, d
             plan.weights[a], plan.weights[b] = (second, one), (first, other)
         return plan
 
-    monkeypatch.setattr(convert, "make_plan", swapped)
+    monkeypatch.setattr(read, "make_plan", swapped)
     refused_and_gone(hf, tmp_path / "ms", "gate_proj.weight comes back from other places", dtype=dtype)
 
 
@@ -211,7 +213,7 @@ def test_a_ckpt_is_verified_too(hf, tmp_path, monkeypatch):
 def test_what_is_moved_as_ranges_is_not_read_twice(tmp_path, monkeypatch):
     """Neither joined experts, nor those cut apart again, nor casts."""
     write_hf_folder(tmp_path / "hf", MOE, seed=2)
-    monkeypatch.setattr(verify, "checksum_of", lambda *_: pytest.fail("read a second time"))
+    monkeypatch.setattr(StoredTensor, "checksum", lambda *_: pytest.fail("read a second time"))
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms", dtype="bfloat16")
     convert_to_torch(tmp_path / "ms", tmp_path / "back", dtype="float16")
 

@@ -101,9 +101,11 @@ def make_plan(tensors: Iterable[StoredTensor], side: Side, sizes: TelechatSizes 
     problems = differences(found, expected)
     problems["duplicate"] = duplicate
     if side == "torch":
-        beyond = [name for name in problems["unknown"] if name in places and places[name].expert is not None]
+        experts = sizes.num_experts or 0
+        expert_of = {name: place.expert for name, place in places.items() if place.expert is not None}
+        beyond = [name for name in problems["unknown"] if expert_of.get(name, -1) >= experts > 0]
         problems["unknown"] = [name for name in problems["unknown"] if name not in beyond]
-        problems[f"beyond the {sizes.num_experts} experts, 0 to {(sizes.num_experts or 0) - 1}"] = beyond
+        problems[f"beyond the {experts} experts, 0 to {experts - 1}"] = beyond
         problems["to be stacked, but of different dtypes (save them in one)"] = _mixed_dtypes(weights, found)
     refuse_differences(problems, f"{origin} is not a TeleChat checkpoint of {sizes.describe()}")
     translate = _to_mindspore if side == "torch" else _to_torch

@@ -151,7 +151,7 @@ def _resolve(tensor: StoredTensor, begin: int, end: int, outer: int) -> list[Pie
         if low < high:
             found.append((inner, first + low - place, first + high - place))
         place += last - first
-    return found
+    return found or [(tensor, begin, end)]  # of no bytes
 
 
 def _merge(pieces: Sequence[Piece]) -> list[Piece]:
