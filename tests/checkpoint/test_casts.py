@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import stored_tensors, write_hf_folder
+from refusal import refused
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
 from research.telechat2.checkpoint.storage import tensor as stored
@@ -43,7 +44,7 @@ def test_every_bit_pattern_to_bfloat16(patterns):
     values = np.array(patterns, np.uint32).view(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16)
     if (torch.isinf(expected) & torch.isfinite(torch.from_numpy(values))).any():
-        with pytest.raises(ValueError, match="bfloat16 cannot hold"):
+        with refused("bfloat16"):
             cast(values.tobytes(), "float32", "bfloat16", "w")
         return
     ours = torch.frombuffer(
@@ -62,7 +63,7 @@ def test_a_value_beyond_the_range_is_refused(tmp_path):
     tensors = load_file(file)
     tensors["transformer.ln_f.weight"][5] = 70000.0
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight holds 70000\.0, which float16 cannot"):
+    with refused("transformer.ln_f.weight", 70000.0, "float16"):
         convert_to_mindspore(tmp_path / "hf", tmp_path / "ms", dtype="float16")
     assert not (tmp_path / "ms").exists()
     convert_to_mindspore(tmp_path / "hf", tmp_path / "ms", dtype="bfloat16")

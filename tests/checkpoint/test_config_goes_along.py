@@ -4,6 +4,7 @@ import json
 
 import pytest
 from oracle import write_hf_folder
+from refusal import refused
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.sizes import sizes_beside
@@ -39,14 +40,14 @@ def test_the_way_back_is_checked_against_it_too(hf, tmp_path):
     convert_to_mindspore(hf, tmp_path / "ms")
     file = tmp_path / "ms" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_key_value_heads": 1}))
-    with pytest.raises(ValueError, match="misshapen: .*wk_v"):
+    with refused("wk_v"):
         convert_to_torch(tmp_path / "ms", tmp_path / "back")
 
 
 def test_another_config_is_not_overwritten(hf, tmp_path):
     (tmp_path / "ms").mkdir()
     (tmp_path / "ms" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"ms/config.json differs from that of .*hf"):
+    with refused(tmp_path / "ms" / "config.json", hf):
         convert_to_mindspore(hf, tmp_path / "ms")
     assert [path.name for path in (tmp_path / "ms").iterdir()] == ["config.json"]
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
 from rank_arrays import bits_of, joined_for, rank_of, save, save_ranks, whole_model
+from refusal import refused
 
 from research.telechat2.checkpoint.layouts import read as rank_layout
 from research.telechat2.checkpoint.layouts.read import read_whole, weights_of_rank, whole_weights
@@ -125,28 +126,28 @@ class TestRefusals:
         return weights_of_rank(path, changed, tensor_parallel=n, rank=rank, qkv_concat=qkv_concat)
 
     @pytest.mark.parametrize(
-        ("n", "message"),
+        ("n", "values"),
         [
-            (3, r"3 does not divide heads 8, key/value heads 4, feed-forward size 88, vocabulary 128"),
-            (8, r"8 does not divide key/value heads 4 of this model"),
-            (0, r"tensor parallel is 0; expected 1 or more"),
+            (3, ["heads 8", "key/value heads 4", "feed-forward size 88", "vocabulary 128"]),
+            (8, ["key/value heads 4"]),
+            (0, []),
         ],
     )
-    def test_parts_that_are_not_equal(self, model, n, message):
-        with pytest.raises(ValueError, match=message):
+    def test_parts_that_are_not_equal(self, model, n, values):
+        with refused("tensor parallel", n, *values):
             self.read(model, model.hf, n)
 
     def test_a_rank_beyond_the_group(self, model):
-        with pytest.raises(ValueError, match="rank is 2; expected 0 to 1"):
+        with refused("rank", 2, 1):
             self.read(model, model.hf, rank=2)
 
     def test_a_missing_rank(self, model, tmp_path):
         folder = save_ranks(tmp_path, model.arrays, 4, model.kv_heads, False, "float32")
         (folder / "rank_3" / "checkpoint_3.safetensors").unlink()
         (folder / "rank_3").rmdir()
-        with pytest.raises(ValueError, match="holds 3 of the 4 ranks that its checkpoint is cut for"):
+        with refused(folder, 3, 4, "rank_3"):
             self.read(model, folder)
-        with pytest.raises(ValueError, match="holds 1 of the 4 ranks"):
+        with refused("checkpoint_0.safetensors", 1, 4, "rank_3"):
             self.read(model, folder / "rank_0" / "checkpoint_0.safetensors")
 
     @pytest.mark.parametrize("lost", ["model.norm_out.weight", "model.layers.1.attention.w_qkv.weight"])
@@ -161,7 +162,7 @@ class TestRefusals:
             tensor_parallel="2",
             qkv_concat="2",
         )
-        with pytest.raises(ValueError, match=f"rank 1 lacks {lost}"):
+        with refused("rank 1", lost):
             self.read(model, folder)
 
     def test_ranks_of_two_checkpoints(self, model, tmp_path):
@@ -181,7 +182,7 @@ class TestRefusals:
             tensor_parallel="2",
             qkv_concat="4",
         )
-        with pytest.raises(ValueError, match="say different things of their layout"):
+        with refused("checkpoint_0.safetensors", "checkpoint_1.safetensors"):
             self.read(model, folder)
 
     def test_rows_joined_for_more_ranks_than_it_says(self, model, tmp_path):
@@ -191,33 +192,33 @@ class TestRefusals:
         model.assert_ranks(right, 1, True)
         for value in ("0", "four", ""):
             wrong = save(tmp_path / f"wrong{value}.safetensors", arrays, "float32", qkv_concat=value)
-            with pytest.raises(ValueError, match="in its header; expected a number of ranks"):
+            with refused(wrong, "qkv_concat"):
                 self.read(model, wrong)
 
     def test_no_record_needs_the_users_word(self, model, tmp_path, monkeypatch):
         file = save(tmp_path / "old.safetensors", joined_for(model.arrays, 1, model.kv_heads), "float32")
-        with pytest.raises(ValueError, match=r"old.safetensors has joined rows .*--joined_for N"):
+        with refused(file, "qkv_concat", "--joined_for N"):
             self.read(model, file)
         monkeypatch.setattr(rank_layout, "_ASKED", {"joined_for": 1})
         model.assert_ranks(file, 2, True)
 
     def test_joined_rows_without_the_number_of_heads(self, model):
-        with pytest.raises(ValueError, match="has joined rows .* put the model's config.json beside them"):
+        with refused("qkv_concat", "config.json"):
             whole_weights(model.joined(2))
-        with pytest.raises(ValueError, match="needs the number of heads"):
+        with refused("config.json", "--model_name"):
             self.read(model, model.joined(2), num_heads=None)
 
     def test_another_model(self, model):
-        with pytest.raises(ValueError, match=r"w_qkv.weight \[128, 64\] .* should be \[96, 64\]"):
+        with refused("w_qkv.weight [128, 64]", "[96, 64]"):
             self.read(model, model.joined(2), n_kv_heads=2, kv_size=16)
         for changes in ({"num_layers": 3}, {"intermediate_size": 44}, {"num_experts": 4}):
-            with pytest.raises(ValueError, match=f"does not fit the model .* has {next(iter(changes))}"):
+            with refused(*changes):
                 self.read(model, model.hf, **changes)
 
     def test_data_parallel_copies_are_no_slices(self, model, tmp_path):
         for rank in range(2):
             save(tmp_path / f"rank_{rank}" / f"t_rank_{rank}-1_5.safetensors", model.arrays, "float32")
-        with pytest.raises(ValueError, match=r"(?s)misshapen: .* give one file of rank_0; .*transform_ckpt"):
+        with refused("misshapen", "rank_0", "transform_ckpt.py"):
             self.read(model, tmp_path)
 
     def test_joining_rows_of_different_dtypes(self, model, tmp_path):
@@ -227,7 +228,7 @@ class TestRefusals:
         save(folder / "a.safetensors", narrow, "bfloat16")
         rest = {name: array for name, array in model.arrays.items() if name not in keys}
         save(folder / "b.safetensors", rest, "float32")
-        with pytest.raises(ValueError, match="rows of different dtypes cannot be joined"):
+        with refused("float16", "float32"):
             self.read(model, folder)
         assert len(self.read(model, folder, qkv_concat=False)) == len(model.arrays)
 

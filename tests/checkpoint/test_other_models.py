@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from oracle import stored_tensors, write_hf_folder
+from refusal import refused
 from relatives_fixtures import llama_folder, load_exported, section_of
 from safetensors.numpy import load_file, save_file
 
@@ -54,27 +55,27 @@ def test_a_mistral_whose_biases_were_trained_here_leaves_as_a_llama(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "values"),
     [
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "qwen2 .*Qwen2For.*have biases"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*have biases"),
-        ({"model_type": "qwen2_moe"}, "qwen2_moe.*experts and router"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3Moe.*experts and router"),
-        ({"model_type": "qwen3"}, "qwen3.*normalises queries and keys"),
-        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "mixtral.*experts and router"),
-        ({"model_type": "telechat3"}, "telechat3.*not those of TeleChat2"),
-        ({"model_type": "deepseek_v3"}, "deepseek_v3.*MLA"),
-        ({"model_type": "gemma2"}, "gemma2.*norms"),
-        ({"model_type": "newest"}, "newest .*not known"),
-        (MISTRAL | {"sliding_window": 16, "max_position_embeddings": 64}, "sliding_window = 16 .*= 64"),
-        (MISTRAL | {"model_type": ..., "sliding_window": 1}, "sliding_window = 1"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, ["qwen2", "Qwen2ForCausalLM"]),
+        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM"]),
+        ({"model_type": "qwen2_moe"}, ["qwen2_moe"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, ["Qwen3MoeForCausalLM"]),
+        ({"model_type": "qwen3"}, ["qwen3"]),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM"]),
+        ({"model_type": "telechat3"}, ["telechat3"]),
+        ({"model_type": "deepseek_v3"}, ["deepseek_v3", "MLA"]),
+        ({"model_type": "gemma2"}, ["gemma2"]),
+        ({"model_type": "newest"}, ["newest"]),
+        (MISTRAL | {"sliding_window": 16, "max_position_embeddings": 64}, ["sliding_window = 16", 64]),
+        (MISTRAL | {"model_type": ..., "sliding_window": 1}, ["sliding_window = 1"]),
     ],
     ids=str,
 )  # fmt: skip
-def test_others_are_refused_by_name_and_reason(tmp_path, config, said):
+def test_others_are_refused_by_name_and_reason(tmp_path, config, values):
     llama_folder(tmp_path / "other")
     edited(tmp_path / "other", **({"model_type": ..., "architectures": ...} | config))
-    with pytest.raises(ValueError, match=f"(?s)config.json: .*{said}"):
+    with refused("config.json", *values):
         convert_to_mindspore(tmp_path / "other", tmp_path / "ms")
     assert not (tmp_path / "ms").exists()
 
@@ -110,18 +111,20 @@ def test_two_places_of_a_rotary_base(config, theta):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "values"),
     [
-        ({"rope_scaling": {"rope_theta": 1.0}, "rope_parameters": {"rope_theta": 2.0}}, "= 1.0, .*= 2.0"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 2}}, "differ"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type = .* and type"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"rope_theta": 1.0}, "rope_parameters": {"rope_theta": 2.0}}, ["= 1.0", "= 2.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 2}},
+         ["factor"]),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+         ["rope_type = 'yarn'", "type = 'linear'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["full_attention"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor = 0.5"]),
     ],
     ids=str,
 )  # fmt: skip
-def test_two_places_that_differ_otherwise(config, said):
-    with pytest.raises(ValueError, match=said):
+def test_two_places_that_differ_otherwise(config, values):
+    with refused(*values):
         read_scaling(config, 64)
 
 
@@ -132,10 +135,10 @@ def test_mindspore_weights_given_as_torch_weights_and_the_other_way_round(tmp_pa
     (tmp_path / "b.ckpt").write_bytes(b"x")
     (tmp_path / "run" / "rank_0").mkdir(parents=True)
     for path in ("ms", "ms/model.safetensors", "a.safetensors", "b.ckpt", "run"):
-        with pytest.raises(ValueError, match="MindSpore weights already .*--pre_ckpt_path.*convert_reversed"):
+        with refused(tmp_path / path, "--pre_ckpt_path", "convert_reversed.py"):
             convert_to_mindspore(tmp_path / path, tmp_path / "out")
     for path in ("hf", "hf/model.safetensors"):
-        with pytest.raises(ValueError, match="torch weights already .*convert_weight.py --torch_path"):
+        with refused(tmp_path / path, "convert_weight.py --torch_path"):
             convert_to_torch(tmp_path / path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -162,7 +165,7 @@ def test_other_dtypes_are_refused_by_name(tmp_path, dtype, width, joined):
         data += bytes(count)
     text = json.dumps({"__metadata__": {"format": "ms", "qkv_concat": "1"}} | header).encode()
     (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    with pytest.raises(ValueError, match=dtype) as caught:
+    with refused({"I8": "int8", "BOOL": "bool", "F64": "float64"}.get(dtype, dtype)) as caught:
         convert_to_torch(tmp_path / "m.safetensors", tmp_path / "out")
     assert "before quantization" in str(caught.value).replace("\n", " ")
     assert "Download" not in str(caught.value)
@@ -181,7 +184,7 @@ def test_what_else_a_bin_file_holds_is_not_loaded(tmp_path):
             return (open, (str(ran), "w"))
 
     torch.save({"transformer.ln_f.weight": torch.zeros(3), "x": Evil()}, tmp_path / "hf/pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds Python objects .*state_dict") as caught:
+    with refused("state_dict") as caught:
         convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
     assert "weights_only" not in str(caught.value) and not ran.exists()
 
@@ -195,7 +198,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path, shard):
     index = json.loads(file.read_text())
     index["weight_map"]["lm_head.weight"] = shard
     file.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="index.json"):
+    with refused("index.json"):
         convert_to_mindspore(tmp_path / "hf", tmp_path / "ms")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from oracle import hf_shapes
+from refusal import refused
 
 from research.telechat2.checkpoint import TelechatSizes
 from research.telechat2.checkpoint.plan import make_plan
@@ -111,18 +112,18 @@ def test_mindformers_key_names_mean_the_same():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "values"),
     [
-        ({"n_layer": None}, "no n_layer or num_layers"),
-        ({"n_layer": 0}, r"n_layer = 0; expected a positive whole number"),
-        ({"hidden_size": "64"}, "hidden_size = '64'"),
-        ({"vocab_size": True}, "vocab_size = True"),
-        ({"n_head": 7}, "hidden_size = 64 and 7 heads"),
-        ({"num_key_value_heads": 3}, "8 heads and 3 key/value heads"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+        ({"n_layer": None}, ["n_layer", "num_layers"]),
+        ({"n_layer": 0}, ["n_layer = 0"]),
+        ({"hidden_size": "64"}, ["hidden_size = '64'"]),
+        ({"vocab_size": True}, ["vocab_size = True"]),
+        ({"n_head": 7}, ["hidden_size = 64", "7 heads"]),
+        ({"num_key_value_heads": 3}, ["8 heads", "3 key/value heads"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'"]),
     ],
 )
-def test_a_config_that_cannot_be(change, message):
+def test_a_config_that_cannot_be(change, values):
     config = {"n_layer": 3, "n_head": 8, "hidden_size": 64, "ffn_hidden_size": 48, "vocab_size": 10}
-    with pytest.raises(ValueError, match=message):
+    with refused(*values):
         TelechatSizes.from_hf_config(config | change)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
+from refusal import refused
 from relatives_fixtures import byte_level_tokenizer, v1_folder
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
@@ -157,7 +158,7 @@ def test_digits_of_arguments_are_kept(exported, arguments):
 
 @pytest.mark.parametrize("arguments", ["[1]", "", "x", None, 3])
 def test_arguments_that_are_no_object_are_refused_by_both(exported, arguments):
-    with pytest.raises(ValueError, match="weather"):
+    with refused("weather"):
         render(calling(arguments))
     with pytest.raises(Exception, match="weather are no object"):
         exported.apply_chat_template(calling(arguments), tokenize=False)
@@ -196,7 +197,7 @@ def test_what_clients_send_back_is_rendered_as_the_renderer_does(exported, small
 def test_parts_that_are_no_text_are_refused_by_both(exported):
     for part in ({"type": "image_url", "image_url": {"url": "x"}}, "a", {"text": "a"}):
         messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
-        with pytest.raises(ValueError, match="message 1 has content .* part 2"):
+        with refused("message 1", "part 2"):
             render(messages, add_generation_prompt=True)
         with pytest.raises(Exception, match="part 2 of a content is no text"):
             exported.apply_chat_template(messages, tokenize=False)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 from sharding import COUNTERS, assert_same, model_tensors, stored_by, write_shards, write_strategies
 
@@ -165,7 +166,7 @@ def test_merges_what_the_section_checkpoint_saves(saved, tmp_path):
     expected = {name: array + np.float32(5) for name, array in WHOLE.items()}
     assert_same(merge(tmp_path), expected | COUNTERS)
     next((tmp_path / "checkpoint/iteration_00000012").glob("*-opt-0000003-*")).unlink()
-    with pytest.raises(ValueError, match=r"states .* of some ranks, but not of \[3\]"):
+    with refused("-opt-", 3):
         transform(tmp_path / "checkpoint", tmp_path / "again", "x", tmp_path / "strategy")
 
 
@@ -313,33 +314,33 @@ def no_strategies(copy):
 
 
 PROBLEMS = {
-    lose_rank: r"checkpoint lacks rank_5; expected rank_0 to rank_7, since the strategies are of 8",
-    lose_last_rank: r"checkpoint lacks rank_7; expected rank_0 to rank_7, since the strategies are of 8",
-    lose_file: r"rank_5 holds 0 files of epoch 1, step 10, the newest that a rank has",
-    cut_off: r"rank_6-1_10.safetensors is not a complete safetensors file",
-    mix_steps: r"rank_7 holds 0 files of epoch 1, step 20, the newest that a rank has",
-    name_twice: r"rank_3 holds 2 files of epoch 1, step 10",
-    lose_slice: r"layers.0.attention.wq.weight is not complete: none of the ranks 1 holds its part \[2, 0\]",
-    lose_tensor: r"the shards lack 1 of the 46 tensors of the strategies: model.layers.0.attention.wq.weight",
-    lose_states_of_one: r"lack 1 of the 46 tensors of the strategies: adam_m.model.layers.0.attention.wq",
-    reshape: r"rank_7.* holds lm_head.weight as float32 \[12, 8\], other ranks .* float32 \[12, 16\]",
-    retype: r"rank_7.* holds lm_head.weight as float16 \[12, 16\]",
-    add_tensor: r"extra is in no strategy file, and .*rank_0.*rank_1.* hold different values",
-    fewer_devices: r"checkpoint holds 8 ranks; expected .* since the strategies are of 4",
-    other_degrees: r"not a TeleChat checkpoint",
-    other_model: r"w1.weight is in no strategy file, and .* hold different values of it",
-    lose_first_stage: r"stages \[1\]; those of stages before or between them are missing",
-    lose_last_stage: r"checkpoint holds 8 ranks; expected .* since the strategies are of 4",
-    mix_strategies: r"describe stage 1 differently: they are of two runs",
-    break_strategy: r"ckpt_strategy_rank_0.ckpt is not a MindSpore strategy file",
-    no_strategies: r"strategy does not exist; expected strategy files",
+    lose_rank: ["lacks rank_5", "rank_7", 8],
+    lose_last_rank: ["lacks rank_7", 8],
+    lose_file: ["rank_5", "0 files", "epoch 1, step 10"],
+    cut_off: ["rank_6-1_10.safetensors"],
+    mix_steps: ["rank_7", "0 files", "epoch 1, step 20"],
+    name_twice: ["rank_3", "2 files", "epoch 1, step 10"],
+    lose_slice: ["layers.0.attention.wq.weight", "ranks 1", [2, 0]],
+    lose_tensor: ["1 of the 46 tensors", "model.layers.0.attention.wq.weight"],
+    lose_states_of_one: ["1 of the 46 tensors", "adam_m.model.layers.0.attention.wq"],
+    reshape: ["rank_7", "lm_head.weight", "float32 [12, 8]", "float32 [12, 16]"],
+    retype: ["rank_7", "lm_head.weight", "float16 [12, 16]"],
+    add_tensor: ["rank_0", "rank_1", "extra"],
+    fewer_devices: ["8 ranks", "rank_3"],
+    other_degrees: ["TeleChat"],
+    other_model: ["w1.weight", "rank_0"],
+    lose_first_stage: ["stages [1]"],
+    lose_last_stage: ["8 ranks", "rank_3"],
+    mix_strategies: ["stage 1"],
+    break_strategy: ["ckpt_strategy_rank_0.ckpt"],
+    no_strategies: ["strategy", "ckpt_strategy_rank_0.ckpt", "--dry_run"],
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.__name__)
 def test_whatever_is_wrong_is_said_and_nothing_is_written(copy, problem):
     problem(copy)
-    with pytest.raises(ValueError, match=PROBLEMS[problem]):
+    with refused(*PROBLEMS[problem]):
         merge(copy)
     assert not (copy / "merged").exists()
 
@@ -347,20 +348,20 @@ def test_whatever_is_wrong_is_said_and_nothing_is_written(copy, problem):
 def test_targets_that_do_not_fit_are_refused(saved, tmp_path):
     source = saved / "checkpoint", tmp_path / "new", "x", saved / "strategy"
     experts = model_tensors(num_layers=2, experts=4)
-    with pytest.raises(ValueError, match="of the target do not know 16 tensors"):
+    with refused(16):
         transform(*source, write_strategies(tmp_path / "a", plan(2, 2, whole=experts)))
-    with pytest.raises(ValueError, match="the checkpoint lacks 20 of the 66 tensors"):
+    with refused(20, 66):
         transform(*source, write_strategies(tmp_path / "b", plan(2, 2, whole=model_tensors(num_layers=3))))
-    with pytest.raises(ValueError, match=r"cannot be cut into \[32"):
+    with refused("[32"):
         transform(*source, write_strategies(tmp_path / "c", plan(1, 32)))
-    with pytest.raises(ValueError, match="neither --src_ckpt_strategy nor"):
+    with refused("--src_ckpt_strategy", "--dst_ckpt_strategy"):
         transform(*source[:3])
     assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(copy, monkeypatch):
     merge(copy)
-    with pytest.raises(ValueError, match="already holds rank_0; nothing is overwritten"):
+    with refused("rank_0"):
         merge(copy)
     kept = copy / "kept"
     kept.mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import stored_tensors, write_hf_folder
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 from test_plan_115b import described, hf_shapes
 
@@ -131,8 +132,8 @@ def test_nan_and_infinities_are_counted(tmp_path, dtype):
 
 
 # ---------------------------------------------------------------------- verification
-def refused_and_gone(hf, target, message, convert=convert_to_mindspore, **options):
-    with pytest.raises(ValueError, match=f"the written checkpoint is not the one that was read: .*{message}"):
+def refused_and_gone(hf, target, *values, convert=convert_to_mindspore, **options):
+    with refused(*values):
         convert(hf, target, **options)
     assert not target.exists()
 
@@ -149,7 +150,7 @@ def test_a_byte_that_changes_on_its_way_is_found(hf, tmp_path, monkeypatch):
             stream.write(bytes([last ^ 1]))
 
     monkeypatch.setattr(run, "fsync", flip)
-    refused_and_gone(hf, tmp_path / "ms", "was read back with another checksum")
+    refused_and_gone(hf, tmp_path / "ms", "model.safetensors", "checksum")
     with monkeypatch.context() as patch:  # what --no-verify does not see
         patch.setattr(run, "_write_small", lambda file, content: file.write_bytes(content))
         assert not convert_to_mindspore(hf, tmp_path / "unseen", verify=False).verified
@@ -172,7 +173,7 @@ def test_two_weights_in_each_others_place_are_found(hf, tmp_path, monkeypatch, d
         return plan
 
     monkeypatch.setattr(read, "make_plan", swapped)
-    refused_and_gone(hf, tmp_path / "ms", "gate_proj.weight comes back from other places", dtype=dtype)
+    refused_and_gone(hf, tmp_path / "ms", "gate_proj.weight", dtype=dtype)
 
 
 def test_experts_in_another_order_are_found(tmp_path, monkeypatch):
@@ -181,8 +182,8 @@ def test_experts_in_another_order_are_found(tmp_path, monkeypatch):
     write_hf_folder(tmp_path / "hf", MOE, seed=2)
     plain = plan.join
     monkeypatch.setattr(plan, "join", lambda parts, *rest: plain(parts[::-1], *rest))
-    refused_and_gone(tmp_path / "hf", tmp_path / "ms", "comes back from other places")
-    refused_and_gone(tmp_path / "hf", tmp_path / "x.ckpt", "comes back with other values")
+    refused_and_gone(tmp_path / "hf", tmp_path / "ms", ".local_experts.0.")
+    refused_and_gone(tmp_path / "hf", tmp_path / "x.ckpt", ".local_experts.")
 
 
 def test_a_header_that_is_wrong_is_found(hf, tmp_path, monkeypatch):
@@ -197,7 +198,7 @@ def test_a_header_that_is_wrong_is_found(hf, tmp_path, monkeypatch):
         return plain(swapped, metadata)
 
     monkeypatch.setattr(copy, "header_bytes", other)
-    refused_and_gone(hf, tmp_path / "ms", "describes .* wrongly")
+    refused_and_gone(hf, tmp_path / "ms", "model.safetensors", "_norm.weight")
 
 
 def test_a_ckpt_is_verified_too(hf, tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_a_ckpt_is_verified_too(hf, tmp_path, monkeypatch):
         plain(file, ((name, dtype, shape, bytearray(len(data))) for name, dtype, shape, data in tensors))
 
     monkeypatch.setattr(run, "write_ckpt", other)
-    refused_and_gone(hf, tmp_path / "x.ckpt", "was read back with another checksum")
+    refused_and_gone(hf, tmp_path / "x.ckpt", "x.ckpt", "checksum")
 
 
 def test_what_is_moved_as_ranges_is_not_read_twice(tmp_path, monkeypatch):
@@ -230,11 +231,11 @@ def test_sizes(size, expected):
 
 
 def test_flags_that_contradict_each_other(hf, tmp_path):
-    with pytest.raises(ValueError, match="one file with all weights, but shards of 1,000 bytes are"):
+    with refused("x.safetensors", "1,000", "--max_shard_size"):
         convert_to_mindspore(hf, tmp_path / "x.safetensors", max_shard_size=1000)
-    with pytest.raises(ValueError, match="one file with all weights"):
+    with refused("1,000", "--max_shard_size"):
         convert_to_mindspore(hf, tmp_path / "ms", "ckpt", max_shard_size=1000)
-    with pytest.raises(ValueError, match="max_shard_size is 0; expected a positive"):
+    with refused("max_shard_size", 0):
         convert_to_mindspore(hf, tmp_path / "ms", max_shard_size=0)
     script = CHECKOUT / "research" / "telechat2" / "convert_weight.py"
     told = subprocess.run(
