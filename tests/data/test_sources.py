@@ -14,15 +14,13 @@ from refusal import refused
 from research.telechat2.data import json_values, sources
 from research.telechat2.data.job import Options
 from research.telechat2.data.preparing import prepare
-from research.telechat2.data.sources import Batch, Source, find, input_files, read_batches
+from research.telechat2.data.sources import Source, find, input_files, read_batches
 from research.telechat2.text.load_vocabulary import load_vocabulary
 
 
-def lines_of(*files: sources.Source, **more) -> list[bytes]:
-    batches = [item for item in read_batches(list(files), **more) if isinstance(item, Batch)]
-    assert [batch.number for batch in batches] == list(
-        range(more.get("skip", 0), len(batches) + more.get("skip", 0))
-    )
+def lines_of(*files: sources.Source, skip=0, advance=lambda _: None) -> list[bytes]:
+    batches = list(read_batches(list(files), [], skip, advance))
+    assert [batch.number for batch in batches] == list(range(skip, len(batches) + skip))
     return [line for batch in batches for line in batch.lines]
 
 
@@ -214,14 +212,12 @@ def test_batches_hold_every_line_once_whatever_their_size(tmp_path_factory, file
         found.append(Source(path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BATCH_BYTES", size)
-        items = list(read_batches(found))
-        batches = [item for item in items if isinstance(item, Batch)]
+        states = []
+        batches = list(read_batches(found, states, 0, lambda _: None))
         lines = [line for batch in batches for line in batch.lines]
         assert b"".join(lines) == b"".join(source.path.read_bytes() for source in found)
         assert all(0 <= line.find(b"\n") == len(line) - 1 or b"\n" not in line for line in lines)
-        skipped = [item for item in read_batches(found, skip=2) if isinstance(item, Batch)]
-        assert skipped == batches[2:]
-    states = [item for item in items if not isinstance(item, Batch)]
+        assert list(read_batches(found, [], 2, lambda _: None)) == batches[2:]
     assert [state.sha256 for state in states] == [
         hashlib.sha256(source.path.read_bytes()).hexdigest() for source in found
     ]

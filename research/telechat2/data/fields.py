@@ -17,30 +17,23 @@ from research.telechat2.text.messages import (
 )
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
-METADATA = (
-    *("id", "ids", "idx", "index", "uid", "uuid", "guid", "key", "number", "no", "rank", "source"),
-    *("sources", "dataset", "data_source", "origin", "subset", "split", "dump", "file", "file_name"),
-    *("filename", "file_path", "filepath", "path", "url", "urls", "uri", "link", "domain"),
-    *("domains", "site", "model", "models", "model_name", "generator", "engine", "provider"),
-    *("annotator", "annotators", "worker", "author", "authors", "creator", "user_name", "username"),
-    *("uploader", "answer_from", "human_verified", "lang", "language", "languages", "locale"),
-    *("lang_code", "language_score", "encoding", "charset", "category", "categories", "subcategory"),
-    *("kind", "type", "task_type", "task_name", "data_type", "topic", "topics", "tag", "tags"),
-    *("subject", "level", "difficulty", "grade", "skill", "ability", "score", "scores", "rating"),
-    *("ratings", "quality", "reward", "votes", "upvotes", "likes", "perplexity", "date", "time"),
-    *("datetime", "timestamp", "created", "created_at", "create_time", "created_time", "added"),
-    *("created_date", "created_on", "date_added", "tree_state", "generated_from", "task", "tasks"),
-    *("cluster", "repo", "repo_name", "commit", "source_lang", "target_lang", "src_lang", "tgt_lang"),
-    *("hashed_ip", "moderation", "openai_moderation", "detoxify_moderation", "teacher", "teacher_model"),
-    *("judge_model", "quality_score"),
-    *("updated", "updated_at", "update_time", "modified", "year", "crawl_date", "version"),
-    *("revision", "seed", "license", "licence", "licenses", "copyright", "rights", "meta"),
-    *("metadata", "meta_data", "attributes", "hash", "md5", "sha1", "sha256", "checksum", "minhash"),
-    *("red_pajama_subset", "unique_key", "status", "length", "len", "size", "chars", "tokens"),
-    *("token_count", "num_tokens", "n_tokens", "word_count", "usage", "turns", "num_turns", "turn"),
-    *("round", "rounds", "multiturn", "finish_reason", "logprobs", "review_result", "synthetic"),
-    *("lang_detect", "parallel_tool_calls", "tool_choice", "cache_control"),
-)
+_NAMES = """
+id ids idx index uid uuid guid key number no rank source sources dataset data_source origin subset split
+dump file file_name file_path path url urls uri link domain domains site model models model_name generator
+engine provider annotator annotators worker author authors creator user_name uploader answer_from
+human_verified lang language languages locale lang_code language_score encoding charset category categories
+subcategory kind type task_type task_name data_type topic topics tag tags subject level difficulty grade
+skill ability score scores rating ratings quality reward votes upvotes likes perplexity date time datetime
+timestamp created created_at create_time created_time added created_date created_on date_added tree_state
+generated_from task tasks cluster repo repo_name commit source_lang target_lang src_lang tgt_lang hashed_ip
+moderation openai_moderation detoxify_moderation teacher teacher_model judge_model quality_score updated
+updated_at update_time modified year crawl_date version revision seed license licence licenses copyright
+rights meta metadata attributes hash md5 sha1 sha256 checksum minhash red_pajama_subset unique_key status
+length len size chars tokens token_count num_tokens n_tokens word_count usage turns num_turns turn round
+rounds multiturn finish_reason logprobs review_result synthetic lang_detect parallel_tool_calls tool_choice
+cache_control
+"""
+METADATA = tuple(_NAMES.split())
 # What data sets call the mark of an answer that is not to be trained; 1 is as without.
 MASKS = ("weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
 JUDGEMENTS = ("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted")
@@ -48,26 +41,23 @@ JUDGEMENTS = ("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_
 VERDICTS = ("correct", "is_correct", "good", "is_good", "is_accepted", "is_chosen", "positive", "is_positive")
 
 _PREFERENCE = "preference data (DPO), of which this training knows no loss: keep the good answers alone"
-_MEDIA = "a text model neither sees nor hears it"
-_THOUGHT = "no prompt format here has a place for it: write it into the answer, or leave it out"
-_CALL = "the old form of a call: write it as tool_calls"
-_REASONS = {
-    **dict.fromkeys(("chosen", "rejected", "chosenresponse", "rejectedresponse"), _PREFERENCE),
-    **dict.fromkeys(("responsechosen", "responserejected", "rejectedmessages", "margin"), _PREFERENCE),
-    **dict.fromkeys(("completions", "responses", "preference"), _PREFERENCE),
-    **{
-        f"{name}{what}": _MEDIA
-        for name in ("image", "audio", "video", "img", "picture")
-        for what in ("", "s", "path", "paths", "url", "urls", "file", "files")
-    },
-    **dict.fromkeys(("pixelvalues", "media", "speech", "wav", "bbox", "bboxes", "objects"), _MEDIA),
-    **dict.fromkeys(("reasoning", "reasoningcontent", "thought", "thoughts", "thinking", "cot"), _THOUGHT),
-    **dict.fromkeys(("chainofthought", "rationale", "think"), _THOUGHT),
-    "functioncall": _CALL,
-    "functions": "the old form of tools: write them as tools",
-    "target": "an answer is called output",
-    "response": "an answer is called output",
+_MEDIA_FILES = [
+    f"{name}{what}"
+    for name in ("image", "audio", "video", "img", "picture")
+    for what in ("", "s", "path", "paths", "url", "urls", "file", "files")
+]
+_LOST = {  # why -> names, separated by blanks, of what would be lost
+    _PREFERENCE: "chosen rejected chosenresponse rejectedresponse responsechosen responserejected "
+    "rejectedmessages margin completions responses preference",
+    "a text model neither sees nor hears it": "pixelvalues media speech wav bbox bboxes objects "
+    + " ".join(_MEDIA_FILES),
+    "no prompt format here has a place for it: write it into the answer, or leave it out": "reasoning "
+    "reasoningcontent thought thoughts thinking cot chainofthought rationale think",
+    "the old form of a call: write it as tool_calls": "functioncall",
+    "the old form of tools: write them as tools": "functions",
+    "an answer is called output": "target response",
 }
+_REASONS = {name: why for why, names in _LOST.items() for name in names.split()}
 
 
 class LostText(UsageError):  # noqa: N818 (a line is at fault, not a programme)

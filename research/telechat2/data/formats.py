@@ -80,23 +80,16 @@ class UnusableLine(UsageError):  # noqa: N818 (a line is at fault, not a program
         self.reason = reason
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of every line of a data file, blank ones too.
+def read_lines(path: str | Path, is_data: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of every line of a file, packed or not, blank ones too.
 
-    The file may be packed, or one JSON array, whose items count as lines. UsageError where it is not UTF-8.
+    ``is_data``: the file may be one JSON array, whose items count as lines; else it is a text. UsageError
+    where it is not UTF-8.
     """
-    for unit, number, line in sources.read_file(path):
+    for unit, number, line in sources.read_file(path, is_data):
         with naming(path, number, unit):
             text = decode_line(line)
-        yield number, text
-
-
-def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a text file, packed or not; UsageError where it is no UTF-8."""
-    for unit, number, line in sources.read_file(path, is_data=False):
-        with naming(path, number, unit):
-            text = decode_line(line)
-            if "\0" in text:
+            if not is_data and "\0" in text:
                 raise UsageError("holds NUL characters: it is no text, or UTF-16; convert the file to UTF-8")
         yield number, text
 
@@ -108,7 +101,7 @@ def holds_data(path: str | Path) -> bool:
     """
     if not Path(path).is_file():
         return False
-    for _, line in read_text_lines(path):
+    for _, line in read_lines(path, is_data=False):
         text = line.strip()
         if not text:
             continue

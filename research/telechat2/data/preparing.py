@@ -146,8 +146,8 @@ def _encode(
         return totals, [sources.FileState(*state) for state in json.loads(done.read_text(encoding="utf-8"))]
     files: list[sources.FileState] = []
     with _progress("encode", sum(source.path.stat().st_size for source in job.found), "B") as bar:
-        read = sources.read_batches(job.found, store.segments * spool.SEGMENT_BATCHES, bar.update)
-        batches = _without_states(read, files)
+        done_batches = store.segments * spool.SEGMENT_BATCHES
+        batches = sources.read_batches(job.found, files, done_batches, bar.update)
         useful = sum(-(-source.text_bytes() // sources.BATCH_BYTES) for source in job.found)
         encoding = engines.encode_all(batches, job.words, job.options, engine, workers, useful)
         with closing(encoding) as encoded:
@@ -167,16 +167,6 @@ def _counted(encoded: Iterable[Encoded], bar: "tqdm[Any]") -> Iterator[Encoded]:
         elapsed = bar.format_dict["elapsed"] or 1
         bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
         yield batch
-
-
-def _without_states(
-    read: Iterable[sources.Batch | sources.FileState], files: list[sources.FileState]
-) -> Iterator[sources.Batch]:
-    for item in read:
-        if isinstance(item, sources.FileState):
-            files.append(item)
-        else:
-            yield item
 
 
 # ---------------------------------------------------------------------- second pass

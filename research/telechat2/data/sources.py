@@ -200,9 +200,9 @@ def _check_weight(path: Path, name: str, weight: object) -> None:
 
 
 def read_batches(
-    sources: list[Source], skip: int = 0, advance: Callable[[int], object] = lambda _: None
-) -> Iterator[Batch | FileState]:
-    """Yield the batches of all files from number ``skip`` on, and a FileState where a file ends.
+    sources: list[Source], read: list[FileState], skip: int, advance: Callable[[int], object]
+) -> Iterator[Batch]:
+    """Yield the batches of all files from number ``skip`` on; where a file ends, add its state to ``read``.
 
     ``advance`` is told how many bytes of the files (as they lie on the disk) have been read. UsageError when
     a packed file is broken or cut short, or a line is no line.
@@ -219,10 +219,10 @@ def read_batches(
                 first_line += len(lines)
             while raw.read(BATCH_BYTES):
                 pass
-        yield FileState(str(source.path), raw.position, raw.sha256.hexdigest(), source.weight)
+        read.append(FileState(str(source.path), raw.position, raw.sha256.hexdigest(), source.weight))
 
 
-def read_file(path: str | Path, is_data: bool = True) -> Iterator[tuple[str, int, bytes]]:
+def read_file(path: str | Path, is_data: bool) -> Iterator[tuple[str, int, bytes]]:
     """Yield (unit, number from 1, bytes) of every line of a file, or of every item of its JSON array.
 
     ``is_data``: False for a text, whose lines are lines whatever it begins with. UsageError as in

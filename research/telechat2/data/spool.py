@@ -43,11 +43,6 @@ class Totals(NamedTuple):
                 kept[problem.reason] += 1
 
 
-def new_totals() -> Totals:
-    """Totals of nothing."""
-    return Totals(new_counts(), [])
-
-
 class Window(NamedTuple):
     """Some items of a bucket; see ``Encoded``."""
 
@@ -72,7 +67,7 @@ class Spool:
 
     def reopen(self) -> Totals:
         """Find the segments of an interrupted run; return what they hold."""
-        totals = new_totals()
+        totals = Totals(new_counts(), [])
         while (path := self._path(self.segments, "json")).is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             totals.add(content["counts"], content["problems"])
@@ -81,7 +76,7 @@ class Spool:
 
     def write(self, batches: list[Encoded]) -> Totals:
         """Write the next segment; return what it holds."""
-        totals = new_totals()
+        totals = Totals(new_counts(), [])
         for batch in batches:
             totals.add(batch.counts, batch.problems)
         tokens = np.concatenate([batch.tokens for batch in batches])

@@ -71,7 +71,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _read_text(path: str | Path, system: str | None) -> Iterator[Conversation]:
-    for number, line in formats.read_text_lines(path):
+    for number, line in formats.read_lines(path, is_data=False):
         if not is_blank(line):
             with naming(path, number):
                 yield question(line.rstrip("\r\n"), system)
@@ -98,7 +98,9 @@ def read_prompts(
     if _is_data(Path(path)):
         return read_questions(path, system, ignored)
     # as Windows ends lines: a carriage return would be part of the question
-    lines = [line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_text_lines(path)]
+    lines = [
+        line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_lines(path, is_data=False)
+    ]
     text = "\n".join(lines).strip()
     if is_blank(text):
         raise UsageError(f"{path} holds no question.")

@@ -11,7 +11,7 @@ from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.sharing import PARALLEL_MODEL
-from research.telechat2.data.formats import holds_data, read_text_lines
+from research.telechat2.data.formats import holds_data, read_lines
 from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.data.sources import DATA_FILE
 from research.telechat2.infer.sources import check_vocabulary
@@ -149,7 +149,8 @@ def _read(input_data) -> str | list[str]:
         return words
     if not _exists(words[0]):
         return words[0]
-    lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read_text_lines(words[0])]
+    read = read_lines(words[0], is_data=False)
+    lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read]
     if not lines:
         raise UsageError(f"--predict_data {words[0]}: the file is empty; write a prompt on each line.")
     return lines

@@ -46,7 +46,7 @@ class Segment(NamedTuple):
     trained: bool = False
 
 
-_Pieces = Callable[[str], list[Segment]]
+_Pieces = Callable[[str, bool], list[Segment]]
 
 
 def render(
@@ -84,29 +84,27 @@ def render(
     pieces = _text_with_tags if tool_tags_in_content else _literal
     if prompt_format != "chat":
         segments = [Segment(START, special=True)] if prompt_format == "plain" else []
-        after_answer = ""
         _refuse_in_plain(messages, tools, prompt_format)
     else:
         segments = _system_turn(messages[0], tools, pieces)
-        after_answer = "\n"
     previous = None
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "user":
-            segments += _user_turn(pieces(message["content"]), everything)
+            segments += _user_turn(pieces(message["content"], False), everything)
         elif role in ANSWERS:
             trained = number in answers
             around = everything and trained
             segments.append(Segment(BOT, True, around))
             segments += _answer(message, number, pieces, trained)
-            if after_answer:
-                segments.append(Segment(after_answer, False, around))
+            if prompt_format == "chat":
+                segments.append(Segment("\n", False, around))
         elif role == "tool":
-            opening = _literal("\n") if previous == "tool" else [Segment(USER, special=True)]
-            segments += [*opening, *_tagged("tool_response", message["content"])]
+            segments.append(Segment("\n") if previous == "tool" else Segment(USER, True))
+            segments += _tagged("tool_response", message["content"], False)
         previous = role
     if add_generation_prompt:
-        segments.append(Segment(BOT, special=True))
+        segments.append(Segment(BOT, True))
     return segments
 
 
@@ -154,12 +152,12 @@ def conversation_text(segments: list[Segment]) -> str:
 
 # ---------------------------------------------------------------------- turns
 def _system_turn(first: JsonObject, tools: list[JsonObject] | None, pieces: _Pieces) -> list[Segment]:
-    system = pieces(first["content"]) if first["role"] == "system" else _literal(DEFAULT_SYSTEM)
-    segments = [Segment(SYSTEM, special=True), *system]
+    has_text = first["role"] == "system"
+    system = pieces(first["content"], False) if has_text else [Segment(DEFAULT_SYSTEM)]
     if tools:
         lines = "".join(_tool_json(tool, i) + "\n" for i, tool in enumerate(tools, 1))
-        segments += [*_literal(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL)]
-    return [*segments, *_literal("\n")]
+        system += [Segment(TOOLS_HEAD + lines), *_text_with_tags(TOOLS_TAIL, False)]
+    return [Segment(SYSTEM, True), *system, Segment("\n")]
 
 
 def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
@@ -177,11 +175,12 @@ def _user_turn(pieces: list[Segment], trained: bool) -> list[Segment]:
 
 
 def _answer(message: JsonObject, number: int, pieces: _Pieces, trained: bool) -> list[Segment]:
-    segments = pieces(message.get("content") or "")
+    segments = pieces(message.get("content") or "", trained)
     for i, call in enumerate(message.get("tool_calls") or ()):
-        segments += _literal("\n" if i else "") + _tagged("tool_call", _call_json(call, f"message {number}"))
-    segments.append(Segment(END, special=True))
-    return [Segment(text, special, True) for text, special, _ in segments] if trained else segments
+        segments += _literal("\n" if i else "", trained)
+        segments += _tagged("tool_call", _call_json(call, f"message {number}"), trained)
+    segments.append(Segment(END, True, trained))
+    return segments
 
 
 def trained_answers(messages: list[JsonObject], train_on: str) -> set[int]:
@@ -192,18 +191,19 @@ def trained_answers(messages: list[JsonObject], train_on: str) -> set[int]:
     return {n for n in answers if messages[n - 1].get("weight") in (None, 1)}
 
 
-def _tagged(tag: str, text: str) -> list[Segment]:
-    return [Segment(f"<{tag}>", special=True), Segment(f"\n{text}\n"), Segment(f"</{tag}>", special=True)]
+def _tagged(tag: str, text: str, trained: bool) -> list[Segment]:
+    parts = (f"<{tag}>", True), (f"\n{text}\n", False), (f"</{tag}>", True)
+    return [Segment(part, special, trained) for part, special in parts]
 
 
-def _literal(text: str) -> list[Segment]:
-    return [Segment(text)] if text else []
+def _literal(text: str, trained: bool) -> list[Segment]:
+    return [Segment(text, False, trained)] if text else []
 
 
-def _text_with_tags(text: str) -> list[Segment]:
+def _text_with_tags(text: str, trained: bool) -> list[Segment]:
     if "tool_" not in text:
-        return _literal(text)
-    return [Segment(part, special=part in TOOL_TAGS) for part in _TOOL_TAG.split(text) if part]
+        return _literal(text, trained)
+    return [Segment(part, part in TOOL_TAGS, trained) for part in _TOOL_TAG.split(text) if part]
 
 
 def _function_of(description: object, what: str, expected: str) -> JsonObject:
