@@ -196,7 +196,8 @@ def _check_message(message: JsonObject, where: str, allow_empty: bool) -> None:
     if must_say and not allow_empty and is_blank(content or ""):
         found = "a blank" if content else "an empty"
         kind = "answer" if is_answer else "question"
-        raise UsageError(f"{where} is {found} {kind}, of which nothing is learned; remove it or fill it in")
+        why = "there is nothing to learn from it: " if is_answer else ""
+        raise UsageError(f"{where} is {found} {kind}; {why}remove it or fill it in")
 
 
 def short(value: object) -> str:
