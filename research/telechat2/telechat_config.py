@@ -36,7 +36,7 @@ class TelechatConfig(PretrainedConfig, ModelSettings):
         plan, experts = parallel_config_from(parallel_config), moe_config_from(moe_config)
         settings, others = read_model(fields, _plain(plan), ExpertSection.of(experts))
         super().__init__(**others)
-        vars(self).update(vars(settings) | {"parallel_config": plan, "moe_config": experts})
+        self.__dict__.update(vars(settings) | {"parallel_config": plan, "moe_config": experts})
         for name in DTYPE_FIELDS:
             setattr(self, name, getattr(ms, getattr(settings, name)))
 

@@ -1,6 +1,7 @@
 """What fits into a machine's memory at all: for sizes that are a slip of the finger, such as 99999999."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
@@ -19,7 +20,7 @@ def host_memory() -> int | None:
         return None
 
 
-def check_host_memory(parts: dict[str, float], settings: str, total: int | None = None) -> None:
+def check_host_memory(parts: Mapping[str, float], settings: str, total: int | None = None) -> None:
     """Refuse what needs more than this machine has.
 
     Args:

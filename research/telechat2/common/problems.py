@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 
@@ -40,7 +41,7 @@ def refuse(found: list[str], source: object = None) -> None:
         raise SettingsError(found, source)
 
 
-def check_all(*checks) -> None:
+def check_all(*checks: tuple[Any, ...]) -> None:
     """Call every check, a tuple of a function and its arguments, also after one has raised a UsageError.
 
     Raises:

@@ -11,19 +11,23 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.common.problems import noted_in, refuse
+from research.telechat2.common.problems import check_all, noted_in, refuse
 from research.telechat2.common.tables import table
+from research.telechat2.config.fields import settings_of
 from research.telechat2.config.kernel_limits import (
     check_cpu_dtypes,
     check_fused_attention,
     check_paged_kernels,
 )
+from research.telechat2.config.kinds import check_number
 from research.telechat2.config.mindspore_context import check_parallel_sections
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.optimization import check_optimization
 from research.telechat2.config.parallel import check_cluster, check_exchange
 from research.telechat2.config.pipeline import check_schedule, partition_of
+from research.telechat2.config.plan_settings import ParallelSettings
 from research.telechat2.config.recompute import COMMUNICATION, SELECTED, read_recompute
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config, with_defaults
 from research.telechat2.config.unused_settings import without_effect
 
@@ -77,7 +81,7 @@ class CheckedPlan:
     stages: tuple[Stage, ...]
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> Settings:
         """This plan for JSON."""
         return asdict(self)
 
@@ -94,7 +98,7 @@ class CheckedPlan:
         return "\n".join([*lines, *("\nnote: " + note for note in self.notes)])
 
 
-def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
+def check(settings: Settings, device_num: int | None = None) -> CheckedPlan:
     """Check the plan of a run.
 
     Args:
@@ -104,7 +108,8 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
     Raises:
         UsageError: a rule is broken.
     """
-    kind, found = _kind(settings), []
+    kind = _kind(settings)
+    found: list[str] = []
     if settings.get("run_mode", "train") in ("train", "finetune"):
         with noted_in(found):
             check_optimization(settings)
@@ -122,10 +127,12 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
             config = model_config(settings, plan)
     if config:
         with noted_in(found):
-            _check_kernels(settings, config)
-        with noted_in(found):
-            _check_devices(settings, config, kind, device_num, devices)
+            check_all(
+                (_check_kernels, settings, config),
+                (_check_devices, settings, config, kind, device_num, devices),
+            )
     refuse(found)
+    assert plan is not None and batch is not None and config is not None
     named = {name: plan[name] for name in _FACTORS if plan[name] > 1 or name != "context_parallel"}
     factors = named if kind == "semi_auto" else {"processes": devices}
     return CheckedPlan(
@@ -140,7 +147,9 @@ def check(settings: dict, device_num: int | None = None) -> CheckedPlan:
     )
 
 
-def _check_devices(settings: dict, config, kind: str, device_num: int | None, devices: int) -> None:
+def _check_devices(
+    settings: Settings, config: ModelSettings, kind: str, device_num: int | None, devices: int
+) -> None:
     """Whether ``device_num``, if that is known, and MindSpore's context fit a plan of ``devices``."""
     if kind == "semi_auto":
         _check_context(settings, config, device_num or devices)
@@ -151,7 +160,7 @@ def _check_devices(settings: dict, config, kind: str, device_num: int | None, de
         )
 
 
-def _check_kernels(settings: dict, config) -> None:
+def _check_kernels(settings: Settings, config: ModelSettings) -> None:
     """What the target's kernels can run."""
     if section_of(settings, "context").get("device_target", "Ascend") == "CPU":
         check_cpu_dtypes(config)
@@ -161,7 +170,7 @@ def _check_kernels(settings: dict, config) -> None:
         check_fused_attention(config)
 
 
-def _kind(settings: dict) -> str:
+def _kind(settings: Settings) -> str:
     if not settings.get("use_parallel"):
         return "single"
     mode = section_of(settings, "parallel").get("parallel_mode", 1)
@@ -175,17 +184,13 @@ def _kind(settings: dict) -> str:
     )
 
 
-def _effective_plan(settings: dict, kind: str) -> dict:
+def _effective_plan(settings: Settings, kind: str) -> Settings:
     """``parallel_config`` as the Trainer leaves it: one device's where no graph is split."""
     given = with_defaults(settings, "parallel_config")
-    for name in (
-        "data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage",
-        "micro_batch_num", "seq_split_num", "gradient_aggregation_group",
-    ):  # fmt: skip
-        _check_count(f"parallel_config.{name}", given[name])
-    for name in ("use_seq_parallel", "vocab_emb_dp"):
-        if not isinstance(given[name], bool):
-            raise UsageError(f"parallel_config.{name} is {given[name]!r}; it must be True or False.")
+    rules = settings_of(ParallelSettings)
+    check_all(
+        *[(rules[name].check, value, "parallel_config") for name, value in given.items() if name in rules]
+    )
     if kind != "semi_auto":
         return DEFAULTS["parallel_config"]
     if given["pipeline_stage"] > 1:
@@ -193,12 +198,7 @@ def _effective_plan(settings: dict, kind: str) -> dict:
     return given | {"micro_batch_num": 1}
 
 
-def _check_count(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-
-
-def _check_context(settings: dict, config, devices: int) -> None:
+def _check_context(settings: Settings, config: ModelSettings, devices: int) -> None:
     """What MindSpore's context must say for one graph of all devices."""
     parallel = section_of(settings, "parallel")
     check_cluster(config, devices, parallel.get("gradients_mean", False))
@@ -213,7 +213,7 @@ def _check_context(settings: dict, config, devices: int) -> None:
         _check_dataset_strategy(parallel.get("dataset_strategy"), config.parallel_config.data_parallel)
 
 
-def _check_dataset_strategy(strategy, dp: int) -> None:
+def _check_dataset_strategy(strategy: object, dp: int) -> None:
     """MindFormers' rule where processes read parts of the batch."""
     rows = strategy[0][0] if isinstance(strategy, list) and strategy and strategy[0] else None
     if rows != dp:
@@ -223,15 +223,12 @@ def _check_dataset_strategy(strategy, dp: int) -> None:
         )
 
 
-def _batch(settings: dict, plan: dict, kind: str, devices: int) -> dict[str, int]:
+def _batch(settings: Settings, plan: Settings, kind: str, devices: int) -> dict[str, int]:
     """The factors of the global batch."""
     runner = with_defaults(settings, "runner_config")
     accumulation = runner["gradient_accumulation_steps"] or 1
-    for name, value in (
-        ("runner_config.batch_size", runner["batch_size"]),
-        ("runner_config.gradient_accumulation_steps", accumulation),
-    ):
-        _check_count(name, value)
+    check_number("runner_config.batch_size", runner["batch_size"], whole=True, least=1)
+    check_number("runner_config.gradient_accumulation_steps", accumulation, whole=True, least=1)
     stages = plan["pipeline_stage"]
     if accumulation > 1 and (kind != "semi_auto" or stages > 1):
         raise UsageError(
@@ -249,9 +246,10 @@ def _batch(settings: dict, plan: dict, kind: str, devices: int) -> dict[str, int
     return {name: value for name, value in factors.items() if value > 1 or name == "batch_size"}
 
 
-def _stages(config, devices: int) -> tuple[Stage, ...]:
+def _stages(config: ModelSettings, devices: int) -> tuple[Stage, ...]:
     counts = partition_of(config)
-    starts, start = [], 0
+    starts: list[list[tuple[int, int]]] = []
+    start = 0
     for row in counts:
         starts.append([])
         for count in row:

@@ -63,7 +63,7 @@ _CALLBACK_STEPS = (
     "origin_epochs:whole|null dataset_size:whole|null initial_epoch:whole initial_step:whole "
     "global_batch_size:whole check_for_nan_in_loss_and_grad:bool "
 )
-GROUPS = {
+GROUPS: dict[str, dict[str, dict[str, str] | None]] = {
     "lr_schedule": {
         "CosineWithWarmUpLR": _COSINE,
         "cosine": _COSINE,

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_run_numbers
 from research.telechat2.config.pipeline import partition
+from research.telechat2.config.sections import Settings
 
 METRIC = "TelechatPerplexity"
 # MindFormers' metric of the same name in older YAMLs: a mean of batches' means, of logits on the host.
 REPLACED_METRICS = ("PerplexityMetric",)
 
 
-def check_evaluation_settings(config: dict, changed: Mapping[str, object]) -> list[str]:
+def check_evaluation_settings(config: Settings, changed: Mapping[str, object]) -> list[str]:
     """Refuse what an evaluation would pass over, and take out, in place, what it does not need.
 
     Args:
@@ -36,7 +37,7 @@ def check_evaluation_settings(config: dict, changed: Mapping[str, object]) -> li
     return []
 
 
-def prepare_evaluation(config: dict, *, training: bool) -> None:
+def prepare_evaluation(config: Settings, *, training: bool) -> None:
     """Fit the settings of a run that evaluates, in place, and print what is changed.
 
     Args:
@@ -62,7 +63,7 @@ def prepare_evaluation(config: dict, *, training: bool) -> None:
     config["model"]["model_config"]["use_past"] = False  # whole sequences, with a predict YAML as well
 
 
-def has_weights(config: dict) -> bool:
+def has_weights(config: Settings) -> bool:
     """Whether a config names weights, in any of the places where MindFormers looks for them."""
     model = (config.get("model") or {}).get("model_config") or {}
     sources = (config, "load_checkpoint"), (config.get("checkpoint") or {}, "load_path")
@@ -70,7 +71,7 @@ def has_weights(config: dict) -> bool:
     return any(section.get(key) for section, key in (*sources, *others))
 
 
-def _fit_metric(config: dict) -> None:
+def _fit_metric(config: Settings) -> None:
     """Have TelechatPerplexity measure."""
     given = config.get("metric") or {}
     names = [metric.get("type") for metric in (given if isinstance(given, list) else [given])]
@@ -85,7 +86,7 @@ def _fit_metric(config: dict) -> None:
     config["metric"] = {"type": METRIC, "auto_register": f"telechat_register.{METRIC}"}
 
 
-def _check_experts(config: dict) -> None:
+def _check_experts(config: Settings) -> None:
     """Refuse a plan by which the experts cannot answer every token that is sent to them."""
     plan, moe = config.get("parallel_config") or {}, config.get("moe_config") or {}
     mp = plan.get("model_parallel", 1)
@@ -98,7 +99,7 @@ def _check_experts(config: dict) -> None:
         )
 
 
-def _fit_stages(config: dict, training: bool) -> None:
+def _fit_stages(config: Settings, training: bool) -> None:
     """Evaluate with one run of layers in each stage: MindSpore 2.9 crashes at a forward pass of several."""
     model = (config.get("model") or {}).get("model_config") or {}
     stages = (config.get("parallel_config") or {}).get("pipeline_stage", 1)
@@ -123,13 +124,13 @@ def _fit_stages(config: dict, training: bool) -> None:
     print(f"pipeline: evaluated with one run of layers in each stage, {counts}, not {chunks}", flush=True)
 
 
-def _is_one_graph(config: dict) -> bool:
+def _is_one_graph(config: Settings) -> bool:
     """Whether one graph is compiled for all devices."""
     mode = (config.get("parallel") or {}).get("parallel_mode", 1)
     return bool(config.get("use_parallel")) and mode in (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")
 
 
-def _fit_compiler(config: dict) -> None:
+def _fit_compiler(config: Settings) -> None:
     """Evaluate with the kernels of training: MindFormers refuses jit_level O1, and adds infer_boost."""
     context = config.get("context") or {}
     if context.get("device_target", "Ascend") == "CPU":

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -85,7 +84,6 @@ def only(default: T) -> T:
     return setting(default, "", choices=(default,))
 
 
-@cache
 def settings_of(section: type) -> dict[str, Setting]:
     """The settings of a section's dataclass, by name; fields of other dataclasses are none."""
     hints = get_type_hints(section)

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.telechat2.config.classes import PLACES, PLUGIN
-from research.telechat2.config.sections import sections_at
+from research.telechat2.config.sections import Settings, sections_at
 
 _PLUGIN_FOLDER = Path(__file__).resolve().parents[1]
 _REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".py")
 
 
-def settle_classes(settings: dict, register: Path | None) -> list[str]:
+def settle_classes(settings: Settings, register: Path | None) -> list[str]:
     """Refuse foreign code; take out ``auto_register`` where it names a class of this project.
 
     Those classes are registered when telechat_register.py is imported, so ``type`` alone finds them.
@@ -43,7 +43,7 @@ def settle_classes(settings: dict, register: Path | None) -> list[str]:
     return problems + list(_data_loaders(settings))
 
 
-def _all_sections(value: object, place: str) -> Iterator[tuple[str, dict]]:
+def _all_sections(value: object, place: str) -> Iterator[tuple[str, Settings]]:
     """Every dictionary at any depth, and its path."""
     if isinstance(value, dict):
         yield place, value
@@ -54,7 +54,7 @@ def _all_sections(value: object, place: str) -> Iterator[tuple[str, dict]]:
             yield from _all_sections(inner, f"{place}[{index}]")
 
 
-def _check_reference(section: dict, place: str, register: Path | None) -> str | None:
+def _check_reference(section: Settings, place: str, register: Path | None) -> str | None:
     """What is wrong with the ``auto_register`` of a section; a class of this project is taken out."""
     reference = section["auto_register"]
     name = f"{place}.auto_register {reference!r}".lstrip(".")
@@ -86,7 +86,7 @@ def _check_reference(section: dict, place: str, register: Path | None) -> str | 
     return None
 
 
-def _data_loaders(settings: dict) -> Iterator[str]:
+def _data_loaders(settings: Settings) -> Iterator[str]:
     """Hugging Face's data loaders read pickles, and run any function of their library."""
     for path in (path for path in PLACES if path.endswith(".data_loader")):
         for place, loader in sections_at(settings, path):

@@ -4,11 +4,12 @@ model/kernels/select.py obeys them when it chooses kernels, and telechat_plan.py
 """
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.model_settings import ModelSettings
 
 _KERNEL_DOCUMENTS = 1024  # CANN's description of the variable-length form
 
 
-def check_fused_attention(config) -> None:
+def check_fused_attention(config: ModelSettings) -> None:
     """Raise UsageError for a config that Ascend's FlashAttentionScore cannot train with."""
     _check_attention_dtype(config)
     documents = config.batch_size * config.max_documents if config.document_start_ids else 0
@@ -25,7 +26,7 @@ def check_fused_attention(config) -> None:
         )
 
 
-def check_paged_kernels(config) -> None:
+def check_paged_kernels(config: ModelSettings) -> None:
     """Raise UsageError for a config that Ascend's prediction kernels cannot run (CANN's operator lists)."""
     if not config.is_dynamic:
         raise UsageError(
@@ -52,7 +53,7 @@ def check_paged_kernels(config) -> None:
         )
 
 
-def _check_attention_dtype(config) -> None:
+def _check_attention_dtype(config: ModelSettings) -> None:
     if _name(config.compute_dtype) == "float32":
         raise UsageError(
             "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; "
@@ -60,7 +61,7 @@ def _check_attention_dtype(config) -> None:
         )
 
 
-def check_cpu_dtypes(config) -> None:
+def check_cpu_dtypes(config: ModelSettings) -> None:
     """Raise UsageError for bfloat16 where a CPU has no kernels for it; ``res_dtype`` may be bfloat16."""
     for name in (
         "compute_dtype", "param_init_type", "embedding_init_type", "layernorm_compute_type",
@@ -73,6 +74,6 @@ def check_cpu_dtypes(config) -> None:
             )
 
 
-def _name(dtype) -> str:
+def _name(dtype: object) -> str:
     """``float32`` of MindSpore's dtype, or of its name."""
     return str(dtype).lower()

@@ -10,14 +10,14 @@ from research.telechat2.config.model import LIBRARY_KEYS, OTHERS_KEYS
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.overrides import did_you_mean
 from research.telechat2.config.places import elsewhere, settings_like
-from research.telechat2.config.sections import sections_at
+from research.telechat2.config.sections import Settings, sections_at
 from research.telechat2.config.tables import SECTIONS
 
 MODEL = "model.model_config"
 _MOST_LISTED = 12  # names in a message
 
 
-def read_keys(settings: dict) -> tuple[list[str], list[str]]:
+def read_keys(settings: Settings) -> tuple[list[str], list[str]]:
     """Read every value by its kind, in place.
 
     Text that is a number becomes one where a number is expected: YAML 1.1 reads ``1e-5`` as text.
@@ -44,7 +44,7 @@ def _once(problems: list[str]) -> list[str]:
     return [problem for problem, name in pairs if name == problem or name not in problems]
 
 
-def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[str]]:
+def _read_class(section: Settings, group: str, place: str) -> tuple[list[str], list[str]]:
     """A section whose ``type`` names its class, as read_keys; of one of the user's own, nothing is known."""
     name = section.get("type")
     if group == "config" and name in (None, *TELECHAT_CONFIGS):
@@ -60,7 +60,7 @@ def _read_class(section: dict, group: str, place: str) -> tuple[list[str], list[
     return unread + _take_unread(section, known, place), misread
 
 
-def _take_foreign(section: dict, group: str, place: str, known: dict[str, str]) -> list[str]:
+def _take_foreign(section: Settings, group: str, place: str, known: dict[str, str]) -> list[str]:
     """Take out the arguments of other classes of the group; a sentence for each that is not null.
 
     Null takes back what a base YAML states for the class that it names.
@@ -77,7 +77,7 @@ def _take_foreign(section: dict, group: str, place: str, known: dict[str, str]) 
     return problems
 
 
-def _unknown_type(section: dict, group: str, place: str) -> list[str]:
+def _unknown_type(section: Settings, group: str, place: str) -> list[str]:
     if "auto_register" in section or ("type" not in section and group in ("tokenizer", "metric", "model")):
         return []
     known = sorted(GROUPS[group])
@@ -87,7 +87,7 @@ def _unknown_type(section: dict, group: str, place: str) -> list[str]:
     ]
 
 
-def _read_model(section: dict) -> tuple[list[str], list[str]]:
+def _read_model(section: Settings) -> tuple[list[str], list[str]]:
     kinds = kinds_of(ModelSettings)
     misread = _read_values(section, kinds, MODEL)
     others = [key for key in section if key in OTHERS_KEYS]
@@ -99,7 +99,9 @@ def _read_model(section: dict) -> tuple[list[str], list[str]]:
     return unread + _take_unread(section, kinds, MODEL, LIBRARY_KEYS), misread
 
 
-def _take_unread(section: dict, known: dict[str, str], place: str, others: tuple = ()) -> list[str]:
+def _take_unread(
+    section: Settings, known: dict[str, str], place: str, others: tuple[str, ...] = ()
+) -> list[str]:
     """Take out the keys that nothing reads; a sentence for each."""
     prefix = f"{place}." if place else ""
     keys = [key for key in section if key not in known and key not in others]
@@ -109,7 +111,7 @@ def _take_unread(section: dict, known: dict[str, str], place: str, others: tuple
     return problems
 
 
-def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
+def _read_values(section: Settings, known: dict[str, str], place: str) -> list[str]:
     problems = []
     for key in section.keys() & known.keys():
         if section[key] is None and known[key].startswith(("section", "list")):
@@ -122,12 +124,12 @@ def _read_values(section: dict, known: dict[str, str], place: str) -> list[str]:
     return sorted(problems)
 
 
-def _unread(key: str, section: dict, known: list[str], prefix: str) -> str:
+def _unread(key: str, section: Settings, known: list[str], prefix: str) -> str:
     hint = _hint(key, section, known, prefix)
     return f"the setting {prefix}{key} is read by nothing; remove or correct it. {hint}"
 
 
-def _hint(key: str, section: dict, known: list[str], prefix: str = "") -> str:
+def _hint(key: str, section: Settings, known: list[str], prefix: str = "") -> str:
     """The key that may be meant, or that it is there already, or in another section; without any, all that
     are not there, if few."""
     if (meant := elsewhere(key)) and meant.removeprefix(prefix) in known:
@@ -139,7 +141,7 @@ def _hint(key: str, section: dict, known: list[str], prefix: str = "") -> str:
     return _listed([name for name in known if name not in section])
 
 
-def _close(key: str, section: dict, known: list[str]) -> str:
+def _close(key: str, section: Settings, known: list[str]) -> str:
     """The known key that is like ``key``, or that it is there already; empty without any."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if close and close[0] in section:

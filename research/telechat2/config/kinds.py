@@ -85,6 +85,12 @@ def check_number(
         raise UsageError(f"{name} is {value!r}; it must be {expected}.")
 
 
+def check_divisible(name: str, value: int, by: str, divisor: int, advice: str = "change one of them") -> None:
+    """UsageError if the setting ``name`` is not divisible by the setting or product ``by``."""
+    if value % divisor:
+        raise UsageError(f"{name} {value} is not divisible by {by} {divisor}; {advice}.")
+
+
 def expected_number(*, whole: bool = False, **bounds: float | None) -> str:
     """In words what check_number accepts."""
     words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}

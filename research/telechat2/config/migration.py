@@ -10,7 +10,7 @@ from pathlib import Path
 
 from research.telechat2.config.key_check import MODEL
 from research.telechat2.config.model import DEAD_KEYS
-from research.telechat2.config.sections import sections_at
+from research.telechat2.config.sections import Settings, sections_at
 
 _TUNING = "MindFormers 1.9 tunes no data set by it"
 _GRAPHS = "MindSpore fuses operators by context.jit_config.jit_level"
@@ -43,7 +43,7 @@ _TRAINING_ONLY = (
 )  # fmt: skip
 
 
-def leave_out(settings: dict) -> tuple[list[str], list[str]]:
+def leave_out(settings: Settings) -> tuple[list[str], list[str]]:
     """Take out of ``settings``, in place, what has no effect here.
 
     Returns:
@@ -51,7 +51,7 @@ def leave_out(settings: dict) -> tuple[list[str], list[str]]:
     """
     notes = [*_noted(settings), *_callbacks(settings), *_texts_for_nothing(settings)]
     notes += _not_on_cpus(settings)
-    problems = []
+    problems: list[str] = []
     for found, problem in _dead_model_keys(settings):
         (problems if problem else notes).append(found)
     return notes, [*problems, *_to_change(settings), *_stop_step(settings)]
@@ -61,7 +61,7 @@ def _without_effect(place: str, key: str, reason: str) -> str:
     return f"{place}.{key} has no effect: {reason}.".lstrip(".")
 
 
-def _noted(settings: dict) -> Iterator[str]:
+def _noted(settings: Settings) -> Iterator[str]:
     for path, keys in _NOTED.items():
         for place, section in sections_at(settings, path):
             for key in [key for key in keys if key in section]:
@@ -73,7 +73,7 @@ def _noted(settings: dict) -> Iterator[str]:
                 section.pop(key, None)
 
 
-def _callbacks(settings: dict) -> Iterator[str]:
+def _callbacks(settings: Settings) -> Iterator[str]:
     for name in ("callbacks", "eval_callbacks"):
         listed = settings.get(name)
         if not isinstance(listed, list):
@@ -86,7 +86,7 @@ def _callbacks(settings: dict) -> Iterator[str]:
         ]
 
 
-def _not_on_cpus(settings: dict) -> Iterator[str]:
+def _not_on_cpus(settings: Settings) -> Iterator[str]:
     """What MindSpore fails to compile there, and changes no number: recomputation ("Graph cycle exists"), and
     the monitor, which writes by an operator."""
     if not any(context.get("device_target") == "CPU" for _, context in sections_at(settings, "context")):
@@ -102,7 +102,7 @@ def _not_on_cpus(settings: dict) -> Iterator[str]:
             yield f"{place}.monitor_on is left out: it writes by TensorDump, which MindSpore lacks on CPUs."
 
 
-def _texts_for_nothing(settings: dict) -> Iterator[str]:
+def _texts_for_nothing(settings: Settings) -> Iterator[str]:
     """Placeholders that stand in published YAMLs as if they were values."""
     url = settings.get("remote_save_url")
     if isinstance(url, str) and url and not _URL.fullmatch(url):
@@ -128,7 +128,7 @@ def _texts_for_nothing(settings: dict) -> Iterator[str]:
         yield f"{', '.join(unused)} have no effect in a prediction: they are of training."
 
 
-def _dead_model_keys(settings: dict) -> Iterator[tuple[str, bool]]:
+def _dead_model_keys(settings: Settings) -> Iterator[tuple[str, bool]]:
     """Keys of ``model_config`` that never had an effect: what is to be said, and whether it is a problem."""
     for _, model in sections_at(settings, MODEL):
         for key in [key for key in model if key in DEAD_KEYS]:
@@ -140,7 +140,7 @@ def _dead_model_keys(settings: dict) -> Iterator[tuple[str, bool]]:
                 yield f"{MODEL}.{key} is {value!r}, but {reason}. Remove it, if that is your model.", True
 
 
-def _stop_step(settings: dict) -> Iterator[str]:
+def _stop_step(settings: Settings) -> Iterator[str]:
     for place, runner in sections_at(settings, "runner_config"):
         if step := runner.pop("stop_step", None):
             yield (
@@ -149,7 +149,7 @@ def _stop_step(settings: dict) -> Iterator[str]:
             )
 
 
-def _to_change(settings: dict) -> Iterator[str]:
+def _to_change(settings: Settings) -> Iterator[str]:
     for _, context in sections_at(settings, "context"):
         if "deterministic" in context:
             value = context.pop("deterministic")
@@ -181,7 +181,7 @@ def _to_change(settings: dict) -> Iterator[str]:
         yield "use_legacy is False, but TeleChat2 here needs True; write use_legacy: True, or remove it."
 
 
-def missing_files(settings: dict) -> Iterator[str]:
+def missing_files(settings: Settings) -> Iterator[str]:
     """Files beside a YAML that its release does not have, or that were not copied along."""
     for place, ascend in sections_at(settings, "context.ascend_config"):
         path = ascend.get("parallel_speed_up_json_path")

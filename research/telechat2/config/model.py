@@ -11,6 +11,7 @@ from typing import Any
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 from research.telechat2.config.fields import settings_of
+from research.telechat2.config.kinds import check_divisible
 from research.telechat2.config.model_settings import DTYPE_FIELDS, DTYPES, ModelSettings
 from research.telechat2.config.moe import ExpertSection, MoESettings
 from research.telechat2.config.parallel import check_plan
@@ -157,25 +158,15 @@ def _check_model(config: ModelSettings) -> None:
 
 
 def _check_division(config: ModelSettings) -> None:
-    if config.hidden_size % config.num_heads:
-        raise UsageError(
-            f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}; "
-            "every head needs the same whole number of channels."
-        )
+    check_divisible("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     if config.head_dim % 2:
         raise UsageError(
             f"head_dim (hidden_size / num_heads) is {config.head_dim}; rotary embedding needs an even one."
         )
-    if config.num_heads % config.n_kv_heads:
-        raise UsageError(
-            f"num_heads {config.num_heads} is not divisible by n_kv_heads {config.n_kv_heads}; "
-            "every key/value head serves the same number of query heads."
-        )
-    if config.use_past and config.seq_length % config.block_size:
-        raise UsageError(
-            f"seq_length {config.seq_length} is not divisible by block_size {config.block_size}, "
-            "so its last tokens would have no block in the paged cache; change one of them."
-        )
+    check_divisible("num_heads", config.num_heads, "n_kv_heads", config.n_kv_heads)
+    if config.use_past:
+        advice = "its last tokens would have no block in the paged cache; change one of them"
+        check_divisible("seq_length", config.seq_length, "block_size", config.block_size, advice)
 
 
 def _check_choices(config: ModelSettings) -> None:

@@ -117,9 +117,8 @@ class MoESettings:
 
 def _check_values(section: ExpertSection) -> None:
     """Raise UsageError for values that are of no use to any model, and for choices that this one lacks."""
-    settings = settings_of(ExpertSection).values()
-    if section.expert_num == 1:
-        settings = [each for each in settings if not each.choices]
+    is_dense = section.expert_num == 1
+    settings = [each for each in settings_of(ExpertSection).values() if not (is_dense and each.choices)]
     check_all(*[(each.check, getattr(section, each.name), "moe_config") for each in settings])
     check_number("moe_config.capacity_factor", section.capacity_factor)
     for key in ("num_experts_chosen", "hot_expert_num"):

@@ -5,24 +5,20 @@ lengths of the warm-up one is not read.
 """
 
 from collections.abc import Iterator
-from math import isfinite
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
+from research.telechat2.config.classes import GROUPS
+from research.telechat2.config.kinds import check_number, is_number, is_whole
+from research.telechat2.config.sections import Settings, section_of
 
 _PEAKS = ("learning_rate", "base_lr")
-_OF_MINDSPORE = (  # schedules of MindSpore itself, whose arguments are not known here
-    "CosineDecayLR", "ExponentialDecayLR", "InverseDecayLR", "NaturalExpDecayLR", "PolynomialDecayLR",
-    "WarmUpLR",
-)  # fmt: skip
-_TEMPLATE_RATE = 5e-5
 _ENDS = ("lr_end", "lr_end1", "lr_end2", "eta_min")
-
-
+_TEMPLATE_RATE = 5e-5
 MOST_EPOCHS = 2**31 - 1  # an int32
 
 
-def check_optimization(settings: dict) -> None:
+def check_optimization(settings: Settings) -> None:
     """Check the numbers of ``lr_schedule``, ``optimizer``, ``runner_wrapper``, ``runner_config`` and
     ``checkpoint``, and of the schedules of parameter groups.
 
@@ -34,53 +30,47 @@ def check_optimization(settings: dict) -> None:
     """
     _check_stated_rate(settings)
     scaled = bool(settings.get("lr_scale"))
-    checks = []
+    checks: list[tuple[object, ...]] = []
     for name, schedule in _schedules(settings):
         checks += [(_check_rates, name, schedule, scaled), (_check_lengths, name, schedule)]
-    checks += [(_check_optimizer, _section(settings, "optimizer")), (_check_runner, settings)]
-    check_all(*checks)
+    check_all(*checks, (_check_optimizer, section_of(settings, "optimizer")), (_check_runner, settings))
 
 
-def _check_runner(settings: dict) -> None:
+def _check_runner(settings: Settings) -> None:
     """Numbers of the run around schedule and optimizer."""
-    wrapper = _section(settings, "runner_wrapper")
+    wrapper = section_of(settings, "runner_wrapper")
     if wrapper.get("use_clip_grad"):
-        _positive("runner_wrapper.max_grad_norm", wrapper.get("max_grad_norm"))
+        _check("runner_wrapper", wrapper, "max_grad_norm", above=0)
     if not isinstance(wrapper.get("scale_sense"), dict):
-        _positive("runner_wrapper.scale_sense", wrapper.get("scale_sense"))
+        _check("runner_wrapper", wrapper, "scale_sense", above=0)
     check_run_numbers(settings)
     for key in ("save_interleaved_steps", "save_max"):
-        _count(f"checkpoint.{key}", _section(settings, "checkpoint").get(key))
+        _check_count(settings, "checkpoint", key)
 
 
-def check_run_numbers(settings: dict) -> None:
+def check_run_numbers(settings: Settings) -> None:
     """Check the numbers that evaluations have too: of ``runner_config``, records, and the seed.
 
     Raises:
         UsageError: with the setting, its value, and what it must be.
     """
-    runner = _section(settings, "runner_config")
-    for key in ("epochs", "batch_size", "gradient_accumulation_steps"):
-        _count(f"runner_config.{key}", runner.get(key))
-    if (epochs := runner.get("epochs")) is not None and epochs > MOST_EPOCHS:
-        raise UsageError(
-            f"runner_config.epochs is {epochs:,}; MindSpore counts to {MOST_EPOCHS:,}. Lower it."
-        )
-    if runner.get("sink_size") != -1:  # all steps of an epoch
-        _count("runner_config.sink_size", runner.get("sink_size"))
+    _check_count(settings, "runner_config", "epochs", MOST_EPOCHS)  # MindSpore counts no further
+    for key in ("batch_size", "gradient_accumulation_steps"):
+        _check_count(settings, "runner_config", key)
+    if section_of(settings, "runner_config").get("sink_size") != -1:  # all steps of an epoch
+        _check_count(settings, "runner_config", "sink_size")
     for which in ("train_dataset", "eval_dataset"):
-        loader = _section(_section(settings, which), "data_loader")
-        _count(f"{which}.data_loader.num_samples", loader.get("num_samples"))
+        _check_count(settings, f"{which}.data_loader", "num_samples")
     check_seed(settings.get("seed"))
 
 
-def check_seed(seed, name: str = "seed") -> None:
+def check_seed(seed: object, name: str = "seed") -> None:
     """UsageError if ``seed``, called ``name``, is none that NumPy takes; None is none given."""
-    if seed is not None and not (_whole(seed) and 0 <= seed < 2**32):
-        raise UsageError(f"{name} is {seed!r}; it must be a whole number from 0 to {2**32 - 1}.")
+    if seed is not None:
+        check_number(name, seed, whole=True, least=0, most=2**32 - 1)
 
 
-def check_schedule_length(settings: dict, steps: int) -> list[str]:
+def check_schedule_length(settings: Settings, steps: int) -> list[str]:
     """Compare the schedule with the length of the run, once that is known.
 
     Args:
@@ -107,9 +97,10 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
                 f"steps); give --{name}.warmup_ratio null --{name}.warmup_steps 1 or more."
             )
         if warmup >= steps and warmup > 1:
+            peak_name, peak = _peak(schedule)
             notes.append(
-                f"{name}: the warm-up takes {warmup} steps and the run has {steps}, so {_peak(schedule)[0]} "
-                f"{_peak(schedule)[1]} is never reached; lower warmup_steps or warmup_ratio, or train longer."
+                f"{name}: the warm-up takes {warmup} steps and the run has {steps}, so {peak_name} {peak} is "
+                "never reached; lower warmup_steps or warmup_ratio, or train longer."
             )
         if total != steps:
             what = "stays at its end after that" if total < steps else "does not reach its end"
@@ -120,44 +111,45 @@ def check_schedule_length(settings: dict, steps: int) -> list[str]:
     return notes
 
 
-def with_float_fields(optimizer: dict) -> dict:
+def with_float_fields(optimizer: Settings) -> Settings:
     """The optimizer's settings with the fields that MindFormers refuses as whole numbers, such as
     ``weight_decay: 0``, as floats."""
-    fields = {key: optimizer[key] for key in ("eps", "weight_decay") if _whole(optimizer.get(key))}
+    fields = {key: optimizer[key] for key in ("eps", "weight_decay") if is_whole(optimizer.get(key))}
     return optimizer | {key: float(value) for key, value in fields.items()}
 
 
-def _schedules(settings: dict) -> Iterator[tuple[str, dict]]:
+def _schedules(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """The learning rate schedules of a run, by their names."""
-    grouped = _section(settings, "grouped_lr_schedule")
+    grouped = section_of(settings, "grouped_lr_schedule")
     if not grouped:
-        if schedule := _section(settings, "lr_schedule"):
+        if schedule := section_of(settings, "lr_schedule"):
             yield "lr_schedule", schedule
         return
-    yield "grouped_lr_schedule.default", _section(grouped, "default")
+    yield "grouped_lr_schedule.default", section_of(grouped, "default")
     for number, schedule in enumerate(grouped.get("grouped") or []):
         if isinstance(schedule, dict):
             yield f"grouped_lr_schedule.grouped[{number}]", schedule
 
 
-def _peak(schedule: dict) -> tuple[str, object]:
+def _peak(schedule: Settings) -> tuple[str, float | None]:
     """The name and the value of a schedule's highest rate."""
     return next(((key, schedule[key]) for key in _PEAKS if schedule.get(key) is not None), ("", None))
 
 
-def _check_stated_rate(settings: dict) -> None:
+def _check_stated_rate(settings: Settings) -> None:
     """Refuse a run whose rate nobody states, and a rate of the optimizer that is not the schedule's.
 
     Where there is no schedule MindFormers' template fills one in, and a schedule replaces
     ``optimizer.learning_rate``.
     """
     trains = settings.get("run_mode") in ("train", "finetune")
-    given = _section(settings, "optimizer").get("learning_rate")
+    given = section_of(settings, "optimizer").get("learning_rate")
+    rate = given if is_number(given) else "RATE"
     schedules = list(_schedules(settings))
     for name, schedule in schedules or [("lr_schedule", {})] if trains else []:
-        unknown = schedule.get("type") in _OF_MINDSPORE or "auto_register" in schedule
+        kind = schedule.get("type")
+        unknown = "auto_register" in schedule or (kind and GROUPS["lr_schedule"].get(kind) is None)
         if _peak(schedule)[1] is None and not unknown:
-            rate = given if _is_rate(given) else "RATE"
             instead = "" if schedule else f" (MindFormers would take a cosine from {_TEMPLATE_RATE})"
             raise UsageError(
                 f"{name}.learning_rate is not stated{instead}; give --{name}.learning_rate {rate}. A "
@@ -168,19 +160,14 @@ def _check_stated_rate(settings: dict) -> None:
         if given is not None and peak is not None and given != peak:
             raise UsageError(
                 f"optimizer.learning_rate is {given} and {name}.{key} is {peak}, which MindFormers takes "
-                f"instead; give --{name}.{key} {given if _is_rate(given) else 'RATE'}, or leave "
-                "optimizer.learning_rate out (null)."
+                f"instead; give --{name}.{key} {rate}, or leave optimizer.learning_rate out (null)."
             )
 
 
-def _is_rate(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_rates(name: str, schedule: dict, scaled: bool) -> None:
+def _check_rates(name: str, schedule: Settings, scaled: bool) -> None:
     for key in (*_PEAKS, *_ENDS, "warmup_lr_init"):
-        _number(f"{name}.{key}", schedule.get(key), "0 or more", lambda value: value >= 0)
-    _number(f"{name}.num_cycles", schedule.get("num_cycles"), "above 0", lambda value: value > 0)
+        _check(name, schedule, key, least=0)
+    _check(name, schedule, "num_cycles", above=0)
     rates = [schedule.get(key) for key in _PEAKS]
     if None not in rates and rates[0] != rates[1]:
         raise UsageError(
@@ -200,13 +187,12 @@ def _check_rates(name: str, schedule: dict, scaled: bool) -> None:
             )
 
 
-def _check_lengths(name: str, schedule: dict) -> None:
+def _check_lengths(name: str, schedule: Settings) -> None:
     for phase in ("warmup", "decay", "decay_start"):
         steps, ratio = f"{phase}_steps", f"{phase}_ratio"
         length, share = schedule.get(steps), schedule.get(ratio)
-        if length is not None and not (_whole(length) and length >= 0):
-            raise UsageError(f"{name}.{steps} is {length!r}; it must be a whole number, 0 or more.")
-        _number(f"{name}.{ratio}", share, "from 0 to 1", lambda value: 0 <= value <= 1)
+        _check(name, schedule, steps, whole=True, least=0)
+        _check(name, schedule, ratio, least=0, most=1)
         if length is not None and share is not None and (length or share):
             raise UsageError(
                 f"{name} has {steps} {length} and {ratio} {share}, and MindFormers reads the ratio alone; "
@@ -219,50 +205,40 @@ def _check_lengths(name: str, schedule: dict) -> None:
             "warmup_ratio; give warmup_steps or warmup_ratio."
         )
     total = schedule.get("total_steps")
-    whole = _whole(total) or (isinstance(total, float) and total.is_integer())
-    if total not in (None, -1) and not (whole and total >= 1):
+    if total not in (None, -1) and not (is_number(total) and total == int(total) and total >= 1):
         raise UsageError(
             f"{name}.total_steps is {total!r}; it must be -1, for all steps of the run, or at least 1."
         )
 
 
-def _check_optimizer(optimizer: dict) -> None:
+def _check_optimizer(optimizer: Settings) -> None:
     betas = optimizer.get("betas")
     if betas is not None:
         if not (isinstance(betas, (list, tuple)) and len(betas) == 2):
             raise UsageError(f"optimizer.betas is {betas!r}; it must be two numbers, such as [0.9, 0.95].")
         for index, beta in enumerate(betas):
-            _number(f"optimizer.betas[{index}]", beta, "between 0 and 1", lambda value: 0 < value < 1)
+            check_number(f"optimizer.betas[{index}]", beta, above=0, below=1)
     eps = optimizer.get("eps")
-    for index, value in enumerate(eps if isinstance(eps, (list, tuple)) else [eps]):  # CAME has several
-        _positive("optimizer.eps" + (f"[{index}]" if isinstance(eps, (list, tuple)) else ""), value)
-    _number("optimizer.weight_decay", optimizer.get("weight_decay"), "0 or more", lambda value: value >= 0)
-    _number("optimizer.learning_rate", optimizer.get("learning_rate"), "0 or more", lambda value: value >= 0)
+    for value in eps if isinstance(eps, (list, tuple)) else [eps]:  # CAME has several
+        _check("optimizer", {"eps": value}, "eps", above=0)
+    for key in ("weight_decay", "learning_rate"):
+        _check("optimizer", optimizer, key, least=0)
 
 
-def _section(settings: dict, name: str) -> dict:
-    found = settings.get(name)
-    return found if isinstance(found, dict) else {}
+def _check_count(settings: Settings, place: str, key: str, most: int | None = None) -> None:
+    _check(place, section_of(settings, place), key, whole=True, least=1, most=most)
 
 
-def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _count(name: str, value) -> None:
-    if value is not None and not (_whole(value) and value >= 1):
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-
-
-def _positive(name: str, value) -> None:
-    _number(name, value, "above 0", lambda number: number > 0)
-
-
-def _number(name: str, value, expected: str, holds) -> None:
-    """Refuse what is no finite number, or not in its range; an absent one has its default."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-        raise UsageError(f"{name} is {value!r}; it must be a number {expected}.")
-    if not holds(value):
-        raise UsageError(f"{name} is {value!r}; it must be {expected}.")
+def _check(
+    place: str,
+    section: Settings,
+    key: str,
+    *,
+    whole: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """check_number for a key of the section at ``place``; an absent one has its default."""
+    if (value := section.get(key)) is not None:
+        check_number(f"{place}.{key}", value, whole=whole, least=least, most=most, above=above)

@@ -4,6 +4,8 @@ import argparse
 import difflib
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -13,25 +15,26 @@ from research.telechat2.config.sections import Settings
 from research.telechat2.config.tables import SECTIONS
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader, which makes no Python objects; with numbers of YAML 1.2, and no key twice.
 
     YAML 1.1 reads ``1e-5`` as text, and of a key that stands twice the last wins without a word.
     """
 
-    def construct_mapping(self, node, deep=False):
-        seen: dict = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str | None, int] = {}
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name in seen:
                 raise yaml.constructor.ConstructorError(
                     "in a section", node.start_mark, f"the key {name} stands twice, first in line "
                     f"{seen[name]}; remove one", key.start_mark,
                 )  # fmt: skip
             seen[name] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 _Loader.add_implicit_resolver(
@@ -141,7 +144,7 @@ _TEMPLATE |= {path: {} for path in SECTIONS if "." in path and "_dataset" not in
 _TEMPLATE[""] = dict.fromkeys(SECTIONS[""])
 
 
-def apply_overrides(config: Settings, overrides: dict[str, object]) -> None:
+def apply_overrides(config: Settings, overrides: Mapping[str, object]) -> None:
     """Set every ``a.b.c`` of ``overrides`` in ``config``, in place.
 
     A key that is new in a section is set, as MindFormers does; a section that is nowhere, or a new top-level
@@ -161,10 +164,11 @@ def apply_overrides(config: Settings, overrides: dict[str, object]) -> None:
             raise UsageError(
                 f"{key} is neither an argument nor a key of the config. {_instead(key, last, known)}"
             )
-        target, known_section = config, _TEMPLATE
+        target: Any = config
+        known_section: Settings | None = _TEMPLATE
         for depth, section in enumerate(sections):
             path = ".".join(sections[: depth + 1])
-            if not target.get(section) and (path in _TEMPLATE if depth else section in known_section):
+            if not target.get(section) and path in _TEMPLATE:
                 target[section] = {}
             elif section not in target:
                 known = sorted({*target, *(known_section or ())} - {""})

@@ -2,7 +2,10 @@
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
+from research.telechat2.config.kinds import check_divisible, check_number
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.pipeline import partition_of
+from research.telechat2.config.plan_settings import ParallelSettings, RecomputeSettings
 from research.telechat2.config.rank_groups import check_groups
 from research.telechat2.config.recompute import SELECTED, read_recompute
 
@@ -16,7 +19,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_plan(config) -> None:
+def check_plan(config: ModelSettings) -> None:
     """Refuse a plan that cannot be, and what this model would have to ignore.
 
     Raises:
@@ -34,7 +37,7 @@ def check_plan(config) -> None:
     )
 
 
-def check_cluster(config, devices: int, gradients_mean: bool) -> None:
+def check_cluster(config: ModelSettings, devices: int, gradients_mean: bool) -> None:
     """Refuse to share one graph out to ``devices`` where plan or context do not fit.
 
     Raises:
@@ -69,13 +72,13 @@ def check_cluster(config, devices: int, gradients_mean: bool) -> None:
         )
 
 
-def devices_of(section) -> int:
+def devices_of(section: ParallelSettings) -> int:
     """How many devices a ``parallel_config`` takes."""
     context = section.context_parallel
     return section.data_parallel * context * section.model_parallel * section.pipeline_stage
 
 
-def exchange_of(section) -> int:
+def exchange_of(section: ParallelSettings) -> int:
     """How many devices exchange heads for tokens (Ulysses); the other factor of ``context_parallel`` gathers.
 
     By ``context_parallel_algo``: ``colossalai_cp`` gathers only, ``ulysses_cp`` exchanges only, ``hybrid_cp``
@@ -87,7 +90,7 @@ def exchange_of(section) -> int:
     return section.context_parallel if algorithm == "ulysses_cp" else section.ulysses_degree_in_cp
 
 
-def check_exchange(config, enable_alltoall: bool) -> None:
+def check_exchange(config: ModelSettings, enable_alltoall: bool) -> None:
     """Refuse to gather what is to be exchanged.
 
     Raises:
@@ -102,12 +105,12 @@ def check_exchange(config, enable_alltoall: bool) -> None:
         )
 
 
-def _algorithm(section) -> str:
+def _algorithm(section: ParallelSettings) -> str:
     """MindFormers' enumeration, or the text of a YAML."""
-    return getattr(section.context_parallel_algo, "value", section.context_parallel_algo)
+    return str(getattr(section.context_parallel_algo, "value", section.context_parallel_algo))
 
 
-def _check_context_parallel(config, section) -> None:
+def _check_context_parallel(config: ModelSettings, section: ParallelSettings) -> None:
     context, algorithm, degree = section.context_parallel, _algorithm(section), section.ulysses_degree_in_cp
     if context == 1:
         return
@@ -122,10 +125,9 @@ def _check_context_parallel(config, section) -> None:
             f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
             "not read it; set context_parallel_algo: hybrid_cp, or remove it."
         )
-    if degree < 1 or context % degree:
-        raise UsageError(f"{name} is not divisible by ulysses_degree_in_cp {degree}; change one of them.")
-    if config.seq_length % context:
-        raise UsageError(f"seq_length {config.seq_length} is not divisible by {name}; change one of them.")
+    check_number("parallel_config.ulysses_degree_in_cp", degree, whole=True, least=1)
+    check_divisible("parallel_config.context_parallel", context, "ulysses_degree_in_cp", degree)
+    check_divisible("seq_length", config.seq_length, "parallel_config.context_parallel", context)
     if config.batch_size > 1:
         raise UsageError(
             f"batch_size is {config.batch_size} and {name}; the tokens of one sequence are split, not of "
@@ -136,18 +138,14 @@ def _check_context_parallel(config, section) -> None:
             f"{name}, but the model has experts, which take whole sequences only; set context_parallel to "
             "1, and split heads by model_parallel."
         )
-    owners = section.model_parallel * exchange_of(section)
+    exchange = exchange_of(section)
+    by = f"model_parallel {section.model_parallel} times {exchange} devices that exchange heads ="
+    advice = "let fewer exchange by hybrid_cp and ulysses_degree_in_cp, or none by colossalai_cp"
     for heads in ("num_heads", "n_kv_heads"):
-        if getattr(config, heads) % owners:
-            raise UsageError(
-                f"{heads} {getattr(config, heads)} is not divisible by {owners} (model_parallel "
-                f"{section.model_parallel} times {exchange_of(section)} devices that exchange heads, see "
-                "context_parallel_algo); let fewer exchange by hybrid_cp and ulysses_degree_in_cp, or none "
-                "by colossalai_cp."
-            )
+        check_divisible(heads, getattr(config, heads), by, section.model_parallel * exchange, advice)
 
 
-def _check_unsupported(config, section) -> None:
+def _check_unsupported(config: ModelSettings, section: ParallelSettings) -> None:
     if section.seq_split_num > 1:
         raise UsageError(
             f"parallel_config.seq_split_num is {section.seq_split_num}; this model has no sequence pipeline. "
@@ -170,7 +168,7 @@ def _check_unsupported(config, section) -> None:
         )
 
 
-def _check_model_parallel(config, section) -> None:
+def _check_model_parallel(config: ModelSettings, section: ParallelSettings) -> None:
     mp = section.model_parallel
     sizes = ["num_heads", "n_kv_heads"]
     if config.use_past or not (config.moe and config.moe.ep_extend_tp):
@@ -178,24 +176,21 @@ def _check_model_parallel(config, section) -> None:
     if not section.vocab_emb_dp:
         sizes.append("vocab_size")
     for name in sizes:
-        if getattr(config, name) % mp:
-            advice = ", or set vocab_emb_dp: True" if name == "vocab_size" else ""
-            raise UsageError(
-                f"{name} {getattr(config, name)} is not divisible by parallel_config.model_parallel {mp}; "
-                f"change one of them{advice}."
-            )
-    tokens = config.batch_size * config.seq_length
-    context = section.context_parallel
-    if section.use_seq_parallel and tokens % (mp * context):
-        by = f"{mp}" if context == 1 else f"{mp} times context_parallel {context}"
-        raise UsageError(
-            f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
-            f"parallel_config.model_parallel {by}, as use_seq_parallel needs; change one of them, or set "
-            "use_seq_parallel: False."
-        )
+        advice = "change one of them" + (", or set vocab_emb_dp: True" if name == "vocab_size" else "")
+        check_divisible(name, getattr(config, name), "parallel_config.model_parallel", mp, advice)
+    if section.use_seq_parallel:
+        context = section.context_parallel
+        by = "parallel_config.model_parallel"
+        by += f" {mp} times context_parallel {context} =" if context > 1 else ""
+        advice = "change one of them, or set use_seq_parallel: False"
+        check_divisible(_tokens(config), config.batch_size * config.seq_length, by, mp * context, advice)
 
 
-def check_whole(config) -> None:
+def _tokens(config: ModelSettings) -> str:
+    return f"batch_size {config.batch_size} times seq_length {config.seq_length} ="
+
+
+def check_whole(config: ModelSettings) -> None:
     """Refuse to build a model on one device that its config shares out for prediction, or joins rows of.
 
     Raises:
@@ -211,7 +206,7 @@ def check_whole(config) -> None:
         )
 
 
-def _check_prediction(config, section) -> None:
+def _check_prediction(config: ModelSettings, section: ParallelSettings) -> None:
     """Refuse what prediction with a cache would have to ignore: tensor parallelism is all there is."""
     if section.expert_parallel > 1:
         raise UsageError(
@@ -232,7 +227,7 @@ def _check_prediction(config, section) -> None:
         )
 
 
-def _check_experts(config, section) -> None:
+def _check_experts(config: ModelSettings, section: ParallelSettings) -> None:
     mp, ep, dp = section.model_parallel, section.expert_parallel, section.data_parallel
     if not config.moe:
         if ep > 1:
@@ -240,11 +235,7 @@ def _check_experts(config, section) -> None:
                 f"parallel_config.expert_parallel is {ep}, but the model has no experts; set it to 1."
             )
         return
-    if dp % ep:
-        raise UsageError(
-            f"parallel_config.data_parallel {dp} is not divisible by expert_parallel {ep}: data-parallel "
-            "ranks share the experts out. Change one of them."
-        )
+    check_divisible("parallel_config.data_parallel", dp, "expert_parallel", ep)
     extend = config.moe.ep_extend_tp and mp > 1
     if extend and not section.use_seq_parallel:
         raise UsageError(
@@ -258,16 +249,11 @@ def _check_experts(config, section) -> None:
             "experts' width, but experts without capacity lie whole on their devices. Set ep_extend_tp: True "
             "with use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
         )
-    owners = ep * mp if extend else ep
-    if config.moe.num_experts % owners:
-        raise UsageError(
-            f"moe_config.expert_num {config.moe.num_experts} is not divisible by the {owners} devices that "
-            f"share the experts (expert_parallel {ep}{f' times model_parallel {mp}' if extend else ''}); "
-            "change one of them."
-        )
+    by = f"expert_parallel {ep} times model_parallel {mp} =" if extend else "expert_parallel"
+    check_divisible("moe_config.expert_num", config.moe.num_experts, by, ep * mp if extend else ep)
 
 
-def copies_of(config) -> int:
+def copies_of(config: ModelSettings) -> int:
     """In how many copies of the tokens a TelechatConfig's layers are computed; 1 for plain layers.
 
     Copies hide the communication of tensor parallelism; without it, and with a cache, there is one.
@@ -276,7 +262,7 @@ def copies_of(config) -> int:
     return 1 if section.model_parallel == 1 or config.use_past else config.fine_grain_interleave
 
 
-def _check_interleave(config, section) -> None:
+def _check_interleave(config: ModelSettings, section: ParallelSettings) -> None:
     if config.moe and config.fine_grain_interleave > 1:
         raise UsageError(
             f"fine_grain_interleave is {config.fine_grain_interleave}, but layers with experts are not "
@@ -293,17 +279,14 @@ def _check_interleave(config, section) -> None:
             f"fine_grain_interleave is {copies}, but MindSpore only has two copies take turns; set it to 2, "
             "or to 1 for plain layers."
         )
-    tokens = config.batch_size * config.seq_length
-    parts = copies * (section.model_parallel if section.use_seq_parallel else 1)
-    if copies > 1 and tokens % parts:
-        raise UsageError(
-            f"batch_size {config.batch_size} times seq_length {config.seq_length} is not divisible by "
-            f"{parts} (fine_grain_interleave {copies} times the {parts // copies} devices that share the "
-            "tokens); change one of them, or set fine_grain_interleave to 1."
-        )
+    if copies > 1:
+        devices = section.model_parallel if section.use_seq_parallel else 1
+        by = f"fine_grain_interleave {copies} times {devices} devices that share the tokens ="
+        advice = "change one of them, or set fine_grain_interleave to 1"
+        check_divisible(_tokens(config), config.batch_size * config.seq_length, by, copies * devices, advice)
 
 
-def _check_pipeline(config, section) -> None:
+def _check_pipeline(config: ModelSettings, section: ParallelSettings) -> None:
     stages, chunks = section.pipeline_stage, config.pp_interleave_num
     if chunks > 1 and stages == 1:
         raise UsageError(
@@ -331,7 +314,7 @@ def _check_pipeline(config, section) -> None:
         )
 
 
-def _check_recompute(config, recompute) -> None:
+def _check_recompute(config: ModelSettings, recompute: RecomputeSettings) -> None:
     for name, advice in _WITHOUT_EFFECT.items():
         if getattr(recompute, name):
             raise UsageError(f"recompute_config.{name} is set, but has no effect; {advice}.")

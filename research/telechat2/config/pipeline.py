@@ -4,9 +4,13 @@ A stage holds one run of consecutive layers, or with virtual chunks (``pp_interl
 activations pass through all stages once for each chunk. Tables here are ``[chunk][stage]``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.kinds import is_whole
+from research.telechat2.config.model_settings import ModelSettings
+
+Offset = int | list[Any]  # of all stages; of each; or for each chunk of each
 
 
 class Place(NamedTuple):
@@ -17,7 +21,7 @@ class Place(NamedTuple):
     number: int
 
 
-def partition(num_layers: int, stages: int, chunks: int, offset: int | list) -> list[list[int]]:
+def partition(num_layers: int, stages: int, chunks: int, offset: Offset) -> list[list[int]]:
     """Number of layers of each stage and chunk, ``num_layers // (stages * chunks) + offset``.
 
     Args:
@@ -57,7 +61,7 @@ def places(counts: list[list[int]]) -> list[Place]:
     ]
 
 
-def partition_of(config) -> list[list[int]]:
+def partition_of(config: ModelSettings) -> list[list[int]]:
     """The partition that a TelechatConfig asks for."""
     stages = config.parallel_config.pipeline_stage
     return partition(config.num_layers, stages, config.pp_interleave_num, config.offset)
@@ -86,13 +90,16 @@ def check_schedule(chunks: int, scheduler: str, interleaved: bool) -> None:
         )
 
 
-def _table(offset, stages: int, chunks: int) -> list[list[int]]:
-    if _is_whole(offset):
+def _table(offset: Offset, stages: int, chunks: int) -> list[list[int]]:
+    if is_whole(offset):
         return [[offset] * stages] * chunks
     if _is_row(offset, stages):
         return [list(offset)] * chunks
-    listed = isinstance(offset, list | tuple) and len(offset) == chunks
-    if listed and all(_is_row(row, stages) for row in offset):
+    if (
+        isinstance(offset, list | tuple)
+        and len(offset) == chunks
+        and all(_is_row(row, stages) for row in offset)
+    ):
         return [list(row) for row in offset]
     raise UsageError(
         f"model_config.offset is {offset!r}; it must be a whole number, a list of {stages} (pipeline_stage), "
@@ -100,12 +107,8 @@ def _table(offset, stages: int, chunks: int) -> list[list[int]]:
     )
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_row(value, stages: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == stages and all(map(_is_whole, value))
+def _is_row(value: object, stages: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list | tuple) and len(value) == stages and all(map(is_whole, value))
 
 
 def _example(remainder: int, stages: int, chunks: int) -> str:

@@ -6,9 +6,10 @@ say for how many layers they hold: all or none (True, False), the first n of eac
 n of each stage and chunk (a list of lists).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.pipeline import partition_of
 
 # What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
@@ -17,7 +18,7 @@ SELECTED = r"feed_forward\.swiglu\..*"
 COMMUNICATION = r".*_norm\..*"
 
 
-def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]:
+def first_layers(name: str, setting: object, counts: list[list[int]]) -> list[list[int]]:
     """How many layers of each chunk and stage a setting holds for.
 
     Args:
@@ -37,8 +38,11 @@ def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]
             _deal(name, number, [row[stage] for row in counts], stage) for stage, number in enumerate(setting)
         ]
         return [list(row) for row in zip(*dealt, strict=True)]
-    listed = isinstance(setting, list | tuple) and len(setting) == chunks
-    if listed and all(_is_row(row, stages) for row in setting):
+    if (
+        isinstance(setting, list | tuple)
+        and len(setting) == chunks
+        and all(_is_row(row, stages) for row in setting)
+    ):
         return [
             [_deal(name, row[stage], [have[stage]], stage)[0] for stage in range(stages)]
             for row, have in zip(setting, counts, strict=True)
@@ -49,11 +53,11 @@ def first_layers(name: str, setting, counts: list[list[int]]) -> list[list[int]]
     )
 
 
-def _is_row(value, stages: int) -> bool:
+def _is_row(value: object, stages: int) -> TypeGuard[list[int]]:
     return isinstance(value, list | tuple) and len(value) == stages and all(isinstance(n, int) for n in value)
 
 
-def _deal(name: str, number, have: list[int], stage: int) -> list[int]:
+def _deal(name: str, number: int, have: list[int], stage: int) -> list[int]:
     """Share ``number`` layers of a stage out to its chunks, which have as many as ``have`` says."""
     if isinstance(number, bool):
         return [count * number for count in have]
@@ -77,7 +81,7 @@ class Recompute(NamedTuple):
     communication: dict[str, list[list[int]]]
 
 
-def read_recompute(config) -> Recompute:
+def read_recompute(config: ModelSettings) -> Recompute:
     """What a TelechatConfig asks for.
 
     Raises:
@@ -91,7 +95,9 @@ def read_recompute(config) -> Recompute:
     )
 
 
-def _by_pattern(name: str, setting, default: str, counts) -> dict[str, list[list[int]]]:
+def _by_pattern(
+    name: str, setting: object, default: str, counts: list[list[int]]
+) -> dict[str, list[list[int]]]:
     """Layers for each pattern; a setting may name patterns itself, as a list of them or as keys."""
     if isinstance(setting, dict):
         return {pattern: first_layers(name, value, counts) for pattern, value in setting.items()}

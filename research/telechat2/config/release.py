@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.classes import TELECHAT_CONFIGS
@@ -32,7 +33,7 @@ class Said:
     """
 
     file: str
-    values: Mapping
+    values: Mapping[str, Any]
     head_dim: int
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ def settle_model(settings: Settings, said: Said | None, where: str) -> list[str]
     return notes
 
 
-def settle(stated: Mapping, said: Said | None, where: str) -> tuple[dict, list[str]]:
+def settle(stated: Mapping[str, Any], said: Said | None, where: str) -> tuple[Settings, list[str]]:
     """Complete a YAML's ``model_config`` by what the release of the weights says.
 
     Args:
@@ -105,7 +106,7 @@ def settle(stated: Mapping, said: Said | None, where: str) -> tuple[dict, list[s
     return taken, notes + _default_notes(known, f"neither {where} nor {said.file} states")
 
 
-def _keep_own_rotation(stated: dict, values: dict, said: Said, where: str) -> list[str]:
+def _keep_own_rotation(stated: Settings, values: Settings, said: Said, where: str) -> list[str]:
     """Leave out of ``values`` the lengths of a release whose base the YAML replaces by one of its own.
 
     config.json of a TeleChat model states no base; its lengths belong to that of the family.
@@ -124,11 +125,11 @@ def _keep_own_rotation(stated: dict, values: dict, said: Said, where: str) -> li
     ]
 
 
-def _states_lengths(stated: Mapping) -> bool:
+def _states_lengths(stated: Mapping[str, Any]) -> bool:
     return any(name in stated for name in ("base_seqlen", "training_seqlen"))
 
 
-def _differing(stated: Mapping, values: dict, said: Said) -> list[str]:
+def _differing(stated: Mapping[str, Any], values: Settings, said: Said) -> list[str]:
     """A line for each value that both state differently."""
     found = []
 
@@ -158,11 +159,11 @@ def _differing(stated: Mapping, values: dict, said: Said) -> list[str]:
     return found
 
 
-def _ids(value) -> set:
+def _ids(value: object) -> set[object]:
     return set(value) if isinstance(value, (list, tuple)) else {value}
 
 
-def _same(one, other) -> bool:
+def _same(one: Any, other: Any) -> bool:
     """Whether two settings are one value; text of a number, as YAML 1.1 reads 1e-5, is that number."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
@@ -171,10 +172,10 @@ def _same(one, other) -> bool:
     try:
         return isclose(float(one), float(other), rel_tol=1e-9)
     except (TypeError, ValueError):
-        return one == other
+        return bool(one == other)
 
 
-def _default_notes(known: Mapping, who: str) -> list[str]:
+def _default_notes(known: Mapping[str, Any], who: str) -> list[str]:
     absent = [f"{name} {value}" for name, value in DEFAULTS.items() if name not in known]
     if "theta" not in known and known.get("base_seqlen") is not None:
         absent = [text for text in absent if not text.startswith("theta")]  # the family's, as the lengths are

@@ -45,15 +45,16 @@ def trained_alpha(length: int, base_seqlen: int) -> int:
     ``alpha = max(2^ceil(log2(length / base_seqlen) + 1) - 1, 1)``, which is 1 up to ``base_seqlen``.
     """
     doublings = (-(-length // base_seqlen) - 1).bit_length()  # ceil(log2(length / base_seqlen)), at least 0
-    return 2 ** (doublings + 1) - 1
+    return (2 << doublings) - 1
 
 
 def base_of_release(config: ModelSettings) -> float:
     """The rotary base ``theta`` within the trained length: stretched where that exceeds ``base_seqlen``."""
     theta, width = float(config.theta), config.hidden_size // config.num_heads
-    if config.base_seqlen is None or config.training_seqlen <= config.base_seqlen:
+    base, trained = config.base_seqlen, config.training_seqlen
+    if base is None or trained is None or trained <= base:
         return theta
-    return theta * trained_alpha(config.training_seqlen, config.base_seqlen) ** (width / (width - 2))
+    return float(theta * trained_alpha(trained, base) ** (width / (width - 2)))
 
 
 def check_extension(config: ModelSettings) -> None:

@@ -14,13 +14,14 @@ def section_of(settings: Settings, dotted: str) -> Settings:
     Raises:
         UsageError: it is no section.
     """
-    found: Any = settings
+    found = settings
     for name in dotted.split("."):
-        found = found.get(name)
-        if found is None:
+        inner = found.get(name)
+        if inner is None:
             return {}
-        if not isinstance(found, dict):
-            raise UsageError(f"`{dotted}` is {found!r}; expected a section of settings.")
+        if not isinstance(inner, dict):
+            raise UsageError(f"`{dotted}` is {inner!r}; expected a section of settings.")
+        found = inner
     return found
 
 

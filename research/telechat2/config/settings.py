@@ -10,7 +10,7 @@ from research.telechat2.config.plan_settings import (
     RunnerSettings,
     SwapSettings,
 )
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 
 DEFAULTS = {
     "parallel_config": defaults_of(ParallelSettings),
@@ -20,12 +20,12 @@ DEFAULTS = {
 }
 
 
-def with_defaults(settings: dict, section: str) -> dict:
+def with_defaults(settings: Settings, section: str) -> Settings:
     """A section of DEFAULTS as MindFormers completes it."""
     return DEFAULTS[section] | section_of(settings, section)
 
 
-def model_config(settings: dict, plan: dict) -> ModelSettings:
+def model_config(settings: Settings, plan: Settings) -> ModelSettings:
     """The model that a run would make, checked by the same rules.
 
     Args:

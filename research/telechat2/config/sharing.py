@@ -7,6 +7,7 @@ from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.memory import check_host_memory
 from research.telechat2.config.kernel_limits import check_cpu_dtypes, check_paged_kernels
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config
 
@@ -61,7 +62,7 @@ def prediction_plan(settings: Settings, processes: int | None) -> Settings | Non
     return plan if settings.get("use_parallel") else None
 
 
-def _other_number(settings: dict, shared: int, processes: int) -> str:
+def _other_number(settings: Settings, shared: int, processes: int) -> str:
     if not settings.get("use_parallel"):
         return (
             f"use_parallel is False, but {processes} processes run, each of which would answer by itself; "
@@ -74,7 +75,7 @@ def _other_number(settings: dict, shared: int, processes: int) -> str:
     )
 
 
-def check_memory(config, ranks: int, limit: str) -> None:
+def check_memory(config: ModelSettings, ranks: int, limit: str) -> None:
     """Refuse what cannot fit: weights and cache alone are more than the process may take of an NPU.
 
     Args:
@@ -99,7 +100,7 @@ def check_memory(config, ranks: int, limit: str) -> None:
         )
 
 
-def memory_of_rank(config, ranks: int) -> tuple[int, int]:
+def memory_of_rank(config: ModelSettings, ranks: int) -> tuple[int, int]:
     """Bytes of one rank's weights, and of its cache of keys and values."""
     hidden, width, layers = config.hidden_size, config.intermediate_size, config.num_layers
     keys = config.n_kv_heads * (hidden // config.num_heads)
@@ -113,10 +114,10 @@ def memory_of_rank(config, ranks: int) -> tuple[int, int]:
     return weights, cache if config.use_past else 0
 
 
-def rotary_bytes(config) -> int:
+def rotary_bytes(config: ModelSettings) -> int:
     """The tables of cosines and sines, float32, one row a position."""
     return 2 * 4 * config.seq_length * (config.hidden_size // config.num_heads)
 
 
-def _width(dtype) -> int:
+def _width(dtype: object) -> int:
     return WIDTH[str(dtype).lower()]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import with_defaults
 
 # Top-level keys of older YAMLs.
@@ -12,7 +12,7 @@ _NEVER = {
 }
 
 
-def without_effect(settings: dict, kind: str) -> Iterator[str]:
+def without_effect(settings: Settings, kind: str) -> Iterator[str]:
     """A sentence for each setting without effect.
 
     Args:
@@ -38,7 +38,7 @@ def without_effect(settings: dict, kind: str) -> Iterator[str]:
     yield from _of_optimizer(settings)
 
 
-def _of_stages(settings: dict, given: dict) -> Iterator[str]:
+def _of_stages(settings: Settings, given: Settings) -> Iterator[str]:
     stages = with_defaults(settings, "parallel_config")["pipeline_stage"]
     if stages == 1:
         if given.get("micro_batch_num", 1) > 1:
@@ -59,7 +59,7 @@ def _of_stages(settings: dict, given: dict) -> Iterator[str]:
         )
 
 
-def _of_recompute(settings: dict) -> Iterator[str]:
+def _of_recompute(settings: Settings) -> Iterator[str]:
     recompute = section_of(settings, "recompute_config")
     whole = recompute.get("recompute", False)
     if whole is False or (isinstance(whole, list) and not any(map(bool, whole))):
@@ -68,7 +68,7 @@ def _of_recompute(settings: dict) -> Iterator[str]:
                 yield f"recompute_config.{name} has no effect: no layer is recomputed as a whole."
 
 
-def _of_optimizer(settings: dict) -> Iterator[str]:
+def _of_optimizer(settings: Settings) -> Iterator[str]:
     parallel = section_of(settings, "parallel")
     if parallel.get("parallel_optimizer_config") and not parallel.get("enable_parallel_optimizer"):
         yield (

@@ -12,6 +12,7 @@ import yaml
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.overrides import load_yaml
+from research.telechat2.config.sections import Settings
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SHIPPED = Path("research") / "telechat2"
@@ -106,7 +107,7 @@ def holds_itself(value: object, inside: frozenset[int] = frozenset(), done: set[
     return False
 
 
-def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     """Read a YAML and the chain of files it names in ``base_config``; the file's own keys win.
 
     Dictionaries merge at every depth along the chain, lists are replaced whole; of several bases in one list
@@ -143,7 +144,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise UsageError(
             f"{path}: base_config is {bases!r}; it must be the path of a YAML, or a list of such."
         )
-    merged: dict = {}
+    merged: Settings = {}
     for base in bases:
         places = (path.parent / base, CHECKOUT / SHIPPED / base)
         base_path = next((place for place in places if place.is_file()), None)
@@ -153,7 +154,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict:
     return _merge(merged, own)
 
 
-def _merge(base: dict, own: dict) -> dict:
+def _merge(base: Settings, own: Settings) -> Settings:
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
