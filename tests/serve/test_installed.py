@@ -112,7 +112,7 @@ def test_mistakes_of_the_recipe_end_in_one_sentence(recipe, installed, tmp_path)
             installed,
             "exactly one .yaml file.* there is predict_telechat_3b.yaml, predict_telechat_7b.yaml",
         ),
-        (lost, installed, "stands on base_config ../mine/base.yaml, which is neither beside it nor in the"),
+        (lost, installed, "lost.yaml.* base_config ../mine/base.yaml"),
         (two, elsewhere, "the plugin is not installed here; run `pip install .`"),
     ]
     for folder, path, said in cases:

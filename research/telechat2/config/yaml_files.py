@@ -112,7 +112,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> Settings:
 
     Dictionaries merge at every depth along the chain, lists are replaced whole; of several bases in one list
     a later one replaces the top-level sections of an earlier one. This is MindFormers' own rule. A base is
-    relative to its file or, which MindFormers does not know, to research/telechat2.
+    relative to its file or, which MindFormers does not know, to research/telechat2 or a folder there.
 
     ``above``: the files that stand on this one.
 
@@ -146,7 +146,8 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> Settings:
         )
     merged: Settings = {}
     for base in bases:
-        places = (path.parent / base, CHECKOUT / SHIPPED / base)
+        sizes = (CHECKOUT / SHIPPED).glob("telechat2-*")  # for a copy of a shipped file
+        places = (path.parent / base, CHECKOUT / SHIPPED / base, *(size / base for size in sizes))
         base_path = next((place for place in places if place.is_file()), None)
         if base_path is None:
             raise UsageError(f"{path} stands on base_config {base}, but there is no file {places[0]}.")

@@ -13,6 +13,7 @@ from research.telechat2.data.conversions import Conversation
 from research.telechat2.data.formats import naming, parse_question
 from research.telechat2.generation.answer import STOPPED, Answer
 from research.telechat2.infer.predictor import Predictor
+from research.telechat2.infer.sources import numbered
 from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal
 from research.telechat2.text.chat import DEFAULT_SYSTEM
 from research.telechat2.text.messages import (
@@ -115,11 +116,9 @@ def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: 
     """
     prompts = []
     for number, asked in enumerate(questions, 1):
-        try:
+        with numbered("question", number, len(questions)):
             prompts.append(predictor.prompt_ids(asked))
             predictor.check(prompts[-1:])
-        except UsageError as error:
-            raise UsageError(f"question {number} of {len(questions)}: {error}") from error
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     for batch in batches:
         predictor.check(prompts[batch])

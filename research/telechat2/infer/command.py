@@ -23,7 +23,9 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.config.optimization import check_seed
 from research.telechat2.config.overrides import boolean
 from research.telechat2.config.sampling import SAMPLING, check_sampling
+from research.telechat2.config.sharing import processes_of_run
 from research.telechat2.config.yaml_files import resolve_config
+from research.telechat2.infer.sources import exists
 from research.telechat2.text.prompt_format import PROMPT_FORMATS
 
 
@@ -71,15 +73,8 @@ def parse_arguments() -> argparse.Namespace:
         type=boolean,
         help="share the model with the other processes of msrun_launcher.sh; by default the YAML's",
     )
-    parser.add_argument(
-        "--auto_trans_ckpt",
-        type=boolean,
-        default=False,
-        help="taken, but not needed: every process reads its part of weights of any layout",
-    )
-    parser.add_argument(
-        "--src_strategy_path_or_dir", help="not in this version: merge slices of training first"
-    )
+    for name in ("--auto_trans_ckpt", "--src_strategy_path_or_dir"):  # of older instructions
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument(
         "--use_past", type=boolean, default=None, help="predict with a cache; by default the YAML's"
     )
@@ -164,7 +159,7 @@ def _check(args: argparse.Namespace) -> None:
                     f"--{name} {given} does not exist; a question itself is given without --{name}."
                 )
     for text in args.question:
-        if _is_file(text):
+        if exists(text) and Path(text).is_file():
             print(
                 f"note: {text} is asked as it stands, as a text; --question_file {text} asks the lines of "
                 "the file, --input_txt asks it as one question.",
@@ -173,23 +168,15 @@ def _check(args: argparse.Namespace) -> None:
     check_sampling(vars(args))
 
 
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or a zero byte in it
-        return False
-
-
 def _converse(predictor, args: argparse.Namespace) -> None:
     """Talk to a person at a terminal."""
-    from research.telechat2.config.sharing import processes_of_run
-    from research.telechat2.infer.chat import chat
+    from research.telechat2.infer import chat as asking
     from research.telechat2.infer.terminal import Terminal, history_file
 
     terminal = Terminal(history_file())
     print(_banner(args.yaml_file, predictor), file=sys.stderr)
     alone = processes_of_run() == 1  # msrun ends its processes at Ctrl-C
-    chat(predictor, args.system, predictor.group.lines(terminal.lines()), terminal if alone else None)
+    asking.chat(predictor, args.system, predictor.group.lines(terminal.lines()), terminal if alone else None)
 
 
 def _banner(yaml_file: str, predictor) -> str:

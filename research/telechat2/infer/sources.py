@@ -4,7 +4,8 @@ Prediction and the folder for MindIE read them here.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,23 @@ def read_sources(
         raise UsageError(f"{vocab_file} does not exist; give the tokenizer.model of a TeleChat2 release.")
     check_answering_vocabulary(vocab_file, checkpoint)
     return Sources(Path(yaml_file), config, checkpoint, vocab_file, checked.shared)
+
+
+def exists(text: str) -> bool:
+    """Whether a text names a file or folder."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or a zero byte in it
+        return False
+
+
+@contextmanager
+def numbered(what: str, number: int, count: int) -> Iterator[None]:
+    """Name the prompt or question that a UsageError of the block is about."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{what} {number} of {count}: {error}") from error
 
 
 def _existing(given, section: dict, key: str, flag: str, yaml_file) -> Path:

@@ -1,7 +1,6 @@
 """What run_mindformer.py looks at before MindFormers predicts: vocabulary, and length of the prompts."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from research.telechat2.config.sharing import PARALLEL_MODEL
 from research.telechat2.data.formats import holds_data, read_lines
 from research.telechat2.data.same_vocabulary import check_pieces
 from research.telechat2.data.sources import DATA_FILE
-from research.telechat2.infer.sources import check_vocabulary
+from research.telechat2.infer.sources import check_vocabulary, exists, numbered
 from research.telechat2.text.messages import is_blank, without_byte_order_marks
 
 TOKENIZER = "TelechatTokenizer"
@@ -120,25 +119,31 @@ def prepare_prompts(config) -> str | list[str]:
         UsageError: no prompts; one is empty or leaves no room for an answer; or the vocabulary is not the
             model's.
     """
-    prompts = _unmarked(_read(config.input_data))
-    section = dict(config.processor.tokenizer)
-    if (kind := section.pop("type", None)) != TOKENIZER:
-        check_pieces(section.get("vocab_file"), _with_defaults(config.model.model_config))
-        _check_all(prompts, _check_text)
-        print(f"lengths not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
-        return prompts
-    section.pop("auto_register", None)
-    from research.telechat2.telechat_tokenizer import TelechatTokenizer
-
-    tokenizer = TelechatTokenizer(**section)
+    read = _read(config.input_data)
+    prompts = [read] if isinstance(read, str) else read
     settings = _with_defaults(config.model.model_config)
-    check_vocabulary(tokenizer, section["vocab_file"], settings)
-    config.processor.tokenizer.whole_characters = True
-    if settings["pad_token_id"] == -1:
-        config.model.model_config.pad_token_id = tokenizer.pad_token_id
+    section = dict(config.processor.tokenizer)
+    section.pop("auto_register", None)
+    if (kind := section.pop("type", None)) == TOKENIZER:
+        from research.telechat2.telechat_tokenizer import TelechatTokenizer
+
+        tokenizer = TelechatTokenizer(**section)
+        check_vocabulary(tokenizer, section["vocab_file"], settings)
+        config.processor.tokenizer.whole_characters = True
+        if settings["pad_token_id"] == -1:
+            config.model.model_config.pad_token_id = tokenizer.pad_token_id
+    else:
+        check_pieces(section.get("vocab_file"), settings)
+        print(f"lengths not checked: the tokenizer is a {kind}, no {TOKENIZER}", flush=True)
     limits = GenerationLimits.of(SimpleNamespace(**settings))
-    _check_all(prompts, lambda text: _check(text, tokenizer, limits))
-    return prompts
+    for index, prompt in enumerate(prompts):
+        with numbered("prompt", index + 1, len(prompts)):
+            prompts[index] = without_byte_order_marks(prompt)
+            if is_blank(prompts[index]):
+                raise UsageError("it is empty, or blanks only; write it or remove the line.")
+            if kind == TOKENIZER:
+                limits.check_prompt(len(tokenizer(prompts[index])["input_ids"]))
+    return prompts[0] if isinstance(read, str) else prompts
 
 
 def _read(input_data) -> str | list[str]:
@@ -147,7 +152,7 @@ def _read(input_data) -> str | list[str]:
         _check_word(word, alone=len(words) == 1)
     if len(words) > 1:
         return words
-    if not _exists(words[0]):
+    if not exists(words[0]):
         return words[0]
     read = read_lines(words[0], is_data=False)
     lines = [line.rstrip("\r\n").replace(r"\n", "\n") for _, line in read]
@@ -159,55 +164,16 @@ def _read(input_data) -> str | list[str]:
 def _check_word(word: str, alone: bool) -> None:
     """Refuse a word of --predict_data that is meant as a file, and could only be asked as text."""
     named = f"--predict_data {word}"
-    if alone and _exists(word) and (Path(word).is_dir() or DATA_FILE.search(word) or holds_data(word)):
+    if alone and exists(word) and (Path(word).is_dir() or DATA_FILE.search(word) or holds_data(word)):
         raise UsageError(
             f"{named} is data in JSON or a folder, but a text file with a prompt on each line is asked as it "
             f"is: run_telechat_predict.py --question_file {word} asks its conversations."
         )
-    if not _FILE_NAME.fullmatch(word) or (alone and _exists(word)):
+    if not _FILE_NAME.fullmatch(word) or (alone and exists(word)):
         return
-    if _exists(word):
+    if exists(word):
         raise UsageError(f"{named} is a file beside other prompts; give one file alone, or prompts alone.")
     raise UsageError(f"{named} names a file that does not exist; give its path, or a prompt.")
-
-
-def _exists(word: str) -> bool:
-    try:
-        return Path(word).exists()
-    except (OSError, ValueError):  # too long for a name, or a zero byte in it
-        return False
-
-
-def _check_all(prompts: str | list[str], check: Callable[[str], None]) -> None:
-    several = [prompts] if isinstance(prompts, str) else prompts
-    for number, prompt in enumerate(several, 1):
-        try:
-            check(prompt)
-        except UsageError as error:
-            raise UsageError(f"prompt {number} of {len(several)}: {error}") from error
-
-
-def _unmarked(prompts: str | list[str]) -> str | list[str]:
-    """Prompts without byte order marks around them; UsageError for one inside, with the prompt's number."""
-    if isinstance(prompts, str):
-        return without_byte_order_marks(prompts)
-    found = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            found.append(without_byte_order_marks(prompt))
-        except UsageError as error:
-            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from error
-    return found
-
-
-def _check(text: str, tokenizer, limits: GenerationLimits) -> None:
-    _check_text(text)
-    limits.check_prompt(len(tokenizer(text)["input_ids"]))
-
-
-def _check_text(text: str) -> None:
-    if is_blank(text):
-        raise UsageError("it is empty, or blanks only; write it or remove the line.")
 
 
 def _with_defaults(model_config) -> dict:

@@ -10,8 +10,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 from research.telechat2.config.sections import section_of
@@ -124,7 +122,11 @@ def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test:
         UsageError: the folder exists, its name is no Python name's, or its model does not answer.
     """
     folder = folder.expanduser().absolute()
-    check_name(folder)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", folder.name):
+        raise UsageError(
+            f"the folder's name is {folder.name!r}, but MindFormers makes a Python package of it; use "
+            f"letters, digits, _ and - only."
+        )
     if self_test is None:
         on_cpu = section_of(sources.config, "context").get("device_target") == "CPU"
         self_test = on_cpu and sources.world_size == 1
@@ -140,12 +142,22 @@ def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test:
         sources.model_config, folder, world_size=sources.world_size, npu_mem_size=npu_mem_size
     )
     text = settings.instructions(service, sources.prompt_format)
+    served = settings.served_yaml(
+        sources.config, str(sources.checkpoint), str(folder / "tokenizer.model"), sources.world_size
+    )
+    tokenizer = settings.tokenizer_config(served["processor"]["tokenizer"], sources.prompt_format)
+    contents = {
+        "mindie.txt": text,
+        f"{sources.yaml_file.stem}.yaml": settings.yaml_text(served),
+        "config.json": settings.json_text(settings.config_json(sources.model_config, served)),
+        "tokenizer_config.json": settings.json_text(tokenizer),
+        "generation_config.json": settings.json_text(settings.generation_config(sources.model_config)),
+    }
     with tempfile.TemporaryDirectory(prefix=".part_", dir=folder.parent) as place:
         staged = Path(place) / folder.name  # MindFormers names a package after the folder
         staged.mkdir()
-        for name, content in _contents(sources, folder).items():
+        for name, content in contents.items():
             (staged / name).write_text(content, encoding="utf-8")
-        (staged / "mindie.txt").write_text(text, encoding="utf-8")
         shutil.copyfile(sources.vocab_file, staged / "tokenizer.model")
         copy_code(staged)
         for path in (*staged.rglob("*"), staged):
@@ -157,50 +169,18 @@ def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test:
     return f"{said}{text}"
 
 
-def check_name(folder: Path) -> None:
-    """UsageError for a name that MindFormers cannot make a package of, or MindIE no model's name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", folder.name):
-        raise UsageError(
-            f"the folder's name is {folder.name!r}, but MindFormers makes a Python package of it; use "
-            f"letters, digits, _ and - only."
-        )
-
-
-def _contents(sources: FolderSources, folder: Path) -> dict[str, str]:
-    """The texts of the folder's files by name."""
-    served = settings.served_yaml(
-        sources.config, checkpoint=str(sources.checkpoint), vocab_file=str(folder / "tokenizer.model"),
-        world_size=sources.world_size,
-    )  # fmt: skip
-    tokenizer = served["processor"]["tokenizer"]
-    return {
-        f"{sources.yaml_file.stem}.yaml": dump_yaml(served),
-        "config.json": dump_json(settings.config_json(sources.model_config, served)),
-        "tokenizer_config.json": dump_json(settings.tokenizer_config(tokenizer, sources.prompt_format)),
-        "generation_config.json": dump_json(settings.generation_config(sources.model_config)),
-    }
-
-
-def dump_yaml(content: dict) -> str:
-    """YAML of a dictionary, in its order."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-
-
-def dump_json(content: dict) -> str:
-    """JSON of a dictionary, in its order, to read."""
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-
-
-def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new_tokens: int = 16) -> str:
-    """Ask the folder's model one question as MindIE would, elsewhere; return what it said.
+def test_folder(folder: Path) -> str:
+    """Ask the folder's model one question as MindIE would, in a process elsewhere; return what it said.
 
     Raises:
         UsageError: it does not answer.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
         answer = Path(elsewhere) / "answer.json"
-        environment = _without_this_plugin() | {"GLOG_v": "3", "LOG_MF_PATH": elsewhere}
-        words = [sys.executable, "-P", SELF_TEST, folder, question, str(new_tokens), answer]
+        environment = os.environ | {"GLOG_v": "3", "LOG_MF_PATH": elsewhere}
+        for name in ("REGISTER_PATH", "OM_MODULES_CACHE"):  # where MindFormers looks for code of a run
+            environment.pop(name, None)
+        words = [sys.executable, "-P", SELF_TEST, folder, settings.QUESTION, "16", answer]
         told = subprocess.run(
             words, cwd=elsewhere, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -208,20 +188,11 @@ def test_folder(folder: Path, question: str = "生抽与老抽的区别？", new
         if told.returncode:
             reason = (told.stdout.strip().splitlines() or ["no output"])[-1]
             raise UsageError(
-                f"the self-test failed, and nothing was written: ModelRunner ended with {reason!r}. Mend "
+                f"the self-test failed, and nothing was written: ModelRunner ended with {reason!r}. Correct "
                 f"what that names; --self_test False writes the folder without a test."
             )
         found = json.loads(answer.read_text(encoding="utf-8"))
     return (
-        f"self-test: ModelRunner loaded the folder in {found['seconds_to_load']:.0f} s; asked {question!r} "
-        f"it begins to answer: {found['text']!r}\n\n"
+        f"self-test: ModelRunner loaded the folder in {found['seconds_to_load']:.0f} s; asked "
+        f"{settings.QUESTION!r} it begins to answer: {found['text']!r}\n\n"
     )
-
-
-def _without_this_plugin() -> dict[str, str]:
-    """The environment of a process that is to find the folder's code alone; CANN's paths stay."""
-    hidden = ("PYTHONPATH", "REGISTER_PATH", "OM_MODULES_CACHE")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = [path for path in paths if path and not Path(path, "research", "telechat2").is_dir()]
-    return environment | ({"PYTHONPATH": os.pathsep.join(others)} if others else {})

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import yaml
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.sampling import SAMPLING
 from research.telechat2.config.sections import section_of
@@ -16,7 +18,7 @@ CONFIG, MODEL, TOKENIZER = CLASSES = [
     "MindIETelechatTokenizer",
 ]
 MINDIE_FOLDER = "/usr/local/Ascend/mindie/latest/mindie-service"
-_QUESTION = "生抽与老抽的区别？"
+QUESTION = "生抽与老抽的区别？"
 _SWAPPING = """\
 maxPreemptCount must be 0: a request that MindIE swaps to the host comes back in other blocks, and with
 DYNAMIC_NTK its rotary factor is known by its first block.
@@ -50,7 +52,7 @@ def check_predict_yaml(config: dict, yaml_file: Path) -> None:
         raise UsageError(f"{yaml_file}: context.jit_config.jit_level is O1; prediction needs O0.")
 
 
-def served_yaml(config: dict, *, checkpoint: str, vocab_file: str, world_size: int) -> dict:
+def served_yaml(config: dict, checkpoint: str, vocab_file: str, world_size: int) -> dict:
     """A predict YAML as MindFormers' ModelRunner reads it: our classes by ``auto_map``, paths, one level.
 
     Args:
@@ -85,6 +87,16 @@ def parallel_plan(config: dict, world_size: int) -> dict:
     """The YAML's section ``parallel_config`` for so many NPUs, which share every layer."""
     plan = {"data_parallel": 1, "model_parallel": world_size, "pipeline_stage": 1, "vocab_emb_dp": False}
     return section_of(config, "parallel_config") | plan
+
+
+def yaml_text(content: dict) -> str:
+    """YAML of a dictionary, in its order."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def json_text(content: dict) -> str:
+    """JSON of a dictionary, in its order, to read."""
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 def config_json(model_config, served: dict) -> dict:
@@ -163,7 +175,7 @@ def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size:
 def instructions(service: dict, prompt_format: str) -> str:
     """What is left to do, to read and to type."""
     deployed = service["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
-    message = [{"role": "user", "content": _QUESTION}]
+    message = [{"role": "user", "content": QUESTION}]
     prompt = conversation_text(render(message, prompt_format=prompt_format, add_generation_prompt=True))
     parameters = {"do_sample": False, "max_new_tokens": 512}
     raw = {"inputs": prompt, "parameters": parameters, "stream": False}
