@@ -4,7 +4,7 @@ Prediction and the folder for MindIE read them here.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ class Sources:
     """The files of a prediction.
 
     ``config``: the YAML with its bases; its ``model_config`` holds what the checkpoint's config.json adds.
-    ``shared``: see Checked.
+    ``shared``, ``taken``: see Checked.
     """
 
     yaml_file: Path
@@ -32,6 +32,7 @@ class Sources:
     checkpoint: Path
     vocab_file: Path
     shared: dict | None
+    taken: Sequence[str]
 
 
 def read_sources(
@@ -69,8 +70,8 @@ def read_sources(
         said=said_of(config, weights),
     )
     checked = preflight(config, facts)
-    for line in (*(f"note: {note}" for note in checked.notes), *checked.taken):
-        print(line, file=sys.stderr)
+    for note in checked.notes:
+        print(f"note: {note}", file=sys.stderr)
     checkpoint = _existing(checkpoint, config, "load_checkpoint", "--checkpoint_path", yaml_file)
     section = section_of(config, "processor.tokenizer")
     if not (vocab_file or section.get("vocab_file")):
@@ -81,7 +82,7 @@ def read_sources(
     if not vocab_file.is_file():
         raise UsageError(f"{vocab_file} does not exist; give the tokenizer.model of a TeleChat2 release.")
     check_answering_vocabulary(vocab_file, checkpoint)
-    return Sources(Path(yaml_file), config, checkpoint, vocab_file, checked.shared)
+    return Sources(Path(yaml_file), config, checkpoint, vocab_file, checked.shared, checked.taken)
 
 
 def exists(text: str) -> bool:
@@ -121,7 +122,7 @@ def _vocab_file_beside(checkpoint: Path) -> Path | None:
 
 
 def open_tokenizer(sources: Sources, model_config, prompt_format: str | None):
-    """The tokenizer, and the prompt format, which is printed to standard error with the reason for it.
+    """The tokenizer, and the prompt format. Where settings and format come from is printed to standard error.
 
     Raises:
         UsageError: the vocabulary is not the model's.
@@ -131,7 +132,8 @@ def open_tokenizer(sources: Sources, model_config, prompt_format: str | None):
     tokenizer = TelechatTokenizer(str(sources.vocab_file))
     check_vocabulary(tokenizer, sources.vocab_file, vars(model_config))
     prompt_format, reason = choose_prompt_format(prompt_format, sources.checkpoint, tokenizer)
-    print(f"prompt format: {prompt_format} ({reason})", file=sys.stderr)
+    for line in (*sources.taken, f"prompt format: {prompt_format} ({reason})"):
+        print(line, file=sys.stderr)
     return tokenizer, prompt_format
 
 
