@@ -36,13 +36,12 @@ class TelechatTokenizer(PreTrainedTokenizer):
     """Tokenizer on a ``vocabulary``.
 
     ``vocab_file``: path of a tokenizer.model, or of the tokenizer.json of TeleChat v1 7B, which has no system
-    prompt. ``add_bos_token``, ``add_eos_token``: whether
-    ``tokenizer(text)`` puts ``<_start>`` before and ``<_end>`` behind. ``whole_characters``: whether decoded
-    text leaves out a last character of which tokens are missing, as an answer that is cut may have one. The
-    markers must be in the vocabulary (UsageError); any other special token that is not maps to the model's
-    unknown id, with one warning. Tool tags count as content: they stay when ``skip_special_tokens`` drops the
-    rest. Settings of the base class (``padding_side``, ``model_max_length``, …) are passed on; any other is
-    named in a warning, since it has no effect.
+    prompt. ``add_bos_token``, ``add_eos_token``: whether ``tokenizer(text)`` puts ``<_start>`` before and
+    ``<_end>`` behind. ``whole_characters``: whether decoded text leaves out a last character of which tokens
+    are missing, as an answer that is cut may have one. The markers must be in the vocabulary (UsageError);
+    any other special token that is not maps to the unknown id, with one warning. Tool tags count as content:
+    they stay when ``skip_special_tokens`` drops the rest. Settings of the base class (``padding_side``,
+    ``model_max_length``, …) are passed on; any other is named in a warning, since it has no effect.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -69,18 +68,19 @@ class TelechatTokenizer(PreTrainedTokenizer):
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         self.whole_characters = whole_characters
-        markers = [_text(t) for t in (bos_token, eos_token, pad_token, usr_token, bot_token, sys_token)]
+        markers = [str(t) for t in (bos_token, eos_token, pad_token, usr_token, bot_token, sys_token)]
         self.vocabulary: Vocabulary = load_vocabulary(vocab_file, markers)
+        if unused := kwargs.keys() - _BASE_SETTINGS:
+            logger.warning("TelechatTokenizer has no %s: without effect", ", ".join(sorted(unused)))
         self._warned: set[str] = set()
-        _warn_unused(kwargs)
         super().__init__(
-            unk_token=_text(unk_token),
+            unk_token=str(unk_token),
             bos_token=markers[0],
             eos_token=markers[1],
             pad_token=markers[2],
             additional_special_tokens=[
                 *(token for token in markers[3:] if token in self.vocabulary.special_ids),
-                *map(_text, additional_special_tokens),
+                *map(str, additional_special_tokens),
             ],
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
@@ -104,10 +104,6 @@ class TelechatTokenizer(PreTrainedTokenizer):
         """Return piece -> id, a copy."""
         return dict(self.vocabulary.ids)
 
-    def special_id(self, token: str) -> int | None:
-        """Return the id of a special token, None when the vocabulary has no such one."""
-        return self.vocabulary.special_ids.get(token)
-
     @property
     def release_format(self) -> str:
         """The prompt format of the release that has this vocabulary: v1, or chat."""
@@ -116,8 +112,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
         """Mark tokens of the vocabulary as never to be split; what it does not contain is not added."""
         for token in new_tokens or ():
-            text = _text(token)
-            index = self.special_id(text)
+            text = str(token)
+            index = self.vocabulary.special_ids.get(text)
             if not text or index == self.vocabulary.unknown_id:
                 continue  # `<_unk>` in a prompt is text; as an id it comes out of encoding only
             if index is None:
@@ -146,18 +142,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return self.vocabulary.encode_text(text)
 
     @cached_property
-    def _split_pattern(self) -> re.Pattern:
+    def _split_pattern(self) -> re.Pattern[str]:
         markers = sorted(self._added_tokens_encoder, key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, markers)) + ")")
-
-    def split_markers(self, text: str) -> list[tuple[str, bool]]:
-        """Split a raw prompt into (text, is a marker) parts; empty parts are left out."""
-        parts = self._split_pattern.split(text)
-        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
-
-    def has_marker(self, text: str) -> bool:
-        """Whether ``text`` contains what would be special in a raw prompt."""
-        return self._split_pattern.search(text) is not None
 
     def tokenize(self, text, pair=None, add_special_tokens=False, split_special_tokens=False, **kwargs):
         """Return the pieces of a raw prompt, markers whole unless ``split_special_tokens``."""
@@ -165,10 +152,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
             raise TypeError(f"tokenize() does not know {', '.join(kwargs)}")
         if split_special_tokens or self.split_special_tokens:
             return self._tokenize(text)
-        pieces = []
-        for part, is_marker in self.split_markers(text):
-            pieces.extend([part] if is_marker else self._tokenize(part))
-        return pieces
+        parts = enumerate(self._split_pattern.split(text))  # those of odd numbers are markers
+        return [piece for i, part in parts if part for piece in ([part] if i % 2 else self._tokenize(part))]
 
     def _tokenize(self, text, **kwargs):
         return [self.vocabulary.pieces[i] for i in self.encode_text(text)]
@@ -212,11 +197,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
             text = "".join(map(StreamDecoder(self.vocabulary, skip_special_tokens).put, ids))
         else:
             text = self.vocabulary.decode(ids, skip_special_tokens)
-        clean = (
-            self.clean_up_tokenization_spaces
-            if clean_up_tokenization_spaces is None
-            else clean_up_tokenization_spaces
-        )
+        clean = clean_up_tokenization_spaces
+        clean = self.clean_up_tokenization_spaces if clean is None else clean
         return self.clean_up_tokenization(text) if clean else text
 
     def convert_tokens_to_string(self, tokens):
@@ -237,14 +219,3 @@ class TelechatTokenizer(PreTrainedTokenizer):
         elif target.read_bytes() != self.vocabulary.content:
             raise UsageError(f"{target} is another vocabulary and is not overwritten; give another directory")
         return (str(target),)
-
-
-def _text(token) -> str:
-    """Text of a special token given as str or AddedToken."""
-    return token.content if isinstance(token, AddedToken) else str(token)
-
-
-def _warn_unused(kwargs: dict) -> None:
-    unused = [key for key in kwargs if key not in _BASE_SETTINGS]
-    if unused:
-        logger.warning("TelechatTokenizer has no %s: without effect", ", ".join(sorted(unused)))

@@ -53,7 +53,7 @@ def test_a_raw_prompt_has_transformers_ids(ours, theirs):
         theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id,
     )  # fmt: skip
     assert ours.vocab_size == len(theirs)
-    assert ours.special_id("<_system>") is None
+    assert ours.vocabulary.special_ids.get("<_system>") is None
 
 
 @settings(max_examples=100, deadline=None)

@@ -229,7 +229,7 @@ def test_the_prompt_is_the_renderers(predictor, small_tokenizer):
     found = predictor.prompt_ids(Conversation(messages, None, "chat"))
     assert found == expected
     assert found.count(END) == 1  # the typed <_end> is text
-    assert found[-1] == small_tokenizer.special_id("<_bot>")
+    assert found[-1] == small_tokenizer.vocabulary.special_ids.get("<_bot>")
 
 
 def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file, tmp_path):
@@ -238,12 +238,14 @@ def test_the_prompt_format_is_the_recorded_one(random, small_vocab, config_file,
     (folder / "model.safetensors").write_bytes(random.weights.read_bytes())
     prompt_format.write(folder, "plain")
     tuned = load_predictor(config_file, small_vocab, folder)
-    start, user, bot = (tuned.tokenizer.special_id(marker) for marker in ("<_start>", "<_user>", "<_bot>"))
+    start, user, bot = (
+        tuned.tokenizer.vocabulary.special_ids.get(marker) for marker in ("<_start>", "<_user>", "<_bot>")
+    )
     text = tuned.tokenizer.encode_text("生抽")
     assert tuned.prompt_ids(asked("生抽")) == [start, user, *text, bot]
     assert load_predictor(config_file, small_vocab, random.weights).prompt_format == "chat"
     overridden = load_predictor(config_file, small_vocab, folder, prompt_format="chat")
-    assert overridden.prompt_ids(asked("生抽"))[0] == tuned.tokenizer.special_id("<_system>")
+    assert overridden.prompt_ids(asked("生抽"))[0] == tuned.tokenizer.vocabulary.special_ids.get("<_system>")
     with pytest.raises(ValueError, match="the plain prompt format has no place for a system prompt"):
         tuned.prompt_ids(question("x", system="Be brief."))
 

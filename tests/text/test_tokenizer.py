@@ -78,7 +78,7 @@ def test_every_id_is_a_row_of_the_embedding(tokenizer):
     assert sorted(tokenizer.get_vocab().values()) == list(range(pieces))
     assert tokenizer.convert_tokens_to_ids(MARKERS) == [1, 2, 3, 4, 5, 6]
     assert all(0 <= i < pieces for i in tokenizer.all_special_ids)
-    assert [tokenizer.special_id(marker) for marker in MARKERS] == [1, 2, 3, 4, 5, 6]
+    assert [tokenizer.vocabulary.special_ids.get(marker) for marker in MARKERS] == [1, 2, 3, 4, 5, 6]
 
 
 def test_tokens_the_vocabulary_lacks_are_unknown_and_reported_once(small_vocab, caplog):

@@ -73,7 +73,11 @@ def _describe(fatal: list[Problem], count: int, lines: int, complete: bool) -> s
     sentence = f"{first.path}, {first.unit} {first.line}: {first.sentence}"
     if count == 1:
         return f"{sentence}. Nothing was written"
-    others = ", ".join(map(_where_and_field, rest[:_NAMED_LINES]))
+    fields = (problem.reason.removeprefix(formats.UNUSED) for problem in rest)
+    others = ", ".join(
+        _where(problem) + (f" ({field})" if field != problem.reason else "")
+        for problem, field in zip(rest[:_NAMED_LINES], fields, strict=False)
+    )
     named = min(len(rest), _NAMED_LINES) + 1
     more = f" and {count - named} more" if count > named else ""
     of = f"{count} of {'' if complete else 'the first '}{lines} lines cannot be used"
@@ -86,11 +90,6 @@ def _in_order(problems: list[Problem]) -> list[Problem]:
     return sorted(problems, key=lambda problem: (files.index(problem.path), problem.line))
 
 
-def _where_and_field(problem: Problem) -> str:
-    has_field = problem.reason.startswith(formats.UNUSED)
-    return _where(problem) + (f" ({problem.reason.removeprefix(formats.UNUSED)})" if has_field else "")
-
-
 def _where(problem: Problem) -> str:
     return f"{Path(problem.path).name}:{problem.line}"
 
@@ -100,7 +99,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
     counts, numbers = totals.counts, totals.counts["totals"]
     capacity = job.options.capacity
     records = sum(part.records for part in parts)
-    rendered = counts["prompt_formats"]
+    rendered, unused = counts["prompt_formats"], counts["unused_fields"]
     stored = sum(part.tokens for part in parts)
     return {
         # texts begin with <_start>, as the plain format does
@@ -129,7 +128,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
             "truncated": numbers["truncated"],
             "out_of_turn": numbers["out_of_turn"],
             "changed_text": numbers["changed_text"],
-            "unused_fields": _unused_fields(job, totals),
+            "unused_fields": {name: unused[name] for name in sorted({*unused, *job.options.ignored()})},
             "with_special_text": numbers["with_special_text"],
             "records": records,
             "tokens": numbers["tokens"],
@@ -139,12 +138,6 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
         },
         "lengths": {key: counts["lengths"][key] for key in sorted(counts["lengths"], key=int)},
     }
-
-
-def _unused_fields(job: Job, totals: Totals) -> dict[str, int]:
-    """In how many lines each field was left out: metadata, and what ``ignore_fields`` names."""
-    found = totals.counts["unused_fields"]
-    return {name: found[name] for name in sorted({*found, *job.options.ignored()})}
 
 
 def _examples(totals: Totals) -> dict[str, list[str]]:
