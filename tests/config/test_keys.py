@@ -13,8 +13,9 @@ from research.telechat2.config.fields import kinds_of
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.places import settings_like
 from research.telechat2.config.preflight import Facts, preflight, read_settings
+from research.telechat2.config.settings_page import page
 from research.telechat2.config.tables import SECTIONS
-from research.telechat2.config.yaml_files import read_config, resolve_config, shipped_configs
+from research.telechat2.config.yaml_files import CHECKOUT, read_config, resolve_config, shipped_configs
 
 MODEL = "model.model_config"
 
@@ -42,7 +43,7 @@ def test_the_classes_have_the_arguments_that_the_tables_say():
     """Of MindFormers' registered classes: no argument that is not there, and no class."""
     from mindformers.tools.register.register import MindFormerRegister
 
-    import research.telechat2.telechat_register as register
+    import research.telechat2.run.registered as register
 
     assert set(register.__all__) == set(PLUGIN)
     found = {name: cls for classes in MindFormerRegister.registry.values() for name, cls in classes.items()}
@@ -281,6 +282,10 @@ def test_a_key_in_the_wrong_place_is_named_by_its_own(key, meant):
     assert settings_like(key)[0] == meant
     with refused(key, meant):
         read_settings("finetune_telechat_tiny", {key: 1}, Path.cwd())
+
+
+def test_the_page_of_settings_is_that_of_the_fields():
+    assert (CHECKOUT / "docs" / "settings.md").read_text(encoding="utf-8") == "\n".join(page()) + "\n"
 
 
 def test_every_field_of_the_model_has_a_kind():

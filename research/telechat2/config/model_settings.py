@@ -20,7 +20,7 @@ def _count(default: int, text: str, unit: str = "") -> int:
 
 
 def _dtype(default: str, text: str) -> str:
-    return setting(default, text, unit="dtype")
+    return setting(default, text, unit=" or ".join(DTYPES))
 
 
 @dataclass(eq=False)
@@ -93,12 +93,12 @@ class Dropout:
 
 
 @dataclass(eq=False)
-class Dtypes:
-    """Dtypes: float32, float16 or bfloat16; MindSpore's in a TelechatConfig, their names elsewhere"""
+class Dtypes:  # their names, of MindSpore in a TelechatConfig
+    """Dtypes"""
 
     compute_dtype: str = _dtype("bfloat16", "Of matrix products.")
     param_init_type: str = _dtype("float32", "Of parameters.")
-    embedding_init_type: str = follows("Of the embedding; null: `param_init_type`.", unit="dtype")
+    embedding_init_type: str = follows("Of the embedding; null: `param_init_type`.", unit=" or ".join(DTYPES))
     layernorm_compute_type: str = _dtype("float32", "In which norms are computed, and of their weights.")
     softmax_compute_type: str = _dtype(
         "float32", "Of attention's softmax; Ascend's fused kernels always take float32."
