@@ -23,6 +23,4 @@ def test_files_that_a_page_names_exist(page):
 def test_the_ways_pass_every_package():
     text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = {path.parent.name for path in PLUGIN.glob("*/__init__.py")}
-    assert packages <= {
-        name.split("/")[0] for name in re.findall(r"`([\w/]+\.py)`", text)
-    }
+    assert packages <= {name.split("/")[0] for name in re.findall(r"`([\w/]+\.py)`", text)}
