@@ -87,10 +87,12 @@ def load_exported(folder: Path):
 
 def section_of(folder: Path, kind: str = "predict") -> dict:
     """The model_config of a YAML that was written beside weights, completed by their config.json."""
-    from research.telechat2.checkpoint.llama.stated import settle_with
+    from research.telechat2.checkpoint.llama.stated import said_of
+    from research.telechat2.config.release import settle_model
 
     section = yaml.safe_load((folder / f"{kind}.yaml").read_text())["model"]["model_config"]
-    settle_with(section, folder, "the YAML")
+    settings = {"model": {"model_config": section}}
+    settle_model(settings, said_of(settings, folder), "the YAML")
     return section
 
 

@@ -6,8 +6,8 @@ import pytest
 from refusal import refused
 
 from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.llama.stated import said_beside, settle_with
-from research.telechat2.config.release import Said, settle
+from research.telechat2.checkpoint.llama.stated import said_beside, said_of
+from research.telechat2.config.release import Said, settle, settle_model
 from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.run.save_checkpoint import record_config
 
@@ -17,6 +17,13 @@ RELEASE = Said(
     head_dim=16,
     names={"rms_norm_eps": "layer_norm_epsilon"},
 )
+
+
+def settle_with(section, weights, where, experts=None):
+    settings = {"model": {"model_config": section}, "moe_config": experts}
+    return settle_model(settings, said_of(settings, weights), where)
+
+
 EFFECTIVE = 10000 * 3 ** (16 / 14)  # alpha 3, from base 64 to 128
 
 

@@ -1,11 +1,11 @@
 """Weights into a model that is built: names and shapes first, then one tensor in memory at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from research.telechat2.checkpoint.cluster.own_slices import GroupPlace, own_slices
-from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
@@ -14,22 +14,7 @@ from research.telechat2.common.tables import listed
 NO_WEIGHTS = ("_cache", "expert_load")  # parameters that a model fills itself
 
 
-def sizes_of_model(config) -> TelechatSizes:
-    """The sizes of a TelechatConfig's model."""
-    return TelechatSizes(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        kv_size=config.n_kv_heads * config.head_dim,
-        num_heads=config.num_heads,
-        n_kv_heads=config.n_kv_heads,
-        tie_word_embeddings=config.tie_word_embeddings,
-        num_experts=config.moe.num_experts if config.moe else 0,
-    )
-
-
-def load_tensors(model, tensors: Mapping[str, StoredTensor], origin: str) -> None:
+def load_tensors(model: Any, tensors: Mapping[str, StoredTensor], origin: str) -> None:
     """Fill every parameter of ``model`` but its caches, each in the dtype that it has.
 
     Args:
@@ -49,9 +34,9 @@ def load_tensors(model, tensors: Mapping[str, StoredTensor], origin: str) -> Non
 
 
 def load_slices(
-    network,
+    network: Any,
     whole: Mapping[str, StoredTensor],
-    layouts: Mapping[str, tuple],
+    layouts: Mapping[str, Sequence[Any]],
     rank: int,
     place_in_group: GroupPlace,
     origin: str,
@@ -71,12 +56,12 @@ def load_slices(
         parameters[name].set_data(_as_tensor(tensor, parameters[name].dtype), slice_shape=True)
 
 
-def _weights_of(network) -> dict:
+def _weights_of(network: Any) -> dict[str, Any]:
     parameters = network.get_parameters()
     return {parameter.name: parameter for parameter in parameters if not parameter.name.endswith(NO_WEIGHTS)}
 
 
-def _as_tensor(tensor: StoredTensor, dtype):
+def _as_tensor(tensor: StoredTensor, dtype: object) -> Any:
     from mindspore import Tensor
     from mindspore.common.np_dtype import bfloat16
 
@@ -86,7 +71,7 @@ def _as_tensor(tensor: StoredTensor, dtype):
     return Tensor(content.reshape(tensor.shape))
 
 
-def _compare(parameters: Mapping, tensors: Mapping[str, StoredTensor], origin: str) -> None:
+def _compare(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTensor], origin: str) -> None:
     _compare_names(parameters, tensors, origin)
     different = [
         f"{name} is {list(tensor.shape)}, expected {list(parameters[name].shape)}"
@@ -96,7 +81,7 @@ def _compare(parameters: Mapping, tensors: Mapping[str, StoredTensor], origin: s
     _refuse(different, origin)
 
 
-def _compare_names(parameters: Mapping, tensors: Mapping[str, StoredTensor], origin: str) -> None:
+def _compare_names(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTensor], origin: str) -> None:
     different = [f"{name} is not in the model" for name in tensors if name not in parameters]
     different += [f"{name} is missing" for name in parameters if name not in tensors]
     _refuse(different, origin)

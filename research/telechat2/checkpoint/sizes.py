@@ -1,15 +1,14 @@
 """The sizes that a checkpoint's shapes follow from: read from a config, or from the tensors themselves."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from research.telechat2.checkpoint.llama.config_values import one_of
+from research.telechat2.checkpoint.llama.config_values import Config, one_of
 from research.telechat2.common.errors import UsageError, naming
 from research.telechat2.common.files import read_json
 from research.telechat2.common.tables import listed
+from research.telechat2.config.model_settings import ModelSettings
 
 CONFIG = "config.json"
 _PART_OF_A_RUN = re.compile(r"iteration_\d+|rank_\d+")
@@ -49,7 +48,7 @@ class TelechatSizes:
     num_experts: int | None = None
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> "TelechatSizes":
+    def from_hf_config(cls, config: Config) -> "TelechatSizes":
         """Sizes from the content of a config.json, TeleChat's key names or MindFormers'.
 
         0 and 1 experts both mean a dense model, as 1 does in MindFormers.
@@ -92,6 +91,12 @@ class TelechatSizes:
         return cls(kv_size=found["n_kv_heads"] * head_dim, tie_word_embeddings=tied, **found)
 
     @property
+    def kv_heads(self) -> int:
+        """``n_kv_heads``, which must be known."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head; ``num_heads`` must be known."""
         assert self.num_heads is not None
@@ -115,6 +120,21 @@ class TelechatSizes:
             f"{self.num_layers} layers, hidden size {self.hidden_size}, {experts}feed-forward size "
             f"{self.intermediate_size}, vocabulary {self.vocab_size}"
         )
+
+
+def sizes_of_model(config: ModelSettings) -> TelechatSizes:
+    """The sizes of a TelechatConfig's model."""
+    return TelechatSizes(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        kv_size=config.n_kv_heads * config.head_dim,
+        num_heads=config.num_heads,
+        n_kv_heads=config.n_kv_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+        num_experts=config.moe.num_experts if config.moe else 0,
+    )
 
 
 def config_beside(path: Path) -> Path | None:
@@ -146,7 +166,7 @@ def sizes_beside(path: Path) -> TelechatSizes | None:
         return TelechatSizes.from_hf_config(read_json(file) or {})
 
 
-def _with_moe_section(config: Mapping[str, Any]) -> dict:
+def _with_moe_section(config: Config) -> Config:
     """``config`` with the ``expert_num`` of MindFormers' nested section beside the other keys."""
     section = config.get("moe_config")
     if section is None:

@@ -200,8 +200,8 @@ def locate(name: str, side: Side) -> Place | None:
     """The place of a tensor's name; None if the table does not have it."""
     for row in ROWS:
         if match := _pattern(getattr(row, side)).fullmatch(name):
-            layer, expert = (match.groupdict().get(key) for key in ("i", "e"))
-            return Place(row, layer and int(layer), expert and int(expert))
+            at = {key: int(number) for key, number in match.groupdict().items()}
+            return Place(row, at.get("i"), at.get("e"))
     return None
 
 

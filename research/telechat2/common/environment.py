@@ -47,8 +47,8 @@ def check_environment(command: str) -> "list[str]":
         found, needed = (".".join(map(str, version[:2])) for version in (sys.version_info, PYTHON))
         raise ValueError(f"this is Python {found} ({sys.executable}), the plugin needs {needed}; {remedy()}.")
     _check_research()
-    needed = list(PACKAGES) + ([] if command in WITHOUT else list(VERSIONS))
-    folders = {name: _found(name) for name in needed}
+    required = list(PACKAGES) + ([] if command in WITHOUT else list(VERSIONS))
+    folders = {name: _found(name) for name in required}
     absent = [name for name, folder in folders.items() if folder is None]
     if absent:
         names = ", ".join(PACKAGES.get(name, name) for name in absent)

@@ -12,7 +12,7 @@ from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.classes import TELECHAT_CONFIGS
-from research.telechat2.config.rope import spelled_method, trained_alpha
+from research.telechat2.config.rope import spelled_method, stretched_base
 from research.telechat2.config.sections import Settings, section_of
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model, written in its code and not in its config.json
@@ -117,7 +117,7 @@ def _keep_own_rotation(stated: Settings, values: Settings, said: Said, where: st
     if not _states_lengths(stated):
         del values["base_seqlen"], values["training_seqlen"]
     width = said.head_dim
-    if width > 2 and _same(own, FAMILY_THETA * trained_alpha(trained, base) ** (width / (width - 2))):
+    if width > 2 and _same(own, stretched_base(FAMILY_THETA, base, trained, width)):
         return []  # the release's own, within its trained length
     return [
         f"theta {own} of {where} replaces the rotary base of the release ({FAMILY_THETA}, base_seqlen "

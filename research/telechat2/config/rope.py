@@ -3,6 +3,9 @@
 Needs neither MindSpore nor MindFormers, as config/model.py, of which this is a part.
 """
 
+import math
+from collections.abc import Mapping
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.kinds import check_number, is_number
 from research.telechat2.config.model_settings import ModelSettings
@@ -48,13 +51,27 @@ def trained_alpha(length: int, base_seqlen: int) -> int:
     return (2 << doublings) - 1
 
 
+def stretched_base(theta: float, base_seqlen: int, length: int, head_dim: int) -> float:
+    """The rotary base for texts of ``length`` tokens by TeleChat's rule: ``theta`` up to ``base_seqlen``."""
+    if length <= base_seqlen:
+        return theta
+    return float(theta * trained_alpha(length, base_seqlen) ** (head_dim / (head_dim - 2)))
+
+
 def base_of_release(config: ModelSettings) -> float:
     """The rotary base ``theta`` within the trained length: stretched where that exceeds ``base_seqlen``."""
-    theta, width = float(config.theta), config.hidden_size // config.num_heads
+    theta, head_dim = float(config.theta), config.hidden_size // config.num_heads
     base, trained = config.base_seqlen, config.training_seqlen
-    if base is None or trained is None or trained <= base:
-        return theta
-    return float(theta * trained_alpha(trained, base) ** (width / (width - 2)))
+    return theta if base is None or trained is None else stretched_base(theta, base, trained, head_dim)
+
+
+def yarn_scale(settings: Mapping[str, float]) -> float:
+    """What YaRN multiplies cos and sin by (Peng et al. 2023, section 3.4; mscale as in DeepSeek-V2)."""
+    grown, kept = (
+        0.1 * settings.get(key, default) * math.log(settings["factor"]) + 1
+        for key, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
+    )
+    return grown / kept
 
 
 def check_extension(config: ModelSettings) -> None:

@@ -155,7 +155,8 @@ def load_weights(model, checkpoint: str | Path) -> None:
         model.load_weights(checkpoint)
         return
     from research.telechat2.checkpoint.layouts.read import whole_weights
-    from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
+    from research.telechat2.checkpoint.loading import load_tensors
+    from research.telechat2.checkpoint.sizes import sizes_of_model
 
     _, tensors = whole_weights(checkpoint, sizes_of_model(model.config))
     load_tensors(model, tensors, str(checkpoint))

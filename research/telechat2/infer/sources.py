@@ -140,7 +140,7 @@ def open_tokenizer(sources: Sources, model_config, prompt_format: str | None):
 def check_weights(checkpoint: Path, model_config, ranks: int) -> None:
     """Refuse weights whose names or shapes are not those that ``ranks`` processes would load."""
     from research.telechat2.checkpoint.layouts.read import weights_of_rank
-    from research.telechat2.checkpoint.loading import sizes_of_model
+    from research.telechat2.checkpoint.sizes import sizes_of_model
 
     weights_of_rank(
         checkpoint, sizes_of_model(model_config), tensor_parallel=ranks, rank=0,

@@ -3,7 +3,8 @@
 import mindspore as ms
 
 from research.telechat2.checkpoint.layouts.read import weights_of_rank
-from research.telechat2.checkpoint.loading import load_tensors, sizes_of_model
+from research.telechat2.checkpoint.loading import load_tensors
+from research.telechat2.checkpoint.sizes import sizes_of_model
 from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.library import MindFormerModuleType, MindFormerRegister
 from research.telechat2.infer.telechat_transformers import (

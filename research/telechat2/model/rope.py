@@ -7,7 +7,13 @@ from mindspore import Tensor, nn
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.config.rope import base_of_release, stretch_factor, trained_alpha, yarn_settings
+from research.telechat2.config.rope import (
+    base_of_release,
+    stretch_factor,
+    trained_alpha,
+    yarn_scale,
+    yarn_settings,
+)
 
 
 def dynamic_ntk(length: int, base_seqlen: int, training_seqlen: int) -> tuple[int, float]:
@@ -62,10 +68,7 @@ def _yarn(settings: dict, theta: float, exponents: np.ndarray) -> tuple[np.ndarr
     slow = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0.0, 1.0)
     frequencies = theta**exponents * (1 - slow + slow / factor)
 
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1
-
-    return frequencies, scale(settings["mscale"]) / scale(settings["mscale_all_dim"])
+    return frequencies, yarn_scale(settings)
 
 
 def _write(cos: np.ndarray, sin: np.ndarray, frequencies: np.ndarray, scale: float) -> None:

@@ -155,7 +155,8 @@ def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
         print(f"load_checkpoint: loaded this rank's part of {source}", flush=True)
         return
     from research.telechat2.checkpoint.layouts.read import whole_weights
-    from research.telechat2.checkpoint.loading import load_slices, load_tensors, sizes_of_model
+    from research.telechat2.checkpoint.loading import load_slices, load_tensors
+    from research.telechat2.checkpoint.sizes import sizes_of_model
     from research.telechat2.compat.library import place_in_group, process_group
     from research.telechat2.telechat_config import TelechatConfig
 

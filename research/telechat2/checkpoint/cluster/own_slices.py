@@ -1,20 +1,23 @@
 """The slice of a weight that a rank of a training cluster stores, by the layouts that MindSpore compiled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 from research.telechat2.checkpoint.cluster.strategies import Layout
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.storage.views import part_of
 from research.telechat2.common.errors import UsageError
 
-GroupPlace = Callable[
-    [str], tuple[int, int]
-]  # of a communication group: this rank's number in it, and its size
+# Of a communication group: this rank's number in it, and its size.
+GroupPlace = Callable[[str], tuple[int, int]]
 
 
 def own_slices(
-    whole: Mapping[str, StoredTensor], layouts: Mapping[str, tuple], rank: int, place_in_group: GroupPlace
+    whole: Mapping[str, StoredTensor],
+    layouts: Mapping[str, Sequence[Any]],
+    rank: int,
+    place_in_group: GroupPlace,
 ) -> dict[str, StoredTensor]:
     """What ``rank`` stores of a whole model: views, of which only the own bytes are read later.
 
@@ -34,7 +37,9 @@ def own_slices(
     }
 
 
-def _slice(tensor: StoredTensor, layout: tuple, rank: int, place_in_group: GroupPlace) -> StoredTensor:
+def _slice(
+    tensor: StoredTensor, layout: Sequence[Any], rank: int, place_in_group: GroupPlace
+) -> StoredTensor:
     device_matrix, tensor_map, *_, group, full_shape = layout[:7]
     if full_shape and tuple(full_shape) != tensor.shape:
         raise UsageError(

@@ -175,10 +175,9 @@ def _wholes(
     sliced: dict[str, Whole] = {}
     copied: dict[str, Whole] = {}
     for name in dict.fromkeys(name for shard in shards for name in shard):
-        stage = cluster.stage_of(name) if cluster else None
         if name in left_out:
             continue
-        if stage is not None:
+        if cluster and (stage := cluster.stage_of(name)) is not None:
             sliced[name] = _merged(name, shards, cluster, stage)
         elif cluster is None and (_is_state(name) or not ignored_as(name, "mindspore")):
             sliced[name] = _same_everywhere(name, shards)

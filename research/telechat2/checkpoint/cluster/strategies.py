@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 
@@ -76,7 +77,8 @@ class Cluster:
 @lru_cache(maxsize=1024)
 def _places(layout: Layout) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     matrix = layout.device_matrix
-    slices, sharing = [], {}
+    slices: list[tuple[int, ...]] = []
+    sharing: dict[tuple[int, ...], list[int]] = {}
     for rank, coordinates in enumerate(product(*map(range, matrix))):
         place = []
         for axes in layout.axes:
@@ -165,7 +167,7 @@ def _parse(file: Path, content: bytes) -> dict[int, dict[str, Layout]]:
     return stages
 
 
-def _layout(file: Path, name: str, stored) -> Layout:
+def _layout(file: Path, name: str, stored: Any) -> Layout:
     if any(entry.dim for entry in stored.param_split_shape) or stored.field:
         raise UsageError(
             f"{file} splits {name} unequally, which no TeleChat2 plan does, and cannot be transformed"

@@ -8,7 +8,7 @@ At no time does a thread hold more than a few blocks: see ``MEMORY_BYTES``.
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -139,7 +139,8 @@ def work(tasks: Iterable[Task], halted: Event) -> None:
 
     The first failure, or an interrupt, sets ``halted`` and is raised when every thread has come to an end.
     """
-    waiting, running = deque(tasks), set()
+    waiting = deque(tasks)
+    running: set[Future[Iterable[Task]]] = set()
     with ThreadPoolExecutor(THREADS, "copying") as pool:
         try:
             while waiting or running:

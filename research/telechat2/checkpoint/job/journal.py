@@ -16,12 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import fsync
 
 JOURNAL = "journal"
+Entry = dict[str, Any]  # a line of the journal
 
 
 @dataclass
@@ -31,17 +32,17 @@ class Staging:
     folder: Path
     path: Path
     journal: BinaryIO
-    done: dict[tuple[str, str], dict] = field(default_factory=dict)  # (file, tensor) -> what was recorded
+    done: dict[tuple[str, str], Entry] = field(default_factory=dict)  # (file, tensor) -> what was recorded
     naming: bool = False
     named: list[Path] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
 
-    def record(self, file: str, tensor: str, content: dict) -> None:
+    def record(self, file: str, tensor: str, content: Entry) -> None:
         """Note that a tensor is in its place."""
         self.done[file, tensor] = {"file": file, "tensor": tensor} | content
         self._append(self.done[file, tensor])
 
-    def _append(self, entry: dict) -> None:
+    def _append(self, entry: Entry) -> None:
         with self.lock:
             _add_line(self.journal, entry)
 
@@ -73,7 +74,7 @@ def part_folder(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def staging(folder: Path, name: str, identity: dict, resume: bool) -> Iterator[Staging]:
+def staging(folder: Path, name: str, identity: Entry, resume: bool) -> Iterator[Staging]:
     """Make or, with ``resume``, take over the hidden folder of an output; remove it at the end.
 
     A failure leaves nothing, unless ``resume`` is asked for, which keeps what is done. ``identity`` is
@@ -121,7 +122,7 @@ def _lock(journal: BinaryIO, path: Path) -> None:
         raise UsageError(f"another conversion is writing to {path}; wait for it, or stop it") from None
 
 
-def _take_over(stage: Staging, identity: dict) -> None:
+def _take_over(stage: Staging, identity: Entry) -> None:
     """Read what the journal holds up to the first line that is not whole; begin it where nothing is done."""
     identity = json.loads(json.dumps(identity))
     entries, whole = _whole_lines(stage.journal)
@@ -143,14 +144,15 @@ def _take_over(stage: Staging, identity: dict) -> None:
         )
 
 
-def _whole_lines(journal: BinaryIO) -> tuple[list[dict], int]:
+def _whole_lines(journal: BinaryIO) -> tuple[list[Entry], int]:
     """The entries, and how many bytes they are."""
     journal.seek(0)
-    entries, whole = [], 0
+    entries: list[Entry] = []
+    whole = 0
     for line in journal:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (json.JSONDecodeError, UnicodeDecodeError):
             entry = None
         if not line.endswith(b"\n") or not _is_sound(entry, first=not entries):
             break
@@ -166,7 +168,7 @@ def _is_sound(entry: object, first: bool) -> bool:
     return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
-def _add_line(journal: BinaryIO, entry: dict) -> None:
+def _add_line(journal: BinaryIO, entry: Entry) -> None:
     journal.write(json.dumps(entry).encode() + b"\n")
     journal.flush()
 

@@ -34,14 +34,14 @@ def manifest_bytes(
         tensors = {}
         for tensor, name in weights:
             content = contents[file, name]
+            odd = {"nan": content.nan, "inf": content.inf}
             tensors[name] = {
                 "dtype": options.dtype or tensor.dtype,
                 "shape": list(tensor.shape),
                 "checksum": content.checksum,
                 "source": origin_of(tensor),
+                **{key: count for key, count in odd.items() if count},
             }
-            odd = {"nan": content.nan, "inf": content.inf}
-            tensors[name] |= {key: count for key, count in odd.items() if count}
         written[file] = {"bytes": sizes[file], "tensors": tensors}
     content_of_file = {
         "format": FORMAT,

@@ -7,7 +7,7 @@ only move ranges of bytes, the second half is arithmetic on ranges; where they d
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -22,7 +22,7 @@ from research.telechat2.common.tables import listed
 def prove(
     tensors: list[StoredTensor],
     outputs: dict[Path, Output],
-    sources: dict[str, StoredTensor],
+    sources: Mapping[str, StoredTensor],
     back: Callable[[list[StoredTensor]], Weights],
     dtype: str | None,
 ) -> None:

@@ -42,7 +42,7 @@ def check_divisible(sizes: TelechatSizes, tensor_parallel: int) -> None:
         "feed-forward size": sizes.intermediate_size,
         "vocabulary": sizes.vocab_size,
     }
-    uneven = [f"{what} {length}" for what, length in lengths.items() if length % tensor_parallel]
+    uneven = [f"{what} {n}" for what, n in lengths.items() if n and n % tensor_parallel]
     if uneven:
         raise UsageError(
             f"tensor parallel {tensor_parallel} does not divide {', '.join(uneven)} of this model; expected "

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -75,7 +76,7 @@ def yaml_files(description: Description, vocabulary: bytes | None = None) -> dic
     }
 
 
-def _llama_tokenizer(vocabulary: bytes) -> dict | None:
+def _llama_tokenizer(vocabulary: bytes) -> dict[str, str] | None:
     """The settings of MindFormers' LlamaTokenizer; None for the vocabulary of an exported TeleChat model."""
     try:
         known = SentencePieceVocabulary(vocabulary)
@@ -235,7 +236,7 @@ def exported_tokenizer(
     return files, (f"tokenizer of {file.parent}, unchanged",)
 
 
-def _settings(description: Description, prompt_format: str, fast: bytes) -> dict:
+def _settings(description: Description, prompt_format: str, fast: bytes) -> dict[str, Any]:
     special = [token["content"] for token in json.loads(fast)["added_tokens"] if token["special"]]
     named = {"bos_token": "<_start>", "eos_token": "<_end>", "pad_token": "<_pad>"}
     named = {key: token for key, token in named.items() if token in special}

@@ -1,6 +1,8 @@
 """config.json of a Llama model: read into a Description, or refused, and written from one."""
 
-from research.telechat2.checkpoint.llama.config_values import flag, number, whole_number
+from typing import Any
+
+from research.telechat2.checkpoint.llama.config_values import Config, flag, number, whole_number
 from research.telechat2.checkpoint.llama.description import Description, refuse_activation, token_ids
 from research.telechat2.checkpoint.llama.kinds import is_mistral, model_kind, window_of
 from research.telechat2.checkpoint.llama.rotary import llama_scaling, read_scaling
@@ -31,12 +33,12 @@ _SPELLINGS = {
 }
 
 
-def is_llama(config: dict | None) -> bool:
+def is_llama(config: Config) -> bool:
     """Whether a config.json is that of a Llama model, see model_kind; UsageError for another's."""
-    return config is not None and model_kind(config) == "llama"
+    return model_kind(config) == "llama"
 
 
-def describe_llama(config: dict, generation: dict | None = None) -> Description:
+def describe_llama(config: Config, generation: Config | None = None) -> Description:
     """Read a Llama config.json.
 
     Raises:
@@ -62,20 +64,19 @@ def describe_llama(config: dict, generation: dict | None = None) -> Description:
     )
 
 
-def _longest(config: dict) -> int:
+def _longest(config: Config) -> int:
     older = whole_number(config, "max_sequence_length", 2048)
     longest = whole_number(config, "max_position_embeddings", older)
-    if is_mistral(config) and window_of(config) is not None:
-        return min(longest, window_of(config))
-    return longest
+    window = window_of(config) if is_mistral(config) else None
+    return longest if window is None else min(longest, window)
 
 
-def unread_keys(config: dict) -> list[str]:
+def unread_keys(config: Config) -> list[str]:
     """Keys of a Llama config.json that have no counterpart in TelechatConfig and may mean something."""
     return sorted(key for key in config.keys() - _READ - _WITHOUT_EFFECT if config[key] is not None)
 
 
-def llama_config(description: Description, dtype: str) -> dict:
+def llama_config(description: Description, dtype: str) -> dict[str, Any]:
     """The content of config.json for an exported model; ``dtype`` is that of its weights."""
     sizes = description.sizes
     theta, scaling = llama_scaling(description.theta, description.extension)
@@ -104,7 +105,7 @@ def llama_config(description: Description, dtype: str) -> dict:
     }
 
 
-def _sizes(config: dict) -> TelechatSizes:
+def _sizes(config: Config) -> TelechatSizes:
     lacking = [key for key in _SPELLINGS.values() if key != "num_key_value_heads" and config.get(key) is None]
     if lacking:
         raise UsageError(
@@ -118,8 +119,8 @@ def _sizes(config: dict) -> TelechatSizes:
     return TelechatSizes.from_hf_config(renamed | {"num_experts": 0})
 
 
-def _refuse_what_differs(config: dict, sizes: TelechatSizes) -> None:
-    head_dim = sizes.hidden_size // sizes.num_heads
+def _refuse_what_differs(config: Config, sizes: TelechatSizes) -> None:
+    head_dim = sizes.head_dim
     reasons = {
         "head_dim": (head_dim, f"TeleChat's heads are hidden_size / num_attention_heads = {head_dim} wide"),
         "partial_rotary_factor": (1.0, "TeleChat rotates all channels of a head"),

@@ -1,11 +1,15 @@
 """Values of a config.json, each of the type that it must have."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 
+Config = Mapping[str, Any]  # the content of a config.json
 
-def number(config: dict, key: str, default: float) -> float:
+
+def number(config: Config, key: str, default: float) -> float:
     """A positive number of a config.
 
     Raises:
@@ -19,7 +23,7 @@ def number(config: dict, key: str, default: float) -> float:
     return float(value)
 
 
-def whole_number(config: dict, key: str, default: int) -> int:
+def whole_number(config: Config, key: str, default: int) -> int:
     """A positive whole number of a config.
 
     Raises:
@@ -31,7 +35,7 @@ def whole_number(config: dict, key: str, default: int) -> int:
     return int(value)
 
 
-def one_of(config: dict, keys: tuple[str, ...]) -> str | None:
+def one_of(config: Config, keys: tuple[str, ...]) -> str | None:
     """The key of ``keys`` that a config gives one value under; None if it has none of them.
 
     Raises:
@@ -44,7 +48,7 @@ def one_of(config: dict, keys: tuple[str, ...]) -> str | None:
     return given[0] if given else None
 
 
-def flag(config: dict, key: str) -> bool:
+def flag(config: Config, key: str) -> bool:
     """Whether a config says yes; absent is no.
 
     Raises:

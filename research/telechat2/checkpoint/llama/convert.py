@@ -22,6 +22,7 @@ from research.telechat2.checkpoint.llama.companion_files import (
     yaml_files,
 )
 from research.telechat2.checkpoint.llama.config import describe_llama, is_llama, llama_config, unread_keys
+from research.telechat2.checkpoint.llama.config_values import Config
 from research.telechat2.checkpoint.llama.description import (
     Description,
     describe_fields,
@@ -29,7 +30,7 @@ from research.telechat2.checkpoint.llama.description import (
     lost_ids,
 )
 from research.telechat2.checkpoint.llama.kinds import is_mistral
-from research.telechat2.checkpoint.llama.stated import settle_with
+from research.telechat2.checkpoint.llama.stated import said_of
 from research.telechat2.checkpoint.llama.weights import (
     ATTENTION_ZEROS,
     MLP_ZEROS,
@@ -43,6 +44,10 @@ from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights
 from research.telechat2.common.errors import UsageError, naming
 from research.telechat2.common.files import json_bytes, read_json
+from research.telechat2.config.model_settings import ModelSettings
+from research.telechat2.config.preflight import read_settings
+from research.telechat2.config.release import settle_model
+from research.telechat2.config.settings import model_config, with_defaults
 from research.telechat2.config.yaml_files import resolve_config
 from research.telechat2.text import prompt_format as prompt_formats
 
@@ -53,7 +58,7 @@ def holds_llama(path: Path) -> bool:
     if file is None:
         return False
     with naming(file):
-        return is_llama(read_json(file))
+        return is_llama(read_json(file) or {})
 
 
 def import_llama(source: Path, target: Path, options: Options, as_ckpt: bool = False) -> Written:
@@ -167,7 +172,8 @@ def _config_of(source: Path, config: Path | None) -> Path:
 
 def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
     """A MindSpore checkpoint, the description of its model in ``file``, and lines for the summary."""
-    generation, content, lines = read_json(file.parent / GENERATION), {}, []
+    generation, lines = read_json(file.parent / GENERATION), list[str]()
+    content: Config = {}
     if file.suffix in (".yaml", ".yml"):
         fields, lines = _fields_of_yaml(file, source)
         described = describe_fields(fields, None, fields.tie_word_embeddings)
@@ -193,22 +199,18 @@ def _described(source: Path, file: Path) -> tuple[Plan, Description, list[str]]:
     return plan, replace(described, sizes=plan.sizes), lines
 
 
-def _fields_of_yaml(file: Path, source: Path):
+def _fields_of_yaml(file: Path, source: Path) -> tuple[ModelSettings, list[str]]:
     """The fields of a YAML, completed by a config.json of ``source``, and lines on what came from there."""
-    from research.telechat2.config.preflight import read_settings
-    from research.telechat2.config.sections import section_of
-    from research.telechat2.config.settings import model_config, with_defaults
-
     settings = read_settings(str(file.absolute()), {}, Path.cwd())[1]
-    lines = settle_with(section_of(settings, "model.model_config"), source, str(file))
+    lines = settle_model(settings, said_of(settings, source), str(file)) if config_beside(source) else []
     return model_config(settings, with_defaults(settings, "parallel_config")), lines
 
 
 def _exported_config(file: Path, description: Description, dtype: str) -> bytes:
     """config.json of an export: a Llama's own, changed where the weights ask for it, or a new one."""
     content = llama_config(description, dtype)
-    own = read_json(file) if file.suffix == ".json" else None
-    if not is_llama(own):
+    own = (read_json(file) if file.suffix == ".json" else None) or {}
+    if not own or not is_llama(own):
         return json_bytes(content)
     flags = {
         key: content[key] for key in ("attention_bias", "mlp_bias") if content[key] != bool(own.get(key))

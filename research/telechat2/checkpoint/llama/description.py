@@ -5,20 +5,21 @@ model of. This reads it, in each spelling, into the terms of TelechatConfig.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
-from research.telechat2.checkpoint.llama.config_values import number, one_of, whole_number
-from research.telechat2.checkpoint.llama.rotary import NONE, Extension, kind_of, rope_section, stretched_base
+from research.telechat2.checkpoint.llama.config_values import Config, number, one_of, whole_number
+from research.telechat2.checkpoint.llama.rotary import NONE, Extension, kind_of, rope_section
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.common.errors import UsageError
-from research.telechat2.config.rope import base_of_release, stretch_factor, yarn_settings
+from research.telechat2.config.model_settings import ModelSettings
+from research.telechat2.config.rope import base_of_release, stretch_factor, stretched_base, yarn_settings
 
 FAMILY_THETA = 10000.0  # rotary base of every TeleChat model within its base length
 SEQ_LENGTH = 8192  # where a TeleChat config is silent
 BASE_SEQLEN_V1_7B = 4096  # written into the code of TeleChat v1 7B, not into its config; 12B's is 8192
 EPSILON = ("layer_norm_epsilon", "rms_norm_eps")
 BASE = ("theta", "rope_theta")
+LENGTHS = ("base_seqlen", "training_seqlen")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -36,19 +37,14 @@ class Description:
     rms_norm_eps: float
     theta: float
     seq_length: int
-    ids: dict
+    ids: dict[str, Any]
     extension: Extension = NONE
     attention_bias: bool = True
     mlp_bias: bool = True
     grows: bool = True
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.sizes.hidden_size // self.sizes.num_heads
 
-
-def token_ids(config: dict, generation: dict | None) -> dict:
+def token_ids(config: Config, generation: Config | None) -> dict[str, Any]:
     """bos, eos and padding: those of generation_config.json where it has them.
 
     TeleChat v1 7B's config.json names ids that its vocabulary uses otherwise.
@@ -57,7 +53,23 @@ def token_ids(config: dict, generation: dict | None) -> dict:
     return {key: own.get(key, config.get(key)) for key in IDS}
 
 
-def refuse_activation(config: dict) -> None:
+def id_list(key: str, value: object) -> list[int]:
+    """What ``token_ids`` found for a key as a list of none, one or several; UsageError for other values."""
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    ids = [each for each in given if type(each) is int]
+    if len(ids) != len(given):
+        raise UsageError(f"the config says {key} = {value!r}; expected the id of a token, or a list of ids")
+    return ids
+
+
+def lengths(config: Config, sizes: TelechatSizes) -> tuple[int, int]:
+    """``base_seqlen`` and ``training_seqlen`` of a TeleChat config.json, or as its code implies."""
+    trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
+    silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
+    return whole_number(config, "base_seqlen", silent), trained
+
+
+def refuse_activation(config: Config) -> None:
     """UsageError if a config.json names another activation than SwiGLU's."""
     if config.get("hidden_act") not in (None, "silu", "swish"):
         raise UsageError(
@@ -66,7 +78,7 @@ def refuse_activation(config: dict) -> None:
         )
 
 
-def refuse_unlike_telechat(config: dict) -> None:
+def refuse_unlike_telechat(config: Config) -> None:
     """UsageError if a TeleChat config.json asks for what no TeleChat model here has, and no tensor shows."""
     for key in ("embed_layernorm", "apply_residual_connection_post_layernorm"):
         if config.get(key):
@@ -79,7 +91,7 @@ def refuse_unlike_telechat(config: dict) -> None:
     refuse_activation(config)
 
 
-def stated_base(config: dict) -> tuple[str | None, float]:
+def stated_base(config: Config) -> tuple[str | None, float]:
     """The key and the rotary base that a TeleChat config.json gives; None and the family's if it gives none.
 
     Raises:
@@ -97,20 +109,17 @@ def stated_base(config: dict) -> tuple[str | None, float]:
     return key, number(config, key, FAMILY_THETA) if key else FAMILY_THETA
 
 
-def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSizes) -> Description:
+def describe_telechat(config: Config, generation: Config | None, sizes: TelechatSizes) -> Description:
     """Read a TeleChat config.json, or one in MindFormers' spelling; ``sizes`` are settled with the weights.
 
     Raises:
         UsageError: a number is none, or the config asks for what no TeleChat model here has.
     """
     refuse_unlike_telechat(config)
-    trained = whole_number(config, "training_seqlen", whole_number(config, "seq_length", SEQ_LENGTH))
-    silent = BASE_SEQLEN_V1_7B if sizes.tie_word_embeddings else SEQ_LENGTH
-    base = whole_number(config, "base_seqlen", silent)
-    head_dim = sizes.hidden_size // sizes.num_heads
+    base, trained = lengths(config, sizes)
     given, theta = stated_base(config)
     if given is None or config.get("base_seqlen") is not None:  # else a base without TeleChat's rule
-        theta = stretched_base(theta, base, trained, head_dim)
+        theta = stretched_base(theta, base, trained, sizes.head_dim)
     return Description(
         origin="telechat v1" if "n_layer" in config and "base_seqlen" not in config else "telechat",
         sizes=sizes,
@@ -121,7 +130,7 @@ def describe_telechat(config: dict, generation: dict | None, sizes: TelechatSize
     )
 
 
-def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool | None) -> Description:
+def describe_fields(config: ModelSettings, generation: Config | None, tied: bool | None) -> Description:
     """Read the fields of a TelechatConfig, such as those of a YAML; ``tied`` is what the weights say.
 
     With DYNAMIC_NTK it is the model within ``training_seqlen``.
@@ -134,7 +143,7 @@ def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool
     method, length = config.extend_method, config.max_position_embedding
     theta, extension = base_of_release(config), NONE
     if method == "DYNAMIC_NTK":
-        length = config.training_seqlen
+        length = config.training_seqlen or length
     elif method == "YARN":
         length, extension = config.seq_length, (method, yarn_settings(config))
     elif method != "None":
@@ -151,7 +160,7 @@ def describe_fields(config: SimpleNamespace, generation: dict | None, tied: bool
     )
 
 
-def model_section(description: Description) -> dict:
+def model_section(description: Description) -> dict[str, Any]:
     """The fields of TelechatConfig that make it this model: a YAML's ``model.model_config``.
 
     Nothing for what is as TelechatConfig has it in every case. Of several ids of one kind a Llama gets all,
@@ -161,7 +170,7 @@ def model_section(description: Description) -> dict:
         UsageError: an id is none.
     """
     sizes, (method, factor) = description.sizes, description.extension
-    section = {
+    section: dict[str, Any] = {
         "seq_length": description.seq_length,
         "hidden_size": sizes.hidden_size,
         "num_layers": sizes.num_layers,
@@ -176,11 +185,7 @@ def model_section(description: Description) -> dict:
     if method != "None":
         section |= {"extend_method": method, "scaling_factor": factor}
     for key, value in description.ids.items():
-        ids = value if isinstance(value, list) else [value] if value is not None else []
-        if not all(type(each) is int for each in ids):
-            raise UsageError(
-                f"the config says {key} = {value!r}; expected the id of a token, or a list of ids"
-            )
+        ids = id_list(key, value)
         if len(ids) > 1 and description.origin == "llama" and key == "eos_token_id":
             section[key] = ids
         elif ids:

@@ -9,6 +9,7 @@ somebody types is read as a blank, as SentencePiece alone reads it: tokenizer.js
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.text.vocabulary import MARKERS, TOOL_TAGS
@@ -37,7 +38,7 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
             f"{vocab_file} has no {', '.join(lacking)}; expected the tokenizer.model of a TeleChat model"
         )
     # Those of TeleChat v1 12B are ordinary pieces, and special here too: see SentencePieceVocabulary.
-    markers = sorted({*MARKERS, *TOOL_TAGS} & pieces.keys(), key=pieces.get)
+    markers = sorted({*MARKERS, *TOOL_TAGS} & pieces.keys(), key=pieces.__getitem__)
     symbols = [p.piece for p in model.pieces if p.type == _USER_DEFINED and p.piece not in markers]
     bpe, exact = _bpe(model, pieces, symbols)
     spelled_out = [] if exact else [symbol for symbol in symbols if set(symbol) != {"_"} and len(symbol) > 1]
@@ -70,13 +71,14 @@ def tokenizer_json(vocab_file: Path, vocab_size: int) -> tuple[bytes, tuple[str,
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), tuple(notes)
 
 
-def _read(vocab_file: Path):
-    from sentencepiece import sentencepiece_model_pb2
+def _read(vocab_file: Path) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = vars(pb2)["ModelProto"]()  # which its builder adds to the module
     try:
         model.ParseFromString(vocab_file.read_bytes())
-    except Exception as error:  # protobuf's own class
+    except DecodeError as error:
         raise UsageError(f"{vocab_file} is not a SentencePiece model ({error})") from None
     spec = model.normalizer_spec
     if model.trainer_spec.model_type != 2 or spec.precompiled_charsmap or spec.remove_extra_whitespaces:
@@ -87,7 +89,7 @@ def _read(vocab_file: Path):
     return model
 
 
-def _bpe(model, pieces: dict[str, int], symbols: list[str]) -> tuple[dict, bool]:
+def _bpe(model: Any, pieces: dict[str, int], symbols: list[str]) -> tuple[dict[str, Any], bool]:
     """The model section, and whether its merges lead to every piece.
 
     If so, a stretch of text that is a piece may be looked up whole, as a symbol that was cut out has to be.
@@ -118,13 +120,13 @@ def _bpe(model, pieces: dict[str, int], symbols: list[str]) -> tuple[dict, bool]
     return content, exact
 
 
-def _isolate(symbols: list[str]) -> dict | None:
+def _isolate(symbols: list[str]) -> dict[str, Any] | None:
     if not symbols:
         return None
     longest_first = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
     return {"type": "Split", "pattern": {"Regex": longest_first}, "behavior": "Isolated", "invert": False}
 
 
-def _added(index: int, token: str, special: bool) -> dict:
+def _added(index: int, token: str, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": index, "content": token, **flags, "special": special}

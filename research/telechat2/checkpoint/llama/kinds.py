@@ -1,5 +1,6 @@
 """Whose model a config.json describes: TeleChat's, a Llama's, which TeleChat's layers can be, or another."""
 
+from research.telechat2.checkpoint.llama.config_values import Config, whole_number
 from research.telechat2.common.errors import UsageError
 
 MISTRAL_CLASSES = ("MistralForCausalLM",)
@@ -32,7 +33,7 @@ _OTHERS = {
 }
 
 
-def model_kind(config: dict) -> str:
+def model_kind(config: Config) -> str:
     """``telechat`` or ``llama``; by ``model_type``, or by ``architectures`` where that is absent.
 
     A Mistral without a sliding window is a Llama. A config that names no model is taken for TeleChat's.
@@ -64,19 +65,21 @@ def model_kind(config: dict) -> str:
     )
 
 
-def is_mistral(config: dict) -> bool:
+def is_mistral(config: Config) -> bool:
     """Whether a config of kind ``llama`` is a Mistral's."""
     kind = config.get("model_type")
     classes = config.get("architectures") or []
     return kind == "mistral" or (kind is None and any(name in MISTRAL_CLASSES for name in classes))
 
 
-def window_of(config: dict) -> int | None:
+def window_of(config: Config) -> int | None:
     """Tokens that a Mistral's attention sees; None if all."""
-    return config.get("sliding_window", MISTRAL_WINDOW)
+    if "sliding_window" in config and config["sliding_window"] is None:
+        return None
+    return whole_number(config, "sliding_window", MISTRAL_WINDOW)
 
 
-def _require_no_window(config: dict) -> None:
+def _require_no_window(config: Config) -> None:
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
     if isinstance(window, int) and not (isinstance(longest, int) and window >= longest):
         raise UsageError(

@@ -1,26 +1,17 @@
 """Rotary bases and their extension, between TeleChat's rule, Llama's ``rope_scaling`` and TelechatConfig."""
 
-import math
-from collections.abc import Mapping
+from typing import Any
 
-from research.telechat2.checkpoint.llama.config_values import number, one_of
+from research.telechat2.checkpoint.llama.config_values import Config, number, one_of
 from research.telechat2.common.errors import UsageError
-from research.telechat2.config.rope import trained_alpha
+from research.telechat2.config.rope import yarn_scale
 
-Extension = tuple[str, float | dict]  # TelechatConfig's extend_method and scaling_factor
+Extension = tuple[str, Any]  # extend_method and scaling_factor of a YAML
 NONE: Extension = ("None", 1.0)
 _YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
-def stretched_base(theta: float, base_seqlen: int, seqlen: int, head_dim: int) -> float:
-    """TeleChat's rule for texts of ``seqlen`` tokens: ``theta * alpha^(d/(d-2))``, d the width of a head.
-
-    ``alpha = 2^ceil(log2(seqlen/base_seqlen) + 1) - 1``, at least 1, which it is up to ``base_seqlen``.
-    """
-    return theta * trained_alpha(seqlen, base_seqlen) ** (head_dim / (head_dim - 2))
-
-
-def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
+def read_scaling(config: Config, seq_length: int) -> tuple[float, Extension]:
     """Rotary base and extension of a Llama config whose longest text has ``seq_length`` tokens.
 
     As transformers 5 reads it: the section is ``rope_scaling``, or else ``rope_parameters``; the base is the
@@ -46,9 +37,11 @@ def read_scaling(config: dict, seq_length: int) -> tuple[float, Extension]:
     )
 
 
-def rope_section(config: dict) -> dict:
+def rope_section(config: Config) -> dict[str, Any]:
     """``rope_scaling`` or ``rope_parameters`` of a config; empty where there is none."""
-    given = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
+    given: dict[str, dict[str, Any]] = {
+        key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)
+    }
     for key, section in given.items():
         if not isinstance(section, dict):
             raise UsageError(f"the config says {key} = {section!r}; expected a section such as rope_type")
@@ -62,7 +55,7 @@ def rope_section(config: dict) -> dict:
                 f"the config says {key}.partial_rotary_factor = {section['partial_rotary_factor']!r}, but "
                 "TeleChat rotates all channels of a head: this model cannot be expressed"
             )
-    first, *others = given.values() or [{}]
+    first, *others = list(given.values()) or [dict[str, Any]()]
     for other in others:
         both = [first | {"rope_type": kind_of(first)}, other | {"rope_type": kind_of(other)}]
         keys = [key for key in sorted(both[0].keys() | both[1].keys()) if key != "type"]
@@ -76,19 +69,19 @@ def rope_section(config: dict) -> dict:
     return first
 
 
-def kind_of(section: dict) -> str:
+def kind_of(section: Config) -> Any:
     """The kind of extension that such a section names."""
     key = one_of(section, ("rope_type", "type"))
     return section[key] if key else "default"
 
 
-def _factor(scaling: dict) -> float:
+def _factor(scaling: Config) -> float:
     if scaling.get("factor") is None:
         raise UsageError(f"the config says rope_scaling {kind_of(scaling)!r} without factor; add it")
     return number(scaling, "factor", 1.0)
 
 
-def _read_yarn(scaling: dict, seq_length: int) -> dict:
+def _read_yarn(scaling: Config, seq_length: int) -> dict[str, float]:
     original = number(scaling, "original_max_position_embeddings", seq_length)
     factor = _factor(scaling)
     settings = {
@@ -109,16 +102,7 @@ def _read_yarn(scaling: dict, seq_length: int) -> dict:
     return settings
 
 
-def yarn_scale(settings: Mapping) -> float:
-    """What YaRN multiplies cos and sin by."""
-    grown, kept = (
-        0.1 * settings.get(key, default) * math.log(settings["factor"]) + 1
-        for key, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
-    )
-    return grown / kept
-
-
-def llama_scaling(theta: float, extension: Extension) -> tuple[float, dict | None]:
+def llama_scaling(theta: float, extension: Extension) -> tuple[float, dict[str, Any] | None]:
     """``rope_theta`` and ``rope_scaling`` of a Llama that rotates as a TelechatConfig with these."""
     method, factor = extension
     if method == "NTK":

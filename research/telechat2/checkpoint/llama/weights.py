@@ -96,7 +96,7 @@ def _absent_biases(description: Description) -> tuple[str, ...]:
 
 def _every_other_head(key_value: StoredTensor, description: Description, first: int) -> StoredTensor:
     """K (``first`` 0) or V (1) of packed rows."""
-    heads, dim, hidden = description.sizes.n_kv_heads, description.sizes.head_dim, key_value.shape[1]
+    heads, dim, hidden = description.sizes.kv_heads, description.sizes.head_dim, key_value.shape[1]
     parts = cut(key_value, [(dim, hidden)] * (2 * heads))[first::2]
     return join(parts, f"{key_value.name}[{'kv'[first]}]", (heads * dim, hidden))
 
@@ -169,7 +169,7 @@ def _packed(key: StoredTensor, value: StoredTensor, name: str, description: Desc
             f"{key.name} is {key.dtype}, but {value.name} is {value.dtype}; TeleChat packs both in one "
             "tensor: save them in one dtype"
         )
-    heads = description.sizes.n_kv_heads
+    heads = description.sizes.kv_heads
     rows = [(description.sizes.head_dim, key.shape[1])] * heads
     pairs = zip(cut(key, rows), cut(value, rows), strict=True)
     return join([part for pair in pairs for part in pair], name, (2 * key.shape[0], key.shape[1]))

@@ -1,13 +1,15 @@
 """The config.json of weights that were trained here, so that their numbers go with them."""
 
-from collections.abc import Mapping
+from typing import Any
 
 from research.telechat2.checkpoint.llama.config import is_llama
+from research.telechat2.checkpoint.llama.config_values import Config
+from research.telechat2.checkpoint.llama.description import LENGTHS
 from research.telechat2.checkpoint.llama.rotary import llama_scaling
+from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.release import FAMILY_THETA
 from research.telechat2.config.rope import stretch_factor, yarn_settings
 
-LENGTHS = ("base_seqlen", "training_seqlen")
 # TeleChat's spelling of a field; what it has none for is written in MindFormers' own, which is read as well.
 _FIELDS = {
     "hidden_size": "hidden_size",
@@ -25,7 +27,7 @@ _FIELDS = {
 }
 
 
-def trained_config(fields, source: Mapping | None, from_scratch: bool) -> dict:
+def trained_config(fields: ModelSettings, source: Config | None, from_scratch: bool) -> dict[str, Any]:
     """config.json of a training's output, in the spelling of the torch release.
 
     Args:
@@ -44,14 +46,14 @@ def trained_config(fields, source: Mapping | None, from_scratch: bool) -> dict:
         own_base = source.get("theta") is None and fields.theta != FAMILY_THETA
         lengths = dict.fromkeys(LENGTHS, fields.max_position_embedding) if own_base else {}
         return dict(source) | {key: value for key, value in rotary.items() if key not in source} | lengths
-    content = {"architectures": ["TelechatForCausalLM"], "model_type": "telechat"}
+    content: dict[str, Any] = {"architectures": ["TelechatForCausalLM"], "model_type": "telechat"}
     content |= {theirs: getattr(fields, ours) for ours, theirs in _FIELDS.items()}
     if fields.moe:
         content |= {"num_experts": fields.moe.num_experts, "num_experts_per_tok": fields.moe.top_k}
     return content | rotary
 
 
-def _llama_extension(fields, source: Mapping) -> dict:
+def _llama_extension(fields: ModelSettings, source: Config) -> dict[str, Any]:
     """``rope_scaling`` where the YAML alone extends a Llama."""
     if fields.extend_method not in ("PI", "linear", "YARN") or source.get("rope_scaling"):
         return {}
@@ -60,8 +62,8 @@ def _llama_extension(fields, source: Mapping) -> dict:
     return {"rope_scaling": llama_scaling(fields.theta, (method, settings))[1]}
 
 
-def _rotary(fields, from_scratch: bool) -> dict:
-    found = {}
+def _rotary(fields: ModelSettings, from_scratch: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     if fields.extend_method not in ("None", "DYNAMIC_NTK"):
         found = {"extend_method": fields.extend_method, "scaling_factor": fields.scaling_factor}
     if fields.base_seqlen is not None:

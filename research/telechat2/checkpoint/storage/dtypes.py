@@ -29,7 +29,7 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
         return memoryview(block)
     values = widen(block, source)
     if target == "float32":
-        return memoryview(values).cast("B")
+        return values.data.cast("B")
     if target == "bfloat16":
         result = _to_bfloat16(values)
     else:
@@ -41,7 +41,7 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
             f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, which {target} cannot hold "
             f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or choose another"
         )
-    return memoryview(result).cast("B")
+    return result.data.cast("B")
 
 
 def widen(block: memoryview | bytes | bytearray, source: str) -> NDArray[np.float32]:
