@@ -5,7 +5,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.model.kernels import select
+from research.telechat2.model.kernels.select import choose_kernels
 from research.telechat2.model.moe import TelechatMoE
 from research.telechat2.parallel.experts import ExpertPlan, shard_experts
 from research.telechat2.telechat_config import TelechatConfig
@@ -16,7 +16,7 @@ class Layer(nn.Cell):
 
     def __init__(self, config: TelechatConfig, plan: ExpertPlan):
         super().__init__()
-        self.moe = TelechatMoE(config)
+        self.moe = TelechatMoE(config, choose_kernels(config))
         shard_experts(self.moe, plan)
         self.norm = Parameter(Tensor(np.ones(config.hidden_size, np.float32)), name="norm")
         tokens = (plan.token_parts, 1)
@@ -105,8 +105,10 @@ def build_dropless(tokens: int, num_experts: int, hidden: int, width: int, top_k
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_heads": 1, "compute_dtype": "bfloat16"}
     moe_config = {"expert_num": num_experts, "num_experts_chosen": top_k, "capacity_factor": 0.0}
     cells = [
-        select.dropless_experts(TelechatConfig(**sizes, moe_config=moe_config, use_past=use_past))
-        for use_past in (False, True)
+        choose_kernels(config).dropless_experts(config)
+        for config in (
+            TelechatConfig(**sizes, moe_config=moe_config, use_past=use_past) for use_past in (False, True)
+        )
     ]
     inputs = [
         Tensor(np.zeros(shape), ms.int32 if name == "experts" else ms.bfloat16)

@@ -19,7 +19,8 @@ from research.telechat2.config.moe import MoESettings
 from research.telechat2.model.kernels import ascend
 from research.telechat2.model.kernels.ascend import DroplessExpertsFused
 from research.telechat2.model.kernels.moe_dispatch import CapacityExperts
-from research.telechat2.model.kernels.reference import SwiGLUTwin
+from research.telechat2.model.kernels.reference import SwiGLUReference
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.model.moe import ExpertBlock
 from research.telechat2.parallel import experts as parallel_experts
 from research.telechat2.parallel.experts import DroplessExchange, ExpertExchange, ExpertPlan, _group
@@ -129,7 +130,7 @@ def with_capacity(plan: ExpertPlan, moe: MoESettings) -> nn.Cell:
     for name, cell in cells.items():
         delattr(exchange, name)
         setattr(exchange, name, cell)
-    experts = CapacityExperts(moe, SwiGLUTwin())
+    experts = CapacityExperts(moe, SwiGLUReference())
     experts.exchange = exchange
     return experts
 
@@ -144,7 +145,7 @@ def dropless(plan: ExpertPlan, moe: MoESettings, hidden: int) -> nn.Cell:
         mock.patch.object(parallel_experts, "auto_generate", ASCEND),
         mock.patch.object(parallel_experts, "P", primitives),
     ):
-        experts = DroplessExpertsFused(moe, SwiGLUTwin())
+        experts = DroplessExpertsFused(moe, SwiGLUReference())
         with mock.patch.object(parallel_experts, "_group", list):
             return DroplessExchange(plan, experts, moe.num_experts, moe.top_k, hidden)
 
@@ -173,7 +174,7 @@ def run(case: dict, arrays: dict) -> dict:
     hidden = local[0].shape[1]
     experts = with_capacity(plan, moe) if moe.capacity_factor else dropless(plan, moe, hidden)
     config = SimpleNamespace(moe=moe, compute_dtype=ms.float32)
-    block = ExpertBlock(config, experts, moe.capacity_factor > 0)
+    block = ExpertBlock(config, ReferenceKernels, experts, moe.capacity_factor > 0)
     (_, y, shares), gradients = ops.value_and_grad(Loss(block, *local[6:]), tuple(range(6)), has_aux=True)(
         *local[:6]
     )

@@ -10,11 +10,10 @@ from research.telechat2.compat.library import MindFormerModuleType, MindFormerRe
 from research.telechat2.config.parallel import check_whole, copies_of
 from research.telechat2.generation.pretrained import PreTrainedModel, find_graph_again
 from research.telechat2.generation.rotary_lengths import RequestLengths
-from research.telechat2.generation.step_inputs import dynamic_inputs, paged_step
-from research.telechat2.model.kernels import select
+from research.telechat2.generation.step_inputs import dynamic_inputs, step_inputs
+from research.telechat2.model.kernels.select import choose_kernels
 from research.telechat2.model.means import GlobalMean
 from research.telechat2.model.rope import RotaryTables
-from research.telechat2.model.tensor_parallel_group import ALONE
 from research.telechat2.parallel.strategies import apply_plan
 from research.telechat2.telechat_config import TelechatConfig
 from research.telechat2.telechat_interleave import JoinTokens, SplitTokens, decoder_layers
@@ -24,27 +23,21 @@ LM_HEAD_SIGMA = 0.01  # spec 1.2: the output projection starts wider than the ot
 
 
 class TelechatModel(nn.Cell):
-    """The decoder stack: token ids to normalised hidden states ``[T, H]`` in ``compute_dtype``.
+    """The decoder stack: token ids to normalised hidden states ``[T, H]`` in ``compute_dtype``."""
 
-    Args:
-        config: TelechatConfig.
-        tok_embeddings, layers: the embedding and the decoder layers, None for those that ``config`` asks for.
-        ranks: the Ranks that share the weights.
-    """
-
-    def __init__(self, config: TelechatConfig, tok_embeddings=None, layers=None, ranks=ALONE):
+    def __init__(self, config: TelechatConfig, kernels):
         super().__init__()
-        self.tok_embeddings = TelechatEmbedding(config) if tok_embeddings is None else tok_embeddings
-        self.layers = nn.CellList(decoder_layers(config) if layers is None else layers)
-        self.norm_out = TelechatRMSNorm(config)
+        self.tok_embeddings = TelechatEmbedding(config)
+        self.layers = nn.CellList(decoder_layers(config, kernels))
+        self.norm_out = TelechatRMSNorm(config, kernels)
         self.rotary_tables = RotaryTables(config)
         if config.use_past:
-            self.paged_inputs = select.paged_inputs(config, ranks)
+            self.paged_inputs = kernels.paged_inputs(config)
         else:
-            self.sequence_inputs = select.sequence_inputs(config)
+            self.sequence_inputs = kernels.sequence_inputs(config)
         self.packed = bool(config.document_start_ids)
         if self.packed:
-            self.documents = select.documents(config)
+            self.documents = kernels.documents(config)
         self.has_experts = config.moe is not None
         self.interleaved = copies_of(config) > 1
         if self.interleaved:
@@ -54,7 +47,7 @@ class TelechatModel(nn.Cell):
         self.add = P.Add()
 
     def construct(self, tokens):
-        """Whole sequences ``[B, S]``; returns ``[B*S, H]`` and the layers' auxiliary losses' sum ``[1]``."""
+        """Whole sequences ``[B, S]`` to ``[B*S, H]`` and the sum of the layers' auxiliary losses ``[1]``."""
         batch_size, seq_length = tokens.shape
         masked = self.documents(tokens) if self.packed else None
         inputs = self.sequence_inputs(*self.rotary_tables.sequence(seq_length), batch_size, masked)
@@ -79,7 +72,10 @@ class TelechatModel(nn.Cell):
         return self.join_hidden([self.norm_out(part) for part in self.split_hidden(x)])
 
     def paged(self, tokens, prefill, positions, lengths, block_tables, slot_mapping, rotary_lengths=None):
-        """Tokens ``[T]`` of cached sequences; ``prefill`` is a constant of the graph. Returns ``[T, H]``."""
+        """Tokens ``[T]`` of cached sequences to ``[T, H]``; ``prefill`` is a constant of the graph.
+
+        The other inputs are those of TelechatForCausalLM; ``lengths`` is its ``batch_valid_length``.
+        """
         prepare = self.paged_inputs.prefill if prefill else self.paged_inputs.decode
         inputs = prepare(positions, lengths, block_tables, slot_mapping)
         tables = self.rotary_tables.tokens(positions, rotary_lengths)
@@ -117,10 +113,12 @@ class TelechatForCausalLM(PreTrainedModel):
 
     def __init__(self, config: TelechatConfig):
         super().__init__(config, auto_prefix=True)
-        self.model, self.lm_head = self.parts(config)
+        self.kernels = choose_kernels(config)
+        self.model = TelechatModel(config, self.kernels)
+        self.lm_head = TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.tok_embeddings.embedding_weight
-        self.loss = select.cross_entropy()
+        self.loss = self.kernels.cross_entropy()
         self.global_mean = GlobalMean()
         self.calculate_per_token_loss = config.calculate_per_token_loss
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
@@ -137,14 +135,13 @@ class TelechatForCausalLM(PreTrainedModel):
         self.mul = P.Mul()
         self.add = P.Add()
         self.cast = P.Cast()
+        self.distribute(config)
         self.load_checkpoint(config)
-        apply_plan(self, config)
 
-    def parts(self, config):
-        """The decoder stack and the output projection of a model that one process holds."""
+    def distribute(self, config) -> None:
+        """Apply the parallel plan of training; prediction by this class is not distributed."""
         check_whole(config)
-        model = TelechatModel(config)
-        return model, TelechatLinear(config.hidden_size, config.vocab_size, config, sigma=LM_HEAD_SIGMA)
+        apply_plan(self, config)
 
     def construct(
         self,
@@ -184,7 +181,7 @@ class TelechatForCausalLM(PreTrainedModel):
         return self.cast(self.not_equal(labels, self.ignore_token_id), ms.float32)
 
     def _sums(self, input_ids, labels):
-        """The trained tokens' losses added up ``[1]``, their number ``[1]``, the layers' auxiliary losses."""
+        """Sum of the trained tokens' losses, their number, the layers' auxiliary losses, ``[1]`` each."""
         batch_size, length = input_ids.shape
         first, last, step = (0, 1), (batch_size, length), (1, 1)
         tokens = self.slice(input_ids, (0, 0), (batch_size, length - 1), step)
@@ -217,16 +214,12 @@ class TelechatForCausalLM(PreTrainedModel):
                 )
             return {"input_ids": Tensor(input_ids.astype(np.int32))}
         if self.has_experts:
-            self._turn_experts()
-        inputs = paged_step(self.config, input_ids, requests=self.requests, **kwargs)
+            for layer in self.model.layers:
+                layer.feed_forward.ffn.transpose()
+        inputs = step_inputs(self.config, self.kernels, self.requests, input_ids, **kwargs)
         if not self.config.is_dynamic:
             find_graph_again(self, "prefill" if kwargs["prefill"] else "increment", inputs)
         return inputs
-
-    def _turn_experts(self):
-        """Lay the experts' weights out for prediction, before its first step."""
-        for layer in self.model.layers:
-            layer.feed_forward.ffn.turn()
 
     def set_dynamic_inputs(self, **kwargs):
         """Compile one graph for prompts and batches of every size."""

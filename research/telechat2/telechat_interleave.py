@@ -53,7 +53,7 @@ class SplitTokens(nn.Cell):
 
 
 class JoinTokens(nn.Cell):
-    """The tensors of a tuple, one after the other; ``block`` is the number of the block that ends here."""
+    """A tuple of ``[T / copies, …]`` to one ``[T, …]``; ``block`` is the number of the block that ends here."""
 
     def __init__(self, block=None):
         super().__init__()
@@ -80,8 +80,8 @@ class TelechatInterleaveLayer(TelechatDecoderLayer):
         splits, joins: whether it is the first and the last of its run.
     """
 
-    def __init__(self, config, number, splits, joins):
-        super().__init__(config)
+    def __init__(self, config, kernels, number, splits, joins):
+        super().__init__(config, kernels)
         self.splits, self.joins = splits, joins
         copies = copies_of(config)
         # The block before attention ends with the queries; one mark says where.
@@ -109,10 +109,10 @@ class TelechatInterleaveLayer(TelechatDecoderLayer):
         return self.join_stage(out) if self.joins else out
 
 
-def decoder_layers(config) -> list[TelechatDecoderLayer]:
+def decoder_layers(config, kernels) -> list[TelechatDecoderLayer]:
     """The layers that a TelechatConfig asks for: plain, or interleaved with their runs' borders."""
     if copies_of(config) == 1:
-        return [TelechatDecoderLayer(config) for _ in range(config.num_layers)]
+        return [TelechatDecoderLayer(config, kernels) for _ in range(config.num_layers)]
     # With layers that are computed again as a whole, MindSpore 2.9 would order the graph in a circle too.
     ordered = not any(sum(row) for row in read_recompute(config).whole)
     if not ordered:
@@ -123,6 +123,6 @@ def decoder_layers(config) -> list[TelechatDecoderLayer]:
     runs = [(place.chunk, place.stage) for place in places(partition_of(config))]
     borders = [True, *(before != after for before, after in zip(runs, runs[1:], strict=False)), True]
     return [
-        TelechatInterleaveLayer(config, i if ordered else None, borders[i], borders[i + 1])
+        TelechatInterleaveLayer(config, kernels, i if ordered else None, borders[i], borders[i + 1])
         for i in range(config.num_layers)
     ]

@@ -4,12 +4,9 @@ from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.model.kernels import select
-from research.telechat2.model.tensor_parallel_group import ALONE
-
 
 class TelechatEmbedding(nn.Cell):
-    """Token ids ``[...]`` int32 to ``[..., H]`` in the dtype of the residual stream."""
+    """Token ids ``[...]`` int32 to ``[..., H]`` in ``res_dtype``."""
 
     def __init__(self, config):
         super().__init__()
@@ -31,7 +28,7 @@ class TelechatEmbedding(nn.Cell):
 
 
 class TelechatLinear(nn.Cell):
-    """``x @ weight^T (+ bias)`` on ``[T, in]``, computed in ``compute_dtype``.
+    """``x @ weight^T (+ bias)``: ``[T, in]`` to ``[T, out]``, computed and returned in ``compute_dtype``.
 
     Args:
         in_channels, out_channels: widths; the weight is ``[out, in]``.
@@ -39,13 +36,9 @@ class TelechatLinear(nn.Cell):
         has_bias: whether there is a bias ``[out]``.
         sigma: standard deviation of the initial weights, None for the config's.
         dropout: probability of dropping an output, in training.
-        ranks: the Ranks that share the input's channels, so that their products are summands of the whole;
-            ``in_channels`` are those of one.
     """
 
-    def __init__(
-        self, in_channels, out_channels, config, has_bias=False, sigma=None, dropout=0.0, ranks=ALONE
-    ):
+    def __init__(self, in_channels, out_channels, config, has_bias=False, sigma=None, dropout=0.0):
         super().__init__()
         sigma = config.sigma if sigma is None else sigma
         self.weight = Parameter(
@@ -56,9 +49,6 @@ class TelechatLinear(nn.Cell):
         if has_bias:
             self.bias = Parameter(initializer("zeros", (out_channels,), config.param_init_type), name="bias")
             self.bias_add = P.Add()
-        self.adds_up = ranks.size > 1
-        if self.adds_up:
-            self.add_summands = ranks.sum()
         self.dtype = config.compute_dtype
         self.matmul = P.MatMul(transpose_b=True)
         self.cast = P.Cast()
@@ -66,27 +56,25 @@ class TelechatLinear(nn.Cell):
 
     def construct(self, x):
         out = self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
-        if self.adds_up:
-            out = self.add_summands(out)  # before the bias, of which every rank has the whole
         if self.has_bias:
             out = self.bias_add(out, self.cast(self.bias, self.dtype))
         return self.dropout(out)
 
 
 class TelechatRMSNorm(nn.Cell):
-    """RMSNorm of ``[T, H]``, computed in ``layernorm_compute_type``, returned in ``out_dtype``.
+    """RMSNorm: ``[T, H]`` to ``[T, H]``, computed in ``layernorm_compute_type``.
 
-    That is ``compute_dtype`` if not given.
+    ``out_dtype`` is that of the result, by default ``compute_dtype``.
     """
 
-    def __init__(self, config, out_dtype=None):
+    def __init__(self, config, kernels, out_dtype=None):
         super().__init__()
         self.weight = Parameter(
             initializer("ones", (config.hidden_size,), config.layernorm_compute_type), name="weight"
         )
         self.norm_dtype = config.layernorm_compute_type
         self.out_dtype = out_dtype or config.compute_dtype
-        self.norm = select.rms_norm(config.rms_norm_eps)
+        self.norm = kernels.rms_norm(config.rms_norm_eps)
         self.cast = P.Cast()
 
     def construct(self, x):
@@ -94,24 +82,19 @@ class TelechatRMSNorm(nn.Cell):
 
 
 class TelechatFeedForward(nn.Cell):
-    """``w2(silu(w1 x) * w3 x)``: SwiGLU on ``[T, H]``, with a bias on ``w2`` only.
+    """``w2(silu(w1 x) * w3 x)``: SwiGLU, ``[T, H]`` to ``[T, H]``, with a bias on ``w2`` only."""
 
-    ``ranks``: the Ranks that share the width.
-    """
-
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config, kernels):
         super().__init__()
-        hidden, width = config.hidden_size, config.intermediate_size // ranks.size
-        self.add_gates(hidden, width, config)
-        self.w2 = TelechatLinear(
-            width, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob, ranks=ranks
-        )
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.add_gates(config, kernels)
+        self.w2 = TelechatLinear(width, hidden, config, has_bias=True, dropout=config.hidden_dropout_prob)
 
-    def add_gates(self, hidden, width, config):
+    def add_gates(self, config, kernels):
         """Make the cells that ``gated`` uses."""
-        self.w1 = TelechatLinear(hidden, width, config)
-        self.w3 = TelechatLinear(hidden, width, config)
-        self.swiglu = select.swiglu()
+        self.w1 = TelechatLinear(config.hidden_size, config.intermediate_size, config)
+        self.w3 = TelechatLinear(config.hidden_size, config.intermediate_size, config)
+        self.swiglu = kernels.swiglu()
 
     def gated(self, x):
         """``silu(w1 x) * w3 x``: ``[T, H]`` to ``[T, F]``."""

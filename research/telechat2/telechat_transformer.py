@@ -3,36 +3,33 @@
 from mindspore import nn
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.model.kernels import select
 from research.telechat2.model.moe import TelechatMoE
-from research.telechat2.model.tensor_parallel_group import ALONE
 from research.telechat2.telechat_layer import TelechatFeedForward, TelechatLinear, TelechatRMSNorm
 
 
 class TelechatAttention(nn.Cell):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention with rotary positions, ``[T, H]`` to ``[T, H]``.
 
-    The rows of ``wk_v`` are packed per key/value head: head g has its D key rows, then its D value rows.
-    ``ranks``: the Ranks that share the heads, N of queries and K of keys and values each.
+    N query heads, K key/value heads of D channels. The rows of ``wk_v`` are packed per key/value head: head g
+    has its D key rows, then its D value rows.
     """
 
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config, kernels):
         super().__init__()
-        self.num_heads, self.n_kv_heads = config.num_heads // ranks.size, config.n_kv_heads // ranks.size
-        self.head_dim = config.head_dim
+        self.num_heads, self.n_kv_heads, self.head_dim = config.num_heads, config.n_kv_heads, config.head_dim
         self.add_projections(config)
         self.wo = TelechatLinear(
             self.num_heads * self.head_dim, config.hidden_size, config, has_bias=True,
-            dropout=config.hidden_dropout_prob, ranks=ranks,
+            dropout=config.hidden_dropout_prob,
         )  # fmt: skip
         self.rotary_dtype, self.compute_dtype = config.rotary_dtype, config.compute_dtype
         self.use_past = config.use_past
         if config.use_past:
-            self.rotary = select.rotary_tokens(config.head_dim)
-            self.paged_attention = select.paged_attention(config, ranks)
+            self.rotary = kernels.rotary_tokens(config.head_dim)
+            self.paged_attention = kernels.paged_attention(config)
         else:
-            self.rotary = select.rotary()
-            self.causal_attention = select.causal_attention(config)
+            self.rotary = kernels.rotary()
+            self.causal_attention = kernels.causal_attention(config)
         self.reshape = P.Reshape()
         self.split_kv = P.Split(-1, 2)
         self.cast = P.Cast()
@@ -56,11 +53,11 @@ class TelechatAttention(nn.Cell):
         return self.cast(query, self.compute_dtype), self.cast(key, self.compute_dtype)
 
     def construct(self, x, batch_size, inputs):
-        """Whole sequences: ``x`` ``[B*S, H]``, ``inputs`` rotary tables and mask; returns ``[B*S, H]``."""
+        """Whole sequences: ``x`` ``[B*S, H]`` to ``[B*S, H]``; ``inputs``: of the kernel sequence_inputs."""
         return self.wo(self.attend(self.wq(x), self.wk_v(x), batch_size, inputs))
 
     def attend(self, query, key_value, batch_size, inputs):
-        """Between the projections: ``[B*S, N*D]`` and ``[B*S, 2*K*D]`` to ``[B*S, N*D]``."""
+        """Rotation and attention: queries ``[B*S, N*D]``, ``wk_v``'s ``[B*S, 2*K*D]`` to ``[B*S, N*D]``."""
         query_tables, key_tables, mask = inputs
         flat = query.shape
         query = self.reshape(query, (batch_size, -1, self.num_heads, self.head_dim))
@@ -70,7 +67,11 @@ class TelechatAttention(nn.Cell):
         return self.reshape(self.causal_attention(query, key, value, mask), flat)
 
     def paged(self, x, prefill, tables, inputs, lengths):
-        """Tokens ``x`` ``[T, H]`` with the cache, ``tables`` cos and sin ``[T, D]``; returns ``[T, H]``."""
+        """Tokens of cached sequences: ``x`` ``[T, H]`` to ``[T, H]``.
+
+        ``prefill``: a constant of the graph. ``tables``: cos and sin ``[T, D]``. ``inputs``: of the kernel
+        paged_inputs. ``lengths`` ``[B]``: tokens of each sequence.
+        """
         query, key, value = self.project(x)
         query, key = self._rotate(query, key, (*tables, lengths))
         attend = self.paged_attention.prefill if prefill else self.paged_attention.decode
@@ -78,22 +79,21 @@ class TelechatAttention(nn.Cell):
 
 
 class TelechatDecoderLayer(nn.Cell):
-    """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``, the sums in ``res_dtype``.
+    """``h = x + attention(norm(x)); y = h + feed_forward(norm(h))``: x and y ``[T, H]`` in ``res_dtype``.
 
-    The feed-forward block is dense or a mixture of experts. Returns y, and with experts their auxiliary loss.
-    ``ranks``: the Ranks that share the weights.
+    The feed-forward block is dense or a mixture of experts. Returns y, and with experts their auxiliary loss
+    ``[1]``.
     """
 
-    attention_cell, feed_forward_cell = TelechatAttention, TelechatFeedForward
-
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config, kernels):
         super().__init__()
-        self.attention_norm = TelechatRMSNorm(config)
-        self.attention = self.attention_cell(config, ranks)
+        self.attention_norm = TelechatRMSNorm(config, kernels)
+        self.attention = TelechatAttention(config, kernels)
         self.has_experts = config.moe is not None
-        # The router chooses by what the norm says before it is rounded.
-        self.ffn_norm = TelechatRMSNorm(config, config.layernorm_compute_type if self.has_experts else None)
-        self.feed_forward = (TelechatMoE if self.has_experts else self.feed_forward_cell)(config, ranks)
+        # The router reads the norm's result before it is rounded.
+        dtype = config.layernorm_compute_type if self.has_experts else None
+        self.ffn_norm = TelechatRMSNorm(config, kernels, dtype)
+        self.feed_forward = (TelechatMoE if self.has_experts else TelechatFeedForward)(config, kernels)
         self.res_dtype = config.res_dtype
         self.add_attention = P.Add()
         self.add_feed_forward = P.Add()

@@ -30,7 +30,7 @@ def on_ascend(monkeypatch):
 )
 def test_prediction_refuses_what_the_kernels_do_not_take(change, message):
     with refused(*message):
-        select.paged_inputs(TelechatConfig(**{**SMALL, "use_past": True, **change}))
+        select.choose_kernels(TelechatConfig(**{**SMALL, "use_past": True, **change}))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_prediction_refuses_what_the_kernels_do_not_take(change, message):
 def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
     compute, rotary = dtypes
     config = TelechatConfig(**{**SMALL, "use_past": True, "compute_dtype": compute, "rotary_dtype": rotary})
-    assert isinstance(select.paged_inputs(config), ascend.PagedInputsFused)
+    assert isinstance(select.choose_kernels(config).paged_inputs(config), ascend.PagedInputsFused)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_prediction_takes_every_pair_of_dtypes_the_kernels_have(dtypes):
 def test_training_refuses_what_flash_attention_does_not_take(change, message):
     config = {**SMALL, **change}
     with refused(*message):
-        select.causal_attention(TelechatConfig(**config))
-    plain = select.causal_attention(TelechatConfig(**config, use_flash_attention=False))
+        select.choose_kernels(TelechatConfig(**config))
+    config = TelechatConfig(**config, use_flash_attention=False)
+    plain = select.choose_kernels(config).causal_attention(config)
     assert isinstance(plain.kernel, reference.GroupedAttention)

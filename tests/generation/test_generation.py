@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mindspore import Parameter, Tensor
 from model_fixtures import RandomModel, generate, oracle_generate, prompts
 
-from research.telechat2.generation.step_inputs import paged_step
+from research.telechat2.generation.step_inputs import step_inputs
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.telechat_config import TelechatConfig
 
 SEQ_LENGTH, VOCAB = 48, 256
@@ -118,8 +119,8 @@ def test_a_step_holds_every_token_once(lengths, is_dynamic, data):
     slots = tables[:, np.arange(32) // 4] * 4 + np.arange(32) % 4
     valid = np.arange(32) < np.array(lengths)[:, None]
     prefill_slots = np.where(valid, slots, -1)
-    step = paged_step(
-        config, ids, prefill=True, valid_length_each_example=np.array(lengths), block_tables=tables,
+    step = step_inputs(
+        config, ReferenceKernels(), None, ids, prefill=True, valid_length_each_example=np.array(lengths), block_tables=tables,
         slot_mapping=prefill_slots.reshape(-1), origin_inputs=None,
     )  # fmt: skip
     total = sum(lengths)
@@ -134,8 +135,8 @@ def test_a_step_holds_every_token_once(lengths, is_dynamic, data):
     np.testing.assert_array_equal(tokens[0, step["last_token"].asnumpy()], last)
 
     now = np.array([slots[row, length - 1] for row, length in enumerate(lengths)])
-    step = paged_step(
-        config, ids, prefill=False, valid_length_each_example=np.array(lengths), block_tables=tables,
+    step = step_inputs(
+        config, ReferenceKernels(), None, ids, prefill=False, valid_length_each_example=np.array(lengths), block_tables=tables,
         slot_mapping=now,
     )  # fmt: skip
     np.testing.assert_array_equal(step["input_ids"].asnumpy(), np.array(last).reshape(-1, 1))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research.telechat2.generation.rotary_lengths import RequestLengths
-from research.telechat2.generation.step_inputs import paged_step
+from research.telechat2.generation.step_inputs import step_inputs
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.telechat_config import TelechatConfig
 
 
@@ -51,9 +52,9 @@ def test_a_prompt_begun_beside_decoding_rows_has_its_own_factor():
     """Its first block had another owner, the other row's first block has not."""
     requests = RequestLengths(config_of())
     requests.of_rows(True, [40, 8], tables(range(10), [10, 11]), longest=[60, 20])
-    step = paged_step(
-        config_of(), np.zeros((2, 64), np.int32), prefill=False, valid_length_each_example=[3, 9],
-        block_tables=tables([0, 5], [10, 11, 12]), slot_mapping=np.zeros(4), requests=requests,
+    step = step_inputs(
+        config_of(), ReferenceKernels(), requests, np.zeros((2, 64), np.int32), prefill=False, valid_length_each_example=[3, 9],
+        block_tables=tables([0, 5], [10, 11, 12]), slot_mapping=np.zeros(4),
         starts=np.array([0, 8]), longest=[32, 64],
     )  # fmt: skip
     assert step["rotary_lengths"].asnumpy().tolist() == [32, 32, 32, 20]
@@ -78,12 +79,15 @@ def test_every_token_of_a_step_is_rotated_by_its_own_requests_factor(lengths):
     requests = RequestLengths(config)
     blocks = np.arange(16 * len(lengths), dtype=np.int32).reshape(len(lengths), 16)
     slots = np.where(np.arange(64) < np.array(lengths)[:, None], 0, -1).reshape(-1)
-    common = {"block_tables": blocks, "requests": requests, "slot_mapping": slots}
+    common = {"block_tables": blocks, "slot_mapping": slots}
+    model = config, ReferenceKernels(), requests
     ids, longest = np.zeros((len(lengths), 64), np.int32), [length + 4 for length in lengths]
-    step = paged_step(config, ids, prefill=True, valid_length_each_example=lengths, longest=longest, **common)
+    step = step_inputs(
+        *model, ids, prefill=True, valid_length_each_example=lengths, longest=longest, **common
+    )
     expected = [length + 4 for length in lengths for _ in range(length)]
     assert step["rotary_lengths"].asnumpy().tolist() == expected
-    step = paged_step(
-        config, ids, prefill=False, valid_length_each_example=[n + 1 for n in lengths], **common
+    step = step_inputs(
+        *model, ids, prefill=False, valid_length_each_example=[n + 1 for n in lengths], **common
     )
     assert step["rotary_lengths"].asnumpy().tolist() == longest

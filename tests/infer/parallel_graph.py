@@ -21,7 +21,7 @@ def build(config: dict):
     with no_init_parameters():
         model = ParallelTelechatForCausalLM(TelechatConfig(**config, use_past=True, parallel_config=plan))
         if model.has_experts:
-            _turn(model)
+            _transpose(model)
     model.set_train(False)
     inputs = dynamic_inputs(model.config)
     model.set_inputs(**inputs)
@@ -34,8 +34,8 @@ def build(config: dict):
     return model, inputs
 
 
-def _turn(model) -> None:
-    """As ``ExpertWeights.turn`` does, which computes."""
+def _transpose(model) -> None:
+    """As ``ExpertWeights.transpose`` does, which computes."""
     for layer in model.model.layers:
         for stack in (layer.feed_forward.ffn.w1, layer.feed_forward.ffn.w3, layer.feed_forward.ffn.w2):
             experts, rows, columns = stack.weight.shape

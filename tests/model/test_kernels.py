@@ -1,12 +1,14 @@
 """Every CPU twin of a fused kernel against plain NumPy in float64, with the gradients that training needs."""
 
+from types import SimpleNamespace
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
 from research.telechat2.model.kernels import reference as reference_kernels
-from research.telechat2.model.kernels import select
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.telechat_config import TelechatConfig
 
 rng = np.random.default_rng()
@@ -72,8 +74,8 @@ def test_rms_norm(eps):
 
     x = normal(5, 24) * np.float32([[1], [1e-3], [30], [1], [1]])  # a small row, where eps matters
     tensors = Tensor(x), Tensor(normal(24))
-    check(reference_kernels.RMSNormTwin(eps), reference, [x[[0, 2, 3]], normal(24)])
-    small = reference_kernels.RMSNormTwin(eps)(*tensors).asnumpy()
+    check(reference_kernels.RMSNormReference(eps), reference, [x[[0, 2, 3]], normal(24)])
+    small = reference_kernels.RMSNormReference(eps)(*tensors).asnumpy()
     expected = reference(x.astype(np.float64), tensors[1].asnumpy())
     np.testing.assert_allclose(small, expected, rtol=2e-6, atol=1e-8)
 
@@ -82,7 +84,7 @@ def test_swiglu():
     def reference(gate, up):
         return gate / (1 + np.exp(-gate)) * up
 
-    check(reference_kernels.SwiGLUTwin(), reference, [3 * normal(6, 20), normal(6, 20)])
+    check(reference_kernels.SwiGLUReference(), reference, [3 * normal(6, 20), normal(6, 20)])
 
 
 def rotate(x, cos, sin):
@@ -108,8 +110,9 @@ def test_rotary_of_whole_sequences():
     class Both(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.inputs = reference_kernels.SequenceInputsTwin(4, 2, ms.float32)
-            self.rotary = reference_kernels.RotaryTwin()
+            config = SimpleNamespace(num_heads=4, n_kv_heads=2, softmax_compute_type=ms.float32)
+            self.inputs = reference_kernels.SequenceInputsReference(config)
+            self.rotary = reference_kernels.RotaryReference()
             self.concat = ops.Concat(2)
 
         def construct(self, query, key, cos, sin):
@@ -123,7 +126,9 @@ def test_rotary_of_single_tokens():
     """Heads lie side by side in a token's channels; every token has a position of its own."""
     query, key = normal(5, 3 * 8), normal(5, 8)
     cos, sin = (table[[4, 0, 7, 7, 2]] for table in tables(8, 8))
-    q, k = reference_kernels.RotaryTokensTwin(8)(*map(Tensor, (query, key, cos, sin)), Tensor([5], ms.int32))
+    q, k = reference_kernels.RotaryTokensReference(8)(
+        *map(Tensor, (query, key, cos, sin)), Tensor([5], ms.int32)
+    )
     heads = rotate(query.reshape(5, 3, 8).astype(np.float64), cos[:, None], sin[:, None])
     assert_close(q, heads.reshape(5, 24))
     assert_close(k, rotate(key.astype(np.float64), cos, sin))
@@ -158,8 +163,8 @@ class SequenceAttention(nn.Cell):
         config = TelechatConfig(
             hidden_size=heads * head_dim, num_heads=heads, n_kv_heads=kv_heads, compute_dtype="float32"
         )
-        self.inputs = select.sequence_inputs(config)
-        self.attention = select.causal_attention(config).kernel
+        self.inputs = ReferenceKernels().sequence_inputs(config)
+        self.attention = ReferenceKernels().causal_attention(config).kernel
         self.batch, self.masked = batch, masked
 
     def construct(self, query, key, value):
@@ -216,7 +221,7 @@ def test_cross_entropy():
     class Mean(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.loss = reference_kernels.CrossEntropyTwin()
+            self.loss = reference_kernels.CrossEntropyReference()
             self.labels, self.mask = Tensor(labels), Tensor(mask)
 
         def construct(self, logits):
@@ -227,7 +232,7 @@ def test_cross_entropy():
     gradient = Gradients(Mean())(Tensor(logits), Tensor([1.0], ms.float32))[0].asnumpy()
     assert np.all(gradient[mask == 0] == 0)
 
-    numerator, denominator = reference_kernels.CrossEntropyTwin()(*map(Tensor, (logits, labels, mask)))
+    numerator, denominator = reference_kernels.CrossEntropyReference()(*map(Tensor, (logits, labels, mask)))
     total, count = cross_entropy(logits.astype(np.float64), labels, mask)
     assert_close(numerator, np.array([total]))
     assert_close(denominator, np.array([float(count)]))
@@ -235,7 +240,7 @@ def test_cross_entropy():
 
 def test_cross_entropy_of_nothing_is_zero_over_something():
     labels, mask = Tensor([-100] * 3, ms.int32), Tensor(np.zeros(3, np.float32))
-    total, count = reference_kernels.CrossEntropyTwin()(Tensor(normal(3, 5)), labels, mask)
+    total, count = reference_kernels.CrossEntropyReference()(Tensor(normal(3, 5)), labels, mask)
     assert total.asnumpy() == [0.0]
     assert 0 < count.asnumpy()[0] < 1
 
@@ -245,7 +250,7 @@ class Paged(nn.Cell):
 
     def __init__(self, config, prefill: bool, attention):
         super().__init__()
-        self.inputs = select.paged_inputs(config)
+        self.inputs = ReferenceKernels().paged_inputs(config)
         self.attention = attention
         self.is_prefill = prefill
 
@@ -270,7 +275,7 @@ def test_paged_attention(heads, kv_heads):
         hidden_size=heads * head_dim, num_heads=heads, n_kv_heads=kv_heads, compute_dtype="float32",
         use_past=True, seq_length=12, block_size=block_size, num_blocks=9,
     )  # fmt: skip
-    attention_cell = select.paged_attention(config)
+    attention_cell = ReferenceKernels().paged_attention(config)
     lengths = [5, 1, 3]
     block_tables = np.array([[8, 0, -1, -1], [3, -1, -1, -1], [6, 2, -1, -1]], np.int32)
     rows = np.repeat(np.arange(3), lengths)

@@ -9,7 +9,7 @@ pytest.importorskip("mindspore")
 
 import mindspore as ms  # noqa: E402
 
-from research.telechat2.model.kernels.packed_documents import DocumentEnds, DocumentMask  # noqa: E402
+from research.telechat2.model.kernels.packed_documents import CumulativeLengths, DocumentMask  # noqa: E402
 
 STARTS = [1, 6]
 RECORDS = st.tuples(st.sampled_from([2, 4]), st.integers(1, 12)).flatmap(
@@ -33,7 +33,7 @@ def test_mask_and_ends_keep_the_same_documents_apart(records, devices):
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
     tokens, length = ms.Tensor(np.array(records, np.int32)), len(records[0])
     hidden = DocumentMask(STARTS)(tokens).asnumpy()[:, 0]
-    ends = DocumentEnds(STARTS, 16)
+    ends = CumulativeLengths(STARTS, 16)
     ends.parts = devices
     ends = ends(tokens).asnumpy()
     assert ends.dtype == np.int64
@@ -53,4 +53,4 @@ def test_the_last_end_is_the_records_own_whatever_it_holds():
     """More documents than there are ends for: the last ones are one, no token is left to no document."""
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
     tokens = ms.Tensor(np.array([[1, 2, 1, 2, 6, 2, 1]], np.int32))
-    assert DocumentEnds(STARTS, 3)(tokens).asnumpy().tolist() == [2, 4, 7]
+    assert CumulativeLengths(STARTS, 3)(tokens).asnumpy().tolist() == [2, 4, 7]

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from oracle_moe import RULES, balance_loss, capacity, kept_assignments, moe_block, route
 from torch_experts import to_torch, weighted_experts
 
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.model.moe import TelechatMoE
 from research.telechat2.telechat_config import TelechatConfig
 
@@ -52,7 +53,7 @@ def tokens(seed: int) -> np.ndarray:
 
 
 def block_of(settings: TelechatConfig, arrays: dict) -> TelechatMoE:
-    cell = TelechatMoE(settings)
+    cell = TelechatMoE(settings, ReferenceKernels())
     parameters = {parameter.name: parameter for parameter in cell.trainable_params()}
     assert parameters.keys() == set(NAMES.values())
     for name, array in arrays.items():
@@ -275,7 +276,7 @@ def test_auxiliary_loss_by_hand():
     Shares 1/2, 0, 1/2; mean probabilities 1/4, 1/3, 5/12: 0.1 * 3 * (1/2 * 1/4 + 1/2 * 5/12) = 0.1.
     """
     settings = config(FACTOR, alpha=0.1, top_k=1, num_experts=3)
-    cell = TelechatMoE(settings).set_train(True)
+    cell = TelechatMoE(settings, ReferenceKernels()).set_train(True)
     router = np.zeros((3, HIDDEN), np.float32)
     router[:, 0] = np.log([1, 2, 3])
     cell.router.dense.weight.set_data(Tensor(router))

@@ -13,13 +13,13 @@ from torch_experts import to_torch, weighted_experts
 from research.telechat2.config.moe import MoESettings
 from research.telechat2.model.kernels.moe_dispatch import (
     CapacityExperts,
-    DroplessExpertsTwin,
+    DroplessExpertsReference,
     ExpertRows,
-    FromExperts,
     GatedBias,
-    ToExperts,
+    Permute,
+    Unpermute,
 )
-from research.telechat2.model.kernels.reference import SwiGLUTwin
+from research.telechat2.model.kernels.reference import SwiGLUReference
 
 HIDDEN, WIDTH = 12, 10
 
@@ -209,7 +209,7 @@ def test_tokens_to_rows_and_their_gradients(case, rule):
     assert not kept.all() and (choices[-1] >= 0) == (case == "last-row-held")
     x, upstream = normal(2, (len(experts), HIDDEN), (len(choices), HIDDEN))
     inputs = Tensor(x), int32(rows), int32(kept), int32(choices)
-    found, gradients = WithGradients(ToExperts())(*inputs, Tensor(upstream))
+    found, gradients = WithGradients(Permute())(*inputs, Tensor(upstream))
     found = found.asnumpy()
     gradient = np.zeros_like(x)
     for row, choice in enumerate(choices):
@@ -231,7 +231,7 @@ def test_rows_to_tokens_and_their_gradients(case, rule):
         dblock[rows[t, j]] = gates[t, j] * upstream[t]
         dgates[t, j] = block[rows[t, j]] @ upstream[t]
     inputs = Tensor(block), Tensor(gates), int32(rows), int32(kept), int32(choices)
-    found, gradients = WithGradients(FromExperts())(*inputs, Tensor(upstream))
+    found, gradients = WithGradients(Unpermute())(*inputs, Tensor(upstream))
     assert_close(found, y, 1e-6)
     assert_close(gradients[0], dblock, 1e-6)
     assert_close(gradients[1], dgates, 1e-6)
@@ -309,7 +309,9 @@ CAPACITY = {
 @pytest.mark.parametrize("case", EXPERTS)
 def test_dropless_experts_equal_a_loop_in_outputs_and_gradients(case):
     experts, num_experts = EXPERTS[case]
-    cell = DroplessExpertsTwin(moe_settings(num_experts, experts.shape[1], 0.0, "k-major"), SwiGLUTwin())
+    cell = DroplessExpertsReference(
+        moe_settings(num_experts, experts.shape[1], 0.0, "k-major"), SwiGLUReference()
+    )
     check_experts(cell, experts, num_experts, np.ones(experts.shape, bool))
 
 
@@ -319,16 +321,18 @@ def test_experts_with_a_capacity_equal_a_loop_in_outputs_and_gradients(case, rul
     experts, num_experts = EXPERTS[case]
     kept = kept_assignments(experts, num_experts, CAPACITY[case], rule)
     assert kept.all() == (case == "one-token")
-    cell = CapacityExperts(moe_settings(num_experts, experts.shape[1], 0.6, rule), SwiGLUTwin())
+    cell = CapacityExperts(moe_settings(num_experts, experts.shape[1], 0.6, rule), SwiGLUReference())
     check_experts(Answer(cell), experts, num_experts, kept)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_one_dropless_graph_serves_any_number_of_tokens(turned):
-    """With the weights of training, and with those that prediction has turned."""
-    cell = DroplessExpertsTwin(moe_settings(5, 2, 0.0, "k-major"), SwiGLUTwin(), turned=turned)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_dropless_graph_serves_any_number_of_tokens(transposed):
+    """With the weights of training, and with those that prediction has transposed."""
+    cell = DroplessExpertsReference(
+        moe_settings(5, 2, 0.0, "k-major"), SwiGLUReference(), transposed=transposed
+    )
     weights = operands_of(10, random_experts(0, 1, 5, 2), 5)[2:]
-    stored = [w.swapaxes(1, 2).copy() if turned and w.ndim == 3 else w for w in weights]
+    stored = [w.swapaxes(1, 2).copy() if transposed and w.ndim == 3 else w for w in weights]
     shapes = [(None, HIDDEN), (None, 2), (None, 2)]
     dtypes = [ms.float32, ms.int32, ms.float32]
     dynamic = [Tensor(shape=shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]

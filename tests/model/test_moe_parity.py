@@ -28,6 +28,7 @@ from oracle_moe import (
     route,
 )
 
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.model.moe import TelechatMoE
 from research.telechat2.telechat_config import TelechatConfig
 
@@ -205,7 +206,7 @@ def block(request):
             "capacity_factor": factor, "enable_sdrop": rule == "token-major",
         },
     )  # fmt: skip
-    return TelechatMoE(config).set_train(request.param != "evaluation"), rule
+    return TelechatMoE(config, ReferenceKernels()).set_train(request.param != "evaluation"), rule
 
 
 @pytest.mark.parametrize("num_tokens", [TOKENS, 1])

@@ -12,8 +12,9 @@ from numpy_ranks import World, numpy_cells, swiglu
 from oracle_moe import RULES, capacity, moe_block, route
 
 from research.telechat2.config.moe import MoESettings
-from research.telechat2.model.kernels.ascend import DroplessExpertsFused, GroupedProduct
+from research.telechat2.model.kernels.ascend import DroplessExpertsFused, GroupedMatMulTransposed
 from research.telechat2.model.kernels.moe_dispatch import CapacityExperts
+from research.telechat2.model.kernels.select import ReferenceKernels
 from research.telechat2.model.moe import ExpertBlock
 from research.telechat2.parallel.experts import DroplessExchange, ExpertExchange, ExpertPlan, SentExperts
 
@@ -82,7 +83,7 @@ def block_of(plan: ExpertPlan, moe: MoESettings) -> ExpertBlock:
         if plan.owners > 1:
             experts = DroplessExchange(plan, experts, moe.num_experts, moe.top_k, HIDDEN)
     config = SimpleNamespace(moe=moe, compute_dtype=ms.float32)
-    return ExpertBlock(config, experts, moe.capacity_factor > 0)
+    return ExpertBlock(config, ReferenceKernels, experts, moe.capacity_factor > 0)
 
 
 def run_block(all_plans: list[ExpertPlan], moe: MoESettings, x, weights: dict) -> list:
@@ -213,7 +214,7 @@ def test_the_gradient_of_a_grouped_product_is_a_loops():
     upstream = rng.standard_normal((7, 3))
     ends = np.array([2, 2, 6, 7])  # the second expert has no rows
     with numpy_cells(World(1)):
-        cell = GroupedProduct()
+        cell = GroupedMatMulTransposed()
         y = cell.construct(rows, weight, ends)
         drows, dweight, _ = cell.bprop(rows, weight, ends, y, upstream)
     expert = [0, 0, 2, 2, 2, 2, 3]
@@ -231,6 +232,6 @@ def test_experts_with_turned_weights_answer_as_those_that_were_trained():
     _, experts, gates = route(x, weights["router"], 2)
     turned = [weights[name].swapaxes(1, 2) for name in ("w1", "w3", "w2")]
     with numpy_cells(World(1)):
-        cell = DroplessExpertsFused(settings_of(5, 2), swiglu, turned=True)
+        cell = DroplessExpertsFused(settings_of(5, 2), swiglu, transposed=True)
         y = cell.construct(x, experts.astype(np.int32), gates, *turned, weights["b2"][None, :, None])
     np.testing.assert_allclose(y, moe_block(x, weights, 2), rtol=1e-9, atol=1e-12)

@@ -1,10 +1,11 @@
-"""The host's side of a generation step with a paged cache: NumPy in, the tensors of one graph call out."""
+"""The host's side of a generation step with a paged cache: NumPy in, the tensors of one graph call out.
+
+B: requests, T: tokens of a step, M: columns of the block tables.
+"""
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
-
-from research.telechat2.model.kernels import select
 
 
 def dynamic_inputs(config) -> dict[str, Tensor]:
@@ -22,8 +23,10 @@ def dynamic_inputs(config) -> dict[str, Tensor]:
     return {name: Tensor(shape=shape, dtype=ms.int32) for name, shape in shapes.items()}
 
 
-def paged_step(
+def step_inputs(
     config,
+    kernels,
+    requests,
     input_ids,
     *,
     prefill,
@@ -31,69 +34,115 @@ def paged_step(
     block_tables,
     slot_mapping,
     starts=None,
-    requests=None,
     longest=None,
     **kwargs,
-):
-    """Inputs of ``TelechatForCausalLM.construct`` for one prefill or decode step.
-
-    In a decode step the graph has a row for each token, with the blocks of its sequence and the tokens up to
-    it: one for each sequence, or more where pieces of prompts are read (generation/chunked_prefill.py).
+) -> dict:
+    """Inputs of ``TelechatForCausalLM.construct`` for one step, as MindFormers passes it.
 
     Args:
-        config: TelechatConfig.
+        config, kernels: of the model.
+        requests: RequestLengths of the model's engine with DYNAMIC_NTK, else None.
         input_ids: ``[B, seq_length]``, every row's tokens from its first to its newest, then padding.
         prefill: whether prompts are read from their beginning, or tokens whose sequence is in the cache.
         valid_length_each_example: ``[B]``, tokens of each row.
         block_tables: ``[B, seq_length / block_size]``, -1 where a row has no block yet.
         slot_mapping: slots of the tokens read, -1 for padding.
-        starts: ``[B]``, position of the first token of each row that a decode step reads; None: the last.
-        requests: RequestLengths of the model's engine, with DYNAMIC_NTK alone.
+        starts: ``[B]``, position of the first token of each row that chunked prefill reads; else None.
         longest: ``[B]``, tokens that each row may reach, if the caller knows; see RequestLengths.
         kwargs: what MindFormers passes besides; not needed.
 
     Returns:
-        dict of int32 tensors; ``block_tables`` and ``batch_valid_length`` included.
+        int32 tensors by name; ``batch_valid_length`` is an array, which MindFormers wraps itself.
     """
     lengths, tables = np.asarray(valid_length_each_example, np.int32), np.asarray(block_tables)
     slots = np.asarray(slot_mapping, np.int32).reshape(-1)
-    if starts is None:
-        begins, starts = prefill, np.zeros_like(lengths) if prefill else lengths - 1
+    factors = None
+    if requests is not None:
+        begins = prefill if starts is None else np.asarray(starts) == 0
+        factors = requests.of_rows(begins, lengths, tables, longest=longest)
+    if kernels.reads_every_block:
+        tables = tables[:, : _rounded(-(-int(lengths.max()) // config.block_size), config)]
+    if prefill:
+        step = prefill_inputs(config, np.asarray(input_ids), lengths, tables, slots, factors)
+    elif starts is None:
+        step = decode_inputs(np.asarray(input_ids), lengths, tables, slots, factors)
     else:
-        starts = np.asarray(starts)
-        begins = starts == 0  # a decode step may begin a prompt, beside other rows
+        step = chunk_inputs(np.asarray(input_ids), np.asarray(starts), lengths, tables, slots, factors)
+    lengths = step.pop("batch_valid_length").astype(np.int32).reshape(1, -1)
+    tensors = {name: Tensor.from_numpy(np.ascontiguousarray(value, np.int32)) for name, value in step.items()}
+    return {**tensors, "batch_valid_length": lengths}
+
+
+def prefill_inputs(config, input_ids, lengths, block_tables, slots, factors) -> dict[str, np.ndarray]:
+    """Whole prompts, one after the other, with padding at the end where every shape has its own graph.
+
+    Args:
+        config: TelechatConfig.
+        input_ids: ``[B, seq_length]``.
+        lengths: ``[B]``, tokens of each prompt.
+        block_tables: ``[B, M]``.
+        slots: of all tokens; those of -1 are left out.
+        factors: ``[B]``, the length whose rotary factor each prompt has, with DYNAMIC_NTK alone; else None.
+
+    Returns:
+        ``input_ids`` ``[1, T]``, ``position_ids``, ``slot_mapping`` (-1: padding) and ``rotary_lengths``
+        ``[T]``, ``last_token`` and ``batch_valid_length`` ``[B]``, ``block_tables`` ``[B, M]``.
+    """
+    step = chunk_inputs(input_ids, np.zeros_like(lengths), lengths, block_tables, slots[slots >= 0], factors)
+    size = len(step["position_ids"])
+    padding = (0, _rounded(size, config) - size)
+    for name in {"position_ids", "rotary_lengths"} & step.keys():
+        step[name] = np.pad(step[name], padding)
+    return step | {
+        "input_ids": np.pad(step["input_ids"][:, 0], padding)[None],
+        "slot_mapping": np.pad(step["slot_mapping"], padding, constant_values=-1),
+        "block_tables": block_tables,
+        "batch_valid_length": lengths,
+    }
+
+
+def decode_inputs(input_ids, lengths, block_tables, slots, factors) -> dict[str, np.ndarray]:
+    """The newest token of each request.
+
+    Args:
+        input_ids, lengths, block_tables, factors: as for prefill_inputs.
+        slots: ``[B]``, -1 for a row that writes nothing.
+
+    Returns:
+        ``input_ids`` ``[B, 1]``, ``position_ids``, ``slot_mapping``, ``rotary_lengths``, ``last_token`` and
+        ``batch_valid_length`` ``[B]``, ``block_tables`` ``[B, M]``.
+    """
+    return chunk_inputs(input_ids, lengths - 1, lengths, block_tables, slots, factors)
+
+
+def chunk_inputs(input_ids, starts, lengths, block_tables, slots, factors) -> dict[str, np.ndarray]:
+    """Pieces of prompts whose beginnings are in the cache, by a decode step: see chunked_prefill.py.
+
+    Args:
+        input_ids, block_tables, factors: as for prefill_inputs.
+        starts, lengths: ``[B]``; row i reads its tokens ``starts[i]`` to ``lengths[i] - 1``.
+        slots: ``[T]``, of the tokens read.
+
+    Returns:
+        A row for each token: ``input_ids`` ``[T, 1]``, ``position_ids``, ``slot_mapping``, ``rotary_lengths``
+        and ``batch_valid_length`` (the tokens up to this one) ``[T]``, ``block_tables`` ``[T, M]``; and
+        ``last_token`` ``[B]``.
+    """
     counts = lengths - starts
     rows = np.repeat(np.arange(len(lengths)), counts)
     last = np.cumsum(counts) - 1
     positions = np.arange(len(rows)) - (last - lengths + 1)[rows]
-    tokens, padding = np.asarray(input_ids)[rows, positions], 0
-    step = {}
-    if requests is not None:
-        step["rotary_lengths"] = requests.of_rows(begins, lengths, tables, longest=longest)[rows]
-    if prefill:
-        slots = slots[slots >= 0]
-        padding = _rounded(len(tokens), config) - len(tokens)
-    else:
-        tables, lengths = tables[rows], positions + 1
-    step |= {"input_ids": tokens, "position_ids": positions}
-    step = {name: np.pad(value, (0, padding)) for name, value in step.items()}
-    step["input_ids"] = step["input_ids"].reshape((1, -1) if prefill else (-1, 1))
-    step["slot_mapping"] = np.pad(slots, (0, padding), constant_values=-1)
-    step["block_tables"] = _needed_blocks(tables, lengths, config)
-    step["last_token"] = last
-    tensors = {name: Tensor.from_numpy(np.ascontiguousarray(value, np.int32)) for name, value in step.items()}
-    # The library wraps this one itself, just before the call.
-    return {**tensors, "batch_valid_length": lengths.astype(np.int32).reshape(1, -1)}
+    step = {} if factors is None else {"rotary_lengths": factors[rows]}
+    return step | {
+        "input_ids": input_ids[rows, positions][:, None],
+        "position_ids": positions,
+        "slot_mapping": slots,
+        "block_tables": block_tables[rows],
+        "batch_valid_length": positions + 1,
+        "last_token": last,
+    }
 
 
 def _rounded(size: int, config) -> int:
     """``size``, or where every shape has its own graph the next power of two from 16 on."""
     return size if config.is_dynamic else max(16, 1 << (size - 1).bit_length())
-
-
-def _needed_blocks(block_tables, lengths, config):
-    """The columns that hold blocks, or all where it costs nothing to leave the others in."""
-    if not select.reads_every_block():
-        return block_tables
-    needed = -(-int(lengths.max()) // config.block_size)
-    return block_tables[:, : _rounded(needed, config)]

@@ -1,4 +1,4 @@
-"""The mixture of experts that takes the feed-forward block's place: parameters, and what becomes of a token.
+"""The mixture of experts, which takes the place of the feed-forward block.
 
 Parameters are stacked as in the published checkpoints: ``router.dense.weight`` [E, H], ``ffn.w1.weight`` and
 ``ffn.w3.weight`` [E, F, H], ``ffn.w2.weight`` [E, H, F], ``ffn.w2.bias`` [1, E, 1, H].
@@ -9,10 +9,8 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.model.kernels import select
 from research.telechat2.model.means import ProcessMean
 from research.telechat2.model.moe_router import Router
-from research.telechat2.model.tensor_parallel_group import ALONE
 
 ROUTER_SIGMA = 0.01  # spec 1.2: the router starts wider than the other linears
 
@@ -40,34 +38,34 @@ class RouterWeights(nn.Cell):
 class ExpertWeights(nn.Cell):
     """The parameters of all experts of a layer.
 
-    Prediction wants the weights turned, ``[E, in, out]``: ``turn`` does that after loading. ``ranks``: the
-    Ranks that share the width F; each has all biases.
+    The kernels of prediction take the weights as ``[E, in, out]``: ``transpose`` does that after loading.
     """
 
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config):
         super().__init__()
         experts, hidden = config.moe.num_experts, config.hidden_size
-        width = config.intermediate_size // ranks.size
+        width = config.intermediate_size
         self.w1 = _Weights((experts, width, hidden), config.sigma, config)
         self.w3 = _Weights((experts, width, hidden), config.sigma, config)
         self.w2 = _Weights((experts, hidden, width), config.sigma, config, bias_shape=(1, experts, 1, hidden))
-        self.turned = False
+        self.transposed = False
 
-    def turn(self):
-        """Turn the weights, stack by stack; once."""
-        if not self.turned:
+    def transpose(self):
+        """Transpose the weights to ``[E, in, out]``, stack by stack; once."""
+        if not self.transposed:
             for stack in (self.w1, self.w3, self.w2):
                 stack.weight.set_data(ops.transpose(stack.weight, (0, 2, 1)), slice_shape=True)
-            self.turned = True
+            self.transposed = True
 
 
 class ExpertBlock(nn.Cell):
-    """From tokens to the experts' answers, on one device: route, send, answer, and count.
+    """Router and experts on one device, and the statistics of the routing.
 
     Args:
         config: TelechatConfig.
-        experts: the cell that answers: with a capacity it says what it kept, dropless it does not.
-        capacity: whether it has one.
+        kernels: those of the model.
+        experts: the kernel: CapacityExperts also returns which choices it kept, dropless experts do not.
+        capacity: whether it is CapacityExperts.
 
     Inputs: x ``[T, H]``; the router's weight, w1, w3, w2 and bias of the experts.
 
@@ -75,9 +73,9 @@ class ExpertBlock(nn.Cell):
     expert's mean probability, and of all choices the share that was sent to it and the share that it took.
     """
 
-    def __init__(self, config, experts: nn.Cell, capacity: bool):
+    def __init__(self, config, kernels, experts: nn.Cell, capacity: bool):
         super().__init__()
-        self.router = Router(config.moe)
+        self.router = Router(config.moe, kernels)
         self.experts, self.capacity = experts, capacity
         self.num_experts, self.dtype = config.moe.num_experts, config.compute_dtype
         self.mean = P.ReduceMean()
@@ -101,26 +99,25 @@ class ExpertBlock(nn.Cell):
 
 
 class TelechatMoE(nn.Cell):
-    """The mixture of experts on ``[T, H]``: in training by capacity or dropless, otherwise always dropless.
+    """The mixture of experts: in training with a capacity or dropless, otherwise always dropless.
 
-    Returns ``[T, H]`` in ``compute_dtype`` and the auxiliary loss ``[1]``, ``factor * E * sum over experts of
-    f * P`` (Fedus et al. 2021, equation 4): f is an expert's share of all choices, P its mean probability,
-    both over the tokens of all devices; the gradient flows through P.
+    Input: x ``[T, H]``. Outputs: ``[T, H]`` in ``compute_dtype`` and the auxiliary loss ``[1]``,
+    ``factor * E * sum over experts of f * P`` (Fedus et al. 2021, equation 4): f is an
+    expert's share of all choices, P its mean probability, both over the tokens of all devices; the gradient
+    flows through P.
 
     After a training step ``expert_load`` [2, E] holds, of all choices, the share that was sent to each expert
     and the share that it took; it is no weight.
-
-    ``ranks``: the Ranks that share the experts' width, in prediction.
     """
 
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config, kernels):
         super().__init__()
         moe = config.moe
-        self.router, self.ffn = RouterWeights(config), ExpertWeights(config, ranks)
+        self.router, self.ffn = RouterWeights(config), ExpertWeights(config)
         self.with_capacity = moe.capacity_factor > 0
         if self.with_capacity:
-            self.capacity_block = ExpertBlock(config, select.capacity_experts(config), True)
-        self.dropless_block = ExpertBlock(config, select.dropless_experts(config, ranks), False)
+            self.capacity_block = ExpertBlock(config, kernels, kernels.capacity_experts(config), True)
+        self.dropless_block = ExpertBlock(config, kernels, kernels.dropless_experts(config), False)
         self.balance_scale = moe.balance_factor * moe.num_experts
         self.mean_over_processes = ProcessMean()
         # MindFormers leaves this name out of checkpoint/rank_*; the section `checkpoint:` saves it.

@@ -8,7 +8,7 @@ its own tokens, and an expert's rows go by one all-to-all to the device that has
 - ``ep_extend_tp``: experts lie whole on the expert- and tensor-parallel ranks together.
 - else they lie on the expert-parallel ranks, their width split over the tensor-parallel ranks. With sequence
   parallelism these gather each other's rows before the products and add up the results after them; without
-  it they have the same tokens, and add up the answers.
+  it they have the same tokens, and add up the outputs.
 
 The gradient takes the same way back. Router and biases are on every device.
 """
@@ -106,7 +106,7 @@ class ExpertExchange(nn.Cell):
             self.gather_rows = P.AllGather(group)
             self.add_rows = P.ReduceScatter(group=group)
         if self.adds_up:
-            self.add_answers = P.AllReduce(group=_group(plan.width_ranks()))
+            self.add_outputs = P.AllReduce(group=_group(plan.width_ranks()))
         self.transpose = P.Transpose()
         self.reshape = P.Reshape()
 
@@ -130,8 +130,8 @@ class ExpertExchange(nn.Cell):
         return self.from_owners(block) if self.owners > 1 else block
 
     def add_up(self, y):
-        """Summands ``[T, H]`` of the answers, where the width parts have the same tokens, to their sum."""
-        return self.add_answers(y) if self.adds_up else y
+        """Summands ``[T, H]`` of the outputs, where the width parts have the same tokens, to their sum."""
+        return self.add_outputs(y) if self.adds_up else y
 
 
 class DroplessExchange(nn.Cell):
@@ -178,7 +178,8 @@ class DroplessExchange(nn.Cell):
 
         rows, order = self.permute(self.concat((x, self.fill((self.padding, hidden), x.dtype))), padded)
         rows = self.reshape(self.to_owners(self.reshape(rows, (-1,)), sent, received), (-1, hidden))
-        rows = self.experts.answer(rows, self.sent_experts(told, rows), None, self.sum(told, 0), w1, w3, w2)
+        experts_of_rows, own_counts = self.sent_experts(told, rows), self.sum(told, 0)
+        rows = self.experts.without_bias(rows, experts_of_rows, None, own_counts, w1, w3, w2)
         rows = self.reshape(self.from_owners(self.reshape(rows, (-1,)), received, sent), (-1, hidden))
 
         no_gates = self.fill((self.padding, gates.shape[1]), gates.dtype)
@@ -212,9 +213,9 @@ class SentExperts(nn.Cell):
         self.cast = P.Cast()
 
     def construct(self, counts, rows):
-        ends = self.cumsum(self.reshape(counts, (1, -1)), 1)
+        cumulative = self.cumsum(self.reshape(counts, (1, -1)), 1)
         numbers = self.reshape(self.cast(self.range(0, rows.shape[0], 1), ms.int32), (-1, 1))
-        runs_before = self.sum(self.cast(self.greater_equal(numbers, ends), ms.int32), 1)
+        runs_before = self.sum(self.cast(self.greater_equal(numbers, cumulative), ms.int32), 1)
         return self.mod(runs_before, self.own_experts)
 
 
@@ -247,7 +248,7 @@ class ExpertRegion(nn.Cell):
         return self.block(x, router, w1, w3, w2, bias)
 
     def infer_shape(self, x, router, w1, w3, w2, bias):
-        """Shapes of answers and shares, of all devices together."""
+        """Shapes of outputs and shares, of all devices together."""
         return x, [self.token_parts, 3, self.num_experts]
 
     def infer_dtype(self, x, router, w1, w3, w2, bias):

@@ -18,7 +18,6 @@ import mindspore as ms
 from mindspore.parallel import Layout
 
 from research.telechat2.config.parallel import check_cluster, check_exchange, exchange_of
-from research.telechat2.model.kernels import select
 from research.telechat2.parallel.experts import ExpertPlan, shard_experts
 from research.telechat2.parallel.pipeline import assign_stages
 from research.telechat2.parallel.recompute import recompute_layers
@@ -36,8 +35,8 @@ class Plan:
         tokens: the tokens outside of attention and feed-forward blocks; ``rows * mp`` with sequence
             parallelism.
         vocabulary: rows of the embedding and the output projection.
-        packed: records have documents that do not see each other,
-        ends: because attention knows where they end, not by a mask for each record.
+        packed: records have documents that do not see each other.
+        variable_length: attention takes their cumulative lengths, not a mask for each record.
         experts: where they lie; None for a dense model.
     """
 
@@ -49,12 +48,12 @@ class Plan:
     tokens: int
     vocabulary: int
     packed: bool
-    ends: bool
+    variable_length: bool
     experts: ExpertPlan | None
 
     @classmethod
-    def read(cls, config) -> "Plan":
-        """From MindFormers' section."""
+    def read(cls, config, kernels) -> "Plan":
+        """From MindFormers' section ``parallel_config``, and the kernels of the model."""
         section = config.parallel_config
         dp, mp = section.data_parallel, section.model_parallel
         exchange = exchange_of(section)
@@ -63,8 +62,10 @@ class Plan:
         tokens = rows * mp if section.use_seq_parallel else rows
         vocabulary = 1 if section.vocab_emb_dp else mp
         packed = bool(config.document_start_ids)
-        ends = select.attends_by_ends(config)
-        return cls(dp, mp, gather, exchange, rows, tokens, vocabulary, packed, ends, _expert_plan(config))
+        return cls(
+            dp, mp, gather, exchange, rows, tokens, vocabulary, packed, kernels.has_variable_length(config),
+            _expert_plan(config),
+        )  # fmt: skip
 
 
 def _expert_plan(config) -> ExpertPlan | None:
@@ -99,7 +100,7 @@ def apply_plan(model, config) -> None:
         return
     check_cluster(config, ms.communication.get_group_size(), ms.get_auto_parallel_context("gradients_mean"))
     check_exchange(config, ms.get_auto_parallel_context("enable_alltoall"))
-    plan = Plan.read(config)
+    plan = Plan.read(config, model.kernels)
     shard_inputs(model, plan)
     if model.model.packed:
         shard_documents(model.model.documents, plan)
@@ -148,7 +149,7 @@ def shard_inputs(model, plan: Plan) -> None:
 
 
 def shard_documents(cell, plan: Plan) -> None:
-    """Where documents end, or what tokens must not see ``[B, 1, S, S]``: each row on its device."""
+    """The documents' cumulative lengths, or their mask ``[B, 1, S, S]``: each row on its device."""
     dp = plan.dp
     numbers = cell.documents
     numbers.equal.shard(((dp, 1, 1), (1, 1, 1)))
@@ -156,7 +157,7 @@ def shard_documents(cell, plan: Plan) -> None:
     for operator in (numbers.cumsum, numbers.slice):
         operator.shard(((dp, 1),))
     numbers.sub.shard(((dp, 1), (dp, 1)))
-    if plan.ends:
+    if plan.variable_length:
         cell.parts = dp
         cell.beyond.shard(((dp, 1, 1), (1, 1, 1)))
         cell.sum.shard(((dp, 1),))
@@ -199,7 +200,7 @@ def shard_copies(model, plan: Plan) -> None:
     heads, tokens = (plan.dp, plan.mp), (plan.tokens, 1)
     _keep_local(model.join_embedded.concat, *[tokens] * copies)
     _keep_local(model.split_hidden.slice, tokens)
-    # The output projection and the loss want each device's tokens in their order.
+    # The output projection and the loss take each device's tokens in their order.
     _keep_local(model.join_hidden.concat, *[(plan.dp, 1)] * copies)
     for layer in model.layers:
         for cell in (layer.join_query, layer.join_key_value):
@@ -231,16 +232,16 @@ def shard_attention(cell, plan: Plan) -> None:
     cell.split_kv.shard((tokens,))
     table = (1, positions, 1, 1)
     cell.rotary.rotary.shard((tokens, table, table))
-    if plan.ends:
-        heads, ends = (plan.dp, plan.mp, 1), (plan.dp,)
-        cell.causal_attention.flash.shard((heads, heads, heads, (1, 1), ends, ends))
+    if plan.variable_length:
+        heads, lengths = (plan.dp, plan.mp, 1), (plan.dp,)
+        cell.causal_attention.flash.shard((heads, heads, heads, (1, 1), lengths, lengths))
     else:
         shard_heads(cell.causal_attention, plan)
     split_rows(cell.wo, plan)
 
 
 def shard_heads(cell, plan: Plan) -> None:
-    """The kernel on ``[B, N, S, D]``, with what turns its operands and its result.
+    """The kernel on ``[B, N, S, D]``, and the transpositions of its operands and its result.
 
     The layouts are named, since by numbers alone MindSpore would take devices for numbered in the order of
     the axes.
@@ -283,5 +284,5 @@ def shard_output(model, plan: Plan) -> None:
     rows = plan.rows if plan.vocabulary > 1 else plan.tokens
     model.lm_head.matmul.shard(((rows, 1), (plan.vocabulary, 1)))
     model.lm_head.dropout.dropout.shard(((rows, plan.vocabulary),))
-    model.loss = select.cross_entropy(rows, plan.vocabulary)
+    model.loss = model.kernels.cross_entropy(rows, plan.vocabulary)
     model.add.shard(((1,), (1,)))

@@ -11,7 +11,6 @@ from mindspore.ops import operations as P  # noqa: N812
 
 from research.telechat2.model.kernels.moe_dispatch import GatedBias
 from research.telechat2.model.kernels.reference import cache_parameter
-from research.telechat2.model.tensor_parallel_group import ALONE
 
 
 class RMSNormFused(nn.Cell):
@@ -66,8 +65,8 @@ class RotaryTokensFused(nn.Cell):
     """Ascend's ApplyRotaryPosEmb; ``lengths`` ``[B]`` int32 are the sequences' lengths in tokens.
 
     Format 2: half-split, a row of the tables for each token (CANN's description; MindFormers itself gives
-    the whole tables in prefill, so try a batch of prompts first on a new NPU stack). The kernel turns 16-bit
-    tensors only; with float32 tables it computes in float32, which it can for float16.
+    the whole tables in prefill, so try a batch of prompts first on a new NPU stack). The kernel rotates
+    16-bit tensors only; with float32 tables it computes in float32, which it can for float16.
     """
 
     def __init__(self, head_dim: int):
@@ -90,7 +89,8 @@ def causal_triangle() -> Tensor:
 class SequenceInputsFused(nn.Cell):
     """The fused kernels broadcast: cos and sin ``[1, S, 1, D]``, and a mask in uint8.
 
-    That is ``[B, 1, S, S]`` for packed documents, or where they end ``[n]``, else causal_triangle.
+    The mask of packed documents is ``[B, 1, S, S]``, or their cumulative lengths ``[n]``; that of others is
+    causal_triangle.
     """
 
     def __init__(self):
@@ -128,9 +128,9 @@ class CausalAttentionFused(nn.Cell):
 class DocumentAttentionFused(nn.Cell):
     """FlashAttentionScore in its variable-length form: packed documents, each of which sees itself only.
 
-    ``[B, S, N, D]`` on ``[B, S, K, D]`` to ``[B*S, N, D]``; ``ends`` are those of DocumentEnds. Ends that are
-    left over make documents of no length: CANN's description forbids those among keys, MindFormers' own
-    records of the kind (``actual_seq_len``) have them.
+    Queries ``[B, S, N, D]``, keys and values ``[B, S, K, D]``, and what CumulativeLengths returns, to
+    ``[B*S, N, D]``. Entries that are left over make documents of no length: CANN's description forbids those
+    among keys, MindFormers' own records of the kind (``actual_seq_len``) have them.
     """
 
     def __init__(self, num_heads: int, head_dim: int):
@@ -142,11 +142,11 @@ class DocumentAttentionFused(nn.Cell):
         self.triangle = causal_triangle()
         self.reshape = P.Reshape()
 
-    def construct(self, query, key, value, ends):
+    def construct(self, query, key, value, lengths):
         b, s, n, d = query.shape
         tokens, keys = (b * s, n, d), (b * s, key.shape[2], d)
         query, key, value = self.reshape(query, tokens), self.reshape(key, keys), self.reshape(value, keys)
-        return self.flash(query, key, value, None, None, None, self.triangle, None, ends, ends)[3]
+        return self.flash(query, key, value, None, None, None, self.triangle, None, lengths, lengths)[3]
 
 
 class PagedInputsFused(nn.Cell):
@@ -156,34 +156,36 @@ class PagedInputsFused(nn.Cell):
     are for bfloat16, else the value added to the scores.
     """
 
-    def __init__(self, compute_dtype):
+    def __init__(self, config, parts: int = 1):
         super().__init__()
+        dtype = config.compute_dtype
         triangle = np.triu(np.ones((128, 128), np.float32), 1)
-        self.mask = Tensor(triangle * (1.0 if compute_dtype == ms.bfloat16 else -10000.0), compute_dtype)
+        self.mask = Tensor(triangle * (1.0 if dtype == ms.bfloat16 else -10000.0), dtype)
 
     def prefill(self, positions, lengths, block_tables, slots):
-        """See PagedInputsTwin."""
+        """See PagedInputsReference."""
         return slots, block_tables, self.mask
 
     def decode(self, positions, lengths, block_tables, slots):
-        """See PagedInputsTwin."""
+        """See PagedInputsReference."""
         return slots, block_tables, None
 
 
 class PagedAttentionFused(nn.Cell):
     """Ascend's ReshapeAndCache, FlashAttentionScore (prefill) and PagedAttention (decode).
 
-    Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; otherwise as the twin.
-    Their runtime reads the lengths on the host, from the graph's input named ``batch_valid_length``: the
-    model's ``construct`` must keep that name.
+    Holds ``key_cache`` and ``value_cache`` ``[num_blocks, block_size, K, D]``; its other tensors are those of
+    PagedAttentionReference. The kernels' runtime reads the lengths on the host, from the graph's input named
+    ``batch_valid_length``: the model's ``construct`` must keep that name.
     """
 
-    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
+    def __init__(self, config, parts: int = 1):
         super().__init__()
-        shape = (num_blocks, block_size, n_kv_heads, head_dim)
-        self.key_cache = cache_parameter("key_cache", shape, dtype)
-        self.value_cache = cache_parameter("value_cache", shape, dtype)
-        scale = 1.0 / math.sqrt(head_dim)
+        num_heads, n_kv_heads = config.num_heads // parts, config.n_kv_heads // parts
+        shape = (config.num_blocks, config.block_size, n_kv_heads, config.head_dim)
+        self.key_cache = cache_parameter("key_cache", shape, config.compute_dtype)
+        self.value_cache = cache_parameter("value_cache", shape, config.compute_dtype)
+        scale = 1.0 / math.sqrt(config.head_dim)
         self.write = auto_generate.ReshapeAndCache()
         self.paged = auto_generate.PagedAttention(num_heads, scale, n_kv_heads)
         self.flash = P.nn_ops.FlashAttentionScore(
@@ -191,10 +193,10 @@ class PagedAttentionFused(nn.Cell):
         )  # fmt: skip
         self.expand = P.ExpandDims()
         self.reshape = P.Reshape()
-        self.width = num_heads * head_dim
+        self.width = num_heads * config.head_dim
 
     def prefill(self, query, key, value, inputs, lengths):
-        """See PagedAttentionTwin."""
+        """See PagedAttentionReference."""
         slots, _, mask = inputs
         written = self.write(
             self.expand(key, 0), self.expand(value, 0), self.key_cache, self.value_cache, slots
@@ -203,7 +205,7 @@ class PagedAttentionFused(nn.Cell):
         return self.flash(query, key, value, None, None, None, mask, None, lengths, lengths)[3]
 
     def decode(self, query, key, value, inputs, lengths):
-        """See PagedAttentionTwin."""
+        """See PagedAttentionReference."""
         slots, tables, _ = inputs
         written = self.write(
             self.expand(key, 1), self.expand(value, 1), self.key_cache, self.value_cache, slots
@@ -213,11 +215,11 @@ class PagedAttentionFused(nn.Cell):
         return self.reshape(out, (-1, self.width))
 
 
-class TurnedProduct(nn.Cell):
+class GroupedMatMul(nn.Cell):
     """Ascend's GroupedMatmul: rows that lie expert after expert, times each expert's weight.
 
-    Inputs: rows ``[n, in]``, weight ``[E, in, out]``, and ends ``[E]`` int64, of each expert the number of
-    its rows and of those before them.
+    Inputs: rows ``[n, in]``, weight ``[E, in, out]``, and group_list ``[E]`` int64, the cumulative number of
+    rows of the experts.
 
     Output: ``[n, out]``.
     """
@@ -226,50 +228,70 @@ class TurnedProduct(nn.Cell):
         super().__init__()
         self.grouped_matmul = auto_generate.GroupedMatmul(split_item=3, group_type=0)
 
-    def construct(self, rows, weight, ends):
-        return self.grouped_matmul([rows], [weight], None, None, None, None, None, ends)[0]
+    def construct(self, rows, weight, group_list):
+        return self.grouped_matmul([rows], [weight], None, None, None, None, None, group_list)[0]
 
 
-class GroupedProduct(nn.Cell):
-    """TurnedProduct with a weight ``[E, out, in]``, as published, of which it makes no turned copy.
+class GroupedMatMulTransposed(nn.Cell):
+    """GroupedMatMul with a weight ``[E, out, in]``, as published, of which it makes no transposed copy.
 
-    GroupedMatmul reads turned views. Its own gradient would bring the weight's as ``[E, in, out]``, to be
-    copied before it can be added up; here it comes as it is needed.
+    GroupedMatmul reads transposed views. Its own gradient would return the weight's as ``[E, in, out]``, to
+    be copied before it can be added up; here it has the weight's shape.
     """
 
     def __init__(self):
         super().__init__()
-        self.product = TurnedProduct()
+        self.product = GroupedMatMul()
         self.sum_by_expert = auto_generate.GroupedMatmul(split_item=3, group_type=2)
-        self.turn = auto_generate.TransposeExtView()
+        self.transpose = auto_generate.TransposeExtView()
         self.zeros = P.ZerosLike()
 
-    def construct(self, rows, weight, ends):
-        return self.product(rows, self.turn(weight, -1, -2), ends)
+    def construct(self, rows, weight, group_list):
+        return self.product(rows, self.transpose(weight, -1, -2), group_list)
 
-    def bprop(self, rows, weight, ends, out, dout):
-        """Gradients of rows and weight."""
-        turned = self.turn(dout, -1, -2)
-        dweight = self.sum_by_expert([turned], [rows], None, None, None, None, None, ends)[0]
-        return self.product(dout, weight, ends), dweight, self.zeros(ends)
+    def bprop(self, rows, weight, group_list, out, dout):
+        """Gradients of rows ``[n, in]`` and weight ``[E, out, in]``."""
+        columns = self.transpose(dout, -1, -2)
+        dweight = self.sum_by_expert([columns], [rows], None, None, None, None, None, group_list)[0]
+        return self.product(dout, weight, group_list), dweight, self.zeros(group_list)
+
+
+class TopKFused(nn.Cell):
+    """Ascend's TopK; see moe_dispatch.TopKReference, which it equals where the k + 1 largest values differ.
+
+    Of equal values MindSpore documents TopK to return the lower index first. CANN's description of aclnnTopk,
+    which runs it, says nothing of them, and no NPU has been asked: with equal probabilities the experts, or
+    their order, may be others than the reference implementation's.
+    """
+
+    def __init__(self, num_experts: int, top_k: int):
+        super().__init__()
+        self.k = top_k
+        self.numbers = Tensor(np.arange(num_experts, dtype=np.int32))
+        self.top_k = P.TopK()
+        self.equal = P.Equal()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, probabilities):
+        experts = self.top_k(probabilities, self.k)[1]
+        chosen = self.equal(self.reshape(experts, (-1, self.k, 1)), self.numbers)
+        return experts, self.cast(chosen, ms.float32)
 
 
 class DroplessExpertsFused(nn.Cell):
-    """Ascend's MoeTokenPermute, GroupedMatmul and MoeTokenUnpermute; see DroplessExpertsTwin.
+    """Ascend's MoeTokenPermute, GroupedMatmul and MoeTokenUnpermute; see DroplessExpertsReference.
 
     Tokens lie expert after expert without padding. GroupedMatmul has no gradient with a bias, which is added
     by a product of its own.
     """
 
-    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False, ranks=ALONE):
+    def __init__(self, settings, swiglu: nn.Cell, transposed: bool = False):
         super().__init__()
-        self.adds_up = ranks.size > 1
-        if self.adds_up:
-            self.add_summands = ranks.sum()
         self.row_counts = RowCounts(settings.num_experts)
         self.permute = auto_generate.MoeTokenPermute()
         self.unpermute = auto_generate.MoeTokenUnpermute()
-        self.product = TurnedProduct() if turned else GroupedProduct()
+        self.product = GroupedMatMul() if transposed else GroupedMatMulTransposed()
         self.swiglu = swiglu
         self.gated_bias = GatedBias(settings.num_experts)
         self.ones = P.OnesLike()
@@ -277,21 +299,19 @@ class DroplessExpertsFused(nn.Cell):
         self.reshape = P.Reshape()
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
-        y = self.answer(x, experts, gates, self.row_counts(experts), w1, w3, w2)
-        if self.adds_up:
-            y = self.add_summands(y)
+        y = self.without_bias(x, experts, gates, self.row_counts(experts), w1, w3, w2)
         return self.add_bias(y, experts, gates, bias)
 
-    def answer(self, x, experts, gates, counts, w1, w3, w2):
-        """Without the biases; ``counts`` ``[E]`` int32, of each expert's rows."""
-        ends = self.row_counts.ends(counts)
+    def without_bias(self, x, experts, gates, counts, w1, w3, w2):
+        """The outputs ``[T, H]`` without biases; ``counts`` ``[E]`` int32 are the rows of the experts."""
+        group_list = self.row_counts.cumulative(counts)
         rows, order = self.permute(x, experts)
         rows = self.reshape(rows, (-1, x.shape[1]))  # which is lost where their number is not known
-        hidden = self.swiglu(self.product(rows, w1, ends), self.product(rows, w3, ends))
-        return self.unpermute(self.product(hidden, w2, ends), order, gates)
+        hidden = self.swiglu(self.product(rows, w1, group_list), self.product(rows, w3, group_list))
+        return self.unpermute(self.product(hidden, w2, group_list), order, gates)
 
     def add_bias(self, y, experts, gates, bias):
-        """The answers ``y`` ``[T, H]`` and the biases of their experts."""
+        """Outputs ``y`` ``[T, H]`` plus the biases of their experts."""
         return self.add(y, self.gated_bias(experts, gates, self.ones(experts), bias))
 
 
@@ -311,6 +331,6 @@ class RowCounts(nn.Cell):
         chosen = self.equal(self.reshape(experts, (-1, 1)), self.experts)
         return self.sum(self.cast(chosen, ms.int32), 0)
 
-    def ends(self, counts):
-        """The counts ``[E]`` of groups as the ends that GroupedMatmul reads, int64."""
+    def cumulative(self, counts):
+        """Counts ``[E]`` int32 as GroupedMatmul's group_list ``[E]`` int64."""
         return self.cast(self.cumsum(counts, 0), ms.int64)

@@ -14,7 +14,48 @@ from mindspore import Tensor, nn
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P  # noqa: N812
 
-from research.telechat2.model.tensor_parallel_group import ALONE
+
+class TopKReference(nn.Cell):
+    """The k most probable experts of each token, in falling order, the lower number first of equal ones.
+
+    By comparison of pairs, since TopK takes any of equal values on a CPU. Of each pair of experts the one
+    with the higher number moves ahead if it is more probable; an expert's place is its number plus the moves
+    of its pairs. The places remain a permutation where probabilities are NaN: a step that overflowed does not
+    crash.
+
+    Input: probabilities ``[T, E]``. Outputs: experts ``[T, k]`` int32, and the same one-hot, ``[T, k, E]``
+    float32.
+    """
+
+    def __init__(self, num_experts: int, top_k: int):
+        super().__init__()
+        self.num_experts = num_experts
+        lower, higher = np.triu_indices(num_experts, 1)
+        self.lower, self.higher = Tensor(lower.astype(np.int32)), Tensor(higher.astype(np.int32))
+        pairs = np.arange(len(lower))
+        moves = np.zeros((len(lower), num_experts), np.float32)
+        moves[pairs, lower], moves[pairs, higher] = 1, -1
+        self.moves = Tensor(moves)
+        self.numbers = Tensor(np.arange(num_experts, dtype=np.float32))
+        self.places = Tensor(np.arange(top_k, dtype=np.float32).reshape(top_k, 1))
+        self.gather = P.Gather()
+        self.less = P.Less()
+        self.equal = P.Equal()
+        self.matmul = P.MatMul()
+        self.add = P.Add()
+        self.mul = P.Mul()
+        self.sum = P.ReduceSum()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, probabilities):
+        swapped = self.less(
+            self.gather(probabilities, self.lower, 1), self.gather(probabilities, self.higher, 1)
+        )
+        places = self.add(self.matmul(self.cast(swapped, ms.float32), self.moves), self.numbers)
+        chosen = self.equal(self.reshape(places, (-1, 1, self.num_experts)), self.places)
+        chosen = self.cast(chosen, ms.float32)
+        return self.cast(self.sum(self.mul(chosen, self.numbers), -1), ms.int32), chosen
 
 
 class ExpertRows(nn.Cell):
@@ -105,7 +146,7 @@ class WeightedRows(nn.Cell):
         return self.reshape(self.matmul(self.reshape(weights, (-1, 1, top_k)), chosen), (-1, hidden))
 
 
-class ToExperts(nn.Cell):
+class Permute(nn.Cell):
     """Tokens ``[T, H]`` to the block ``[E * C, H]``, zeros in empty rows.
 
     The gradient gathers as well: that of a token is the sum of those in its rows. MindSpore's own gradient of
@@ -132,7 +173,7 @@ class ToExperts(nn.Cell):
         return dx, self.zeros(rows), self.zeros(kept), self.zeros(choices)
 
 
-class FromExperts(nn.Cell):
+class Unpermute(nn.Cell):
     """The block ``[E * C, H]`` to tokens ``[T, H]``: the sum of each token's rows times its gates ``[T, k]``.
 
     With row r holding choice j of token t, the gradients are ``dblock[r] = gates[t, j] * dy[t]`` and
@@ -167,17 +208,11 @@ class FromExperts(nn.Cell):
 
 
 class OwnExperts(nn.Cell):
-    """One device has all experts: their rows stay where they are. ExpertExchange is the same for many.
+    """One device has all experts: their rows stay where they are. ExpertExchange is the same for many."""
 
-    ``ranks``: the Ranks that share every expert's width, each with the rows of all tokens.
-    """
-
-    def __init__(self, num_experts: int, ranks=ALONE):
+    def __init__(self, num_experts: int):
         super().__init__()
         self.num_experts = num_experts
-        self.adds_up = ranks.size > 1
-        if self.adds_up:
-            self.add_summands = ranks.sum()
         self.reshape = P.Reshape()
 
     def forth(self, block):
@@ -189,50 +224,49 @@ class OwnExperts(nn.Cell):
         return self.reshape(rows, (-1, rows.shape[2]))
 
     def add_up(self, y):
-        """Summands ``[T, H]`` of the experts' answers to their sum."""
-        return self.add_summands(y) if self.adds_up else y
+        """The outputs ``[T, H]``, which are whole."""
+        return y
 
 
 class BatchedExperts(nn.Cell):
-    """What the experts make of their tokens, as batched products over the block.
+    """The outputs of the experts for their tokens, as batched products over the block.
 
     Args:
         settings: MoESettings.
         swiglu: kernel ``(gate [n, F], up [n, F]) -> [n, F]``.
-        turned: whether the weights are.
-        ranks: the Ranks that share the width; F is what one has, the biases are whole on each.
+        transposed: whether the weights are.
 
     Inputs: x ``[T, H]``, experts ``[T, k]`` int32, gates ``[T, k]``, w1, w3 ``[E, F, H]``, w2
-    ``[E, H, F]`` (where ``turned``: ``[E, H, F]`` and ``[E, F, H]``), bias ``[1, E, 1, H]``, all of x's dtype
-    but the experts; the capacity, an int, or None to drop nothing.
+    ``[E, H, F]`` (where ``transposed``: ``[E, H, F]`` and ``[E, F, H]``), bias ``[1, E, 1, H]``, all of x's
+    dtype but the experts; the capacity, an int, or None to drop nothing.
 
     Outputs: ``y[t] = sum over j of gates[t, j] * (w2 swiglu(w1 x[t], w3 x[t]) + bias)`` of expert
     ``experts[t, j]``, ``[T, H]``; and kept ``[T, k]`` int32, 0 where a choice was dropped.
     """
 
-    def __init__(self, settings, swiglu: nn.Cell, turned: bool = False, ranks=ALONE):
+    def __init__(self, settings, swiglu: nn.Cell, transposed: bool = False):
         super().__init__()
         self.expert_rows = ExpertRows(settings.num_experts, settings.token_major)
-        self.to_experts = ToExperts()
-        self.from_experts = FromExperts()
-        self.exchange = OwnExperts(settings.num_experts, ranks)
+        self.permute = Permute()
+        self.unpermute = Unpermute()
+        self.exchange = OwnExperts(settings.num_experts)
         self.gated_bias = GatedBias(settings.num_experts)
         self.swiglu = swiglu
-        self.batched_matmul = P.BatchMatMul(transpose_b=not turned)
-        self.width_axis = 2 if turned else 1
+        self.batched_matmul = P.BatchMatMul(transpose_b=not transposed)
+        self.width_axis = 2 if transposed else 1
         self.add = P.Add()
         self.reshape = P.Reshape()
 
-    def answer(self, x, experts, gates, w1, w3, w2, bias, capacity):
+    def outputs(self, x, experts, gates, w1, w3, w2, bias, capacity):
         """See the class."""
         num_experts, width = w1.shape[0], w1.shape[self.width_axis]
         rows, kept, choices = self.expert_rows(experts, capacity)
-        block = self.exchange.forth(self.to_experts(x, rows, kept, choices))
+        block = self.exchange.forth(self.permute(x, rows, kept, choices))
         gate = self.reshape(self.batched_matmul(block, w1), (-1, width))
         up = self.reshape(self.batched_matmul(block, w3), (-1, width))
         out = self.reshape(self.swiglu(gate, up), (num_experts, -1, width))
         block = self.exchange.back(self.batched_matmul(out, w2))
-        y = self.exchange.add_up(self.from_experts(block, gates, rows, kept, choices))
+        y = self.exchange.add_up(self.unpermute(block, gates, rows, kept, choices))
         return self.add(y, self.gated_bias(experts, gates, kept, bias)), kept
 
 
@@ -265,11 +299,11 @@ class CapacityExperts(BatchedExperts):
         self.capacity = constexpr(settings.capacity)
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
-        return self.answer(x, experts, gates, w1, w3, w2, bias, self.capacity(x.shape[0]))
+        return self.outputs(x, experts, gates, w1, w3, w2, bias, self.capacity(x.shape[0]))
 
 
-class DroplessExpertsTwin(BatchedExperts):
+class DroplessExpertsReference(BatchedExperts):
     """BatchedExperts that drop nothing; returns y alone."""
 
     def construct(self, x, experts, gates, w1, w3, w2, bias):
-        return self.answer(x, experts, gates, w1, w3, w2, bias, None)[0]
+        return self.outputs(x, experts, gates, w1, w3, w2, bias, None)[0]

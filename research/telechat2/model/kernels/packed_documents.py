@@ -54,11 +54,11 @@ class DocumentMask(nn.Cell):
         return self.either(other, later)
 
 
-class DocumentEnds(nn.Cell):
-    """Where the documents of packed records end, if all tokens of a device lie one after the other.
+class CumulativeLengths(nn.Cell):
+    """The cumulative lengths of packed documents, if all tokens of a device lie one after the other.
 
-    Every record has ``max_documents`` ends, the last of them its own end, as have those that are left over.
-    ``parts`` devices share the records; a plan sets it.
+    Every record has ``max_documents`` entries. The last one, and those that are left over, are the record's
+    own end. ``parts`` devices share the records; a plan sets it.
 
     Inputs: tokens ``[B, S]`` int32. Output: ``[B * max_documents]`` int64, for each device not decreasing.
     """
@@ -79,6 +79,6 @@ class DocumentEnds(nn.Cell):
         batch, length = tokens.shape
         later = self.beyond(self.documents(tokens).reshape(batch, 1, length), self.numbers)
         # In one axis before the sum, whose strategy says what lies where: after it MindSpore would guess.
-        after_end = self.sum(self.cast(later, mstype.int32).reshape(-1, length), -1)
-        record = np.arange(after_end.size) // later.shape[1] % (batch // self.parts)
-        return self.sub(Tensor((record + 1) * length), self.cast(after_end, mstype.int64))
+        tokens_after = self.sum(self.cast(later, mstype.int32).reshape(-1, length), -1)
+        record = np.arange(tokens_after.size) // later.shape[1] % (batch // self.parts)
+        return self.sub(Tensor((record + 1) * length), self.cast(tokens_after, mstype.int64))

@@ -1,6 +1,6 @@
-"""The twins: what the fused Ascend kernels do, by plain operators that every target has.
+"""Reference implementations: what the fused Ascend kernels do, by plain operators that every target has.
 
-Each cell has the signature, shapes and meaning of the fused cell of the same name in model/kernels/ascend.py.
+A cell has the signature, shapes and meaning of the fused cell of the same name in ascend.py.
 B: sequences, S: tokens of each, T: tokens of all sequences one after the other without padding, N: query
 heads, K: key/value heads, D: channels of a head.
 """
@@ -14,7 +14,7 @@ from mindspore.common.initializer import initializer
 from mindspore.ops import operations as P  # noqa: N812
 
 
-class RMSNormTwin(nn.Cell):
+class RMSNormReference(nn.Cell):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in the dtype of ``x``.
 
     With r = 1 / sqrt(mean(x^2) + eps) and g = dy * w the gradients are ``dx = r g - x r^3 / H sum(g x)`` and
@@ -49,7 +49,7 @@ class RMSNormTwin(nn.Cell):
         return dx, self.matmul_ta(inverse, product).reshape(weight.shape)
 
 
-class SwiGLUTwin(nn.Cell):
+class SwiGLUReference(nn.Cell):
     """``silu(gate) * up``, both ``[T, F]``.
 
     With s = sigmoid(gate) the gradient of the gate is ``dy * up * (s + silu(gate) (1 - s))``.
@@ -73,20 +73,20 @@ class SwiGLUTwin(nn.Cell):
         return self.mul(self.mul(dout, up), slope), self.mul(dout, silu)
 
 
-class SwiGLUJoinedTwin(nn.Cell):
-    """SwiGLUTwin of one tensor ``[T, 2F]``: the gate's channels, then up's."""
+class SwiGLUJoinedReference(nn.Cell):
+    """SwiGLUReference of one tensor ``[T, 2F]``: the gate's channels, then up's."""
 
     def __init__(self):
         super().__init__()
         self.split = P.Split(-1, 2)
-        self.swiglu = SwiGLUTwin()
+        self.swiglu = SwiGLUReference()
 
     def construct(self, gate_up):
         gate, up = self.split(gate_up)
         return self.swiglu(gate, up)
 
 
-class RotaryTwin(nn.Cell):
+class RotaryReference(nn.Cell):
     """Half-split rotation of queries ``[B, S, N, D]`` and keys ``[B, S, K, D]``, each by its own cos and sin.
 
     ``x * cos + (-x2, x1) * sin``, where x1 and x2 are the first and second half of the channels.
@@ -104,21 +104,21 @@ class RotaryTwin(nn.Cell):
     def rotate(self, x, cos, sin):
         """Rotate one tensor."""
         first, second = self.split(x)
-        turned = self.concat((self.neg(second), first))
-        return self.add(self.mul_cos(x, cos), self.mul_sin(turned, sin))
+        rotated = self.concat((self.neg(second), first))
+        return self.add(self.mul_cos(x, cos), self.mul_sin(rotated, sin))
 
     def construct(self, query, key, query_tables, key_tables):
         return self.rotate(query, *query_tables), self.rotate(key, *key_tables)
 
 
-class RotaryTokensTwin(nn.Cell):
+class RotaryTokensReference(nn.Cell):
     """Half-split rotation of ``[T, N*D]`` queries and ``[T, K*D]`` keys by ``[T, D]`` tables."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
         self.reshape = P.Reshape()
-        self.rotary = RotaryTwin()
+        self.rotary = RotaryReference()
 
     def heads(self, x):
         """``[T, N*D]`` as ``[T, N, D]``."""
@@ -191,7 +191,7 @@ class GroupedAttention(nn.Cell):
 
 
 class HeadsFirst(nn.Cell):
-    """A kernel on ``[B, N, S, D]`` for operands ``[B, S, N, D]``, and its result turned back."""
+    """A kernel on ``[B, N, S, D]`` for operands ``[B, S, N, D]``, its result transposed back."""
 
     def __init__(self, kernel: nn.Cell):
         super().__init__()
@@ -201,13 +201,13 @@ class HeadsFirst(nn.Cell):
         self.transpose_out = P.Transpose()
 
     def construct(self, query, key, value, mask):
-        turn = (0, 2, 1, 3)
-        query = self.transpose_q(query, turn)
-        key, value = self.transpose_kv(key, turn), self.transpose_kv(value, turn)
-        return self.transpose_out(self.kernel(query, key, value, mask), turn)
+        heads_first = (0, 2, 1, 3)
+        query = self.transpose_q(query, heads_first)
+        key, value = self.transpose_kv(key, heads_first), self.transpose_kv(value, heads_first)
+        return self.transpose_out(self.kernel(query, key, value, mask), heads_first)
 
 
-class SequenceInputsTwin(nn.Cell):
+class SequenceInputsReference(nn.Cell):
     """What the kernels on whole sequences need besides their operands, made once for all layers.
 
     A CPU works on equal shapes several times faster than it broadcasts, so everything has its full shape.
@@ -219,11 +219,11 @@ class SequenceInputsTwin(nn.Cell):
     ``[B, N, S, S]``.
     """
 
-    def __init__(self, num_heads: int, n_kv_heads: int, softmax_dtype):
+    def __init__(self, config):
         super().__init__()
-        self.num_heads, self.n_kv_heads = num_heads, n_kv_heads
-        self.softmax_dtype = softmax_dtype
-        self.masked_score = _masked_score(softmax_dtype)
+        self.num_heads, self.n_kv_heads = config.num_heads, config.n_kv_heads
+        self.softmax_dtype = config.softmax_compute_type
+        self.masked_score = _masked_score(self.softmax_dtype)
         self.cast = P.Cast()
 
     def construct(self, cos, sin, batch_size, masked):
@@ -241,10 +241,10 @@ class SequenceInputsTwin(nn.Cell):
         )
 
 
-class PagedInputsTwin(nn.Cell):
-    """What the paged twins need besides their operands, made once for all layers.
+class PagedInputsReference(nn.Cell):
+    """What attention with a paged cache needs besides its operands, made once for all layers.
 
-    The twins' caches are ``[K * slots, D]``, head after head: the one layout in which a CPU writes tokens in
+    The caches are ``[K * slots, D]``, head after head: the one layout in which a CPU writes tokens in
     place and reads a head's keys as a matrix. They have one block more than ``num_blocks``, where padding
     (slot -1) is written.
 
@@ -255,15 +255,15 @@ class PagedInputsTwin(nn.Cell):
     (T = B): rows to write, rows to read ``[K, B, L]``, score bias ``[1, B, 1, L]``, L = M * block_size.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, n_kv_heads: int, softmax_dtype):
+    def __init__(self, config, parts: int = 1):
         super().__init__()
-        self.spare_slot = num_blocks * block_size
-        num_slots = self.spare_slot + block_size
-        self.first_rows = Tensor(np.arange(n_kv_heads, dtype=np.int32) * num_slots)
-        self.offsets = Tensor(np.arange(block_size, dtype=np.int32))
-        self.block_size = block_size
-        self.softmax_dtype = softmax_dtype
-        self.masked_score = _masked_score(softmax_dtype)
+        self.block_size = config.block_size
+        self.spare_slot = config.num_blocks * config.block_size
+        num_slots = self.spare_slot + config.block_size
+        self.first_rows = Tensor(np.arange(config.n_kv_heads // parts, dtype=np.int32) * num_slots)
+        self.offsets = Tensor(np.arange(config.block_size, dtype=np.int32))
+        self.softmax_dtype = config.softmax_compute_type
+        self.masked_score = _masked_score(self.softmax_dtype)
         self.select = P.Select()
         self.cumsum = P.CumSum()
         self.cast = P.Cast()
@@ -294,25 +294,26 @@ class PagedInputsTwin(nn.Cell):
         return self._rows_to_write(slots), rows, self._bias(masked).reshape(1, batch, 1, -1)
 
 
-class PagedAttentionTwin(nn.Cell):
+class PagedAttentionReference(nn.Cell):
     """Attention with a paged cache of keys and values, by plain operators.
 
-    Holds ``key_cache`` and ``value_cache``, laid out as PagedInputsTwin says; tensors that come and go are
-    ``[T, N*D]`` (queries, result) and ``[T, K*D]`` (keys, values).
+    Holds ``key_cache`` and ``value_cache``, laid out as PagedInputsReference says. Queries and result
+    are ``[T, N*D]``, keys and values ``[T, K*D]``.
     """
 
-    def __init__(self, num_heads, n_kv_heads, head_dim, num_blocks, block_size, dtype, softmax_dtype):
+    def __init__(self, config, parts: int = 1):
         super().__init__()
-        self.n_kv_heads, self.group, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
-        shape = (n_kv_heads * (num_blocks + 1) * block_size, head_dim)
-        self.key_cache = cache_parameter("key_cache", shape, dtype)
-        self.value_cache = cache_parameter("value_cache", shape, dtype)
+        self.n_kv_heads, self.head_dim = config.n_kv_heads // parts, config.head_dim
+        self.group = config.num_heads // config.n_kv_heads
+        shape = (self.n_kv_heads * (config.num_blocks + 1) * config.block_size, config.head_dim)
+        self.key_cache = cache_parameter("key_cache", shape, config.compute_dtype)
+        self.value_cache = cache_parameter("value_cache", shape, config.compute_dtype)
         self.write_key = P.ScatterUpdate()
         self.write_value = P.ScatterUpdate()
         self.gather = P.Gather()
         self.reshape = P.Reshape()
         self.transpose = P.Transpose()
-        self.attend = GroupedAttention(head_dim, softmax_dtype)
+        self.attend = GroupedAttention(config.head_dim, config.softmax_compute_type)
 
     def _write(self, key, value, rows):
         shape = (-1, self.n_kv_heads, self.head_dim)
@@ -342,7 +343,7 @@ class PagedAttentionTwin(nn.Cell):
         return self.reshape(self.transpose(out, (1, 0, 2, 3)), query.shape)
 
 
-class CrossEntropyTwin(nn.Cell):
+class CrossEntropyReference(nn.Cell):
     """Cross entropy of ``[T, V]`` float32 logits and ``[T]`` labels, over the tokens whose mask is 1.
 
     Returns its sum ``[1]`` and the number of tokens ``[1]``, a trifle above 0 if there are none.

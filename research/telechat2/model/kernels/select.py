@@ -1,7 +1,7 @@
-"""Which kernels a model gets: the fused ones on Ascend, their twins on a CPU. Chosen once, at construction.
+"""The kernels of a target: fused ones on Ascend, reference implementations on a CPU.
 
-A kernel's contract is stated at its twin (reference.py). Settings that the target's kernels cannot take
-are errors here, by the rules of config/kernel_limits.py, since only here the target is known.
+A model chooses them once, by ``choose_kernels``, and passes the object to the cells that use it. This is the
+only file of the model that knows the target.
 """
 
 from mindspore import nn
@@ -12,144 +12,125 @@ from research.telechat2.config.kernel_limits import (
     check_fused_attention,
     check_paged_kernels,
 )
-from research.telechat2.model.kernels.ascend import (
-    CausalAttentionFused,
-    DocumentAttentionFused,
-    DroplessExpertsFused,
-    PagedAttentionFused,
-    PagedInputsFused,
-    RMSNormFused,
-    RotaryFused,
-    RotaryTokensFused,
-    SequenceInputsFused,
-    SwiGLUFused,
-    SwiGLUJoinedFused,
-)
-from research.telechat2.model.kernels.moe_dispatch import CapacityExperts, DroplessExpertsTwin
-from research.telechat2.model.kernels.packed_documents import DocumentEnds, DocumentMask
-from research.telechat2.model.kernels.reference import (
-    CrossEntropyTwin,
-    GroupedAttention,
-    HeadsFirst,
-    PagedAttentionTwin,
-    PagedInputsTwin,
-    RMSNormTwin,
-    RotaryTokensTwin,
-    RotaryTwin,
-    SequenceInputsTwin,
-    SwiGLUJoinedTwin,
-    SwiGLUTwin,
-)
-from research.telechat2.model.tensor_parallel_group import ALONE
+from research.telechat2.model.kernels import ascend, moe_dispatch, reference
+from research.telechat2.model.kernels.packed_documents import CumulativeLengths, DocumentMask
 
 
-def rms_norm(eps: float) -> nn.Cell:
-    """RMSNorm kernel: ``(x [T, H], weight [H]) -> [T, H]``, computed in the dtype given."""
-    return RMSNormTwin(eps) if is_cpu() else RMSNormFused(eps)
+class ReferenceKernels:
+    """Plain operators, which every target has.
+
+    Every member but ``reads_every_block`` makes a cell. The cells have these inputs and outputs; reference.py
+    and moe_dispatch.py say more:
+
+    - ``rms_norm(eps)``: x ``[T, H]``, weight ``[H]`` to ``[T, H]``, in the dtype of x.
+    - ``swiglu()``: gate and up ``[T, F]`` to ``[T, F]``.
+    - ``swiglu_joined()``: gate's and up's channels in one tensor ``[T, 2F]`` to ``[T, F]``.
+    - ``rotary()``: queries ``[B, S, N, D]``, keys ``[B, S, K, D]``, for each a pair (cos, sin); both rotated.
+    - ``rotary_tokens(head_dim)``: queries ``[T, N*D]``, keys ``[T, K*D]``, cos and sin ``[T, D]``, lengths
+      ``[B]``; both rotated.
+    - ``sequence_inputs(config)``: tables and mask of whole sequences for ``rotary`` and ``causal_attention``.
+    - ``causal_attention(config)``: queries ``[B, S, N, D]``, keys and values ``[B, S, K, D]``, mask, to
+      ``[B, S, N, D]`` or ``[B*S, N, D]``.
+    - ``documents(config)``: tokens ``[B, S]`` to what attention must know of packed documents.
+    - ``paged_inputs(config, parts)``, ``paged_attention(config, parts)``: attention with a paged cache;
+      ``parts``: into how many processes the heads are split.
+    - ``top_k(num_experts, k)``: probabilities ``[T, E]`` to the k largest, numbers ``[T, k]`` and one-hot.
+    - ``capacity_experts(config)``, ``dropless_experts(config)``: tokens ``[T, H]`` to the experts' outputs.
+    - ``cross_entropy(tokens, vocabulary)``: logits ``[T, V]``, labels and mask ``[T]`` to the sum ``[1]`` and
+      the number of tokens ``[1]``; the arguments say how often a parallel plan splits T and V.
+    """
+
+    reads_every_block = True  # attention reads all columns of the block tables: cut those nobody needs
+    rms_norm = reference.RMSNormReference
+    swiglu = reference.SwiGLUReference
+    swiglu_joined = reference.SwiGLUJoinedReference
+    rotary = reference.RotaryReference
+    rotary_tokens = reference.RotaryTokensReference
+    sequence_inputs = reference.SequenceInputsReference
+    paged_inputs = reference.PagedInputsReference
+    paged_attention = reference.PagedAttentionReference
+    top_k = moe_dispatch.TopKReference
+    grouped_experts = moe_dispatch.DroplessExpertsReference
+
+    def has_variable_length(self, config) -> bool:
+        """Whether attention takes packed documents by their cumulative lengths, not by a mask."""
+        return False
+
+    def causal_attention(self, config) -> nn.Cell:
+        """See the class."""
+        return reference.HeadsFirst(reference.GroupedAttention(config.head_dim, config.softmax_compute_type))
+
+    def documents(self, config) -> nn.Cell:
+        """See the class."""
+        return DocumentMask(config.document_start_ids)
+
+    def capacity_experts(self, config) -> nn.Cell:
+        """See the class; plain operators on every target."""
+        return moe_dispatch.CapacityExperts(config.moe, self.swiglu())
+
+    def dropless_experts(self, config) -> nn.Cell:
+        """See the class."""
+        return self.grouped_experts(config.moe, self.swiglu(), transposed=config.use_past)
+
+    def cross_entropy(self, tokens: int = 1, vocabulary: int = 1) -> nn.Cell:
+        """See the class."""
+        return reference.CrossEntropyReference()
 
 
-def swiglu() -> nn.Cell:
-    """SwiGLU kernel: ``(gate [T, F], up [T, F]) -> [T, F]``."""
-    return SwiGLUTwin() if is_cpu() else SwiGLUFused()
+class AscendKernels(ReferenceKernels):
+    """Ascend's fused kernels, with plain operators for attention where ``use_flash_attention`` is False."""
+
+    reads_every_block = False
+    rms_norm = ascend.RMSNormFused
+    swiglu = ascend.SwiGLUFused
+    swiglu_joined = ascend.SwiGLUJoinedFused
+    rotary = ascend.RotaryFused
+    rotary_tokens = ascend.RotaryTokensFused
+    paged_inputs = ascend.PagedInputsFused
+    paged_attention = ascend.PagedAttentionFused
+    top_k = ascend.TopKFused
+    grouped_experts = ascend.DroplessExpertsFused
+
+    def has_variable_length(self, config) -> bool:
+        """Context parallelism splits sequences, so it needs the mask."""
+        packed = config.use_flash_attention and bool(config.document_start_ids)
+        return packed and config.parallel_config.context_parallel == 1
+
+    def sequence_inputs(self, config) -> nn.Cell:
+        """See the class."""
+        return ascend.SequenceInputsFused() if config.use_flash_attention else super().sequence_inputs(config)
+
+    def causal_attention(self, config) -> nn.Cell:
+        """See the class."""
+        if not config.use_flash_attention:
+            return super().causal_attention(config)
+        if self.has_variable_length(config):
+            return ascend.DocumentAttentionFused(config.num_heads, config.head_dim)
+        masked = bool(config.document_start_ids)
+        return reference.HeadsFirst(ascend.CausalAttentionFused(config.num_heads, config.head_dim, masked))
+
+    def documents(self, config) -> nn.Cell:
+        """See the class."""
+        if self.has_variable_length(config):
+            return CumulativeLengths(config.document_start_ids, config.max_documents)
+        return super().documents(config)
+
+    def cross_entropy(self, tokens: int = 1, vocabulary: int = 1) -> nn.Cell:
+        """MindFormers' loss, the one that can be split by the vocabulary."""
+        return CrossEntropyLoss(OpParallelConfig(tokens, vocabulary), calculate_per_token_loss=True)
 
 
-def swiglu_joined() -> nn.Cell:
-    """SwiGLU of the gate's and up's channels in one tensor: ``gate_up [T, 2F] -> [T, F]``."""
-    return SwiGLUJoinedTwin() if is_cpu() else SwiGLUJoinedFused()
+def choose_kernels(config) -> ReferenceKernels:
+    """The kernels of the target that MindSpore's context names.
 
-
-def rotary() -> nn.Cell:
-    """Rotation of whole sequences: ``(q [B, S, N, D], k [B, S, K, D], (cos, sin), (cos, sin)) -> (q, k)``."""
-    return RotaryTwin() if is_cpu() else RotaryFused()
-
-
-def rotary_tokens(head_dim: int) -> nn.Cell:
-    """Rotation of single tokens: ``(q [T, N*D], k [T, K*D], cos, sin [T, D], lengths [B]) -> (q, k)``."""
-    return RotaryTokensTwin(head_dim) if is_cpu() else RotaryTokensFused(head_dim)
-
-
-def sequence_inputs(config) -> nn.Cell:
-    """What the kernels on whole sequences need besides their operands; see SequenceInputsTwin."""
+    Raises:
+        UsageError: they cannot run this TelechatConfig, see config/kernel_limits.py.
+    """
     if is_cpu():
         check_cpu_dtypes(config)
+        return ReferenceKernels()
+    if config.use_past:
+        check_paged_kernels(config)
     elif config.use_flash_attention:
-        return SequenceInputsFused()
-    return SequenceInputsTwin(config.num_heads, config.n_kv_heads, config.softmax_compute_type)
-
-
-def causal_attention(config) -> nn.Cell:
-    """Training attention: ``(q [B, S, N, D], k, v [B, S, K, D], mask)`` to q's shape or ``[B*S, N, D]``."""
-    if not config.use_flash_attention or is_cpu():
-        return HeadsFirst(GroupedAttention(config.head_dim, config.softmax_compute_type))
-    check_fused_attention(config)
-    if attends_by_ends(config):
-        return DocumentAttentionFused(config.num_heads, config.head_dim)
-    masked = bool(config.document_start_ids)
-    return HeadsFirst(CausalAttentionFused(config.num_heads, config.head_dim, masked))
-
-
-def documents(config) -> nn.Cell:
-    """How attention learns of packed documents, from tokens ``[B, S]``: DocumentMask or DocumentEnds."""
-    if attends_by_ends(config):
-        return DocumentEnds(config.document_start_ids, config.max_documents)
-    return DocumentMask(config.document_start_ids)
-
-
-def attends_by_ends(config) -> bool:
-    """Whether packed documents are kept apart by their ends: the fused kernel, on whole sequences."""
-    fused = config.use_flash_attention and not is_cpu()
-    return fused and bool(config.document_start_ids) and config.parallel_config.context_parallel == 1
-
-
-def paged_inputs(config, ranks=ALONE) -> nn.Cell:
-    """What paged attention needs besides its operands, made once for all layers; see PagedInputsTwin.
-
-    ``ranks``: the Ranks that share the heads.
-    """
-    if is_cpu():
-        check_cpu_dtypes(config)
-        heads = config.n_kv_heads // ranks.size
-        return PagedInputsTwin(config.num_blocks, config.block_size, heads, config.softmax_compute_type)
-    check_paged_kernels(config)
-    return PagedInputsFused(config.compute_dtype)
-
-
-def paged_attention(config, ranks=ALONE) -> nn.Cell:
-    """Prediction attention with its cache; see PagedAttentionTwin.
-
-    ``ranks``: the Ranks that share the heads.
-    """
-    kind = PagedAttentionTwin if is_cpu() else PagedAttentionFused
-    return kind(
-        config.num_heads // ranks.size, config.n_kv_heads // ranks.size, config.head_dim, config.num_blocks,
-        config.block_size, config.compute_dtype, config.softmax_compute_type,
-    )  # fmt: skip
-
-
-def reads_every_block() -> bool:
-    """Whether paged attention reads all columns of the block tables, so that they are best cut to need."""
-    return is_cpu()
-
-
-def capacity_experts(config) -> nn.Cell:
-    """The experts with a capacity, plain operators on every target; see CapacityExperts."""
-    return CapacityExperts(config.moe, swiglu())
-
-
-def dropless_experts(config, ranks=ALONE) -> nn.Cell:
-    """The experts without a capacity; see DroplessExpertsTwin.
-
-    ``ranks``: the Ranks that share their width.
-    """
-    kind = DroplessExpertsTwin if is_cpu() else DroplessExpertsFused
-    return kind(config.moe, swiglu(), turned=config.use_past, ranks=ranks)
-
-
-def cross_entropy(tokens: int = 1, vocabulary: int = 1) -> nn.Cell:
-    """Cross entropy: ``(logits [T, V], labels [T], mask [T]) -> (sum [1], number of tokens [1])``.
-
-    ``tokens`` and ``vocabulary``: how often a parallel plan splits T and V.
-    """
-    if is_cpu():
-        return CrossEntropyTwin()
-    return CrossEntropyLoss(OpParallelConfig(tokens, vocabulary), calculate_per_token_loss=True)
+        check_fused_attention(config)
+    return AscendKernels()
