@@ -53,7 +53,7 @@ class SplitTokens(nn.Cell):
 
 
 class JoinTokens(nn.Cell):
-    """A tuple of ``[T / copies, …]`` to one ``[T, …]``; ``block`` is the number of the block that ends here."""
+    """A tuple of ``[T / copies, …]`` to one ``[T, …]``; ``block``: the number of the block that ends here."""
 
     def __init__(self, block=None):
         super().__init__()

@@ -120,8 +120,8 @@ def test_a_step_holds_every_token_once(lengths, is_dynamic, data):
     valid = np.arange(32) < np.array(lengths)[:, None]
     prefill_slots = np.where(valid, slots, -1)
     step = step_inputs(
-        config, ReferenceKernels(), None, ids, prefill=True, valid_length_each_example=np.array(lengths), block_tables=tables,
-        slot_mapping=prefill_slots.reshape(-1), origin_inputs=None,
+        config, ReferenceKernels(), None, ids, prefill=True, valid_length_each_example=np.array(lengths),
+        block_tables=tables, slot_mapping=prefill_slots.reshape(-1), origin_inputs=None,
     )  # fmt: skip
     total = sum(lengths)
     tokens, positions = step["input_ids"].asnumpy(), step["position_ids"].asnumpy()
@@ -136,8 +136,8 @@ def test_a_step_holds_every_token_once(lengths, is_dynamic, data):
 
     now = np.array([slots[row, length - 1] for row, length in enumerate(lengths)])
     step = step_inputs(
-        config, ReferenceKernels(), None, ids, prefill=False, valid_length_each_example=np.array(lengths), block_tables=tables,
-        slot_mapping=now,
+        config, ReferenceKernels(), None, ids, prefill=False, valid_length_each_example=np.array(lengths),
+        block_tables=tables, slot_mapping=now,
     )  # fmt: skip
     np.testing.assert_array_equal(step["input_ids"].asnumpy(), np.array(last).reshape(-1, 1))
     np.testing.assert_array_equal(step["position_ids"].asnumpy(), np.array(lengths) - 1)

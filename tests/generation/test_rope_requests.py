@@ -53,8 +53,8 @@ def test_a_prompt_begun_beside_decoding_rows_has_its_own_factor():
     requests = RequestLengths(config_of())
     requests.of_rows(True, [40, 8], tables(range(10), [10, 11]), longest=[60, 20])
     step = step_inputs(
-        config_of(), ReferenceKernels(), requests, np.zeros((2, 64), np.int32), prefill=False, valid_length_each_example=[3, 9],
-        block_tables=tables([0, 5], [10, 11, 12]), slot_mapping=np.zeros(4),
+        config_of(), ReferenceKernels(), requests, np.zeros((2, 64), np.int32), prefill=False,
+        valid_length_each_example=[3, 9], block_tables=tables([0, 5], [10, 11, 12]), slot_mapping=np.zeros(4),
         starts=np.array([0, 8]), longest=[32, 64],
     )  # fmt: skip
     assert step["rotary_lengths"].asnumpy().tolist() == [32, 32, 32, 20]

@@ -1,4 +1,4 @@
-"""Every CPU twin of a fused kernel against plain NumPy in float64, with the gradients that training needs."""
+"""Every reference implementation of a kernel against plain NumPy in float64, with the gradients that training needs."""
 
 from types import SimpleNamespace
 

@@ -21,6 +21,14 @@ RECORDS = st.tuples(st.sampled_from([2, 4]), st.integers(1, 12)).flatmap(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pynative():
+    """Every record would have a graph of its own."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
 def documents_of(record):
     """The (first, end) of each document; what stands before the first start is one too."""
     firsts = [0] + [i for i, token in enumerate(record) if token in STARTS and i > 0]
@@ -29,8 +37,7 @@ def documents_of(record):
 
 @settings(max_examples=40, deadline=None)
 @given(RECORDS, st.sampled_from([1, 2]))
-def test_mask_and_ends_keep_the_same_documents_apart(records, devices):
-    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
+def test_mask_and_lengths_keep_the_same_documents_apart(records, devices):
     tokens, length = ms.Tensor(np.array(records, np.int32)), len(records[0])
     hidden = DocumentMask(STARTS)(tokens).asnumpy()[:, 0]
     ends = CumulativeLengths(STARTS, 16)
@@ -49,8 +56,7 @@ def test_mask_and_ends_keep_the_same_documents_apart(records, devices):
         assert ends.reshape(len(records), 16)[row].tolist() == expected
 
 
-def test_the_last_end_is_the_records_own_whatever_it_holds():
-    """More documents than there are ends for: the last ones are one, no token is left to no document."""
-    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
+def test_the_last_length_reaches_the_end_of_the_record():
+    """More documents than max_documents: the last ones become one, and no token is left out."""
     tokens = ms.Tensor(np.array([[1, 2, 1, 2, 6, 2, 1]], np.int32))
     assert CumulativeLengths(STARTS, 3)(tokens).asnumpy().tolist() == [2, 4, 7]
