@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Tensor
 
-FOREIGN = 1e30  # in blocks without an owner; no NaN, since the reference implementation multiplies what it masks by 0
+FOREIGN = (
+    1e30  # in blocks without an owner; no NaN: the reference implementation multiplies what it masks by 0
+)
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from model_fixtures import PAD, RandomModel, generate, int32, prompts
+from refusal import refused
 from rope_oracle import with_dynamic_ntk
 
 from research.telechat2.config.generation_limits import GenerationLimits
@@ -160,5 +161,5 @@ def test_training_takes_the_factor_of_seq_length(random):
 
 
 def test_prediction_without_a_cache_is_refused(random):
-    with pytest.raises(ValueError, match="use_past is False.*set use_past: True"):
+    with refused("use_past", False, "DYNAMIC_NTK", "use_past: True"):
         generate(random.build(**NTK), prompts(8, VOCAB, 5), max_new_tokens=2)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Parameter, Tensor
 from model_fixtures import RandomModel, generate, oracle_generate, prompts
+from refusal import refused
 
 from research.telechat2.generation.step_inputs import step_inputs
 from research.telechat2.model.kernels.select import ReferenceKernels
@@ -89,7 +90,7 @@ def test_weights_that_are_no_numbers_are_an_error(use, randoms):
     broken[first, 3] = np.nan
     weight.set_data(Tensor(broken))
     try:
-        with pytest.raises(ValueError, match=r"token 2 of the answer \(position 10\), 256 of 256 are NaN"):
+        with refused("token 2", "position 10", "256 of 256"):
             generate(model, [row], max_new_tokens=4)
     finally:
         weight.set_data(Tensor(sound))

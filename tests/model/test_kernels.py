@@ -1,4 +1,4 @@
-"""Every reference implementation of a kernel against plain NumPy in float64, with the gradients that training needs."""
+"""Reference implementations of kernels against plain NumPy in float64, with the gradients of training."""
 
 from types import SimpleNamespace
 

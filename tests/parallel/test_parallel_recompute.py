@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import RandomModel, int32, loss_and_gradients
 from parallel_cells import compiled
+from refusal import refused
 
 from research.telechat2.config.recompute import first_layers
 from research.telechat2.telechat_config import TelechatConfig
@@ -48,34 +49,37 @@ def test_a_stages_number_is_dealt_evenly_to_its_chunks(counts, data):
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("setting", "values"),
     [
-        ([1], "recompute is .*a list of 2 numbers of layers"),
-        ([[1, 1]] * 2, r"or 1 such lists"),
-        ([3, 17], "asks for 17 layers of stage 1, which has 16"),
-        ([-1, 0], "asks for -1 layers of stage 0"),
-        ("all", "recompute is 'all'"),
-        (3, "recompute is 3"),
-        ([1.0, 1], "recompute is"),
+        ([1], ([1], "list of 2")),
+        ([[1, 1]] * 2, ([[1, 1], [1, 1]], 1)),
+        ([3, 17], (17, "stage 1", 16)),
+        ([-1, 0], (-1, "stage 0")),
+        ("all", ("recompute", "'all'")),
+        (3, ("recompute", 3)),
+        ([1.0, 1], ("recompute", [1.0, 1])),
     ],
 )
-def test_settings_that_fit_no_pipeline_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_fit_no_pipeline_are_refused(setting, values):
+    with refused(*values):
         first_layers("recompute", setting, [[15, 16]])
 
 
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("section", "values"),
     [
-        ({"recompute": [1, 1]}, r"recompute_config.recompute is \[1, 1\].*a list of 1 numbers"),
-        ({"select_recompute": {r"feed_forward\..*": [31]}}, "select_recompute asks for 31 layers of stage 0"),
-        ({"select_recompute_exclude": True}, "select_recompute_exclude is set, but has no effect"),
-        ({"select_comm_recompute_exclude": True}, "select_comm_recompute_exclude is set"),
-        ({"parallel_optimizer_comm_recompute": True}, "optimizer_level: level3"),
+        ({"recompute": [1, 1]}, ("recompute_config.recompute", [1, 1], "list of 1")),
+        ({"select_recompute": {r"feed_forward\..*": [31]}}, ("select_recompute", 31, "stage 0")),
+        ({"select_recompute_exclude": True}, ("select_recompute_exclude",)),
+        ({"select_comm_recompute_exclude": True}, ("select_comm_recompute_exclude",)),
+        ({"parallel_optimizer_comm_recompute": True}, ("optimizer_level: level3",)),
+            {"parallel_optimizer_comm_recompute": True},
+            ("parallel_optimizer_comm_recompute", "optimizer_level: level3"),
+        ),
     ],
 )
-def test_a_config_refuses_what_it_would_ignore(section, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_config_refuses_what_it_would_ignore(section, values):
+    with refused(*values):
         TelechatConfig(parallel_config={"recompute": section})
 
 
@@ -104,7 +108,7 @@ def test_recomputation_changes_no_number(random, section):
 
 def test_a_pattern_without_operators_lists_those_there_are(random):
     section = {"select_recompute": [r"feed_forward\.mul"]}
-    with pytest.raises(ValueError, match=r"'feed_forward.*mul', which matches no operator.*wq\.matmul"):
+    with refused("recompute_config.select_recompute", repr(r"feed_forward\.mul"), "attention.wq.matmul"):
         random.build(seq_length=16, parallel_config={"recompute": section})
 
 
