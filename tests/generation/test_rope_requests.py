@@ -1,7 +1,6 @@
 """The host's account of rotary factors: what an engine's block tables say about each request's life."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused

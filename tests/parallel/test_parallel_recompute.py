@@ -73,9 +73,6 @@ def test_settings_that_fit_no_pipeline_are_refused(setting, values):
         ({"select_recompute_exclude": True}, ("select_recompute_exclude",)),
         ({"select_comm_recompute_exclude": True}, ("select_comm_recompute_exclude",)),
         ({"parallel_optimizer_comm_recompute": True}, ("optimizer_level: level3",)),
-            {"parallel_optimizer_comm_recompute": True},
-            ("parallel_optimizer_comm_recompute", "optimizer_level: level3"),
-        ),
     ],
 )
 def test_a_config_refuses_what_it_would_ignore(section, values):

@@ -10,6 +10,7 @@ from mindspore.ops import operations as P  # noqa: N812
 from research.telechat2.config.rope import (
     base_of_release,
     stretch_factor,
+    stretched_base,
     trained_alpha,
     yarn_scale,
     yarn_settings,
@@ -19,9 +20,8 @@ from research.telechat2.config.rope import (
 def dynamic_ntk(length: int, base_seqlen: int, training_seqlen: int) -> tuple[int, float]:
     """Dynamic NTK's alpha and mscale for a sequence of ``length`` tokens (spec: model_family.md 1.2).
 
-    With L = max(length, training_seqlen): ``alpha = max(2^ceil(log2(L / base_seqlen) + 1) - 1, 1)``, by which
-    theta grows as ``alpha^(D/(D-2))``, and ``mscale = 0.1 ln(L / training_seqlen) + 1``, by which cos and sin
-    are multiplied. Exact at the powers of two, where alpha changes.
+    With L = max(length, training_seqlen): trained_alpha of L, by which stretched_base grows, and
+    ``mscale = 0.1 ln(L / training_seqlen) + 1``, by which cos and sin are multiplied.
     """
     length = max(length, training_seqlen)
     return trained_alpha(length, base_seqlen), 0.1 * math.log(length / training_seqlen) + 1
@@ -46,8 +46,9 @@ def inverse_frequencies(config, length: int | None = None) -> tuple[np.ndarray, 
         return _yarn(yarn_settings(config), theta, exponents)
     if method == "DYNAMIC_NTK":
         length = config.seq_length if length is None else length
-        alpha, mscale = dynamic_ntk(length, config.base_seqlen, config.training_seqlen)
-        return (float(config.theta) * alpha ** (width / (width - 2))) ** exponents, mscale
+        _, mscale = dynamic_ntk(length, config.base_seqlen, config.training_seqlen)
+        length = max(length, config.training_seqlen)
+        return stretched_base(float(config.theta), config.base_seqlen, length, width) ** exponents, mscale
     return theta**exponents, 1.0
 
 
