@@ -1,9 +1,9 @@
-"""Whether a prediction can be shared out as its YAML says, and what it takes of each device's memory."""
+"""The plan of a prediction: whether it is legal, and what it takes of each device's memory."""
 
 from dataclasses import asdict, dataclass
 
 from research.telechat2.config.generation_limits import GenerationLimits
-from research.telechat2.config.sections import section_of
+from research.telechat2.config.sections import Settings, section_of
 from research.telechat2.config.settings import DEFAULTS, model_config
 from research.telechat2.config.sharing import memory_of_rank, prediction_plan
 
@@ -27,7 +27,7 @@ class CheckedPrediction:
     cache_bytes: int
     limit: str | None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """This prediction for JSON."""
         return asdict(self)
 
@@ -45,12 +45,12 @@ class CheckedPrediction:
         )
 
 
-def is_prediction(settings: dict) -> bool:
+def is_prediction(settings: Settings) -> bool:
     """Whether a YAML is one of a prediction."""
     return str(settings.get("run_mode")).startswith("predict")
 
 
-def check_prediction(settings: dict, device_num: int | None = None) -> CheckedPrediction:
+def check_prediction(settings: Settings, device_num: int | None = None) -> CheckedPrediction:
     """Check the plan of a prediction.
 
     Args:

@@ -131,11 +131,3 @@ class Collective:
         if self.kind in ("ReduceScatter", "AlltoAll", "AlltoAllV", "AllToAllv"):
             return self.input.bytes * (n - 1) // n
         return self.input.bytes
-
-
-class Graph(NamedTuple):
-    """All that read_graph finds, in the order of execution within each function of the graph."""
-
-    parameters: tuple[ShardedParameter, ...]
-    collectives: tuple[Collective, ...]
-    operators: tuple[Operator, ...]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.plan.dry_run.graph import Collective, Graph, Operator, ShardedParameter, TensorType
+from research.telechat2.plan.dry_run.graph import Collective, Operator, ShardedParameter, TensorType
 
 COLLECTIVES = (
     "AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "AllToAllv", "Broadcast",
@@ -46,8 +46,10 @@ class _Node(NamedTuple):
     scope: str
 
 
-def read_graph(folder: Path, layouts: Layouts, rank: int) -> Graph:
-    """Read the IR that MindSpore has dumped to ``folder`` as rank ``rank``.
+def read_graph(
+    folder: Path, layouts: Layouts, rank: int
+) -> tuple[tuple[ShardedParameter, ...], tuple[Collective, ...], tuple[Operator, ...]]:
+    """The IR that MindSpore has dumped as rank ``rank``, in the order of execution within each function.
 
     Args:
         layouts: the compiled cell's ``parameter_layout_dict``.
@@ -72,7 +74,7 @@ def read_graph(folder: Path, layouts: Layouts, rank: int) -> Graph:
             collectives.append(replace(found, count=counts[node.subgraph]))
         elif node.kind in OPERATORS:
             operators.append(replace(_operator(node), count=counts[node.subgraph]))
-    return Graph(parameters, tuple(collectives), tuple(operators))
+    return parameters, tuple(collectives), tuple(operators)
 
 
 def _last_dump(folder: Path) -> Path:
