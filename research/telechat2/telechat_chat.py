@@ -24,10 +24,10 @@ from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.chat import TRAIN_ON, encode
 
 
-def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool) -> str:
+def coloured(ids: list[int], mask: list[int], vocabulary: "Vocabulary", colour: bool) -> str:
     """Return the text of ``ids``; trained tokens green (in ⟦⟧ without colour), special ones bold."""
     text = ""
-    for trained, run in groupby(words.spans(ids, mask), key=lambda span: span.trained):
+    for trained, run in groupby(vocabulary.spans(ids, mask), key=lambda span: span.trained):
         if not colour:
             plain = "".join(span.text for span in run)
             text += f"⟦{plain}⟧" if trained else plain
@@ -41,7 +41,7 @@ def coloured(ids: list[int], mask: list[int], words: "Vocabulary", colour: bool)
 def _show(args) -> None:
     from research.telechat2.data import formats, job, sources
 
-    words = job.vocabulary_of_data(args.vocab_file_path)
+    vocabulary = job.vocabulary_of_data(args.vocab_file_path)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = 0
     files = [source.path for source in sources.find([args.file])]
@@ -60,9 +60,9 @@ def _show(args) -> None:
                     print(f"--- line {number}{of}: {error.reason}")
                     continue
                 prompt_format = args.prompt_format or parsed.prompt_format
-                ids, mask = encode(parsed.render(prompt_format, args.train_on), words)
+                ids, mask = encode(parsed.render(prompt_format, args.train_on), vocabulary)
             print(f"--- line {number}{of}: {prompt_format} format, {len(ids)} tokens, {sum(mask)} trained")
-            print(coloured(ids, mask, words, colour))
+            print(coloured(ids, mask, vocabulary, colour))
     if not shown:
         raise UsageError(
             f"{args.file} has no line {args.line} with a conversation"

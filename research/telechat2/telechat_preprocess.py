@@ -13,8 +13,8 @@ import argparse  # noqa: E402
 from research.telechat2.common.cli import run  # noqa: E402
 
 _DESCRIPTION = (
-    "Turn conversations and texts into MindRecord training data. What a line of jsonl holds is told by its "
-    "keys: input and output (plain prompt format); messages, system and dialog, conversations, or "
+    "Turn conversations and texts into MindRecord training data. The keys of a line tell what "
+    "it holds: input and output (plain prompt format); messages, system and dialog, conversations, or "
     "instruction and output (chat template); text, or data (pretraining)."
 )
 _OPTIONS = {

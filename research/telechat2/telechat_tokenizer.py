@@ -149,7 +149,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def tokenize(self, text, pair=None, add_special_tokens=False, split_special_tokens=False, **kwargs):
         """Return the pieces of a raw prompt, markers whole unless ``split_special_tokens``."""
         if kwargs:
-            raise TypeError(f"tokenize() does not know {', '.join(kwargs)}")
+            raise TypeError(f"tokenize() has no argument {', '.join(kwargs)}")
         if split_special_tokens or self.split_special_tokens:
             return self._tokenize(text)
         parts = enumerate(self._split_pattern.split(text))  # those of odd numbers are markers

@@ -27,7 +27,7 @@ class Conversation(NamedTuple):
     tools: list[JsonObject] | None
     prompt_format: str = "chat"
     tool_tags_in_content: bool = False
-    unused: tuple[str, ...] = ()  # fields of the line that are left out: metadata, or as asked for
+    unused: tuple[str, ...] = ()  # fields that are left out: metadata, or named in --ignore_fields
 
     def render(
         self,
@@ -54,7 +54,7 @@ class Text(NamedTuple):
     unused: tuple[str, ...] = ()
 
     def render(self, prompt_format: str | None = None, train_on: str = "answers") -> list[chat.Segment]:
-        """Return `<_start>`, the text and `<_end>`; all but the first is trained, whatever is asked for."""
+        """Return `<_start>`, the text and `<_end>`; ``train_on`` does not matter."""
         return [
             chat.Segment(START, special=True),
             chat.Segment(self.content, trained=True),
@@ -142,8 +142,7 @@ def _turns(text: str) -> list[JsonObject]:
     """Split ``input`` at its markers into user and assistant turns.
 
     A leading `<_start>`, white space before the first marker, a missing first `<_user>`, `<_end>` at the end
-    of an earlier answer and a closing `<_bot>` are all ways people write the same; any other special text is
-    text.
+    of an earlier answer and a closing `<_bot>` are optional; any other special text is text.
     """
     text = text.removeprefix(START)
     first, *rest = _TURN.split(text)

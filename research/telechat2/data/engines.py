@@ -24,7 +24,7 @@ from research.telechat2.text.sentencepiece_vocabulary import SentencePieceVocabu
 from research.telechat2.text.vocabulary import Vocabulary
 
 ENGINES = ("processes", "ray")
-MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes than that are a slip of the finger
+MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more processes are a typing error
 _AHEAD = 2  # batches per worker that are under way; more would only take memory
 _Task = TypeVar("_Task")
 
@@ -73,13 +73,13 @@ _state: tuple[Vocabulary, Options] | None = None  # of a worker process
 
 def _start(vocabulary: Vocabulary, options: Options) -> None:
     global _state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _state = vocabulary, options
 
 
 def _end_with_parent() -> None:
-    """A pool's processes would outlive a parent that is killed, and wait for ever."""
+    """End a process of the pool when its parent is killed; else it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -104,7 +104,7 @@ def _with_processes(
         )
     except BrokenProcessPool as error:
         raise OSError(
-            "a worker process died, perhaps for want of memory; continue with --resume, "
+            "a worker process died, perhaps because memory ran out; continue with --resume, "
             "and with fewer --workers"
         ) from error
     finally:
@@ -138,7 +138,7 @@ def _with_ray(
         yield from _in_order(batches, workers, lambda batch: work.remote(batch, content, options), ray.get)
     except ray.exceptions.RayError as error:
         raise OSError(
-            f"the Ray cluster could not do its work: {error}; mend that, and continue with --resume"
+            f"the Ray cluster could not do its work: {error}; correct that, and continue with --resume"
         ) from error
 
 

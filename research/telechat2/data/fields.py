@@ -12,8 +12,8 @@ from research.telechat2.text.messages import (
     NOTHING,
     TEXT_PARTS,
     is_blank,
-    joined,
     short,
+    with_text_content,
 )
 
 # Names of metadata, compared without case, `_` and `-`; names that end in `_id`, too.
@@ -37,7 +37,7 @@ METADATA = tuple(_NAMES.split())
 # What data sets call the mark of an answer that is not to be trained; 1 is as without.
 MASKS = ("weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
 JUDGEMENTS = ("label", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "accepted")
-# These say the same where they are false; any other value may mean something else.
+# These mark an answer as not trained where they are false; any other value may mean something else.
 VERDICTS = ("correct", "is_correct", "good", "is_good", "is_accepted", "is_chosen", "positive", "is_positive")
 
 _PREFERENCE = "preference data (DPO), of which this training knows no loss: keep the good answers alone"
@@ -81,7 +81,7 @@ _VERDICTS = frozenset(map(_same, VERDICTS))
 
 
 def is_mark(name: str) -> bool:
-    """Whether a field says if a line or an answer is trained; upper case, `_` and `-` do not matter."""
+    """Whether a field marks a line or an answer as trained or not; upper case, `_` and `-` do not matter."""
     return _same(name) in _MASKS or _same(name) in _JUDGEMENTS
 
 
@@ -118,17 +118,17 @@ def without(data: JsonObject, ignored: Set[str]) -> JsonObject:
 def check_unused(
     data: JsonObject, used: Set[str], where: str = "", beside: str = "", strict: bool = False
 ) -> list[str]:
-    """Return the names of the fields beside ``used`` that may go: those of metadata, and of no text.
+    """Return the names of the fields beside ``used`` that can be left out: metadata, and what holds no text.
 
     ``where`` and ``beside`` go into messages, before and behind the names.
-    ``strict``: of other names a number must not go either (in a message it may say what is trained).
+    ``strict``: nor can a number under another name, which in a message may mark what is trained.
 
     Raises:
         LostText: fields whose text would be lost; each is named, with the reason where it is known.
     """
     if data.keys() <= used:
         return []
-    left = [name for name, value in data.items() if name not in used and says_something(value)]
+    left = [name for name, value in data.items() if name not in used and has_content(value)]
     lost = [name for name in left if _is_lost(name, data[name], strict)]
     if lost:
         reasons = dict.fromkeys(
@@ -150,8 +150,8 @@ def preference(data: JsonObject) -> str:
     return f"{' and '.join(found)}: {_PREFERENCE}, as instruction and output" if found else ""
 
 
-def says_something(value: object) -> bool:
-    """Whether a field says more than its absence does; NaN is how pandas writes an absent one."""
+def has_content(value: object) -> bool:
+    """Whether a field means more than its absence does; NaN is how pandas writes an absent one."""
     return value not in NOTHING and value == value and not (isinstance(value, str) and is_blank(value))
 
 
@@ -170,25 +170,25 @@ def _has_text(value: object) -> bool:
     return isinstance(value, (str, list)) and bool(value)
 
 
-def judgement(data: JsonObject, ignored: Set[str]) -> None:
-    """Refuse a line that says of itself that it is not to be learnt (KTO's ``label: false``).
+def check_judgement(data: JsonObject, ignored: Set[str]) -> None:
+    """Refuse a line that is marked as not to be learnt (KTO's ``label: false``).
 
     Raises:
-        UsageError: it does, or says something else than true and false. ``ignored`` does not help against
+        UsageError: it is, or its mark is neither true nor false. ``ignored`` does not help against
             ``false`` itself, but where the name may mean something else (``VERDICTS``).
     """
     for name, value in data.items():
         same = _same(name)
         if same not in _JUDGEMENTS and (same not in _VERDICTS or name in ignored):
             continue
-        said = value.strip().lower() if isinstance(value, str) else value
-        if said is False or said == "false":
+        mark = value.strip().lower() if isinstance(value, str) else value
+        if mark is False or mark == "false":
             other = f", or --ignore_fields {name} if it says something else" if same in _VERDICTS else ""
             raise UsageError(
                 f"has {name} {value!r}: it is an answer that is not to be learnt (KTO); remove the line, or "
                 f"leave such lines out with --bad_lines skip{other}"
             )
-        is_known = not says_something(value) or said == "true" or (not isinstance(said, list) and said == 1)
+        is_known = not has_content(value) or mark == "true" or (not isinstance(mark, list) and mark == 1)
         if same in _JUDGEMENTS and name not in ignored and not is_known:
             raise UsageError(
                 f"has {name} {value!r}; expected true, or false for what is not to be learnt; if it says "
@@ -214,8 +214,8 @@ def weight_of(data: JsonObject, where: str = "") -> int | None:
                 f"leave it out knowingly: --ignore_fields {name}"
             )
     if len(set(found.values())) > 1:
-        said = " and ".join(f"{name} {value!r}" for name, value in found.items())
-        raise UsageError(f"{where}has {said}, which contradict each other; keep one")
+        marks = " and ".join(f"{name} {value!r}" for name, value in found.items())
+        raise UsageError(f"{where}has {marks}, which contradict each other; keep one")
     return int(next(iter(found.values()))) if found else None
 
 
@@ -226,7 +226,7 @@ _FUNCTION_KEYS = frozenset({"name", "arguments"})
 
 
 def clean_message(message: object, number: int, ignored: Set[str], unused: list[str]) -> JsonObject:
-    """A message with what the renderer knows; the names of what may go are added to ``unused``.
+    """A message with what the renderer knows; the names of fields that are left out are added to ``unused``.
 
     A content that is a list of text parts becomes one text.
 
@@ -240,10 +240,10 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
         return message
     where = f"message {number} "
     if ignored and not ignored.isdisjoint(message):
-        unused += [name for name in message if name in ignored and says_something(message[name])]
+        unused += [name for name in message if name in ignored and has_content(message[name])]
         message = without(message, ignored)
     unused += _unused_inside(message, number, ignored)
-    message = joined(message, number)
+    message = with_text_content(message, number)
     masks = {name for name in message if is_mask(name)}
     try:
         unused += check_unused(message, KNOWN_KEYS | masks, where, strict=True)
@@ -254,8 +254,8 @@ def clean_message(message: object, number: int, ignored: Set[str], unused: list[
                 f"write role and content"
             ) from error
         raise
-    if says_something(message.get("name")) and message.get("role") != "tool":
-        unused.append("name")  # of a person: the template does not say who speaks
+    if has_content(message.get("name")) and message.get("role") != "tool":
+        unused.append("name")  # of a person: the template has no place for it
     known = {name: message[name] for name in message if name in KNOWN_KEYS and name != "weight"}
     weight = weight_of(message, where)
     return known if weight is None else {**known, "weight": weight}
@@ -277,7 +277,7 @@ def _unused_inside(message: JsonObject, number: int, ignored: Set[str]) -> list[
     found = []
     for data, used, where in inside:
         if isinstance(data, dict) and not data.keys() <= used:
-            found += [name for name in data if name in ignored and says_something(data[name])]
+            found += [name for name in data if name in ignored and has_content(data[name])]
             if data.get("type") in (None, *TEXT_PARTS) or used is not _PART_KEYS:  # others are refused anyway
                 found += check_unused(without(data, ignored), used, where)
     return found

@@ -36,7 +36,7 @@ def _format(name: str, fields: str, convert: Callable[[JsonObject], Conversation
 
 
 _ALPACA = "instruction input output system history"
-# The first of these keys that a line has a value for tells its format.
+# A line has the format of the first of these keys that it has a value for.
 _FORMATS = {
     "messages": _format("messages", "messages tools", conversions.from_messages),
     "dialog": _format("system+dialog", "dialog system", conversions.from_dialog),
@@ -49,7 +49,7 @@ _FORMATS = {
 }
 _EXPECTED = "input and output, or messages, or system and dialog"
 _UNMARKED = frozenset().union(*(kind.fields for kind in _FORMATS.values()))  # these fields mark nothing
-# Fields of a test set that say what the answer should be; a question has no use for them.
+# Fields of a test set that hold the expected answer; a question does not need them.
 _OF_A_TEST = frozenset(
     {*("answer", "answers", "reference", "references", "target", "targets", "expected", "expected_output")}
     | {*("label", "labels", "gold", "ideal", "response", "completion", "solution", "ground_truth")}
@@ -154,7 +154,7 @@ def parse_line(line: str, ignored: Set[str] = frozenset()) -> Conversation:
 def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     """Parse a line of a test set: a conversation without its last answer, which may be empty or missing.
 
-    Fields that say what the answer should be, or whether it is trained, are left out. UsageError when it is
+    Fields with the expected answer, and marks of what is trained, are left out. UsageError when it is
     no conversation.
     """
     data = _read(line)
@@ -162,10 +162,10 @@ def parse_question(line: str, ignored: Set[str] = frozenset()) -> Conversation:
     data = fields.without(data, left_out)
     if any(data.get(name) is not None for name in ("input", "instruction")):
         data["output"] = data.get("output") or ""
-    asked = _conversation(*_parsed(data, ignored, is_question=True))
-    asked.render(add_generation_prompt=True)  # checks the messages
-    check_question(asked.messages)
-    return asked
+    question = _conversation(*_parsed(data, ignored, is_question=True))
+    question.render(add_generation_prompt=True)  # checks the messages
+    check_question(question.messages)
+    return question
 
 
 def _without_answer(messages: list[JsonObject]) -> list[JsonObject]:
@@ -237,7 +237,7 @@ def _parsed(
 ) -> tuple[str, Conversation | Text]:
     unused: list[str] = []
     if ignored:
-        unused = [name for name in data if name in ignored and fields.says_something(data[name])]
+        unused = [name for name in data if name in ignored and fields.has_content(data[name])]
         if not is_question:
             _check_marks(data, ignored)
         data = fields.without(data, ignored)
@@ -267,7 +267,7 @@ def _parsed(
 def _check_marks(data: JsonObject, ignored: Set[str] = frozenset()) -> None:
     """Refuse a line that is marked as not to be trained, or with what is no mark."""
     try:
-        fields.judgement(data, ignored)
+        fields.check_judgement(data, ignored)
         weight = None if ignored else fields.weight_of(data)
     except UsageError as error:
         raise UnusableLine(NOT_TRAINED, error) from error

@@ -11,19 +11,19 @@ import numpy as np
 from research.telechat2.common.files import atomic_write
 from research.telechat2.data.encoding import TRAINED, place_of
 from research.telechat2.data.manifests import Manifest
-from research.telechat2.data.report_words import word
+from research.telechat2.data.report_words import in_language
 from research.telechat2.data.spool import Spool, starts_of
 from research.telechat2.text.vocabulary import TokenArray, Vocabulary
 
-# Counts of the manifest that are told where they are not 0.
-_TOLD = {
+# Counts of the manifest that summary and page give where they are not 0.
+_FURTHER_COUNTS = {
     "copies_by_weight": "further copies, by the weights of the files",
     "truncated": "cut at a turn border to fit a record",
     "out_of_turn": "conversations whose turns do not alternate",
     "changed_text": "with text that the vocabulary changes for good",
     "with_special_text": "with special-token text (such as <_end>), encoded as text",
 }
-_Say = Callable[[str], str]  # English -> the page's language
+_Translate = Callable[[str], str]  # English -> the page's language
 SAMPLES = 12
 _SAMPLE_TOKENS = 1500  # so much of a sample is shown
 _STYLE = """
@@ -47,7 +47,7 @@ def summary(result: Manifest) -> str:
         f"+ {sum(skipped.values()):,} skipped{share}",
         *(f"  skipped {n:,}: {reason} (first: {first[reason]})" for reason, n in skipped.items()),
         f"  formats: {_listed(counts['by_format'])}",
-        *(f"  {counts[name]:,} {words}" for name, words in _TOLD.items() if counts[name]),
+        *(f"  {counts[name]:,} {words}" for name, words in _FURTHER_COUNTS.items() if counts[name]),
     ]
     if counts["unused_fields"]:
         fields = _listed(counts["unused_fields"])
@@ -84,24 +84,24 @@ class Sample(NamedTuple):
     line: int
 
 
-def write(path: Path, manifest: Manifest, spool: Spool, words: Vocabulary, language: str) -> None:
+def write(path: Path, manifest: Manifest, spool: Spool, vocabulary: Vocabulary, language: str) -> None:
     """Write the page for a finished data set; the samples are drawn from its spool."""
     samples = list(islice(_samples(spool, [entry["path"] for entry in manifest["inputs"]]), SAMPLES))
     with atomic_write(path) as temporary:
-        temporary.write_text(page(manifest, samples, words, language), encoding="utf-8")
+        temporary.write_text(page(manifest, samples, vocabulary, language), encoding="utf-8")
 
 
-def page(manifest: Manifest, samples: list[Sample], words: Vocabulary, language: str = "en") -> str:
+def page(manifest: Manifest, samples: list[Sample], vocabulary: Vocabulary, language: str = "en") -> str:
     """Return the page in a language (``report_words.LANGUAGES``)."""
 
-    def say(english: str) -> str:
-        return word(english, language)
+    def tr(english: str) -> str:
+        return in_language(english, language)
 
     counts = manifest["counts"]
     inputs = [[f["path"], f["bytes"], f["weight"], f["sha256"][:12]] for f in manifest["inputs"]]
     skipped = [
         [
-            say(reason),
+            tr(reason),
             number,
             f"{number / counts['lines']:.2%}",
             "; ".join(counts["skipped_lines"][reason][:3]),
@@ -115,23 +115,23 @@ def page(manifest: Manifest, samples: list[Sample], words: Vocabulary, language:
         "padding": counts["padding_tokens"],
     }
     sections = {
-        "Result": _table("", [[say(name), value] for name, value in _result(manifest)], say),
-        "Inputs": _table("file bytes weight sha256", inputs, say),
+        "Result": _table("", [[tr(name), value] for name, value in _result(manifest)], tr),
+        "Inputs": _table("file bytes weight sha256", inputs, tr),
         "Formats": _bars(counts["by_format"]),
-        "Skipped lines": _table("reason lines share first", skipped, say),
-        "Fields that are not used": _table("field lines", list(counts["unused_fields"].items()), say),
-        "Tokens in the records": _bars({say(name): n for name, n in stored.items()}, trained=say("trained")),
-        "Lengths": f"<p>{say('Conversations and texts, by tokens, up to')}</p>{_bars(manifest['lengths'])}",
-        "Samples": f"<p>{say('Trained tokens are')} <mark>{say('green')}</mark>, "
-        f"{say('special ones')} <b>{say('violet')}</b>.</p>",
+        "Skipped lines": _table("reason lines share first", skipped, tr),
+        "Fields that are not used": _table("field lines", list(counts["unused_fields"].items()), tr),
+        "Tokens in the records": _bars({tr(name): n for name, n in stored.items()}, trained=tr("trained")),
+        "Lengths": f"<p>{tr('Conversations and texts, by tokens, up to')}</p>{_bars(manifest['lengths'])}",
+        "Samples": f"<p>{tr('Trained tokens are')} <mark>{tr('green')}</mark>, "
+        f"{tr('special ones')} <b>{tr('violet')}</b>.</p>",
     }
     return "\n".join(
         [
-            f"<!doctype html><html lang={language}><meta charset=utf-8><title>{say('Training data')}</title>"
+            f"<!doctype html><html lang={language}><meta charset=utf-8><title>{tr('Training data')}</title>"
             f"<style>{_STYLE}</style>",
-            f"<h1>{say('Training data')}</h1>",
-            *(f"<h2>{say(heading)}</h2>{content}" for heading, content in sections.items()),
-            *(_sample(sample, words, say) for sample in samples),
+            f"<h1>{tr('Training data')}</h1>",
+            *(f"<h2>{tr(heading)}</h2>{content}" for heading, content in sections.items()),
+            *(_sample(sample, vocabulary, tr) for sample in samples),
             "</html>\n",
         ]
     )
@@ -148,7 +148,7 @@ def _result(manifest: Manifest) -> list[tuple[str, object]]:
         ("lines skipped", f"{skipped:,} ({skipped / counts['lines']:.2%})"),
         ("conversations", counts["conversations"]),
         *([("texts", counts["texts"])] if counts["texts"] else []),
-        *((words, counts[name]) for name, words in _TOLD.items() if counts[name]),
+        *((words, counts[name]) for name, words in _FURTHER_COUNTS.items() if counts[name]),
         ("records", counts["records"]),
         ("tokens of a record", manifest["max_length"] + 1),
         ("tokens", counts["tokens"]),
@@ -166,26 +166,26 @@ def _samples(spool: Spool, files: list[str]) -> Iterator[Sample]:
             yield Sample(tokens[starts[i] : starts[i + 1]], Path(files[file]).name, line)
 
 
-def _sample(sample: Sample, words: Vocabulary, say: _Say) -> str:
+def _sample(sample: Sample, vocabulary: Vocabulary, tr: _Translate) -> str:
     tokens = sample.tokens
     shown = tokens[:_SAMPLE_TOKENS]
     parts = []
-    for span in words.spans((shown & ~TRAINED).tolist(), (shown >= TRAINED).tolist()):
+    for span in vocabulary.spans((shown & ~TRAINED).tolist(), (shown >= TRAINED).tolist()):
         text = f"<b>{escape(span.text)}</b>" if span.special else escape(span.text)
         parts.append(f"<mark>{text}</mark>" if span.trained else text)
     trained = int((tokens >= TRAINED).sum())
-    more = f" … {len(tokens) - len(shown):,} {say('tokens more')}" if len(tokens) > len(shown) else ""
+    more = f" … {len(tokens) - len(shown):,} {tr('tokens more')}" if len(tokens) > len(shown) else ""
     return (
-        f"<p>{escape(sample.file)}:{sample.line}: {len(tokens):,} {say('tokens')}, {trained:,} "
-        f"{say('trained')}</p><pre>{''.join(parts)}{more}</pre>"
+        f"<p>{escape(sample.file)}:{sample.line}: {len(tokens):,} {tr('tokens')}, {trained:,} "
+        f"{tr('trained')}</p><pre>{''.join(parts)}{more}</pre>"
     )
 
 
-def _table(heads: str, rows: Sequence[Sequence[object]], say: _Say) -> str:
+def _table(heads: str, rows: Sequence[Sequence[object]], tr: _Translate) -> str:
     """A table of columns that single words head; "none" without rows."""
     if not rows:
-        return say("none")
-    head = "".join(f"<th>{say(name)}</th>" for name in heads.split())
+        return tr("none")
+    head = "".join(f"<th>{tr(name)}</th>" for name in heads.split())
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 

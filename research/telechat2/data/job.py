@@ -1,4 +1,4 @@
-"""What a run of the preprocessor is asked to do."""
+"""The options and inputs of a run of the preprocessor."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class Job(NamedTuple):
     options: Options
     found: list[Source]
     vocab_file: Path
-    words: Vocabulary
+    vocabulary: Vocabulary
     target: Path
     folder: Path
 

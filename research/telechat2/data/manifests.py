@@ -107,13 +107,13 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
         "max_length": job.options.max_length,
         "seed": job.options.seed,
         "options": job.options._asdict(),
-        "document_start_ids": job.words.start_ids,
+        "document_start_ids": job.vocabulary.start_ids,
         "documents_per_record": max(part.documents for part in parts),  # at most
         "inputs": [state._asdict() for state in files],
         "tokenizer": {
             "path": str(job.vocab_file),
             "sha256": sha256(job.vocab_file),
-            "vocab_size": job.words.size,
+            "vocab_size": job.vocabulary.size,
         },
         "files": [{"name": part.name, "records": part.records} for part in parts],
         "counts": {
@@ -143,6 +143,8 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
 def _examples(totals: Totals) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for problem in _in_order(totals.problems):
-        said = f": {problem.sentence}" if problem.sentence and not problem.reason.startswith(TOO_LONG) else ""
-        found.setdefault(problem.reason, []).append(_where(problem) + said)
+        sentence = (
+            f": {problem.sentence}" if problem.sentence and not problem.reason.startswith(TOO_LONG) else ""
+        )
+        found.setdefault(problem.reason, []).append(_where(problem) + sentence)
     return found

@@ -131,7 +131,7 @@ def _make(job: Job, workers: int | None, engine: str, report: str) -> None:
         write_json(prompt_format.manifest_path(job.folder / name), content)
     if report:
         page = writing.report_file(job.folder / job.target.name)
-        html_report.write(page, manifest, store, job.words, report)
+        html_report.write(page, manifest, store, job.vocabulary, report)
     write_json(job.folder / "moves.json", manifests.moves(job.target, manifest))
 
 
@@ -149,7 +149,7 @@ def _encode(
         done_batches = store.segments * spool.SEGMENT_BATCHES
         batches = sources.read_batches(job.found, files, done_batches, bar.update)
         useful = sum(-(-source.text_bytes() // sources.BATCH_BYTES) for source in job.found)
-        encoding = engines.encode_all(batches, job.words, job.options, engine, workers, useful)
+        encoding = engines.encode_all(batches, job.vocabulary, job.options, engine, workers, useful)
         with closing(encoding) as encoded:
             while group := list(islice(_counted(encoded, bar), spool.SEGMENT_BATCHES)):
                 segment = store.write(group)
@@ -200,9 +200,9 @@ def _part(path: Path, records: Iterator[list[TokenArray]], job: Job, bar: "tqdm[
 
     def filled() -> Iterator[writing.Record]:
         for pieces in records:
-            record = writing.fill_record(pieces, job.options.capacity, job.words.pad_id)
+            record = writing.fill_record(pieces, job.options.capacity, job.vocabulary.pad_id)
             sizes.append(sum(map(len, pieces)))
-            documents.append(writing.count_documents(record["input_ids"], job.words.start_ids))
+            documents.append(writing.count_documents(record["input_ids"], job.vocabulary.start_ids))
             yield record
 
     writing.write_records(path, filled(), bar.update)

@@ -65,7 +65,7 @@ _BEGINNINGS = {
 _ENDINGS = {" tokens": "个token", " within its first trained turn": "，第一个参与训练的轮次也放不下"}
 
 
-def word(english: str, language: str) -> str:
+def in_language(english: str, language: str) -> str:
     """``english`` in a language; a reason that names values keeps them."""
     if language == "en":
         return english

@@ -26,7 +26,7 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
     Files without a manifest, and weights without a tokenizer or a record of it, are not compared.
 
     Raises:
-        UsageError: two vocabularies; with the files that say so.
+        UsageError: two vocabularies; the files are named.
     """
     made = [(file, tokenizer) for file in files if (tokenizer := _tokenizer_of(file)).get("sha256")]
     for file, tokenizer in made[1:]:
@@ -51,7 +51,7 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
 
 
 def check_answering_vocabulary(vocab_file: str | Path, weights: str | Path | None) -> None:
-    """Compare the vocabulary of a prediction with that of the weights, where something tells it.
+    """Compare the vocabulary of a prediction with that of the weights, where it is known.
 
     Raises:
         UsageError: they are two.
@@ -98,13 +98,13 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping[str, Any]) -> 
 
 
 def data_vocabulary(files: Iterable[Path]) -> str | None:
-    """The hash of the vocabulary that MindRecord files were made with; None where no manifest says it."""
+    """The hash of the vocabulary that MindRecord files were made with; None where no manifest has it."""
     hashes = (_tokenizer_of(file).get("sha256") for file in files)
     return next(filter(None, hashes), None)
 
 
 def vocabulary_of_weights(path: Path) -> tuple[str | None, Path | None, str]:
-    """Hash, file and place of the vocabulary that weights belong to; None where nothing tells it."""
+    """Hash, file and place of the vocabulary that weights belong to; None where it is not known."""
     config = config_beside(path)
     recorded = (read_json(config) or {}).get(HASH_KEY) if config else None
     folder = config.parent if config and config.name == CONFIG else path if path.is_dir() else path.parent

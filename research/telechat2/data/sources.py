@@ -204,8 +204,8 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of all files from number ``skip`` on; where a file ends, add its state to ``read``.
 
-    ``advance`` is told how many bytes of the files (as they lie on the disk) have been read. UsageError when
-    a packed file is broken or cut short, or a line is no line.
+    ``advance`` is called with the number of bytes that have been read, as they lie on the disk. UsageError
+    when a packed file is broken or cut short, or a line is no line.
     """
     number = 0
     for index, source in enumerate(sources):
@@ -295,7 +295,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Counting(io.RawIOBase):
-    """A file that knows how much of it was read, and the hash of that; tells ``advance`` what was added."""
+    """A file that counts and hashes the bytes that are read, and calls ``advance`` with their number."""
 
     def __init__(self, file: io.RawIOBase, advance: Callable[[int], object]):
         self.file, self.advance = file, advance

@@ -124,7 +124,7 @@ def write_records(path: Path, records: Iterable[Record], advance: Callable[[int]
     except (MindRecordException, RuntimeError) as error:
         raise OSError(
             f"MindSpore could not write {path}, perhaps because the disk is full: {error}; "
-            f"mend that, and continue with --resume"
+            f"correct that, and continue with --resume"
         ) from error
     for file in (path, index_of(path)):
         fsync(file)

@@ -19,7 +19,7 @@ from research.telechat2.text.chat import DEFAULT_SYSTEM
 from research.telechat2.text.messages import (
     BYTE_ORDER_MARK,
     is_blank,
-    joined,
+    with_text_content,
     without_byte_order_marks,
 )
 
@@ -162,7 +162,7 @@ def name_system_texts(predictor: Predictor, conversations: list[Conversation], g
     """
     if predictor.prompt_format != "chat":
         return  # the others have none
-    firsts = [joined(asked.messages[0], 1) for asked in conversations]
+    firsts = [with_text_content(asked.messages[0], 1) for asked in conversations]
     texts = [first["content"] if first["role"] == "system" else None for first in firsts]
     sources = (
         (

@@ -3,7 +3,7 @@
 Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or
 literal text: what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The
 loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere, unless
-another choice of TRAIN_ON or a message's ``weight`` says otherwise.
+another choice of TRAIN_ON or a message's ``weight`` changes that.
 """
 
 import json
@@ -15,10 +15,10 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.text import exact_json
 from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.exact_json import JsonObject
-from research.telechat2.text.messages import ANSWERS, checked, short
+from research.telechat2.text.messages import ANSWERS, checked_messages, short
 from research.telechat2.text.vocabulary import BOT, END, START, SYSTEM, TOOL_TAGS, USER, Vocabulary
 
-# What the chat template says when a conversation brings no system message.
+# The system message of a conversation that has none, in the chat template.
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，"
     "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
@@ -39,7 +39,7 @@ TRAIN_ON = ("answers", "last_answer", "everything")
 
 
 class Segment(NamedTuple):
-    """One special token, or literal text; ``trained`` says whether the loss counts it."""
+    """One special token, or literal text; ``trained``: whether the loss counts it."""
 
     text: str
     special: bool = False
@@ -78,7 +78,7 @@ def render(
     prompt_formats.check(prompt_format)
     if train_on not in TRAIN_ON:
         raise UsageError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}")
-    messages = checked(messages, add_generation_prompt if allow_empty is None else allow_empty)
+    messages = checked_messages(messages, add_generation_prompt if allow_empty is None else allow_empty)
     everything = train_on == "everything"
     answers = trained_answers(messages, train_on)
     pieces = _text_with_tags if tool_tags_in_content else _literal

@@ -1,6 +1,6 @@
 """The renderer of conversations as a Jinja chat template, for tools that read one from a Hugging Face folder.
 
-It says what ``telechat_chat.render`` does, in each prompt format; a test holds them together. A template
+It gives the text of ``chat.render``, in each prompt format; a test holds them together. A template
 makes one string of all: a marker that somebody types is special there, and text here.
 """
 

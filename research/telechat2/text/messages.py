@@ -8,7 +8,7 @@ ANSWERS = ("assistant", "bot")
 # Keys of a message that name or link things the template does not print.
 SILENT_KEYS = frozenset({"name", "tool_call_id", "id", "type"})
 KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "weight"}) | SILENT_KEYS
-NOTHING: tuple[object, ...] = (None, "", [], {})  # values of a key that say no more than its absence
+NOTHING: tuple[object, ...] = (None, "", [], {})  # values of a key that mean no more than its absence
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's chat API, and its Responses API
 # Whatever prints nothing: white space of every script, and characters of no width. Other control characters
 # are text, if an odd one.
@@ -43,7 +43,7 @@ def is_blank(text: str) -> bool:
     return not text.strip(_BLANK)
 
 
-def joined(message: JsonObject, number: int) -> JsonObject:
+def with_text_content(message: JsonObject, number: int) -> JsonObject:
     """A message whose content is a list of OpenAI's text parts, with their texts joined; others as they are.
 
     Raises:
@@ -68,10 +68,10 @@ def _text_of_parts(parts: list[object], number: int) -> str:
     return "".join(texts)
 
 
-def checked(messages: object, allow_empty: bool) -> list[JsonObject]:
+def checked_messages(messages: object, allow_empty: bool) -> list[JsonObject]:
     """Check a conversation, and return it with contents that are strings, not parts.
 
-    ``allow_empty``: nothing of it is trained, so its messages may say nothing.
+    ``allow_empty``: nothing of it is trained, so its messages may be empty.
 
     Raises:
         UsageError: what cannot be rendered, or not be trained; the message is named.
@@ -86,7 +86,7 @@ def checked(messages: object, allow_empty: bool) -> list[JsonObject]:
             raise UsageError(f"message {number} is {short(message)}; expected a dict with role and content")
         where = f"message {number}"
         if not _is_simple(message):
-            message = joined(message, number)
+            message = with_text_content(message, number)
             _check_message(message, where, allow_empty)
         role = message["role"]
         if role == "system" and number > 1:
@@ -113,7 +113,7 @@ def check_question(messages: list[JsonObject]) -> None:
     if not messages:
         raise UsageError("there is no message to answer; expected at least a question")
     last = messages[-1]
-    if last["role"] == "user" and is_blank(joined(last, len(messages))["content"]):
+    if last["role"] == "user" and is_blank(with_text_content(last, len(messages))["content"]):
         raise UsageError(f"message {len(messages)} is an empty question; expected some text to answer")
 
 

@@ -2,7 +2,7 @@
 
 ``chat`` is the chat template (``<_system>…\\n<_user>…<_bot>…<_end>\\n``), ``plain`` the README's
 (``<_start><_user>…<_bot>…<_end>``), ``v1`` that of TeleChat v1, which has no ``<_start>``. A model answers
-badly in another one, and nothing in its weights tells which it saw, so a small file beside them does.
+badly in another one, and its weights do not show which one it was trained in. A small file beside them does.
 """
 
 import json
@@ -60,7 +60,7 @@ def write(directory: str | Path, prompt_format: str) -> None:
         recorded = _read(path)
         if recorded != prompt_format:
             raise UsageError(
-                f"{path} says prompt format {recorded!r}, but {prompt_format!r} was to be recorded "
+                f"{path} records prompt format {recorded!r}, but {prompt_format!r} was to be recorded "
                 f"there: one folder holds checkpoints of one format; use another output folder, or delete "
                 f"the file if it is wrong"
             )
@@ -69,7 +69,7 @@ def write(directory: str | Path, prompt_format: str) -> None:
 
 
 def of_dataset(path: str | Path) -> str | None:
-    """Return the format of a MindRecord file, or of all those under a directory; None when no manifest tells.
+    """Return the format of a MindRecord file, or of all those under a directory; None without a manifest.
 
     Raises UsageError when two files disagree or a manifest is not readable.
     """
@@ -82,9 +82,9 @@ def of_dataset(path: str | Path) -> str | None:
         if manifest.is_file():
             found.setdefault(_read(manifest), manifest)
     if len(found) > 1:
-        said = " and ".join(f"{manifest} says {name!r}" for name, manifest in sorted(found.items()))
+        formats = " and ".join(f"{manifest} has {name!r}" for name, manifest in sorted(found.items()))
         raise UsageError(
-            f"the data sets in {path} differ in prompt format: {said}; train on one format at a time"
+            f"the data sets in {path} differ in prompt format: {formats}; train on one format at a time"
         )
     return next(iter(found), None)
 

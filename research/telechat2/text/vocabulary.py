@@ -20,7 +20,7 @@ TokenArray = npt.NDArray[np.uint32]  # ids with flags: see data/encoding.py
 START, END, USER, BOT, SYSTEM, PAD = "<_start>", "<_end>", "<_user>", "<_bot>", "<_system>", "<_pad>"
 MARKERS = (START, END, USER, BOT, SYSTEM, PAD)
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-# Text of kinds that vocabularies which normalise it (NFKC, single blanks) or know few characters change.
+# Text that a vocabulary changes which normalises it (NFKC, single blanks) or has few characters.
 _PROBE = "Ａ，ﬁ①  \u3000½e\u0301 \t龘\U0001f4a9 "
 
 
