@@ -10,6 +10,7 @@ import pytest
 import torch
 from mindspore import Tensor
 from predict_model import NEW_TOKENS, QUESTIONS, asked, oracle_answer, write_yaml
+from refusal import refused
 
 from research.telechat2.generation.answer import STOPPED
 from research.telechat2.infer.chat import (
@@ -81,27 +82,28 @@ def test_a_neighbour_does_not_change_what_is_penalized(limits, random):
 def test_settings_that_are_none_are_refused_wherever_they_stand(
     random, small_vocab, config_file, tmp_path, limits, name, value
 ):
-    with pytest.raises(ValueError, match=f"{name} is .*{value}"):
+    with refused(name, value):
         load_predictor("no.yaml", generation={name: value})  # before anything is read
     file = write_yaml(tmp_path / "p.yaml", {name: value})
-    with pytest.raises(ValueError, match=f"{name} is .*{value}"):
+    with refused(name, value):
         load_predictor(file, small_vocab, random.weights)
-    with pytest.raises(ValueError, match=f"{name} is .*{value}"):
+    with refused(name, value):
         limits(**{name: value}).generate([[4, 20]])
 
 
 def test_a_misspelt_setting_is_refused():
-    with pytest.raises(ValueError, match="temprature is no setting of an answer. Did you mean temperature"):
+    with refused("temprature", "temperature"):
         load_predictor("no.yaml", generation={"temprature": 0.5})
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
-    [({"seed": -1}, "seed is -1"), ({"seed": "a"}, "seed is 'a'"), ({"prompt_format": "chatml"}, "'chatml'"),
-     ({"max_length": 0}, "max_length is 0"), ({"generation": {"max_new_tokens": 0}}, "max_new_tokens is 0")],
+    ("given", "named"),
+    [({"seed": -1}, ("seed", -1)), ({"seed": "a"}, ("seed", "'a'")),
+     ({"prompt_format": "chatml"}, ["'chatml'"]), ({"max_length": 0}, ("max_length", 0)),
+     ({"generation": {"max_new_tokens": 0}}, ("max_new_tokens", 0))],
 )  # fmt: skip
-def test_arguments_that_are_none_are_refused_before_anything_is_read(given, said):
-    with pytest.raises(ValueError, match=said):
+def test_arguments_that_are_none_are_refused_before_anything_is_read(given, named):
+    with refused(*named):
         load_predictor("no.yaml", **given)
 
 
@@ -109,17 +111,17 @@ def test_the_models_own_generate_refuses_what_it_cannot_take(predictor):
     """An id outside the embedding would end MindSpore's graph, and every later answer of the process."""
     model, few = predictor.model, {"max_new_tokens": 2}
     size = model.config.vocab_size
-    for arguments, said in (
-        ({"temprature": 0.5}, "temprature .* temperature"),
-        ({"do_sample": True, "seed": -1}, "seed is -1"),
+    for arguments, named in (
+        ({"temprature": 0.5}, ("temprature", "temperature")),
+        ({"do_sample": True, "seed": -1}, ("seed", -1)),
     ):
-        with pytest.raises(ValueError, match=said):
+        with refused(*named):
             model.generate([[4, 20]], **few, **arguments)
-    for rows, said in (
-        ([[4, size]], f"prompt 1 of 1 .* {size} at position 1"),
-        ([[4, 20], [-5, 4]], "2 of 2 .* -5"),
+    for rows, named in (
+        ([[4, size]], ("prompt 1 of 1", size, "position 1")),
+        ([[4, 20], [-5, 4]], ("2 of 2", -5)),
     ):
-        with pytest.raises(ValueError, match=said):
+        with refused(*named):
             model.generate(rows, **few)
     found = np.array(model.generate([[4, size - 1]], eos_token_id=2, **few))
     assert found.tolist() == np.array(model.generate([[4, size - 1]], eos_token_id=[2], **few)).tolist()
@@ -150,11 +152,10 @@ def broken_weight(predictor):
 def test_weights_that_are_no_numbers_are_an_error(limits, broken_weight, settings):
     predictor = limits(**settings)
     prompts = [predictor.prompt_ids(asked(text)) for text in QUESTIONS[:2]]
-    for batch, row in ((prompts, " of row 1 of 2"), (prompts[:1], "")):
-        said = rf"token 1 of the answer{row} \(position {len(prompts[0])}\), 600 of 600 are NaN"
-        with pytest.raises(ValueError, match=said):
+    for batch, row in ((prompts, "row 1 of 2"), (prompts[:1], "")):
+        with refused("token 1", row, f"position {len(prompts[0])}", "600 of 600"):
             predictor.generate(batch)
-    with pytest.raises(ValueError, match="600 of 600 are NaN"):
+    with refused("600 of 600"):
         chat(predictor, None, ["x"])  # not one that cannot be asked
 
 
@@ -291,7 +292,7 @@ def test_an_empty_system_text_is_nothing_to_the_plain_format(predictor, monkeypa
     "blank", ["", " ", "\t\n", "\u3000\u3000", "\u200b", "\ufeff", "\u2060 \u00ad", "\u3164"]
 )
 def test_a_question_of_blanks_is_none(predictor, blank, capsys):
-    with pytest.raises(ValueError, match="question 2 of 3: .* an empty question"):
+    with refused("question 2 of 3"):
         answer_all(predictor, [question("a"), question(blank), question("b")], 1)
     assert chat(predictor, None, [f"{blank}\n"]) == 0
     assert capsys.readouterr().out == ""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mindspore.nn.utils import no_init_parameters
 from model_fixtures import PAD, RandomModel
+from refusal import refused
 
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
 from research.telechat2.telechat import TelechatForCausalLM
@@ -30,46 +31,46 @@ def random(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
+    ("kind", "change", "named"),
     [
         (
             ParallelTelechatForCausalLM,
             {"use_past": False},
-            "use_past is False.*set model_config.use_past: True",
+            ("use_past", "model_config.use_past: True"),
         ),
         (
             ParallelTelechatForCausalLM,
             {"parallel_config": {"model_parallel": 2, "vocab_emb_dp": False}},
-            "model_parallel is 2, but this run has 1 process; .*Start 2 by scripts/msrun_launcher.sh",
+            ("model_parallel is 2", "1 process", "scripts/msrun_launcher.sh"),
         ),
         (
             TelechatForCausalLM,
             {"parallel_config": {"model_parallel": 2, "vocab_emb_dp": False}},
-            "model_parallel 2, but .*model.arch.type: ParallelTelechatForCausalLM",
+            ("model_parallel 2", "model.arch.type: ParallelTelechatForCausalLM"),
         ),
-        (TelechatForCausalLM, {"qkv_concat": True}, "qkv_concat is True.*ParallelTelechatForCausalLM"),
-        (TelechatForCausalLM, {"qkv_concat": True, "use_past": False}, "qkv_concat is True, use_past False"),
+        (TelechatForCausalLM, {"qkv_concat": True}, ("qkv_concat", "ParallelTelechatForCausalLM")),
+        (TelechatForCausalLM, {"qkv_concat": True, "use_past": False}, ("qkv_concat", "use_past")),
     ],
 )
-def test_models_that_cannot_be_are_refused(kind, change, message):
-    with pytest.raises(ValueError, match=message):
+def test_models_that_cannot_be_are_refused(kind, change, named):
+    with refused(*named):
         build(kind, **change)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"num_layers": 2}, "layers"),
-        ({"intermediate_size": 92}, "96.*92|92.*96"),
-        ({"vocab_size": 132}, "128.*132|132.*128"),
-        ({"moe_config": {"expert_num": 3, "num_experts_chosen": 2}}, "expert"),
+        ({"num_layers": 2}, ["layers"]),
+        ({"intermediate_size": 92}, (96, 92)),
+        ({"vocab_size": 132}, (128, 132)),
+        ({"moe_config": {"expert_num": 3, "num_experts_chosen": 2}}, ["expert"]),
     ],
 )
-def test_weights_that_do_not_fit_are_an_error(random, change, message):
+def test_weights_that_do_not_fit_are_an_error(random, change, named):
     """Whole models and joined rows: never random weights."""
     for joined in (False, True):
         model = build(qkv_concat=joined, **change)
-        with pytest.raises(ValueError, match=message):
+        with refused(*named):
             model.load_weights(random.hf)
 
 
@@ -80,12 +81,12 @@ def test_a_batch_that_may_outgrow_the_pool_is_refused_before_its_first_step(rand
     rows = np.array([[7] * 9, [5, 6] + [PAD] * 7])
     settings = {"do_sample": False, "eos_token_id": [-1], "pad_token_id": PAD}
     for limits in ({"max_new_tokens": 6}, {"max_length": 11}):  # 14 and 7 cached tokens, 10 and 10
-        with pytest.raises(ValueError, match=r"needs up to 6 blocks .* has 5; raise model_config.num_blocks"):
+        with refused("6 blocks", 5, "model_config.num_blocks"):
             model.generate(rows, **limits, **settings)
     assert not model.compile_cache  # nothing was run
     answer = model.generate(rows[:1], max_new_tokens=12, **settings)[0]
     assert len(answer) == 21
-    with pytest.raises(ValueError, match="needs up to 6 blocks"):
+    with refused("6 blocks"):
         model.generate(rows[:1], max_new_tokens=13, **settings)
     again = model.generate(rows[:1], max_new_tokens=12, **settings)[0]  # all blocks are free again
     np.testing.assert_array_equal(again, answer)

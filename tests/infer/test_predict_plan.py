@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from predict_model import write_yaml
+from refusal import refused
 
 from research.telechat2.config.sharing import check_memory, prediction_plan, processes_of_run
 from research.telechat2.config.yaml_files import read_config
@@ -41,23 +42,23 @@ def test_all_that_run_take_part_unless_the_yaml_gives_a_number(settings):
 
 
 @pytest.mark.parametrize(
-    ("processes", "change", "sections", "said"),
+    ("processes", "change", "sections", "named"),
     [
-        (2, {}, {"use_parallel": False}, "use_parallel is False, but 2 processes run"),
-        (1, {}, {"parallel_config": {"model_parallel": 2}}, r"model_parallel is 2, .* 1 process\. Start 2"),
-        (2, {}, {"parallel_config": {"model_parallel": 4}}, "model_parallel is 4, .* 2 processes"),
-        (2, {}, {"parallel_config": {"data_parallel": 2}}, "data_parallel is 2, but processes that predict"),
-        (2, {}, {"parallel_config": {"pipeline_stage": 2}}, "pipeline_stage 2; prediction with a cache"),
-        (3, {"n_kv_heads": 4}, {}, "num_heads 4 is not divisible by .*model_parallel 3"),
-        (4, {}, {}, "n_kv_heads 2 is not divisible by .*model_parallel 4"),
-        (2, {"intermediate_size": 97}, {}, "intermediate_size 97 is not divisible"),
-        (2, {"vocab_size": 601}, {}, "vocab_size 601 is not divisible"),
-        (2, {"use_past": False}, {}, "use_past is False, but processes that share"),
-        (2, {"num_layer": 3}, {}, "'num_layer'.* did you mean 'num_layers'"),
+        (2, {}, {"use_parallel": False}, ("use_parallel", "2 processes")),
+        (1, {}, {"parallel_config": {"model_parallel": 2}}, ("model_parallel is 2", "1 process", "msrun")),
+        (2, {}, {"parallel_config": {"model_parallel": 4}}, ("model_parallel is 4", "2 processes")),
+        (2, {}, {"parallel_config": {"data_parallel": 2}}, ("data_parallel is 2",)),
+        (2, {}, {"parallel_config": {"pipeline_stage": 2}}, ("pipeline_stage 2",)),
+        (3, {"n_kv_heads": 4}, {}, ("num_heads 4", "model_parallel 3")),
+        (4, {}, {}, ("n_kv_heads 2", "model_parallel 4")),
+        (2, {"intermediate_size": 97}, {}, ("intermediate_size 97",)),
+        (2, {"vocab_size": 601}, {}, ("vocab_size 601",)),
+        (2, {"use_past": False}, {}, ("use_past",)),
+        (2, {"num_layer": 3}, {}, ("num_layer", "num_layers")),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shared_is_refused(settings, processes, change, sections, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_shared_is_refused(settings, processes, change, sections, named):
+    with refused(*named):
         prediction_plan(settings(change, **{"use_parallel": True} | sections), processes)
 
 
@@ -65,7 +66,7 @@ def test_processes_without_a_common_seed_are_refused(settings, monkeypatch):
     config = settings(use_parallel=True, seed=None)
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("MS_WORKER_NUM", "2")
-    with pytest.raises(ValueError, match="seed is null, but the processes .* give --seed with a number"):
+    with refused("seed is null", "--seed"):
         share_model(config, prediction_plan(config, processes_of_run()))
 
 
@@ -75,17 +76,15 @@ def test_what_cannot_fit_is_refused_on_npus_alone(settings):
     sizes |= {"intermediate_size": 20480, "num_blocks": 512, "param_init_type": "float16"}
     sizes |= {"compute_dtype": "float16", "res_dtype": "float16"}
     ascend = {"use_parallel": True, "context": {"device_target": "Ascend"}}
-    with pytest.raises(
-        ValueError, match=r"70\.9 GB for its weights and 12\.9 GB .* is 58GB.* more than 1 pro"
-    ):
+    with refused("70.9 GB", "12.9 GB", "58GB"):
         prediction_plan(settings(sizes, **ascend), 1)
     assert prediction_plan(settings(sizes, **ascend), 2)["model_parallel"] == 2
     context = {"device_target": "Ascend", "max_device_memory": "40GB"}  # 35.44e9 + 6.44e9 bytes: 39.005 GiB
     assert prediction_plan(settings(sizes, use_parallel=True, context=context), 2)
     context["max_device_memory"] = "39GB"
-    with pytest.raises(ValueError, match="is 39GB"):
+    with refused("39GB"):
         prediction_plan(settings(sizes, use_parallel=True, context=context), 2)
-    with pytest.raises(ValueError, match="max_device_memory is 'much'; expected a size such as 58GB"):
+    with refused("max_device_memory", "'much'"):
         check_memory(SimpleNamespace(), 1, "much")
 
 
@@ -146,8 +145,8 @@ def test_a_text_file_is_one_question_and_a_jsonl_file_a_batch(tmp_path):
     lines.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 2, encoding="utf-8")
     assert len(read_prompts(lines)) == 2
     text.write_text(" \n")
-    with pytest.raises(ValueError, match=r"text.txt holds no question"):
+    with refused("text.txt"):
         read_prompts(text)
     text.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"text.txt, line 1: not UTF-8"):
+    with refused("text.txt, line 1", "UTF-8"):
         read_prompts(text)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Tensor
+from refusal import refused
 
 from research.telechat2.serve.mindie.classes import (
     MindIETelechatConfig,
@@ -38,7 +39,7 @@ def test_one_token_of_each_row_is_found_where_the_row_ends(rows):
 
 
 def test_a_prefill_that_leaves_tokens_out_is_an_error():
-    with pytest.raises(ValueError, match="brings 3 tokens of prompts that have 7.*plugin_params"):
+    with refused("3 tokens", 7, "plugin_params"):
         prompt_rows(np.ones((1, 3), int), np.array([5, 2]))
 
 
@@ -138,7 +139,7 @@ def test_prompts_read_in_pieces_have_the_factors_of_their_whole_lengths(by_promp
 
 
 def test_speculative_decoding_is_refused(model):
-    with pytest.raises(ValueError, match="speculative decoding"):
+    with refused("plugin_params"):
         step(model, [[13]], [3], [82], [[5]], prefill=False, spec_mask=np.ones((1, 1)))
 
 
@@ -176,7 +177,7 @@ def test_the_plain_format_is_rendered_where_a_model_was_tuned_in_it(small_vocab)
     plain = MindIETelechatTokenizer(str(small_vocab), prompt_format="plain")
     ids = plain.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert ids == [1, 4, *plain.encode_text("hi"), 5]
-    with pytest.raises(ValueError, match="prompt format 'chta' is unknown"):
+    with refused("'chta'"):
         MindIETelechatTokenizer(str(small_vocab), prompt_format="chta")
 
 
