@@ -56,7 +56,7 @@ def main() -> None:
         "--tensor_parallel",
         type=int,
         metavar="N",
-        help="for N ranks: a folder receives rank_0 to rank_<N-1>; a file is whole, its rows joined for N",
+        help="for N ranks: a folder receives rank_0 to rank_<N-1>; a file is whole, its rows stored for N",
     )
     parser.add_argument(
         "--model_name", help="such as telechat_7B: tells the heads of weights without config.json"

@@ -25,7 +25,7 @@ from research.telechat2.common.errors import UsageError
 
 CKPT_FORMATS = ("safetensors", "ckpt")
 TORCH_FORMATS = ("telechat", "llama")
-JOINED_FOR = "ranks that the rows of the weights are joined for, if nothing beside them records it"
+JOINED_FOR = "tensor-parallel size that joined rows are stored for, if nothing beside them records it"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 

@@ -55,7 +55,7 @@ class Layout:
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        rows = f"rows joined for {ranks}" if self.joined else "rows not joined"
+        rows = f"joined rows, stored for {ranks}" if self.joined else "rows not joined"
         return f"layout: {rows}, {f'a folder for each of {ranks}' if self.folders else 'whole'}"
 
 
@@ -178,7 +178,7 @@ def _require_sense(target: Path, qkv_concat: bool, tensor_parallel: int) -> None
         )
     if target.suffix == ".ckpt" and tensor_parallel > 1:
         raise UsageError(
-            f"{target}: a .ckpt file cannot say that its rows are joined for {tensor_parallel} ranks, and "
+            f"{target}: a .ckpt file cannot record that its rows are stored for {tensor_parallel} ranks, and "
             "would be loaded wrongly by others; name a .safetensors file, or a folder"
         )
 

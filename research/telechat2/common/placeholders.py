@@ -8,7 +8,7 @@ _ANSWERS = (b"entry not found", b"access to model", b"invalid username", b'{"err
 
 
 def what_stands_here(file: Path) -> str:
-    """The sentence that ends a message about a file that cannot be read; "" if it is no such placeholder."""
+    """What to add to a message about a file that cannot be read; "" if it is no such placeholder."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(200).lstrip().lower()

@@ -8,7 +8,7 @@ from research.telechat2.common.errors import UsageError
 
 
 class SettingsError(UsageError):
-    """One error or several; ``found``: a sentence for each, none twice."""
+    """One error or several; ``found``: the message of each, none twice."""
 
     def __init__(self, found: list[str] | str, source: object = None):
         """``source``: the file that messages name; None: none. MindFormers raises it again with a text."""
@@ -22,7 +22,7 @@ class SettingsError(UsageError):
 
 
 def problems_of(error: UsageError) -> list[str]:
-    """The sentences of an error."""
+    """The messages of an error."""
     return list(error.found) if isinstance(error, SettingsError) else [str(error)]
 
 

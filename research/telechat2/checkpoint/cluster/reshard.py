@@ -77,34 +77,7 @@ def _read_rows(tensor: StoredTensor, box: list[tuple[int, int]]) -> NDArray[np.v
     for block in tensor.blocks(first * row, last * row):
         content += block
     rows = np.frombuffer(content, f"V{width}").reshape(last - first, *tensor.shape[1:])
-    return rows[(slice(None), *(slice(*ends) for ends in others))]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was read and written."""
-
-    source: Path
-    device_num: int
-    folder: Path
-    files: int
-    tensors: int
-    bytes: int
-    left_out: int
-    copied: tuple[str, ...]
-    sizes: str
-
-    def __str__(self) -> str:
-        copied = listed(self.copied, 5) or "nothing"
-        return "\n".join(
-            [
-                f"read {self.source}, saved by {self.device_num} devices",
-                f"wrote {self.tensors:,} tensors, {self.bytes:,} bytes, {self.files} files, to {self.folder}",
-                f"model: {self.sizes}",
-                f"not in the strategies, the same on all ranks, copied: {copied}",
-                f"left out: {self.left_out} accumulated gradients" if self.left_out else "left out: nothing",
-            ]
-        )
+    return rows[(slice(None), *(slice(*bounds) for bounds in others))]
 
 
 def transform(
@@ -113,8 +86,10 @@ def transform(
     prefix: str,
     src_ckpt_strategy: str | Path | None = None,
     dst_ckpt_strategy: str | Path | None = None,
-) -> Summary:
+) -> str:
     """Write a checkpoint anew for another cluster, as ``rank_<r>/<prefix><r>.safetensors``.
+
+    Returns a report of what was read and written.
 
     Args:
         src_ckpt_dir: with strategies, a folder of ``rank_*`` folders, of which the newest step is taken, or
@@ -155,16 +130,14 @@ def transform(
     written = write_ranks(folder, prefix, ranks)
     if (prompt_format := prompt_formats.find(source)) is not None:
         prompt_formats.write(folder, prompt_format)
-    return Summary(
-        source=source,
-        device_num=len(shards),
-        folder=folder,
-        files=len(ranks),
-        tensors=sum(map(len, ranks)),
-        bytes=written,
-        left_out=len(left_out),
-        copied=tuple(sorted(copied)),
-        sizes=plan.sizes.describe(),
+    return "\n".join(
+        [
+            f"read {source}, saved by {len(shards)} devices",
+            f"wrote {sum(map(len, ranks)):,} tensors, {written:,} bytes, {len(ranks)} files, to {folder}",
+            f"model: {plan.sizes.describe()}",
+            f"not in the strategies, the same on all ranks, copied: {listed(sorted(copied), 5) or 'nothing'}",
+            f"left out: {len(left_out)} accumulated gradients" if left_out else "left out: nothing",
+        ]
     )
 
 

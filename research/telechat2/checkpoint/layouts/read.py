@@ -156,13 +156,13 @@ def read_whole(path: Path, sizes: TelechatSizes | None) -> list[StoredTensor]:
     if known is None and ranks:
         known = group
         print(
-            f"{path} does not say for how many ranks its rows are joined; taken as joined for {group} "
-            f"{'rank' if group == 1 else 'ranks'}, as there are folders",
+            f"{path} does not record the tensor-parallel size that its joined rows are stored for; taken as "
+            f"stored for tensor-parallel size {group}, the number of its folders",
             file=sys.stderr,
         )
     joined_for = _joined_for(path, known)
     if group not in (1, joined_for):
-        raise UsageError(f"{path} holds {group} ranks, but says that its rows are joined for {joined_for}")
+        raise UsageError(f"{path} holds {group} ranks, but its rows are stored for {joined_for}")
     return part_rows(tensors, sizes, joined_for)
 
 
@@ -170,7 +170,7 @@ _ASKED: dict[str, int] = {}
 
 
 def assume_joined_for(ranks: int | None) -> None:
-    """Take the command line's word, in this process, for checkpoints that record no layout.
+    """Use ``--joined_for`` of the command line, in this process, for checkpoints that record no layout.
 
     Raises:
         UsageError: it is no number of ranks.
@@ -187,14 +187,14 @@ def _joined_for(path: Path, known: int | None) -> int:
     asked = _ASKED.get("joined_for")
     if known and asked and known != asked:
         raise UsageError(
-            f"--joined_for is {asked}, but the rows of {path} are joined for {known}, as recorded with it; "
-            "leave --joined_for out"
+            f"--joined_for is {asked}, but the rows of {path} are stored for tensor-parallel size {known}, "
+            "as recorded with it; leave --joined_for out"
         )
     if (found := known or asked) is None:
         raise UsageError(
-            f"{path} has joined rows (qkv_concat), but neither its header nor a manifest beside it says for "
-            "how many ranks they are joined, and the tensors do not show it: another number would load "
-            "without an error, and the answers would be wrong. Give --joined_for N (1 for a file that "
+            f"{path} has joined rows (qkv_concat), but neither its header nor a manifest beside it records "
+            "the tensor-parallel size that they are stored for. The tensors do not show it, and with another "
+            "size the answers would be wrong. Give --joined_for N (1 for a file that "
             "MindFormers' convert_weight.py made), which convert_weight.py --pre_ckpt_path, "
             "convert_reversed.py, run_telechat_predict.py and run_mindformer.py take; or convert the "
             "original weights again"

@@ -5,7 +5,7 @@ are stored for tensor-parallel size n: rank by rank, so that each rank's are tog
 ranks only, and its header records it. Every function has its inverse; tensors are views, nothing is read.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
@@ -53,7 +53,7 @@ def check_divisible(sizes: TelechatSizes, tensor_parallel: int) -> None:
 def part_of_rank(
     whole: Mapping[str, StoredTensor], sizes: TelechatSizes, tensor_parallel: int, rank: int, qkv_concat: bool
 ) -> Tensors:
-    """What ``rank`` of ``tensor_parallel`` ranks has of a whole model.
+    """What ``rank`` of ``tensor_parallel`` ranks has of a whole model, which ``check_divisible`` accepts.
 
     Args:
         whole: all weights by name, as the training model has them.
@@ -61,33 +61,18 @@ def part_of_rank(
         qkv_concat: join the rows.
 
     Raises:
-        UsageError: sizes that do not divide or are unknown, or parts of different dtypes to be joined.
+        UsageError: heads that are unknown, or parts of different dtypes to be joined.
     """
-    check_divisible(sizes, tensor_parallel)
-    if not 0 <= rank < tensor_parallel:
-        raise UsageError(f"rank is {rank}; expected 0 to {tensor_parallel - 1}, as tensor parallel says")
     own = {}
     for name, tensor in whole.items():
         axis = _split_axis(name)
         own[name] = tensor if axis is None else part_of(tensor, axis, rank, tensor_parallel)
-    if not qkv_concat:
-        return own
-    return _with_joined(whole, own, sizes, lambda joined, i: _ranges(joined, i, sizes, tensor_parallel, rank))
+    return _with_joined(whole, own, sizes, tensor_parallel, [rank]) if qkv_concat else own
 
 
 def join_rows(whole: Mapping[str, StoredTensor], sizes: TelechatSizes, tensor_parallel: int) -> Tensors:
-    """A whole model with joined rows, those of each of ``tensor_parallel`` ranks together.
-
-    Raises:
-        UsageError: as ``part_of_rank``.
-    """
-    check_divisible(sizes, tensor_parallel)
-
-    def of_all_ranks(joined: Joined, layer: int) -> list[RowRange]:
-        ranks = range(tensor_parallel)
-        return [rows for rank in ranks for rows in _ranges(joined, layer, sizes, tensor_parallel, rank)]
-
-    return _with_joined(whole, whole, sizes, of_all_ranks)
+    """A whole model with joined rows, those of each rank together; see part_of_rank."""
+    return _with_joined(whole, whole, sizes, tensor_parallel, range(tensor_parallel))
 
 
 def is_joined(names: Iterable[str]) -> bool:
@@ -141,9 +126,10 @@ def _with_joined(
     whole: Mapping[str, StoredTensor],
     others: Mapping[str, StoredTensor],
     sizes: TelechatSizes,
-    ranges: Callable[[Joined, int], list[RowRange]],
+    tensor_parallel: int,
+    ranks: Iterable[int],
 ) -> Tensors:
-    """``others`` with joined tensors, made of rows of ``whole``, in place of their parts."""
+    """``others`` with joined tensors, of the rows of ``whole`` that ``ranks`` have, instead of their parts."""
     _require_heads(sizes, "joining its rows (qkv_concat)")
     result = dict(others)
     for joined in JOINED:
@@ -155,7 +141,8 @@ def _with_joined(
             if len(dtypes) > 1:
                 names = " but ".join(f"{part} is {dtype}" for dtype, part in dtypes.items())
                 raise UsageError(f"{names}; rows of different dtypes cannot be joined: convert them to one")
-            pieces = [(whole[part], first, last) for part, first, last in ranges(joined, layer)]
+            ranges = (_ranges(joined, layer, sizes, tensor_parallel, rank) for rank in ranks)
+            pieces = [(whole[part], first, last) for rows in ranges for part, first, last in rows]
             for part in parts:
                 del result[part]
             name, count = joined.mindspore.format(i=layer), sum(last - first for _, first, last in pieces)

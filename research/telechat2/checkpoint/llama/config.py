@@ -16,20 +16,12 @@ _WITHOUT_EFFECT = {
     *("initializer_range", "use_cache", "attention_dropout", "unk_token_id", "pretraining_tp", "auto_map"),
     *("tokenizer_sha256", "max_sequence_length", "output_attentions", "output_hidden_states", "return_dict"),
 }
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _READ = {
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+    *(*_REQUIRED, "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("max_position_embeddings", "attention_bias", "mlp_bias", "hidden_act", "partial_rotary_factor"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "head_dim", "rope_parameters"),
     "sliding_window",
-}
-_SPELLINGS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
 }
 
 
@@ -106,17 +98,17 @@ def llama_config(description: Description, dtype: str) -> dict[str, Any]:
 
 
 def _sizes(config: Config) -> TelechatSizes:
-    lacking = [key for key in _SPELLINGS.values() if key != "num_key_value_heads" and config.get(key) is None]
+    lacking = [key for key in _REQUIRED if config.get(key) is None]
     if lacking:
         raise UsageError(
             f"the config is that of a Llama model, but has no {', '.join(lacking)}; take config.json from "
             "the release of the weights"
         )
-    renamed = {ours: config.get(theirs) for ours, theirs in _SPELLINGS.items()}
-    renamed["tie_word_embeddings"] = flag(config, "tie_word_embeddings")
-    if is_mistral(config) and renamed["n_kv_heads"] is None and "num_key_value_heads" not in config:
-        renamed["n_kv_heads"] = 8  # of transformers' MistralConfig
-    return TelechatSizes.from_hf_config(renamed | {"num_experts": 0})
+    sizes = {key: config.get(key) for key in (*_REQUIRED, "num_key_value_heads")}
+    if is_mistral(config) and "num_key_value_heads" not in config:
+        sizes["num_key_value_heads"] = 8  # of transformers' MistralConfig
+    tied = flag(config, "tie_word_embeddings")
+    return TelechatSizes.from_hf_config({**sizes, "tie_word_embeddings": tied, "num_experts": 0})
 
 
 def _refuse_what_differs(config: Config, sizes: TelechatSizes) -> None:
