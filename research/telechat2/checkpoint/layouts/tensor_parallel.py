@@ -129,7 +129,7 @@ def _with_joined(
     tensor_parallel: int,
     ranks: Iterable[int],
 ) -> Tensors:
-    """``others`` with joined tensors, of the rows of ``whole`` that ``ranks`` have, instead of their parts."""
+    """``others`` with joined tensors, of the rows of ``whole`` that ``ranks`` have, in place of parts."""
     _require_heads(sizes, "joining its rows (qkv_concat)")
     result = dict(others)
     for joined in JOINED:
