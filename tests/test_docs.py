@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_layers import LAYERS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PLUGIN = CHECKOUT / "research" / "telechat2"
@@ -24,3 +25,14 @@ def test_the_ways_pass_every_package():
     text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = {path.parent.name for path in PLUGIN.glob("*/__init__.py")}
     assert packages <= {name.split("/")[0] for name in re.findall(r"`([\w/]+\.py)`", text)}
+
+
+def test_the_import_rule_is_drawn_as_it_is_held():
+    """Each layer of test_layers.py has a line of the drawing in CONTRIBUTING.md, in the same order."""
+    drawing = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```\ncommon")[1]
+    lines = [set(line[:50].split()) for line in f"common{drawing}".splitlines()]
+    drawn = []
+    for layer in LAYERS:
+        (number,) = [i for i, words in enumerate(lines) if words >= set(layer)]
+        drawn.append(number)
+    assert drawn == sorted(drawn)
