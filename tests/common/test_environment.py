@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from refusal import refused
 
 from research.telechat2.common import environment
 
@@ -85,7 +86,7 @@ def test_folders_of_that_name_are_no_package(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "refused"),
+    ("name", "version", "too_old"),
     [
         ("mindspore", "2.4.10", True),
         ("mindformers", "1.3.2", True),
@@ -95,15 +96,16 @@ def test_folders_of_that_name_are_no_package(tmp_path):
         ("mindformers", "dev", False),
     ],
 )
-def test_versions(monkeypatch, name, version, refused):
+def test_versions(monkeypatch, name, version, too_old):
     monkeypatch.delenv(environment.ANY_VERSION, raising=False)
-    found = SimpleDistribution(version, environment._found(name))
+    folder = environment._found(name)
+    found = SimpleDistribution(version, folder)
     monkeypatch.setattr("importlib.metadata.distribution", lambda asked: found)
-    if refused:
-        with pytest.raises(ValueError, match=f"{name} is {version}, .*{environment.VERSIONS[name]}"):
-            environment._notes(name)
+    if too_old:
+        with refused(f"{name} is {version}", environment.VERSIONS[name], kind=ValueError):
+            environment._notes(name, folder)
         monkeypatch.setenv(environment.ANY_VERSION, "1")
-    (note,) = environment._notes(name)
+    (note,) = environment._notes(name, folder)
     assert version in note and environment.VERSIONS[name] in note
 
 
@@ -119,7 +121,7 @@ class SimpleDistribution:
 
 def test_an_old_python_is_named(monkeypatch):
     monkeypatch.setattr(environment.sys, "version_info", (3, 9, 2))
-    with pytest.raises(ValueError, match=r"this is Python 3\.9 .* needs 3\.11"):
+    with refused("Python 3.9", "3.11", kind=ValueError):
         environment.check_environment("run_mindformer.py")
 
 

@@ -124,7 +124,7 @@ def evaluation(name: str, place: str, in_training: bool):
     _, settings = read_settings(name, scaled(name), Path.cwd())
     checked = check(settings)
     return simulate(
-        "research.telechat2.run.training_step:build_evaluation",
+        "evaluation_step:build",
         {"settings": settings, "in_training": in_training},
         device_num=checked.device_num,
         rank=checked.stages[{"first": 0, "last": -1}[place]].ranks[0],

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
+from refusal import refused
 
 from research.telechat2.run.lock import only_training_in
 
@@ -17,7 +17,7 @@ def test_the_second_is_refused_and_told_who_holds_the_folder(tmp_path):
     folder = tmp_path / "out"
     with only_training_in(folder):
         (folder / "result").touch()
-        with pytest.raises(ValueError, match=f"{folder} .process {os.getpid()} on .*--output_dir"):
+        with refused(folder, f"process {os.getpid()}", "--output_dir"):
             only_training_in(folder).__enter__()
         with only_training_in(tmp_path / "other"):
             pass
@@ -42,7 +42,7 @@ def test_the_lock_ends_with_its_process_however_that_ends(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {process.pid} on"):
+    with refused(f"process {process.pid} on"):
         only_training_in(tmp_path).__enter__()
     process.kill()
     process.wait()

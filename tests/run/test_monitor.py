@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
+from refusal import refused
 
 from research.telechat2.compat import library
 from research.telechat2.compat.library import MFLossMonitor
@@ -146,7 +147,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_a_foreign_one_is_named(output, tmp
     steps = read_metrics(file)
     assert [step["step"] for step in steps] == [1] and np.isnan(steps[0]["loss"])
     file.write_text('hello\n{"step": 2, "loss": 1.0}\n')
-    with pytest.raises(ValueError, match="line 1.*hello"):
+    with refused("line 1", "hello"):
         read_metrics(file)
 
 
@@ -167,7 +168,7 @@ def test_a_run_that_ends_without_a_loss_fails(messages, output):
     monitor = trained(range(0))
     for step, loss in enumerate([1.0, float("nan"), 2.0, float("nan"), float("nan")], start=1):
         monitor.step_end(run_context(step, (Tensor(loss), Tensor(False), None, Tensor(0.5))))
-    with pytest.raises(ValueError, match="since step 4 .nan at step 5"):
+    with refused("step 4", "nan", "step 5"):
         monitor.check_end()
     TelechatMonitor().check_end()  # nothing was trained
 
@@ -175,7 +176,7 @@ def test_a_run_that_ends_without_a_loss_fails(messages, output):
 def test_a_learning_rate_that_is_no_number_ends_the_run(messages, output):
     """The optimizer has multiplied the weights by it."""
     monitor = trained(range(0))
-    with pytest.raises(ValueError, match="learning rate of step 1 is nan"):
+    with refused("step 1", "nan", "lr_schedule"):
         monitor.step_end(run_context(1, (Tensor(1.0), Tensor(False), None, Tensor(float("nan")))))
     assert json.loads((output / "metrics.jsonl").read_text())["learning_rate"] == "nan"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mindspore import Tensor
 from model_fixtures import RandomModel, int32
+from refusal import refused
 
 from research.telechat2.run.perplexity import TelechatPerplexity
 
@@ -71,7 +72,7 @@ def test_tokens_are_counted_one_by_one_beyond_what_float32_can_count():
 def test_a_loss_that_is_not_finite_is_an_error(total):
     metric = TelechatPerplexity()
     metric.update(Tensor([3.0]), Tensor([2.0]))
-    with pytest.raises(ValueError, match=f"the loss is {total} after 2 evaluation batches"):
+    with refused(total, "2 evaluation batches"):
         metric.update(Tensor([total]), Tensor([2.0]))
 
 
@@ -86,10 +87,10 @@ def test_a_stage_without_the_losses_has_no_result(capsys):
 def test_data_without_trained_tokens_has_no_loss():
     metric = TelechatPerplexity()
     metric.update(Tensor([0.0]), Tensor([1e-8]))
-    with pytest.raises(ValueError, match="hold no trained token"):
+    with refused("telechat_preprocess.py"):
         metric.eval()
 
 
 def test_data_without_labels_are_named():
-    with pytest.raises(ValueError, match="no column labels"):
+    with refused("eval_dataset.input_columns", "labels"):
         TelechatPerplexity().update(np.zeros((1, 3, 5)), np.zeros((1, 3)), np.zeros((1, 3)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from refusal import refused
 from safetensors.numpy import save_file
 from saved_iterations import RECORD, save_iteration
 
@@ -64,17 +65,17 @@ def test_the_matrix_of_data_batch_and_position(position, data, batch, recorded):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"seed": 7}, "seed: 0 -> 7"),
-        ({"records": 4}, r"num_samples.: 5 -> 4"),  # the same data, of which less is read
-        ({"shuffle": False}, "shuffle: True -> False"),
-        ({"sink_size": 3}, "sink_size: 3, and step 8 lies within a sink"),
-        ({"global_batch_size": 4, "devices": 4}, "1 -> 4"),
-        ({"epochs": 1}, "step 8, and 1 epochs of 5 steps are 5"),
-        ({"optimizer": {"type": "Adam"}}, "optimizer.type.*-> Adam"),  # of which no state is saved
+        ({"seed": 7}, ["seed", "0 -> 7"]),
+        ({"records": 4}, ["num_samples", "5 -> 4"]),  # the same data, of which less is read
+        ({"shuffle": False}, ["shuffle", "True -> False"]),
+        ({"sink_size": 3}, ["sink_size: 3", "step 8"]),
+        ({"global_batch_size": 4, "devices": 4}, ["1 -> 4"]),
+        ({"epochs": 1}, ["step 8", "--runner_config.epochs"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer.type", "None -> Adam"]),  # of which no state is saved
     ],
 )
 def test_what_moves_the_position_is_refused(changes, told):
-    with pytest.raises(ValueError, match=told):
+    with refused(*told):
         check_resumption(RECORD.at(8), common(8), replace(RECORD, **changes))
 
 
@@ -122,12 +123,12 @@ def test_epochs_are_counted_by_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("epoch", "refused"),
+    ("epoch", "misfit"),
     [(2, False), (8, False), (1, True), (3, True)],  # 8: saved in sink mode, a step is an epoch
 )
-def test_the_epoch_of_an_older_checkpoint_must_fit_the_steps_of_an_epoch(epoch, refused):
-    if refused:
-        with pytest.raises(ValueError, match=f"step 8 was in epoch {epoch}; of 5 steps each .* epoch 2"):
+def test_the_epoch_of_an_older_checkpoint_must_fit_the_steps_of_an_epoch(epoch, misfit):
+    if misfit:
+        with refused("step 8", f"epoch {epoch}", "epoch 2"):
             check_resumption(None, common(8, epoch), RECORD)
     else:
         check_resumption(None, common(8, epoch), RECORD)
@@ -166,34 +167,32 @@ def second_process(folder):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (without("t-opt-0000000-0000001.safetensors"), "optimizer's states is missing"),
-        (without("t-model-0000000-0000001.safetensors"), "weights is missing"),
-        (without("common.json"), "common.json is missing"),
+        (without("t-opt-0000000-0000001.safetensors"), "*-opt-"),
+        (without("t-model-0000000-0000001.safetensors"), "*-model-"),
+        (without("common.json"), "common.json"),
         (cut("t-opt-0000000-0000001.safetensors"), "t-opt-0000000-0000001.safetensors"),
         (cut("t-model-0000000-0000001.safetensors"), "t-model-0000000-0000001.safetensors"),
-        (said("common.json", "{"), "common.json is broken"),
-        (said("common.json", '{"step_num": 8}'), "common.json is broken"),
+        (said("common.json", "{"), "common.json"),
+        (said("common.json", '{"step_num": 8}'), "common.json"),
         (
             said("common.json", '{"step_num": 0, "epoch_num": 1, "global_batch_size": 1}'),
             "'step_num': 0",
         ),
         (
             said("common.json", '{"step_num": 6, "epoch_num": 2, "global_batch_size": 1}'),
-            "common.json is of step 6",
+            "step 6",
         ),
-        (said("training.json", "[]"), "training.json is broken"),
-        (one_moment, "no adam_m.v"),
-        (second_process, "1 files of the optimizer's states are there, of 2"),
+        (said("training.json", "[]"), "training.json"),
+        (one_moment, "adam_m.v"),
+        (second_process, "1 files"),
     ],
 )
 def test_a_missing_or_broken_part_is_named_with_the_iteration_that_is_whole(tmp_path, damage, told):
     save_iteration(tmp_path, 4)
     iteration = save_iteration(tmp_path, 8)
     damage(iteration)
-    with pytest.raises(ValueError, match=told) as refused:
+    with refused(told, iteration, f"--load_checkpoint {tmp_path / 'iteration_00000004'}"):
         read_iteration(iteration)
-    assert str(iteration) in str(refused.value)
-    assert f"--load_checkpoint {tmp_path / 'iteration_00000004'}" in str(refused.value)
     assert [path.name for path in whole_iterations(tmp_path)] == ["iteration_00000004"]
 
 
@@ -206,13 +205,13 @@ def test_the_command_refuses_them_before_it_says_what_is_loaded(tmp_path, capsys
     prepare(save_iteration(folder, 8))
     assert "weights, optimizer and step" in capsys.readouterr().out
     (folder / "latest_checkpointed_iteration.txt").unlink()
-    with pytest.raises(ValueError, match="no latest_checkpointed_iteration.txt.*iteration_00000008"):
+    with refused("latest_checkpointed_iteration.txt", "iteration_00000008"):
         prepare(folder)
     (folder / "iteration_00000008" / "t-opt-0000000-0000001.safetensors").unlink()
-    with pytest.raises(ValueError, match="optimizer's states is missing"):
+    with refused("*-opt-"):
         prepare(folder / "iteration_00000008")
     (folder / "iteration_00000008" / "common.json").unlink()
-    with pytest.raises(ValueError, match="holds weights, but no common.json"):
+    with refused("common.json"):
         prepare(folder / "iteration_00000008")
     assert "optimizer" not in capsys.readouterr().out
 
@@ -226,7 +225,7 @@ def test_a_folder_that_names_none_of_its_iterations_is_told_which_is_whole(tmp_p
     whole = save_iteration(folder, 8)
     for text in ("", "9", "eight"):  # emptied by a full disk, removed by hand, edited
         (folder / "latest_checkpointed_iteration.txt").write_text(text)
-        with pytest.raises(ValueError, match=f"--load_checkpoint {whole} is whole"):
+        with refused(f"--load_checkpoint {whole}"):
             prepare(folder)
-    with pytest.raises(ValueError, match=f"Did you mean {folder}"):
+    with refused(folder):
         prepare(tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import load_llama
+from refusal import refused
 from small_model import SIZES, write_weights
 
 from research.telechat2.checkpoint.convert_layout import convert_layout
@@ -30,31 +31,31 @@ def weights(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("finetune_telechat_tiny.yaml", {}, "no data: give --train_dataset_dir"),
+        ("finetune_telechat_tiny.yaml", {}, ["--train_dataset_dir"]),
         (
             "finetune_telechat_tiny.yaml",
             {"train_dataset.data_loader.dataset_dir": "nowhere"},
-            "no data set .*nowhere",
+            ["nowhere"],
         ),
         (
             "finetune_telechat_tiny.yaml",
             {"load_checkpoint": "a", "checkpoint.load_path": "b"},
-            "load_checkpoint is a and checkpoint.load_path is b",
+            ["load_checkpoint is a", "checkpoint.load_path is b"],
         ),
-        ("finetune_telechat_tiny.yaml", {"output_dir": __file__}, "output_dir is .*is no directory"),
+        ("finetune_telechat_tiny.yaml", {"output_dir": __file__}, ["output_dir", __file__]),
         (
             "predict_telechat_tiny.yaml",
             {"train_dataset.data_loader.dataset_dir": "a"},
-            "no section `train_dataset.data_loader`.*finetune_",
+            ["`train_dataset.data_loader`", "finetune_"],
         ),
-        ("predict_telechat_tiny.yaml", {}, "nothing to predict"),
-        ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, "section train_dataset"),
-        ("predict_telechat_tiny.yaml", {"context.mode": 1}, "static graph mode only"),
-        ("predict_telechat_tiny.yaml", {"run_mode": "dance"}, "run_mode is 'dance'"),
+        ("predict_telechat_tiny.yaml", {}, ["--predict_data"]),
+        ("predict_telechat_tiny.yaml", {"run_mode": "finetune"}, ["train_dataset"]),
+        ("predict_telechat_tiny.yaml", {"context.mode": 1}, ["context.mode"]),
+        ("predict_telechat_tiny.yaml", {"run_mode": "dance"}, ["run_mode is 'dance'"]),
         (
             "finetune_telechat_tiny.yaml",
             {"checkpoint.save_interleaved_step": 5},
-            "checkpoint.save_interleaved_step is read by nothing.*save_interleaved_steps is there as well",
+            ["checkpoint.save_interleaved_step", "save_interleaved_steps"],
         ),
     ],
 )
@@ -63,7 +64,7 @@ def test_tasks_that_cannot_start_are_refused_at_once(tmp_path, monkeypatch, name
     for variable in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "OM_MODULES_CACHE"):
         monkeypatch.setenv(variable, str(tmp_path))  # set by run, restored by monkeypatch
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ValueError, match=message):
+    with refused(*message):
         run(name, overrides)
     assert not any(tmp_path.iterdir())
 

@@ -1,9 +1,9 @@
 """Where runs save, and that they replace nothing of an earlier run."""
 
 import pytest
+from refusal import refused
 from saved_iterations import save_iteration
 
-from research.telechat2.run.checkpoint_kind import checkpoint_kind
 from research.telechat2.run.end import saved_checkpoint
 from research.telechat2.run.load_checkpoint import prepare_checkpoint
 from research.telechat2.run.save_checkpoint import (
@@ -18,14 +18,13 @@ from research.telechat2.run.save_checkpoint import (
 def test_iterations_are_resumed_from_the_latest_and_never_overwritten(tmp_path):
     folder = tmp_path / "checkpoint"
     save_iteration(folder, 20)
-    assert checkpoint_kind(folder) == "iteration"
     config = {"load_checkpoint": str(folder), "resume_training": True, "checkpoint": {"prefix": "x"}}
     config["output_dir"] = str(tmp_path)
     prepare_checkpoint(config, training=True)
     assert config["checkpoint"]["load_path"] == str(folder / "iteration_00000020")
     assert config["checkpoint"]["no_load_optim"] is False
     refuse_overwriting(config)  # the run that is continued
-    with pytest.raises(ValueError, match="already holds iteration_00000020 of an earlier run"):
+    with refused(folder, "iteration_00000020", "--output_dir"):
         refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path)})
     refuse_overwriting({"checkpoint": {"prefix": "x"}, "output_dir": str(tmp_path / "new")})
 
@@ -42,7 +41,7 @@ def test_a_run_continues_in_its_own_folder_from_the_last_step_only(tmp_path):
 
     resume(20)
     resume(10, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="from iteration_00000010 .* would replace iteration_00000020"):
+    with refused("iteration_00000010", "iteration_00000020"):
         resume(10)
     # killed while it saved iteration 30: the tracker still names 20
     (folder / "iteration_00000030").mkdir()
@@ -65,7 +64,7 @@ def test_data_parallel_runs_do_not_replace_the_weights_of_an_earlier_one(tmp_pat
     (folder / "rank_0").mkdir(parents=True)
     refuse_overwriting(config)  # an empty folder is no result
     (folder / "rank_0" / "t_rank_0-1_3.safetensors").touch()
-    with pytest.raises(ValueError, match="already holds rank_0/t_rank_0-1_3.safetensors of an earlier run"):
+    with refused("rank_0/t_rank_0-1_3.safetensors", "--output_dir"):
         refuse_overwriting(config)
     refuse_overwriting(config | {"resume_training": True, "load_checkpoint": str(folder)})
 
@@ -79,7 +78,7 @@ def test_answers_of_a_prediction_are_kept(tmp_path):
     ):
         assert answers_file(config) == tmp_path / name
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="text_generation_result_2.txt exists and is not overwritten"):
+    with refused("text_generation_result_2.txt"):
         answers_file(config | {"save_file": str(tmp_path / "text_generation_result_2.txt")})
     assert answers_file(config | {"save_file": str(tmp_path / "mine.txt")}) == tmp_path / "mine.txt"
 
@@ -93,11 +92,9 @@ def test_the_section_and_the_callback_state_one_value():
     config = settings({"save_max": 5}, save_checkpoint_steps=3, keep_checkpoint_max=5, prefix=None)
     settle_monitor(config)
     assert config["checkpoint"] == {"save_max": 5, "save_interleaved_steps": 3}
-    with pytest.raises(
-        ValueError, match="save_checkpoint_steps is 3 and checkpoint.save_interleaved_steps is 7"
-    ):
+    with refused("save_checkpoint_steps is 3", "checkpoint.save_interleaved_steps is 7"):
         settle_monitor(settings({"save_interleaved_steps": 7}, save_checkpoint_steps=3))
-    with pytest.raises(ValueError, match="prefix is 'mine' and checkpoint.prefix is 'telechat2'"):
+    with refused("prefix is 'mine'", "checkpoint.prefix is 'telechat2'"):
         settle_monitor(settings({"prefix": "telechat2"}, prefix="mine"))
     older = {"callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 3}]}
     settle_monitor(older)

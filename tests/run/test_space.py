@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 import pytest
+from refusal import refused
 
 from research.telechat2.run import space
 from research.telechat2.run.space import check_space, checkpoint_bytes, kept_checkpoints
@@ -43,7 +44,7 @@ def test_one_more_than_kept_lies_on_the_disk(steps, every, most, expected):
 def test_what_cannot_fit_is_refused_and_what_may_not_is_told(free, tmp_path):
     folder = tmp_path / "not" / "there"
     free(5_000_000)
-    with pytest.raises(ValueError, match="there .*needs about 6.0 MB, and 5.0 MB are free"):
+    with refused("6.0 MB", "5.0 MB", "--output_dir"):
         check_space(folder, 6_000_000, 1)
     assert check_space(folder, 2_000_000, 2) is None
     told = check_space(folder, 2_000_000, 3)

@@ -9,7 +9,7 @@ import mindspore
 from research.telechat2.config.yaml_files import CHECKOUT
 
 _LIBRARY, _OURS = Path(mindformers.__file__).parent, CHECKOUT / "research"
-_COMPILER = Path(mindspore.__file__).parent / "common" / "api.py"
+_COMPILER = Path(mindspore.__file__).parent / "graph"
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -22,7 +22,7 @@ def is_refusal(error: BaseException) -> bool:
         error = first
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
-        if file == _COMPILER or file.is_relative_to(_OURS):
+        if file.is_relative_to(_COMPILER) or file.is_relative_to(_OURS):
             return False
         if file.is_relative_to(_LIBRARY):
             return True

@@ -1,6 +1,5 @@
 """The first and the last lines of a task: what runs on what; where the results are, and what to type next."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from research.telechat2.checkpoint.storage.folders import latest_iteration
 from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED
-from research.telechat2.run.load_checkpoint import newest_file
+from research.telechat2.data.same_vocabulary import sha256
+from research.telechat2.run.load_checkpoint import SUFFIXES, newest_file
 from research.telechat2.run.metrics import NAME, find_metrics
 from research.telechat2.run.processes import is_data_parallel
 from research.telechat2.run.save_checkpoint import checkpoint_folder
@@ -88,14 +88,12 @@ def saved_checkpoint(config: dict) -> Path | None:
     folder = checkpoint_folder(config)
     if config.get("checkpoint"):
         return latest_iteration(folder) if any(folder.glob("iteration_*")) else None
-    kinds = {".safetensors", ".ckpt"}
-    saved = {rank: {path.suffix for path in rank.iterdir()} & kinds for rank in sorted(folder.glob("rank_*"))}
-    ranks = [rank for rank, found in saved.items() if found]
+    ranks = [
+        rank for rank in sorted(folder.glob("rank_*")) if any(f.suffix in SUFFIXES for f in rank.iterdir())
+    ]
     if not ranks:
         return None
-    if is_data_parallel(config) or len(ranks) == 1:
-        return newest_file(ranks[0], saved[ranks[0]].pop()[1:])
-    return folder
+    return newest_file(ranks[0]) if is_data_parallel(config) or len(ranks) == 1 else folder
 
 
 def next_command(config: dict, path: Path, overrides: dict, saved: Path) -> tuple[str, list[str]]:
@@ -145,6 +143,6 @@ def _vocabulary(data: Path) -> Path | None:
         return None
     for folder in (Path.cwd(), *data.absolute().parents[:3]):
         file = (folder / name).absolute()
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == expected:
+        if file.is_file() and sha256(file) == expected:
             return file
     return None

@@ -25,6 +25,13 @@ MONITOR_KEYS = {
 }
 
 
+def monitors(config: dict) -> list[dict]:
+    """The callbacks CheckpointMonitor of a YAML."""
+    return [
+        callback for callback in config.get("callbacks") or [] if callback.get("type") == "CheckpointMonitor"
+    ]
+
+
 def settle_monitor(config: dict) -> None:
     """Join what the section ``checkpoint:`` and the callback CheckpointMonitor say, in place.
 
@@ -36,9 +43,7 @@ def settle_monitor(config: dict) -> None:
     section = config.get("checkpoint")
     if not section:
         return
-    for callback in config.get("callbacks") or []:
-        if callback.get("type") != "CheckpointMonitor":
-            continue
+    for callback in monitors(config):
         for name, key in MONITOR_KEYS.items():
             given, value = callback.get(key), section.get(name)
             if given is None:
@@ -64,9 +69,8 @@ def leave_section_in_data_parallel(config: dict) -> None:
     config["load_checkpoint"] = config.get("load_checkpoint") or section.get("load_path")
     settings = {new: section[old] for old, new in MONITOR_KEYS.items() if section.get(old) is not None}
     settings["save_optimizer"] = not section.get("no_save_optim", True)
-    for callback in config.get("callbacks") or []:
-        if callback.get("type") == "CheckpointMonitor":
-            callback.update({"checkpoint_format": "safetensors"} | settings)
+    for callback in monitors(config):
+        callback.update({"checkpoint_format": "safetensors"} | settings)
     print("checkpoint: data parallel, so each rank saves the whole model into checkpoint/rank_*", flush=True)
 
 
@@ -124,12 +128,7 @@ def checkpoint_folder(config: dict) -> Path:
     if section := config.get("checkpoint"):
         folder = section.get("save_path") or output / "checkpoint"
     else:
-        monitors = [
-            callback
-            for callback in config.get("callbacks") or []
-            if callback.get("type") == "CheckpointMonitor"
-        ]
-        given = monitors[0].get("directory") if monitors else None
+        given = next((callback.get("directory") for callback in monitors(config)), None)
         folder = Path(given or output) / "checkpoint"
     return Path(folder).expanduser().absolute()
 

@@ -31,7 +31,7 @@ EXPECTED = re.compile(
     r"|Some configs are not|When using the .*ByteMindDataset|pipeline stages: \d+ > 1, the loss on the last"
     r"|methods may not be supported in later version"
     r"|does not have a convert_name method|make sure remove_redundancy is consistent"
-    r"|^CPU device is not supported|Distributed job is spawned"
+    r"|^CPU device is not supported|Distributed job is spawned|Strategy files are only generated for"
 )
 LONGEST = 600  # characters of a warning on the screen
 _NOT_LOADED = re.compile(
@@ -50,7 +50,6 @@ class Both:
         self.errors = getattr(log, "errors", "replace")
 
     def write(self, text: str) -> int:
-        """Write to both, above a bar."""
         self.log.write(text)
         for bar in bars:
             bar.clear()
@@ -65,7 +64,6 @@ class Both:
         return len(text)
 
     def flush(self) -> None:
-        """Flush both."""
         self.log.flush()
         if self.screen:
             try:
@@ -74,7 +72,6 @@ class Both:
                 self.screen = None
 
     def isatty(self) -> bool:
-        """Whether the screen is a terminal."""
         return bool(self.screen) and self.screen.isatty()
 
     def fileno(self) -> int:
@@ -104,7 +101,6 @@ class _Warnings(logging.Handler):
         self.screen, self.resuming, self.shown = Both(screen, io.StringIO()), resuming, set()
 
     def emit(self, record):
-        """Show one record."""
         text = record.getMessage()
         if text in self.shown or is_expected(text, self.resuming):
             return
@@ -205,15 +201,15 @@ def _shown_warnings(screen, resuming: bool) -> Iterator[None]:
     sys.stdout, sys.stderr = (stream.log for stream in streams)  # which the libraries' loggers keep
     from mindspore.log import _get_logger
 
+    for handler in _get_logger().handlers:
+        if isinstance(stream := getattr(handler, "stream", None), Both):  # imported before
+            handler.setStream(stream.log)
     from research.telechat2.compat.library import get_logger
 
     sys.stdout, sys.stderr = streams
     handler = _Warnings(screen, resuming)
     loggers = _get_logger(), get_logger()
     for logger in loggers:
-        for other in logger.handlers:
-            if isinstance(stream := getattr(other, "stream", None), Both):  # imported before
-                other.setStream(stream.log)
         logger.addHandler(handler)
     try:
         yield

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
+from research.telechat2.run.save_checkpoint import monitors
 
 _MOMENTS_BYTES = 8  # of a parameter: two of AdamW, float32
 
@@ -27,10 +28,9 @@ def kept_checkpoints(config: dict, steps: int | None) -> int:
     """Checkpoints that lie on the disk at once: the oldest is removed after the newest is saved."""
     section = config.get("checkpoint")
     if section is None:
-        monitors = [c for c in config.get("callbacks") or [] if c.get("type") == "CheckpointMonitor"]
-        if not monitors:
+        if not (found := monitors(config)):
             return 0
-        every, most = monitors[0].get("save_checkpoint_steps", 1), monitors[0].get("keep_checkpoint_max", 5)
+        every, most = found[0].get("save_checkpoint_steps", 1), found[0].get("keep_checkpoint_max", 5)
     else:
         every, most = section.get("save_interleaved_steps", 1), section.get("save_max", 5)
     saved = -(-steps // every) if steps and every else most + 1

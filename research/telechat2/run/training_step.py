@@ -1,4 +1,4 @@
-"""The step that a run would train or evaluate with, built by MindFormers' own Trainer; for the dry run."""
+"""The step that a run would train with, built by MindFormers' own Trainer; for the dry run."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ import mindspore as ms
 import numpy as np
 
 from research.telechat2.compat.environment import prepare_environment
-from research.telechat2.config.evaluation import prepare_evaluation
 from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED
 
 
@@ -21,41 +20,17 @@ def build(settings: dict):
     Args:
         settings: the YAML.
     """
-    trainer, config = _trainer(settings)
-    trainer.set_train_dataset(_Steps())
-    config = trainer.set_config(config, is_full_config=True)
-    network = _network(trainer, config)
+    trainer, config, network = build_network(settings)
     seq_length = network.config.seq_length
     network = trainer.wrap_network_with_tool_cells(network)
     trainer.set_network(network, is_train=True)
     optimizer = trainer.create_optimizer_scheduler(network, set())
     step = trainer.create_model_wrapper(network, optimizer)
-    return step.set_train(True), _records(config.runner_config.global_batch_size, seq_length)
+    return step.set_train(True), records(config.runner_config.global_batch_size, seq_length)
 
 
-def build_evaluation(settings: dict, in_training: bool = False):
-    """The network that evaluates, and its input of the batch of all ranks; as ``build``.
-
-    Args:
-        settings: the YAML.
-        in_training: as ``do_eval`` evaluates between two steps, otherwise as ``run_mode: eval``.
-    """
-    batch_size = settings["runner_config"].get("batch_size", 1)
-    settings |= {"do_eval": True} if in_training else {"run_mode": "eval", "load_checkpoint": "given"}
-    prepare_evaluation(settings, training=in_training)
-    trainer, config = _trainer(settings)
-    trainer.set_train_dataset(_Steps())
-    config = trainer.set_config(config, is_full_config=True)
-    network = _network(trainer, config)
-    seq_length = network.config.seq_length
-    if in_training:
-        network = trainer.wrap_eval_network_with_tool_cells(network)
-    trainer.set_network(network, is_train=False)
-    return network, _records(batch_size * config.parallel_config.data_parallel, seq_length)
-
-
-def _trainer(settings: dict):
-    """MindFormers' Trainer of the YAML, and its config, after MindSpore's context has been set."""
+def build_network(settings: dict):
+    """MindFormers' Trainer, its config and the network of the YAML, in MindSpore's context."""
     here = Path.cwd()
     os.environ["OM_MODULES_CACHE"] = str(here / "modules")
     prepare_environment(str(here / "output"), CHECKOUT / SHIPPED)
@@ -71,11 +46,10 @@ def _trainer(settings: dict):
     set_output_path(str(here / "output"))
     build_context(config)
     ms.set_auto_parallel_context(strategy_ckpt_save_file=str(here / "strategy.ckpt"))
-    return CausalLanguageModelingTrainer(model_name=config.trainer.model_name), config
-
-
-def _network(trainer, config):
-    return trainer.create_network(
+    trainer = CausalLanguageModelingTrainer(model_name=config.trainer.model_name)
+    trainer.set_train_dataset(_Steps())
+    config = trainer.set_config(config, is_full_config=True)
+    network = trainer.create_network(
         default_args={
             "parallel_config": config.parallel_config,
             "moe_config": config.moe_config,
@@ -84,9 +58,11 @@ def _network(trainer, config):
             "batch_size": config.runner_config.mini_batch_size,
         }
     )
+    return trainer, config, network
 
 
-def _records(batch_size: int, seq_length: int) -> list[ms.Tensor]:
+def records(batch_size: int, seq_length: int) -> list[ms.Tensor]:
+    """Ids and labels of a batch, all 0: int32 ``[batch_size, seq_length + 1]`` each."""
     ids = ms.Tensor(np.zeros((batch_size, seq_length + 1)), ms.int32)
     return [ids, ids]
 
