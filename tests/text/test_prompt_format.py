@@ -1,7 +1,6 @@
 """The record of the prompt format: found from where MindFormers writes checkpoints, never contradicted."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from refusal import refused
@@ -72,9 +71,9 @@ def test_the_format_of_a_data_set_is_that_of_its_manifests(tmp_path):
 
 
 def test_training_on_data_without_a_manifest_says_that_nothing_is_recorded(tmp_path, capsys):
-    from research.telechat2.run.task import _record_prompt_format
+    from research.telechat2.run.save_checkpoint import record_prompt_format
 
     loader = {"dataset_dir": str(tmp_path / "a.mindrecord")}
-    _record_prompt_format(SimpleNamespace(train_dataset=SimpleNamespace(data_loader=loader)))
+    record_prompt_format({"train_dataset": {"data_loader": loader}})
     assert "prompt format: not recorded, as the data has no manifest" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
