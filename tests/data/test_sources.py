@@ -77,6 +77,9 @@ def test_a_json_array_is_read_item_by_item(tmp_path, monkeypatch, indent, chunk)
     assert read(tmp_path / "a.json", b" [ ] ") == [] == read(tmp_path / "a.json", b"[]")
     apart = b"\n".join(json.dumps(item, indent=indent).encode() for item in ITEMS)
     assert read(tmp_path / "a.json", apart) == ITEMS  # objects one after the other, over several lines or not
+    long = b'{"a": 1' + b"0" * 5000 + b"}"
+    (tmp_path / "l.json").write_bytes(b"[" + long + b"]")
+    assert lines_of(Source(tmp_path / "l.json")) == [long]
     (tmp_path / "p.json.gz").write_bytes(gzip.compress(json.dumps(ITEMS).encode()))
     assert [json.loads(line) for line in lines_of(Source(tmp_path / "p.json.gz"))] == ITEMS
 
@@ -165,6 +168,7 @@ def test_a_mixture_names_paths_from_its_own_folder(tmp_path):
         ('{"a.jsonl": 0}', "a.jsonl", "weight 0", "(0, 1000]"),
         ('{"a.jsonl": 1, "deep": 2, "a.jsonl": 1}', "a.jsonl", "2 weights", "sum"),
         ('{"a.jsonl": "2"}', "a.jsonl", "'2'"),
+        ('{"a.jsonl": 1' + "0" * 5000 + "}", "a.jsonl", "(0, 1000]"),
         ('{"no.jsonl": 1}', tmp_path / "no.jsonl", "folder"),
     ):
         mixture.write_text(content)

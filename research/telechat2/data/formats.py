@@ -108,7 +108,7 @@ def holds_data(path: str | Path) -> bool:
         if text in ("[", "[{", "{"):
             return True
         try:
-            value, _ = json.JSONDecoder().raw_decode(text)
+            value, _ = json.JSONDecoder(parse_int=float).raw_decode(text)
         except (json.JSONDecodeError, RecursionError):
             return False
         first = value[0] if isinstance(value, list) and value else value

@@ -16,7 +16,7 @@ from research.telechat2.common.errors import UsageError
 _CHUNK = 1 << 20  # characters
 _ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
 _VISIBLE = re.compile(r"[^ \t\r\n\ufeff]")  # byte order marks stand where files were joined
-_scan = json.JSONDecoder().raw_decode
+_scan = json.JSONDecoder(parse_int=float).raw_decode  # int refuses more than 4300 digits
 
 
 def is_one_value(path: Path, head: bytes) -> bool:

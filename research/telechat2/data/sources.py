@@ -151,7 +151,7 @@ def _is_single_object(path: Path) -> bool:
     if not text.strip():
         return True
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=float)  # int refuses more than 4300 digits
     except (json.JSONDecodeError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys().isdisjoint(LINE_KEYS)
@@ -161,7 +161,7 @@ def _mixture(path: Path) -> list[Source]:
     try:
         # pairs, as a dict would keep the last weight of a path and lose the others
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=tuple) if text.strip() else None
+        content = json.loads(text, object_pairs_hook=tuple, parse_int=float) if text.strip() else None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
     if not isinstance(content, tuple) or not content:

@@ -34,7 +34,7 @@ class ByteLevelVocabulary(Vocabulary):
         except Exception as error:  # the library raises Exception itself
             raise UsageError(f"it is not a tokenizer.json of BPE ({error})") from None
         names = {index: name for name, index in vocabulary.items()}
-        self.size = max(names) + 1
+        self.size = max(names, default=-1) + 1
         pieces = [names.get(index, f"<unused{index}>") for index in range(self.size)]
         self.pieces = [
             renamed if (renamed := _RENAMED.get(name)) and renamed not in vocabulary else name
