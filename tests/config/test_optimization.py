@@ -118,7 +118,7 @@ def test_the_schedule_is_compared_with_the_length_of_the_run():
         (note,) = check_schedule_length(schedule(total_steps=total), 50)
         assert re.search(said, note)
     (note,) = check_schedule_length(schedule(warmup_steps=2000), 50)
-    assert "takes 2000 steps and the run has 50" in note
+    assert "2000" in note and "50" in note
     assert "takes 100 steps" in check_schedule_length(schedule(total_steps=1000, warmup_ratio=0.1), 50)[0]
     assert check_schedule_length(schedule(warmup_steps=1), 1) == []
 

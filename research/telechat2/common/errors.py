@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """What a user can mend: the message says what was found, what was expected and what to do.
+    """What a user can correct: the message says what was found, what was expected and what to do.
 
     Commands print it without traceback; any other ValueError is a defect of ours.
     """

@@ -69,7 +69,7 @@ class CheckedPlan:
         batch: the numbers whose product is the global batch in sequences.
         global_batch, seq_length: sequences of a step, and tokens of each.
         stages: of the pipeline; one where there is none.
-        notes: settings without effect, and what is to be known of others; sentences.
+        notes: settings without effect, and remarks on others.
     """
 
     kind: str
@@ -108,7 +108,7 @@ def check(settings: Settings, device_num: int | None = None) -> CheckedPlan:
     Raises:
         UsageError: a rule is broken.
     """
-    kind = _kind(settings)
+    kind = kind_of(settings)
     found: list[str] = []
     if settings.get("run_mode", "train") in ("train", "finetune"):
         with noted_in(found):
@@ -170,7 +170,8 @@ def _check_kernels(settings: Settings, config: ModelSettings) -> None:
         check_fused_attention(config)
 
 
-def _kind(settings: Settings) -> str:
+def kind_of(settings: Settings) -> str:
+    """``single``, ``data_parallel`` or ``semi_auto``, see CheckedPlan."""
     if not settings.get("use_parallel"):
         return "single"
     mode = section_of(settings, "parallel").get("parallel_mode", 1)
@@ -187,10 +188,8 @@ def _kind(settings: Settings) -> str:
 def _effective_plan(settings: Settings, kind: str) -> Settings:
     """``parallel_config`` as the Trainer leaves it: one device's where no graph is split."""
     given = with_defaults(settings, "parallel_config")
-    rules = settings_of(ParallelSettings)
-    check_all(
-        *[(rules[name].check, value, "parallel_config") for name, value in given.items() if name in rules]
-    )
+    rules = [rule for rule in settings_of(ParallelSettings).values() if not rule.choices]
+    check_all(*[(rule.check, given[rule.name], "parallel_config") for rule in rules])
     if kind != "semi_auto":
         return DEFAULTS["parallel_config"]
     if given["pipeline_stage"] > 1:

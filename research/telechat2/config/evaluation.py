@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.check import kind_of
 from research.telechat2.config.optimization import check_run_numbers
 from research.telechat2.config.pipeline import partition
-from research.telechat2.config.sections import Settings
+from research.telechat2.config.sections import Settings, section_of
 
 METRIC = "TelechatPerplexity"
 # MindFormers' metric of the same name in older YAMLs: a mean of batches' means, of logits on the host.
@@ -65,7 +66,7 @@ def prepare_evaluation(config: Settings, *, training: bool) -> None:
 
 def has_weights(config: Settings) -> bool:
     """Whether a config names weights, in any of the places where MindFormers looks for them."""
-    model = (config.get("model") or {}).get("model_config") or {}
+    model = section_of(config, "model.model_config")
     sources = (config, "load_checkpoint"), (config.get("checkpoint") or {}, "load_path")
     others = (model, "checkpoint_name_or_path"), (config, "only_save_strategy")
     return any(section.get(key) for section, key in (*sources, *others))
@@ -88,10 +89,10 @@ def _fit_metric(config: Settings) -> None:
 
 def _check_experts(config: Settings) -> None:
     """Refuse a plan by which the experts cannot answer every token that is sent to them."""
-    plan, moe = config.get("parallel_config") or {}, config.get("moe_config") or {}
+    plan, moe = section_of(config, "parallel_config"), section_of(config, "moe_config")
     mp = plan.get("model_parallel", 1)
     whole = moe.get("ep_extend_tp", True) and plan.get("use_seq_parallel", False)
-    if _is_one_graph(config) and moe.get("expert_num", 1) > 1 and mp > 1 and not whole:
+    if kind_of(config) == "semi_auto" and moe.get("expert_num", 1) > 1 and mp > 1 and not whole:
         raise UsageError(
             f"evaluation drops no token, which takes whole experts on each device, but model_parallel {mp} "
             f"splits their width. Set moe_config.ep_extend_tp: True with parallel_config.use_seq_parallel: "
@@ -101,10 +102,10 @@ def _check_experts(config: Settings) -> None:
 
 def _fit_stages(config: Settings, training: bool) -> None:
     """Evaluate with one run of layers in each stage: MindSpore 2.9 crashes at a forward pass of several."""
-    model = (config.get("model") or {}).get("model_config") or {}
-    stages = (config.get("parallel_config") or {}).get("pipeline_stage", 1)
+    model = section_of(config, "model.model_config")
+    stages = section_of(config, "parallel_config").get("pipeline_stage", 1)
     chunks = model.get("pp_interleave_num", 1)
-    if not _is_one_graph(config) or stages == 1 or chunks == 1:
+    if kind_of(config) != "semi_auto" or stages == 1 or chunks == 1:
         return
     if training:
         raise UsageError(
@@ -124,18 +125,12 @@ def _fit_stages(config: Settings, training: bool) -> None:
     print(f"pipeline: evaluated with one run of layers in each stage, {counts}, not {chunks}", flush=True)
 
 
-def _is_one_graph(config: Settings) -> bool:
-    """Whether one graph is compiled for all devices."""
-    mode = (config.get("parallel") or {}).get("parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in (1, "semi_auto_parallel", "SEMI_AUTO_PARALLEL")
-
-
 def _fit_compiler(config: Settings) -> None:
     """Evaluate with the kernels of training: MindFormers refuses jit_level O1, and adds infer_boost."""
-    context = config.get("context") or {}
+    context = section_of(config, "context")
     if context.get("device_target", "Ascend") == "CPU":
         return
-    settings = dict(context.get("jit_config") or {})
+    settings = dict(section_of(context, "jit_config"))
     level = settings.get("jit_level") or context.get("jit_level") or "O0"
     settings = {
         "jit_level": level,

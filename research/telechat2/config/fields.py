@@ -6,6 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.problems import check_all
 from research.telechat2.config.kinds import check_bool, check_number, expected_number
 
 T = TypeVar("T")
@@ -96,6 +97,12 @@ def settings_of(section: type) -> dict[str, Setting]:
                 each.name, f"{kind}|null" if nullable else kind, each.default, **each.metadata
             )
     return found
+
+
+def check_section(section: object, kind: type) -> None:
+    """Raise UsageError for values that break the rules of their fields; ``kind``: the section's dataclass."""
+    settings = settings_of(kind).values()
+    check_all(*[(each.check, getattr(section, each.name), kind.__doc__) for each in settings])
 
 
 def kinds_of(section: type) -> dict[str, str]:

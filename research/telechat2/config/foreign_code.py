@@ -28,7 +28,7 @@ def settle_classes(settings: Settings, register: Path | None) -> list[str]:
             this command, so a module of the user's own need not exist.
 
     Returns:
-        A sentence for each name that is refused.
+        A message for each name that is refused.
     """
     problems = []
     for place, section in _all_sections(settings, ""):

@@ -23,7 +23,7 @@ def read_keys(settings: Settings) -> tuple[list[str], list[str]]:
     Text that is a number becomes one where a number is expected: YAML 1.1 reads ``1e-5`` as text.
 
     Returns:
-        A sentence for each key that nothing reads, which is taken out, and one for each value that is wrong.
+        A message for each key that nothing reads, which is taken out, and one for each value that is wrong.
     """
     unread, misread = [], []
     for path, known in SECTIONS.items():
@@ -61,7 +61,7 @@ def _read_class(section: Settings, group: str, place: str) -> tuple[list[str], l
 
 
 def _take_foreign(section: Settings, group: str, place: str, known: dict[str, str]) -> list[str]:
-    """Take out the arguments of other classes of the group; a sentence for each that is not null.
+    """Take out the arguments of other classes of the group; a message for each that is not null.
 
     Null takes back what a base YAML states for the class that it names.
     """
@@ -102,7 +102,7 @@ def _read_model(section: Settings) -> tuple[list[str], list[str]]:
 def _take_unread(
     section: Settings, known: dict[str, str], place: str, others: tuple[str, ...] = ()
 ) -> list[str]:
-    """Take out the keys that nothing reads; a sentence for each."""
+    """Take out the keys that nothing reads; a message for each."""
     prefix = f"{place}." if place else ""
     keys = [key for key in section if key not in known and key not in others]
     problems = [_unread(str(key), section, list(known), prefix) for key in keys]

@@ -47,7 +47,7 @@ def leave_out(settings: Settings) -> tuple[list[str], list[str]]:
     """Take out of ``settings``, in place, what has no effect here.
 
     Returns:
-        A note for each such setting, and a sentence for each that must be changed.
+        A note for each such setting, and a message for each that must be changed.
     """
     notes = [*_noted(settings), *_callbacks(settings), *_texts_for_nothing(settings)]
     notes += _not_on_cpus(settings)

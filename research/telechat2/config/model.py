@@ -100,7 +100,7 @@ def _library_keys(extra: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     """``extra`` without keys that are not the model's; a key without effect is named in a warning.
 
     Raises:
-        UsageError: nobody knows a key, or it asks for what this model does not do.
+        UsageError: a key is unknown, or asks for what this model does not do.
     """
     for key, value in extra.items():
         if key in DEAD_KEYS:

@@ -131,7 +131,7 @@ class Tokens:
         "record gives the losses of its documents alone. Empty: one causal sequence.",
     )
     max_documents: int = _count(
-        128, "Most documents of a packed record; Ascend's attention reads as many sequence ends of each."
+        128, "Most documents of a packed record: the length of its cumulative sequence lengths."
     )
 
 

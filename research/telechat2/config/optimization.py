@@ -78,7 +78,7 @@ def check_schedule_length(settings: Settings, steps: int) -> list[str]:
         steps: that the whole run has, from its first.
 
     Returns:
-        What is legal and rarely meant; sentences.
+        Notes on what is legal and rarely meant.
 
     Raises:
         UsageError: the rate of the first step would be NaN.
@@ -137,7 +137,7 @@ def _peak(schedule: Settings) -> tuple[str, float | None]:
 
 
 def _check_stated_rate(settings: Settings) -> None:
-    """Refuse a run whose rate nobody states, and a rate of the optimizer that is not the schedule's.
+    """Refuse a run without a stated rate, and a rate of the optimizer that is not the schedule's.
 
     Where there is no schedule MindFormers' template fills one in, and a schedule replaces
     ``optimizer.learning_rate``.

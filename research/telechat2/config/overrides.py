@@ -185,7 +185,7 @@ def apply_overrides(config: Settings, overrides: Mapping[str, object]) -> None:
 
 
 def _instead(key: str, name: str, known: list[str]) -> str:
-    """The sentence that ends a message about ``key``, of which ``name`` is unknown beside ``known``."""
+    """The end of a message about ``key``, of which ``name`` is unknown beside ``known``."""
     if is_setting(key):
         above = key.partition(f".{name}.")[0]
         empty = f"Its `{above}` is empty: use" if not known else "Use"
@@ -200,7 +200,7 @@ def _instead(key: str, name: str, known: list[str]) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """The sentence that ends a message about an unknown name."""
+    """The end of a message about an unknown name."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if not close and not known:
         return ""

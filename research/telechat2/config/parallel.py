@@ -2,21 +2,13 @@
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
+from research.telechat2.config.fields import check_section
 from research.telechat2.config.kinds import check_divisible, check_number
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.pipeline import partition_of
-from research.telechat2.config.plan_settings import ParallelSettings, RecomputeSettings
+from research.telechat2.config.plan_settings import ParallelSettings, RecomputeSettings, SwapSettings
 from research.telechat2.config.rank_groups import check_groups
 from research.telechat2.config.recompute import SELECTED, read_recompute
-
-_WITHOUT_EFFECT = {
-    "select_recompute_exclude": "leave operators out of select_recompute instead",
-    "select_comm_recompute_exclude": "leave operators out of select_comm_recompute instead",
-    "parallel_optimizer_comm_recompute": (
-        "this MindSpore gathers an optimizer's shards again in the backward pass with "
-        "parallel.parallel_optimizer_config.optimizer_level: level3"
-    ),
-}
 
 
 def check_plan(config: ModelSettings) -> None:
@@ -27,7 +19,10 @@ def check_plan(config: ModelSettings) -> None:
     """
     section = config.parallel_config
     check_all(
-        (_check_unsupported, config, section),
+        (check_section, section, ParallelSettings),
+        (check_section, section.recompute, RecomputeSettings),
+        (check_section, section.swap, SwapSettings),
+        (_check_one_sequence, config, section),
         (_check_model_parallel, config, section),
         (_check_context_parallel, config, section),
         (_check_prediction if config.use_past else _check_experts, config, section),
@@ -115,11 +110,6 @@ def _check_context_parallel(config: ModelSettings, section: ParallelSettings) ->
     if context == 1:
         return
     name = f"parallel_config.context_parallel {context}"
-    if algorithm not in ("colossalai_cp", "ulysses_cp", "hybrid_cp"):
-        raise UsageError(
-            f"parallel_config.context_parallel_algo is {algorithm!r}; it must be colossalai_cp, ulysses_cp "
-            "or hybrid_cp."
-        )
     if degree > 1 and algorithm != "hybrid_cp":
         raise UsageError(
             f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
@@ -145,21 +135,7 @@ def _check_context_parallel(config: ModelSettings, section: ParallelSettings) ->
         check_divisible(heads, getattr(config, heads), by, section.model_parallel * exchange, advice)
 
 
-def _check_unsupported(config: ModelSettings, section: ParallelSettings) -> None:
-    if section.seq_split_num > 1:
-        raise UsageError(
-            f"parallel_config.seq_split_num is {section.seq_split_num}; this model has no sequence pipeline. "
-            "Set it to 1."
-        )
-    if section.swap.swap:
-        raise UsageError(
-            "swap_config.swap is True; this version does not move activations to the host. Set it to False."
-        )
-    if section.optimizer_shard is not None:
-        raise UsageError(
-            "parallel_config.optimizer_shard has no effect in MindFormers any more; "
-            "remove it, and set parallel.enable_parallel_optimizer."
-        )
+def _check_one_sequence(config: ModelSettings, section: ParallelSettings) -> None:
     if config.use_past and section.pipeline_stage * section.context_parallel > 1:
         raise UsageError(
             f"use_past is True, and parallel_config asks for context_parallel {section.context_parallel} and "
@@ -276,7 +252,7 @@ def _check_interleave(config: ModelSettings, section: ParallelSettings) -> None:
         )
     if copies > 2:
         raise UsageError(
-            f"fine_grain_interleave is {copies}, but MindSpore only has two copies take turns; set it to 2, "
+            f"fine_grain_interleave is {copies}, but MindSpore overlaps two copies at most; set it to 2, "
             "or to 1 for plain layers."
         )
     if copies > 1:
@@ -315,9 +291,6 @@ def _check_pipeline(config: ModelSettings, section: ParallelSettings) -> None:
 
 
 def _check_recompute(config: ModelSettings, recompute: RecomputeSettings) -> None:
-    for name, advice in _WITHOUT_EFFECT.items():
-        if getattr(recompute, name):
-            raise UsageError(f"recompute_config.{name} is set, but has no effect; {advice}.")
     tables = read_recompute(config)
     if config.moe and (selected := tables.selected.get(SELECTED)) and _reaches_beyond(selected, tables.whole):
         raise UsageError(

@@ -17,19 +17,25 @@ class RecomputeSettings(Section):
 
     recompute: bool | int | list[Any] | None = setting(False, "Layers recomputed as a whole.")
     select_recompute: Choice = setting(False, "Layers of which operators are recomputed.")
-    parallel_optimizer_comm_recompute: bool = setting(False, "Not supported; see `optimizer_level`.")
+    parallel_optimizer_comm_recompute: bool = setting(
+        False, "`parallel.parallel_optimizer_config.optimizer_level: level3` does that.", choices=(False,)
+    )
     select_comm_recompute: Choice = setting(False, "Layers whose all-gathers after norms are recomputed.")
     mp_comm_recompute: bool = setting(True, "Recompute the communication of tensor parallelism, too.")
     recompute_slice_activation: bool = setting(False, "Keep slices of a layer's input, and gather them.")
-    select_recompute_exclude: Choice = setting(False, "Not supported; name fewer operators.")
-    select_comm_recompute_exclude: Choice = setting(False, "Not supported; name fewer operators.")
+    select_recompute_exclude: Choice = setting(
+        False, "Leave operators out of `select_recompute` instead.", choices=(False, None)
+    )
+    select_comm_recompute_exclude: Choice = setting(
+        False, "Leave operators out of `select_comm_recompute` instead.", choices=(False, None)
+    )
 
 
 @dataclass
 class SwapSettings(Section):
     """swap_config"""
 
-    swap: bool = setting(False, "Move activations to the host: not supported.")
+    swap: bool = setting(False, "Activations stay on the device.", choices=(False,))
     layer_swap: object = setting(None, "Not supported.")
     op_swap: object = setting(None, "Not supported.")
     default_prefetch: int = setting(1, "Not supported.")
@@ -45,12 +51,18 @@ class ParallelSettings(Section):
     expert_parallel: int = setting(1, "Devices that share the experts, of `data_parallel`.", least=1)
     pipeline_stage: int = setting(1, "Stages of the pipeline.", least=1)
     micro_batch_num: int = setting(1, "Micro-batches of a step; read in a pipeline only.", least=1)
-    seq_split_num: int = setting(1, "Sequence pipeline: 1 only.", least=1)
+    seq_split_num: int = setting(1, "There is no sequence pipeline.", choices=(1,))
     use_seq_parallel: bool = setting(False, "Split norms and residuals by tokens over `model_parallel`.")
-    optimizer_shard: bool | None = setting(None, "Not read; see `parallel.enable_parallel_optimizer`.")
+    optimizer_shard: bool | None = setting(
+        None, "`parallel.enable_parallel_optimizer` decides on that.", choices=(None,)
+    )
     gradient_aggregation_group: int = setting(4, "Groups in which gradients are all-reduced.", least=1)
     vocab_emb_dp: bool = setting(True, "Each device has the whole embedding and output projection.")
-    context_parallel_algo: str = setting("colossalai_cp", "colossalai_cp, ulysses_cp or hybrid_cp.")
+    context_parallel_algo: str = setting(
+        "colossalai_cp",
+        "Keys and values are gathered, heads exchanged for tokens, or both.",
+        choices=("colossalai_cp", "ulysses_cp", "hybrid_cp"),
+    )
     ulysses_degree_in_cp: int = setting(1, "With hybrid_cp: devices that exchange heads for tokens.")
     mem_coeff: float = setting(0.1, "Of MindSpore's automatic search, which is not used.")
     recompute: RecomputeSettings = field(default_factory=RecomputeSettings)

@@ -13,7 +13,7 @@ _NEVER = {
 
 
 def without_effect(settings: Settings, kind: str) -> Iterator[str]:
-    """A sentence for each setting without effect.
+    """A message for each setting without effect.
 
     Args:
         settings: the YAML.
