@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor
 from oracle import load_llama, write_hf_folder
 from oracle_moe import load_ernie
 
-from research.telechat2.checkpoint import convert_to_mindspore, read_mindspore_tensors
+from research.telechat2.checkpoint.convert import convert_to_mindspore, read_mindspore_tensors
 from research.telechat2.telechat import TelechatForCausalLM
 from research.telechat2.telechat_config import TelechatConfig
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from oracle import write_hf_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.convert import convert_to_mindspore
 
 SIZES = {
     "num_layers": 2,

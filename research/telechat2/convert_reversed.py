@@ -10,10 +10,10 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 
-from research.telechat2.checkpoint import convert_to_torch  # noqa: E402
 from research.telechat2.checkpoint.convert import (  # noqa: E402
     TORCH_FORMATS,  # noqa: E402
     add_options,
+    convert_to_torch,  # noqa: E402
     options_of,
 )
 from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402

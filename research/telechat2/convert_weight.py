@@ -14,8 +14,11 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 
-from research.telechat2.checkpoint import convert_to_mindspore  # noqa: E402
-from research.telechat2.checkpoint.convert import add_options, options_of  # noqa: E402
+from research.telechat2.checkpoint.convert import (  # noqa: E402
+    add_options,
+    convert_to_mindspore,  # noqa: E402
+    options_of,
+)
 from research.telechat2.checkpoint.convert_layout import convert_layout  # noqa: E402
 from research.telechat2.checkpoint.layouts.read import assume_joined_for  # noqa: E402
 from research.telechat2.common.cli import run  # noqa: E402

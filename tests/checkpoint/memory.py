@@ -2,7 +2,7 @@
 
 import tracemalloc
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 
 def peak_of_both_ways(folder) -> int:

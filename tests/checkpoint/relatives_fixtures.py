@@ -100,7 +100,7 @@ def our_model(weights: Path, section: dict, **more):
     """TelechatForCausalLM of a YAML's section in fp32, with converted weights, in evaluation mode."""
     import mindspore as ms
 
-    from research.telechat2.checkpoint import read_mindspore_tensors
+    from research.telechat2.checkpoint.convert import read_mindspore_tensors
     from research.telechat2.telechat import TelechatForCausalLM
     from research.telechat2.telechat_config import TelechatConfig
 

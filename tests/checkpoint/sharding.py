@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from research.telechat2.checkpoint import TelechatSizes
+from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.table import expand
 
 COUNTERS = {"global_step": np.array([7], np.int32), "scale_sense": np.array(1.0, np.float32)}

@@ -10,7 +10,7 @@ from oracle import write_hf_folder
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.job import output, run
 
 

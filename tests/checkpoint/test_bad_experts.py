@@ -8,7 +8,7 @@ from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "ffn_hidden_size": 40, "n_layer": 4}
 EXPERT = "transformer.h.{}.mlp.local_experts.{}."

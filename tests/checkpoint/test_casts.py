@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
+from research.telechat2.checkpoint.convert import (
+    convert_to_mindspore,
+    convert_to_torch,
+    read_mindspore_tensors,
+)
 from research.telechat2.checkpoint.storage import tensor as stored
 from research.telechat2.checkpoint.storage.dtypes import cast
 

@@ -6,7 +6,7 @@ import pytest
 from oracle import write_hf_folder
 from refusal import refused
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.sizes import sizes_beside
 
 SIZES = {

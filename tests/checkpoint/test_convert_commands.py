@@ -9,7 +9,7 @@ from pathlib import Path
 from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.convert import convert_to_mindspore
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,11 @@ from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
+from research.telechat2.checkpoint.convert import (
+    convert_to_mindspore,
+    convert_to_torch,
+    read_mindspore_tensors,
+)
 from research.telechat2.checkpoint.storage import tensor as stored
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
 from research.telechat2.checkpoint.storage.views import cut, join

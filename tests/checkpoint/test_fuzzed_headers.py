@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import write_hf_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.convert import convert_to_mindspore
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "150"))

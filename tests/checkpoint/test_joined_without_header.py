@@ -10,7 +10,7 @@ from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 
 from research.telechat2.checkpoint import convert_layout as relayout
-from research.telechat2.checkpoint import convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_torch
 from research.telechat2.checkpoint.convert_layout import convert_layout
 from research.telechat2.checkpoint.layouts.read import assume_joined_for, whole_weights
 from research.telechat2.run.load_checkpoint import prepare_checkpoint

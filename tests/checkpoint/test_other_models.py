@@ -9,7 +9,7 @@ from refusal import refused
 from relatives_fixtures import llama_folder, load_exported, section_of
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.llama.kinds import model_kind
 from research.telechat2.checkpoint.llama.rotary import read_scaling
 

@@ -10,8 +10,8 @@ import pytest
 from oracle import hf_shapes
 from refusal import refused
 
-from research.telechat2.checkpoint import TelechatSizes
 from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.checkpoint.table import expand
 

@@ -12,7 +12,7 @@ import yaml
 from oracle import stored_tensors, write_hf_folder
 from relatives_fixtures import byte_level_tokenizer, llama_folder, load_exported, v1_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ from refusal import refused
 from relatives_fixtures import llama_folder
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 LAYER = "model.layers.1"
 

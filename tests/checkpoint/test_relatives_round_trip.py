@@ -8,7 +8,7 @@ from oracle import stored_tensors, write_hf_folder
 from relatives_fixtures import llama_folder, load_exported, section_of, v1_folder
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.llama.config import llama_config
 from research.telechat2.config.yaml_files import read_config
 

@@ -10,7 +10,7 @@ from oracle import write_hf_folder
 from refusal import refused
 from relatives_fixtures import byte_level_tokenizer, v1_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.text.chat import TOOL_TAGS, conversation_text, encode, render
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,9 @@ from rank_arrays import bits_of, joined_for, rank_of, whole_model
 from refusal import refused
 from relatives_fixtures import llama_folder
 
-from research.telechat2.checkpoint import TelechatSizes, convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.convert_layout import check_model_name, convert_layout
+from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.checkpoint.storage.safetensors_format import read_metadata
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.job import copy, run
 from research.telechat2.checkpoint.job import journal as staging
 
@@ -31,7 +31,7 @@ OPTIONS = {"max_shard_size": 150_000, "dtype": "float16"}
 KILLED_AT = """
 import os, signal, sys, threading
 from pathlib import Path
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.convert import convert_to_mindspore
 from research.telechat2.checkpoint.job import copy as copying, journal as staging, run as job
 number, lock = [0], threading.Lock()
 copying.BATCH_BYTES = 40_000

@@ -8,7 +8,8 @@ from memory import peak_of_both_ways
 from oracle import hf_shapes, stored_tensors, write_hf_folder
 from refusal import refused
 
-from research.telechat2.checkpoint import convert, convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint import convert
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 MHA = {"num_key_value_heads": 4}
 GQA = {"num_key_value_heads": 2, "ffn_hidden_size": 88}

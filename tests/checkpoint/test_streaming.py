@@ -14,7 +14,7 @@ from refusal import refused
 from safetensors.numpy import load_file, save_file
 from test_plan_115b import described, hf_shapes
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.checkpoint.job import copy, run
 from research.telechat2.checkpoint.job.job import Job
 from research.telechat2.checkpoint.job.manifest import table
@@ -250,7 +250,7 @@ def test_flags_that_contradict_each_other(hf, tmp_path):
 
 MEASURED = """
 import resource, sys
-from research.telechat2.checkpoint import convert_to_mindspore
+from research.telechat2.checkpoint.convert import convert_to_mindspore
 from research.telechat2.checkpoint.job import copy as copying
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_to_mindspore("hf", "ms", dtype=sys.argv[1] or None)
@@ -277,7 +277,7 @@ def test_resident_memory_stays_within_the_stated_bound(tmp_path, dtype):
 MEASURED_CKPT = """
 import resource, sys
 import mindspore
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if sys.argv[1] == "out":
     convert_to_mindspore("hf", "ms.ckpt")

@@ -10,7 +10,11 @@ from oracle import stored_tensors, write_hf_folder
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch, read_mindspore_tensors
+from research.telechat2.checkpoint.convert import (
+    convert_to_mindspore,
+    convert_to_torch,
+    read_mindspore_tensors,
+)
 
 # No step of training is needed to save: a cell of the model's parameters, MindFormers' AdamW and its saver.
 SAVE = """

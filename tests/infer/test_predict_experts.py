@@ -5,7 +5,7 @@ from model_fixtures import RandomModel
 from predict_model import NEW_TOKENS, QUESTIONS, SIZES, asked, oracle_answer, write_yaml
 from refusal import refused
 
-from research.telechat2.checkpoint import read_mindspore_tensors
+from research.telechat2.checkpoint.convert import read_mindspore_tensors
 from research.telechat2.infer.loading import load_predictor
 
 EXPERTS = {"expert_num": 4, "num_experts_chosen": 2}

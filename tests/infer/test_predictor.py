@@ -20,7 +20,7 @@ from predict_model import (
 )
 from refusal import refused
 
-from research.telechat2.checkpoint import convert_to_mindspore, read_mindspore_tensors
+from research.telechat2.checkpoint.convert import convert_to_mindspore, read_mindspore_tensors
 from research.telechat2.data.conversions import Conversation
 from research.telechat2.infer.chat import answer_all, question
 from research.telechat2.infer.loading import load_predictor, load_weights

@@ -9,7 +9,7 @@ import test_run_mindformer
 from small_model import write_weights
 from test_run_mindformer import finetune_words, losses, predict_words, size_words, start
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 
 records = test_run_mindformer.dataset  # the fixture
 EXPERTS = ["--moe_config.expert_num", "4", "--moe_config.num_experts_chosen", "2"]

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from oracle import write_hf_folder
 
-from research.telechat2.checkpoint import convert_to_mindspore, convert_to_torch
+from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
 from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.sources import choose_prompt_format
