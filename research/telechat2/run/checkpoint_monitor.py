@@ -92,34 +92,34 @@ class CheckpointMonitor(LibraryCheckpointMonitor):
 
 @contextmanager
 def saving(folder: Path, needed: int) -> Iterator[None]:
-    """Around the save of an iteration: if it fails, its folder goes, and the tracker says what it said.
+    """Around the save of an iteration: if it fails, its folder goes, and the tracker keeps its content.
 
     Raises:
         OSError: the disk has too few bytes; with the path and both numbers.
     """
     tracker = folder.parent / TRACKER
-    said = tracker.read_text(encoding="utf-8") if tracker.is_file() else None
+    named = tracker.read_text(encoding="utf-8") if tracker.is_file() else None
     kept = "no earlier one is there; make room, and start again"
-    if said and said.strip():
-        kept = f"iteration {said.strip()} is kept; {_make_room(folder.parent)}"
+    if named and named.strip():
+        kept = f"iteration {named.strip()} is kept; {_make_room(folder.parent)}"
     try:
         with _naming_failure(folder, needed, kept):
             yield
     except BaseException:
         if get_real_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            _restore(tracker, said)
+            _restore(tracker, named)
         raise
 
 
-def _restore(tracker: Path, said: str | None) -> None:
+def _restore(tracker: Path, named: str | None) -> None:
     """Let the tracker name the checkpoint that it named, which MindFormers may have emptied."""
     with suppress(OSError):
-        if said is None:
+        if named is None:
             tracker.unlink(missing_ok=True)
-        elif tracker.read_text(encoding="utf-8") != said:
+        elif tracker.read_text(encoding="utf-8") != named:
             with atomic_write(tracker) as temporary:
-                temporary.write_text(said, encoding="utf-8")
+                temporary.write_text(named, encoding="utf-8")
 
 
 @contextmanager

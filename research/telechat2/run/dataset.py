@@ -4,12 +4,12 @@ MindSpore finds a missing index or a record that is too long minutes later, and 
 reads ids beyond the embedding without a word.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 from research.telechat2.config.check import check
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.data.records import Rules, check_records, too_long, too_many_tokens
@@ -124,7 +124,7 @@ def _checked_manifest(file: Path, found: int | None, rules: Rules) -> dict:
             f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
             f"or prepare the data again with telechat_preprocess.py."
         )
-    manifest = _manifest(file)
+    manifest = read_json(manifest_path(file)) or {}
     _compare(file, manifest, rules)
     starts = manifest.get("document_start_ids")
     if rules.start_ids and starts is not None and sorted(starts) != list(rules.start_ids):
@@ -196,20 +196,6 @@ def files_of_loader(loader: dict, which: str) -> list[Path]:
         if not file.is_file():
             raise UsageError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
     return files
-
-
-def _manifest(file: Path) -> dict:
-    """The manifest of a MindRecord file, empty where there is none."""
-    path = manifest_path(file)
-    manifest = {}
-    if path.is_file():
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise UsageError(f"{path} is not JSON ({error}); correct or delete it.") from error
-    if not isinstance(manifest, dict):
-        raise UsageError(f"{path} holds a JSON {type(manifest).__name__}, expected an object; delete it.")
-    return manifest
 
 
 def _compare(file: Path, manifest: dict, rules: Rules) -> None:

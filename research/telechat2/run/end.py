@@ -1,6 +1,5 @@
 """The first and the last lines of a task: what runs on what; where the results are, and what to type next."""
 
-import json
 import os
 import shlex
 import shutil
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 from research.telechat2.checkpoint.storage.folders import latest_iteration
+from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED
 from research.telechat2.data.same_vocabulary import sha256
 from research.telechat2.run.load_checkpoint import SUFFIXES, newest_file
@@ -137,9 +138,9 @@ def _vocabulary(data: Path) -> Path | None:
         sorted(data.glob(f"*.mindrecord{MANIFEST_SUFFIX}")) if data.is_dir() else [manifest_path(data)]
     )
     try:
-        told = json.loads(manifests[0].read_text(encoding="utf-8-sig"))["tokenizer"]
-        name, expected = Path(told["path"]), told["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        tokenizer = (read_json(manifests[0]) or {})["tokenizer"]
+        name, expected = Path(tokenizer["path"]), tokenizer["sha256"]
+    except (OSError, UsageError, KeyError, TypeError, IndexError):
         return None
     for folder in (Path.cwd(), *data.absolute().parents[:3]):
         file = (folder / name).absolute()

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 
 NAME = ".training.lock"
 
@@ -89,7 +90,7 @@ def _this_process() -> dict:
 
 def _holder(path: Path) -> str:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path) or {}
         return f"process {known['process']} on {known['host']}, since {known['since']}: {known['command']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UsageError, KeyError):
         return "its process is not known"

@@ -88,7 +88,7 @@ class Metrics:
 
     @contextmanager
     def _forgiven(self) -> Iterator[None]:
-        """Go on training when the file or the picture cannot be written, and say so once."""
+        """Go on training when the file or the picture cannot be written, and print so once."""
         try:
             yield
         except OSError as error:

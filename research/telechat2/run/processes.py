@@ -83,7 +83,7 @@ def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
         count = sum(bool(re.fullmatch(r"davinci\d+", path.name)) for path in devices.glob("davinci*"))
         named = "this machine has"
     if not count:
-        return  # MindSpore says what is missing
+        return  # MindSpore names what is missing
     launched = "MS_ROLE" in os.environ
     workers = int(os.environ.get("TELECHAT_LOCAL_WORKERS", "0")) if launched else 0
     if workers > count:

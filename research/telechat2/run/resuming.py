@@ -11,6 +11,7 @@ from pathlib import Path
 from research.telechat2.checkpoint.loading import NO_WEIGHTS
 from research.telechat2.checkpoint.storage.safetensors_format import read_safetensors
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import read_json
 from research.telechat2.run.training_record import NAME, TrainingRecord, read_record
 
 COMMON = "common.json"
@@ -200,16 +201,11 @@ def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
 
 
 def _read_common(folder: Path) -> dict:
-    path = folder / COMMON
-    if not path.is_file():
-        raise UsageError(f"{COMMON} is missing, which says how many steps were done.")
-    try:
-        common = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {name: common[name] for name in ("step_num", "epoch_num", "global_batch_size")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{COMMON} is broken ({type(error).__name__}: {error}).") from error
+    if (common := read_json(folder / COMMON)) is None:
+        raise UsageError(f"{COMMON} is missing, which holds the number of steps done.")
+    numbers = {name: common.get(name) for name in ("step_num", "epoch_num", "global_batch_size")}
     if not all(isinstance(value, int) and value >= 1 for value in numbers.values()):
-        raise UsageError(f"{COMMON} says {numbers}; expected whole numbers of at least 1.")
+        raise UsageError(f"{COMMON} holds {numbers}; expected whole numbers of at least 1.")
     return common
 
 
@@ -249,7 +245,7 @@ def whole_iterations(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("iteration_*/"), reverse=True):
         try:
             _read_iteration(path)
-        except (ValueError, OSError):
+        except (UsageError, OSError):
             continue
         whole.append(path)
     return whole

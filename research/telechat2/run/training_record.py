@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.common.files import atomic_write
+from research.telechat2.common.files import atomic_write, read_json
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.run.processes import device_num
@@ -87,18 +87,16 @@ def read_record(folder: Path) -> TrainingRecord | None:
     Raises:
         UsageError: the file is broken.
     """
-    path = folder / NAME
-    if not path.is_file():
+    found = read_json(folder / NAME)
+    if found is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = [field.name for field in fields(TrainingRecord) if field.name != "others"]
-        return TrainingRecord(**{name: found[name] for name in names}, others=found.get("others"))
-    except (ValueError, TypeError, KeyError) as error:
+    names = [field.name for field in fields(TrainingRecord) if field.name != "others"]
+    if missing := [name for name in names if name not in found]:
         raise UsageError(
-            f"{path} is broken ({error}); copy the checkpoint again, or delete this file: the data is then "
-            "not compared."
-        ) from error
+            f"{folder / NAME} lacks {', '.join(missing)}; copy the checkpoint again, or delete this file: "
+            "the data is then not compared."
+        )
+    return TrainingRecord(**{name: found[name] for name in names}, others=found.get("others"))
 
 
 def describe_training(config: dict, files: Mapping[Path, int | None]) -> TrainingRecord:
