@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
     )
-    parser.add_argument("--world_size", type=int, help="number of NPUs; by default as the YAML says")
+    parser.add_argument("--world_size", type=int, help="number of NPUs; by default the YAML's")
     parser.add_argument("--npu_mem_size", type=int, default=8, help="GB of each NPU for the cache; default 8")
     parser.add_argument(
         "--self_test",

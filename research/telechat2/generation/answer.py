@@ -1,4 +1,4 @@
-"""What a model said, and the streamer that hears it."""
+"""An answer of a model, and the streamer that receives its tokens."""
 
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
 
 @dataclass
 class Answer:
-    """What a model said: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
+    """An answer: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
 
     ``cut`` names what ended the answer before the model did, a limit of length or STOPPED; "" if it ended.
     A character of which tokens are missing then is not in ``text``.

@@ -59,7 +59,7 @@ class Sampling:
 
 
 def check_finite(logits: np.ndarray, step: int, position: int, row: int = 0, rows: int = 1) -> None:
-    """Refuse logits ``[V]`` that are no numbers: no token is the likeliest of them.
+    """Refuse logits ``[V]`` with NaN or infinite values: no token is the likeliest of them.
 
     Raises:
         UsageError: names the token of the answer (``step``, from 1), its position in the sequence, and the
@@ -71,7 +71,7 @@ def check_finite(logits: np.ndarray, step: int, position: int, row: int = 0, row
     where = f" of row {row + 1} of {rows}" if rows > 1 else ""
     nans = int(np.isnan(logits).sum())
     raise UsageError(
-        f"the model's logits are no numbers: for token {step} of the answer{where} (position {position}), "
+        f"the model's logits are not finite: for token {step} of the answer{where} (position {position}), "
         f"{nans} of {len(logits)} are NaN and {int(broken.sum()) - nans} infinite. The weights hold NaN or "
         f"infinite values, or compute_dtype is too narrow for them (float16 ends at 65504): check the "
         f"checkpoint, or set compute_dtype and res_dtype to bfloat16 or float32."
@@ -163,7 +163,7 @@ def draw(scores: np.ndarray, random: np.random.Generator) -> int:
 def row_generators(rows: int, seed: int | None) -> list[np.random.Generator]:
     """Random numbers for each row of a batch, begun at ``seed``, or where NumPy's global ones are.
 
-    The global ones go on by one number a row: rows asked in batches of any size draw the same.
+    The global ones advance by one number a row: rows asked in batches of any size draw the same.
     """
     if seed is None:
         seeds = np.random.randint(2**31, size=rows)  # as mindspore.set_seed has set them, in every process

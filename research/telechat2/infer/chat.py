@@ -172,10 +172,10 @@ def name_system_texts(predictor: Predictor, conversations: list[Conversation], g
         ),
         (given, given, "as --system says"),
     )
-    for text, said, source in sources if given is not None else sources[:1]:
+    for text, shown, source in sources if given is not None else sources[:1]:
         if count := texts.count(text):
             share = "" if count == len(texts) else f" of {count} of {len(texts)} questions"
-            print(f"system text{share}: {said or '(empty)'} ({source})", file=sys.stderr)
+            print(f"system text{share}: {shown or '(empty)'} ({source})", file=sys.stderr)
     if given is not None and given not in texts:
         print("--system is not used: every conversation has a system text of its own", file=sys.stderr)
 
@@ -230,14 +230,14 @@ def chat(
 
 def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None, label: str) -> Answer:
     """Ask, and print the answer as it grows; ``stop``: see ask; ``label``: what takes long, where it does."""
-    spinner, heard = Spinner(), 0
+    spinner, pieces = Spinner(), 0
 
     def show(text: str) -> None:
-        nonlocal heard
+        nonlocal pieces
         spinner.stop()
         print(text, end="", flush=True)
-        heard += 1
-        if label and heard == 1:
+        pieces += 1
+        if label and pieces == 1:
             spinner.start()  # the second token needs a graph of its own
 
     spinner.start(label or "reading the question")

@@ -35,7 +35,7 @@ def load_predictor(
     """Build the model of a predict YAML and load its weights, all of them or none.
 
     Args:
-        yaml_file: a predict YAML. The next three default to what it says.
+        yaml_file: a predict YAML. It gives the defaults of the next two.
         vocab_file: tokenizer.model; if the YAML names none either, that beside the weights.
         checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
         prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of

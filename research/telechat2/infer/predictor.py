@@ -18,7 +18,7 @@ class Predictor:
     """A model with its tokenizer and the prompt format it was tuned with.
 
     ``limits``: lengths of prompt and answer.
-    ``generation``: further arguments of ``generate``; what is not there is as the model's config says.
+    ``generation``: further arguments of ``generate``; the model's config has the rest.
     ``group``: the processes that share the model; each calls the same methods with the same arguments.
     ``checkpoint``: where the weights come from, for messages.
     """
@@ -78,8 +78,8 @@ class Predictor:
     ) -> list[Answer]:
         """Answer a batch of prompts given as ids, each as if asked alone.
 
-        ``on_token(id)`` hears every token of a single prompt; ``stop()`` is asked after each of them whether
-        its answer ends there. Raises UsageError as ``check`` does, or if logits are no numbers.
+        ``on_token(id)`` gets every token of a single prompt; after each of them ``stop()`` returns whether
+        its answer ends there. Raises UsageError as ``check`` does, or if logits are NaN or infinite.
         """
         self.check(prompts)
         single = len(prompts) == 1
@@ -113,7 +113,7 @@ class Predictor:
         on_text: Callable[[str], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> Answer:
-        """Answer a conversation; ``on_text(str)`` hears the answer as it grows, in whole characters.
+        """Answer a conversation; ``on_text(str)`` gets the answer as it grows, in whole characters.
 
         ``stop()`` as in ``generate``.
         """

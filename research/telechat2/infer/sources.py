@@ -47,7 +47,7 @@ def read_sources(
     Notes go to standard error.
 
     Args:
-        yaml_file: a predict YAML; the next two default to what it says.
+        yaml_file: a predict YAML, which gives the defaults of the next two.
         checkpoint: weights of any layout, torch or MindSpore.
         vocab_file: tokenizer.model or the folder with it; if the YAML names none either, that beside the
             weights.

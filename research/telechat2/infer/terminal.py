@@ -141,7 +141,7 @@ class Terminal:
             descriptor = os.open(self._history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             with open(descriptor, "a", encoding="utf-8") as file:
                 file.write(json.dumps(text, ensure_ascii=False) + "\n")
-        except (OSError, ValueError):
+        except (OSError, UnicodeEncodeError):  # an unwritable file, a question that is not UTF-8
             self._history = None
 
 
@@ -163,7 +163,7 @@ def _read_history(path: Path | None) -> list[str]:
             kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found[-_MOST_HISTORY:])
             path.write_text(kept, encoding="utf-8")
         return found[-_MOST_HISTORY:]
-    except (OSError, ValueError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return []
 
 

@@ -45,7 +45,7 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
     config_class = MindIETelechatConfig
 
     def __init__(self, config: MindIETelechatConfig):
-        if not config.checkpoint_path:  # ModelRunner would go on with random weights
+        if not config.checkpoint_path:  # ModelRunner would continue with random weights
             raise UsageError("the folder's YAML names no load_checkpoint; set it to the weights to serve.")
         super().__init__(config)
 
@@ -122,7 +122,7 @@ class MindIETelechatTokenizer(TelechatTokenizer):
     Args:
         vocab_file: tokenizer.model.
         prompt_format: "chat", "plain" or "v1"; by default that of the vocabulary's release.
-        chat_template: MindIE wants one to be there; conversations are rendered by our own renderer, for which
+        chat_template: must be set for MindIE; conversations are rendered by our own renderer, for which
             markers in a message are text.
         settings: as in TelechatTokenizer; what MindFormers asks of tokenizers of other kinds is dropped.
     """

@@ -163,14 +163,14 @@ def build(sources: FolderSources, folder: Path, *, npu_mem_size: int, self_test:
         for path in (*staged.rglob("*"), staged):
             path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
             fsync(path)
-        said = test_folder(staged) if self_test else ""
+        report = test_folder(staged) if self_test else ""
         os.rename(staged, folder)
         fsync(folder.parent)
-    return f"{said}{text}"
+    return f"{report}{text}"
 
 
 def test_folder(folder: Path) -> str:
-    """Ask the folder's model one question as MindIE would, in a process elsewhere; return what it said.
+    """Ask the folder's model one question as MindIE would, in a process elsewhere; return what to print.
 
     Raises:
         UsageError: it does not answer.

@@ -22,7 +22,7 @@ def finish_folder(folder: Path) -> str:
         What was done, and what is left to do.
 
     Raises:
-        UsageError: there is no YAML or several, it is none of a prediction, or config.json exists.
+        UsageError: there is no YAML or several, it is not one of a prediction, or config.json exists.
     """
     yaml_file = _only_yaml(folder)
     for name in ("config.json", f"{settings.ENTRY}.py"):

@@ -3,7 +3,7 @@
     python -P self_test.py FOLDER QUESTION NEW_TOKENS ANSWER.json
 
 MindIE asks for the tokenizer, then for a ModelRunner, which it warms up with two steps; then it reads
-prompts, one after the other in ``[1, T]``, and goes on with one token of each row, ``[B, 1]``. This file
+prompts, one after the other in ``[1, T]``, and continues with one token of each row, ``[B, 1]``. This file
 imports nothing of this package, and is no part of the folder.
 """
 
