@@ -229,11 +229,9 @@ def _of_manifest(tensors: Iterable[StoredTensor]) -> int | None:
             content = read_json(manifest) or {}
             options = content.get("options")
             layout = options.get("layout") if isinstance(options, dict) else None
-            if (
-                file.name in (content.get("files") or {})
-                and isinstance(layout, dict)
-                and QKV_CONCAT in layout
-            ):
+            files = content.get("files")
+            listed_here = isinstance(files, dict) and file.name in files
+            if listed_here and isinstance(layout, dict) and QKV_CONCAT in layout:
                 return _ranks(layout, QKV_CONCAT, manifest)
     return None
 

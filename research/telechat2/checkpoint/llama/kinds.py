@@ -41,8 +41,7 @@ def model_kind(config: Config) -> str:
     Raises:
         UsageError: it names another model; which, and why that one cannot be expressed.
     """
-    classes = config.get("architectures") or []
-    classes = [str(name) for name in (classes if isinstance(classes, list) else [classes])]
+    classes = _classes(config)
     kind = config.get("model_type")
     if kind is None:
         kind = next(iter(classes), "telechat")
@@ -68,8 +67,13 @@ def model_kind(config: Config) -> str:
 def is_mistral(config: Config) -> bool:
     """Whether a config of kind ``llama`` is a Mistral's."""
     kind = config.get("model_type")
-    classes = config.get("architectures") or []
-    return kind == "mistral" or (kind is None and any(name in MISTRAL_CLASSES for name in classes))
+    return kind == "mistral" or (kind is None and any(name in MISTRAL_CLASSES for name in _classes(config)))
+
+
+def _classes(config: Config) -> list[str]:
+    """The classes of transformers that a config names."""
+    given = config.get("architectures") or []
+    return [str(name) for name in (given if isinstance(given, list) else [given])]
 
 
 def window_of(config: Config) -> int | None:
