@@ -84,7 +84,7 @@ class TelechatInterleaveLayer(TelechatDecoderLayer):
         super().__init__(config, kernels)
         self.splits, self.joins = splits, joins
         copies = copies_of(config)
-        # The block before attention ends with the queries; one mark says where.
+        # The block before attention ends with the queries; one mark is enough.
         self.join_query, self.join_key_value = JoinTokens(number), JoinTokens()
         self.split_attention = SplitTokens(copies, number)
         if splits:

@@ -11,12 +11,14 @@ from oracle_moe import RULES, kept_assignments
 from torch_experts import to_torch, weighted_experts
 
 from research.telechat2.config.moe import MoESettings
+from research.telechat2.model.kernels.ascend import TopKFused
 from research.telechat2.model.kernels.moe_dispatch import (
     CapacityExperts,
     DroplessExpertsReference,
     ExpertRows,
     GatedBias,
     Permute,
+    TopKReference,
     Unpermute,
 )
 from research.telechat2.model.kernels.reference import SwiGLUReference
@@ -304,6 +306,18 @@ CAPACITY = {
     "one-token": 1, "all-to-one": 2, "all-to-the-first": 2, "every-expert": 2, "some-without-tokens": 1,
     "random": 10,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_both_choices_of_experts_are_numpys_where_probabilities_differ(top_k):
+    rng = np.random.default_rng(top_k)
+    probabilities = rng.permuted(np.tile(np.arange(1, 9, dtype=np.float32) / 36, (50, 1)), axis=1)
+    expected = np.argsort(-probabilities, axis=1)[:, :top_k]
+    for kernel in (TopKReference, TopKFused):
+        experts, chosen = kernel(8, top_k)(Tensor(probabilities))
+        assert experts.dtype == ms.int32 and chosen.dtype == ms.float32
+        np.testing.assert_array_equal(experts.asnumpy(), expected)
+        np.testing.assert_array_equal(chosen.asnumpy(), np.eye(8)[expected])
 
 
 @pytest.mark.parametrize("case", EXPERTS)

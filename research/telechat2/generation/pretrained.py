@@ -39,11 +39,11 @@ class PreTrainedModel(PluginModel):
     rows = Rows
 
     def generate(self, input_ids, generation_config=None, *args, seed=None, **kwargs):
-        """MindFormers' ``generate``, which with DYNAMIC_NTK says every row's limit to every step.
+        """MindFormers' ``generate``, which with DYNAMIC_NTK passes every row's limit to every step.
 
         ``input_ids`` may be Rows: then no id is taken for padding, whatever ``pad_token_id`` is.
-        ``longest`` ``[B]``: tokens that prompt and answer of each row may have, if it is not just what
-        ``max_new_tokens`` or ``max_length`` says; see RequestLengths. ``seed``: of sampling; None goes on
+        ``longest`` ``[B]``: tokens that prompt and answer of each row may have, where ``max_new_tokens`` or
+        ``max_length`` do not give it; see RequestLengths. ``seed``: of sampling; None goes on
         with NumPy's global random numbers.
 
         Raises:
@@ -84,7 +84,7 @@ class PreTrainedModel(PluginModel):
             raise
 
     def forward(self, input_ids, valid_length_each_example, *, prefill=None, **kwargs):
-        """MindFormers' ``forward``, which reads prompts in pieces where ``prefill_chunk`` says so."""
+        """MindFormers' ``forward``, which reads prompts in pieces with ``prefill_chunk``."""
         lengths = valid_length_each_example
         if not (prefill and self.config.use_past and 0 < self.config.prefill_chunk < np.sum(lengths)):
             return super().forward(input_ids, lengths, prefill=prefill, **kwargs)
@@ -118,16 +118,9 @@ class PreTrainedModel(PluginModel):
     ):
         """The next token of every row that is not finished, as MindFormers' ``postprocess`` returns them.
 
-        Args:
-            input_ids: ``[B, seq_length]``, each row's tokens, then padding.
-            is_finished: ``[B]``, rows that take no further token.
-            res: logits ``[B, V]``, or ``[B * seq_length, V]`` without a cache.
-            generation_config: MindFormers' GenerationConfig.
-            valid_length_each_example: ``[B]``, tokens of each row.
-            current_index: ``[B]``, the row of ``res`` that belongs to each row.
-            logits_processor: a caller's own processors.
-            logits_warper: not used.
-            need_gather_logits: whether ``res`` may have all positions.
+        ``input_ids`` ``[B, seq_length]``; ``is_finished`` and ``valid_length_each_example`` ``[B]``; ``res``:
+        logits ``[B, V]``, or without a cache ``[B * seq_length, V]``, of which ``current_index`` ``[B]`` are
+        the rows. ``logits_processor``: a caller's own processors.
 
         Returns:
             Tokens ``[B]`` ([] for a finished row), scores and logits ``[B, V]`` where they are asked for

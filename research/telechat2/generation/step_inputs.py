@@ -9,18 +9,12 @@ from mindspore import Tensor
 
 
 def dynamic_inputs(config) -> dict[str, Tensor]:
-    """Shapes of a graph that serves prompts and batches of every size; None stands for an unknown one."""
-    shapes = {
-        "input_ids": [None, None],
-        "position_ids": [None],
-        "batch_valid_length": [None, None],
-        "block_tables": [None, None],
-        "slot_mapping": [None],
-        "last_token": [None],
-    }
+    """Placeholders of any shape, for a graph that serves prompts and batches of every size."""
+    axes = dict.fromkeys(("input_ids", "batch_valid_length", "block_tables"), 2)
+    axes |= dict.fromkeys(("position_ids", "slot_mapping", "last_token"), 1)
     if config.extend_method == "DYNAMIC_NTK":
-        shapes["rotary_lengths"] = [None]
-    return {name: Tensor(shape=shape, dtype=ms.int32) for name, shape in shapes.items()}
+        axes["rotary_lengths"] = 1
+    return {name: Tensor(shape=[None] * count, dtype=ms.int32) for name, count in axes.items()}
 
 
 def step_inputs(
@@ -37,11 +31,11 @@ def step_inputs(
     longest=None,
     **kwargs,
 ) -> dict:
-    """Inputs of ``TelechatForCausalLM.construct`` for one step, as MindFormers passes it.
+    """Inputs of ``TelechatForCausalLM.construct`` for one step, from MindFormers' arguments.
 
     Args:
         config, kernels: of the model.
-        requests: RequestLengths of the model's engine with DYNAMIC_NTK, else None.
+        requests: the model's RequestLengths with DYNAMIC_NTK, else None.
         input_ids: ``[B, seq_length]``, every row's tokens from its first to its newest, then padding.
         prefill: whether prompts are read from their beginning, or tokens whose sequence is in the cache.
         valid_length_each_example: ``[B]``, tokens of each row.
@@ -102,11 +96,7 @@ def prefill_inputs(config, input_ids, lengths, block_tables, slots, factors) -> 
 
 
 def decode_inputs(input_ids, lengths, block_tables, slots, factors) -> dict[str, np.ndarray]:
-    """The newest token of each request.
-
-    Args:
-        input_ids, lengths, block_tables, factors: as for prefill_inputs.
-        slots: ``[B]``, -1 for a row that writes nothing.
+    """The newest token of each request: arguments as for prefill_inputs, but ``slots`` ``[B]``.
 
     Returns:
         ``input_ids`` ``[B, 1]``, ``position_ids``, ``slot_mapping``, ``rotary_lengths``, ``last_token`` and

@@ -8,7 +8,7 @@ go on with the same numbers. Norms, router and biases are whole on every rank.
 from dataclasses import dataclass
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P  # noqa: N812
 
@@ -155,21 +155,14 @@ class SharedEmbedding(TelechatEmbedding):
         super().__init__(config)
         _cut(self, 0, config, ranks, "embedding_weight")
         rows = config.vocab_size // ranks.size
-        self.first, self.rows = Tensor(ranks.rank * rows, ms.int32), Tensor(rows, ms.int32)
-        self.zero = Tensor(0, ms.int32)
-        self.sub = P.Sub()
-        self.not_below = P.GreaterEqual()
-        self.below = P.Less()
+        self.first, self.rows = ranks.rank * rows, rows
         self.both = P.LogicalAnd()
-        self.select = P.Select()
-        self.zeros = P.ZerosLike()
-        self.mask = P.Mul()
         self.expand = P.ExpandDims()
         self.all_reduce = P.AllReduce(group=ranks.group)
 
     def construct(self, tokens):
-        index = self.sub(tokens, self.first)
-        own = self.both(self.not_below(index, self.zero), self.below(index, self.rows))
-        index = self.select(own, index, self.zeros(index))
+        index = tokens - self.first
+        own = self.both(index >= 0, index < self.rows)
+        index = index * self.cast(own, ms.int32)
         found = self.cast(self.gather(self.embedding_weight, index, 0), self.dtype)
-        return self.all_reduce(self.mask(found, self.expand(self.cast(own, self.dtype), -1)))
+        return self.all_reduce(found * self.expand(self.cast(own, self.dtype), -1))

@@ -55,21 +55,19 @@ def inverse_frequencies(config, length: int | None = None) -> tuple[np.ndarray, 
 def _yarn(settings: dict, theta: float, exponents: np.ndarray) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, sections 3.2 and 3.4).
 
-    A pair that turns more than ``beta_fast`` times over the trained length stays, one that turns less than
-    ``beta_slow`` times is divided by ``factor``, between the two it goes linearly with the pair's index.
+    A pair of more than ``beta_fast`` rotations over the trained length stays, one of fewer than ``beta_slow``
+    is divided by ``factor``; between the two it goes linearly with the pair's index.
     """
     pairs, factor = len(exponents), settings["factor"]
 
-    def pair_that_turns(times: float) -> float:
-        wavelength = settings["original_max_position_embeddings"] / times
+    def pair_of(rotations: float) -> float:
+        wavelength = settings["original_max_position_embeddings"] / rotations
         return pairs * math.log(wavelength / (2 * math.pi)) / math.log(theta)
 
-    low = max(math.floor(pair_that_turns(settings["beta_fast"])), 0)
-    high = min(math.ceil(pair_that_turns(settings["beta_slow"])), 2 * pairs - 1)
+    low = max(math.floor(pair_of(settings["beta_fast"])), 0)
+    high = min(math.ceil(pair_of(settings["beta_slow"])), 2 * pairs - 1)
     slow = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0.0, 1.0)
-    frequencies = theta**exponents * (1 - slow + slow / factor)
-
-    return frequencies, yarn_scale(settings)
+    return theta**exponents * (1 - slow + slow / factor), yarn_scale(settings)
 
 
 def _write(cos: np.ndarray, sin: np.ndarray, frequencies: np.ndarray, scale: float) -> None:

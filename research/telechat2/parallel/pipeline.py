@@ -1,5 +1,7 @@
 """Put each layer on its pipeline stage."""
 
+import mindspore as ms
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.pipeline import check_schedule, partition_of, places
 
@@ -22,8 +24,6 @@ def assign_stages(model, config) -> None:
 
 
 def _check_context(stages: int, chunks: int) -> None:
-    import mindspore as ms  # here: the rules are asked without MindSpore
-
     running = ms.get_auto_parallel_context("pipeline_stages")
     if running != stages:
         raise UsageError(

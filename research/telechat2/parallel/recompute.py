@@ -2,6 +2,8 @@
 
 import re
 
+from mindspore.ops import Primitive
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.pipeline import Place, partition_of, places
 from research.telechat2.config.recompute import read_recompute
@@ -40,8 +42,6 @@ def _holds(table: list[list[int]], place: Place) -> bool:
 
 def _matching(name: str, pattern: str, layer) -> list:
     """The operators of a layer whose path, such as ``feed_forward.swiglu.swiglu``, is matched as a whole."""
-    from mindspore.ops import Primitive  # here: the rules above are asked without MindSpore
-
     operators = {
         f"{path}.{attribute}".lstrip("."): operator
         for path, cell in layer.cells_and_names()

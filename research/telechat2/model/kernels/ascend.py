@@ -1,4 +1,4 @@
-"""One cell per fused Ascend kernel. Shapes are named as in reference.py, which says what each means."""
+"""One cell per fused Ascend kernel. Shapes are named as in reference.py, which explains them."""
 
 import math
 from functools import cache
@@ -109,9 +109,9 @@ class SequenceInputsFused(nn.Cell):
 class CausalAttentionFused(nn.Cell):
     """Ascend's FlashAttentionScore on whole sequences, ``[B, N, S, D]`` on ``[B, K, S, D]``.
 
-    With ``masked`` the mask says all, else it is the triangle.
+    With ``masked`` the mask is ``[B, 1, S, S]``, else causal_triangle.
 
-    Its softmax is kept in float32 whatever ``softmax_compute_type`` says.
+    Its softmax is computed in float32, whatever ``softmax_compute_type`` is.
     """
 
     def __init__(self, num_heads: int, head_dim: int, masked: bool):
@@ -260,8 +260,8 @@ class TopKFused(nn.Cell):
     """Ascend's TopK; see moe_dispatch.TopKReference, which it equals where the k + 1 largest values differ.
 
     Of equal values MindSpore documents TopK to return the lower index first. CANN's description of aclnnTopk,
-    which runs it, says nothing of them, and no NPU has been asked: with equal probabilities the experts, or
-    their order, may be others than the reference implementation's.
+    which runs it, does not mention them, and no NPU was available to try: with equal probabilities the
+    experts, or their order, may differ from those of the reference implementation.
     """
 
     def __init__(self, num_experts: int, top_k: int):

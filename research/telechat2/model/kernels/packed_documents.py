@@ -78,7 +78,7 @@ class CumulativeLengths(nn.Cell):
     def construct(self, tokens):
         batch, length = tokens.shape
         later = self.beyond(self.documents(tokens).reshape(batch, 1, length), self.numbers)
-        # In one axis before the sum, whose strategy says what lies where: after it MindSpore would guess.
+        # In one axis before the sum, whose strategy places them: after it MindSpore would guess.
         tokens_after = self.sum(self.cast(later, mstype.int32).reshape(-1, length), -1)
         record = np.arange(tokens_after.size) // later.shape[1] % (batch // self.parts)
         return self.sub(Tensor((record + 1) * length), self.cast(tokens_after, mstype.int64))

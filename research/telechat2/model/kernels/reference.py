@@ -26,26 +26,22 @@ class RMSNormReference(nn.Cell):
         self.eps = eps
         self.square = P.Square()
         self.mean = P.ReduceMean(keep_dims=True)
-        self.add = P.Add()
         self.rsqrt = P.Rsqrt()
-        self.mul = P.Mul()
-        self.sub = P.Sub()
         self.matmul = P.MatMul()
         self.matmul_ta = P.MatMul(transpose_a=True)
 
     def _inverse(self, x):
-        return self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))
+        return self.rsqrt(self.mean(self.square(x), -1) + self.eps)
 
     def construct(self, x, weight):
-        return self.mul(self.mul(x, self._inverse(x)), weight)
+        return x * self._inverse(x) * weight
 
     def bprop(self, x, weight, out, dout):
         """Gradients of x and weight."""
         inverse = self._inverse(x)
-        product = self.mul(dout, x)
-        sums = self.matmul(product, weight.reshape(-1, 1))
-        correction = self.mul(sums, inverse * inverse * inverse / x.shape[-1])
-        dx = self.sub(self.mul(self.mul(dout, weight), inverse), self.mul(x, correction))
+        product = dout * x
+        correction = self.matmul(product, weight.reshape(-1, 1)) * (inverse * inverse * inverse / x.shape[-1])
+        dx = dout * weight * inverse - x * correction
         return dx, self.matmul_ta(inverse, product).reshape(weight.shape)
 
 
@@ -58,19 +54,15 @@ class SwiGLUReference(nn.Cell):
     def __init__(self):
         super().__init__()
         self.sigmoid = P.Sigmoid()
-        self.mul = P.Mul()
-        self.add = P.Add()
-        self.sub = P.Sub()
 
     def construct(self, gate, up):
-        return self.mul(self.mul(gate, self.sigmoid(gate)), up)
+        return gate * self.sigmoid(gate) * up
 
     def bprop(self, gate, up, out, dout):
         """Gradients of gate and up."""
         sigmoid = self.sigmoid(gate)
-        silu = self.mul(gate, sigmoid)
-        slope = self.sub(self.add(sigmoid, silu), self.mul(silu, sigmoid))
-        return self.mul(self.mul(dout, up), slope), self.mul(dout, silu)
+        silu = gate * sigmoid
+        return dout * up * (sigmoid + silu - silu * sigmoid), dout * silu
 
 
 class SwiGLUJoinedReference(nn.Cell):
@@ -95,17 +87,12 @@ class RotaryReference(nn.Cell):
     def __init__(self):
         super().__init__()
         self.split = P.Split(-1, 2)
-        self.neg = P.Neg()
         self.concat = P.Concat(-1)
-        self.mul_cos = P.Mul()
-        self.mul_sin = P.Mul()
-        self.add = P.Add()
 
     def rotate(self, x, cos, sin):
         """Rotate one tensor."""
         first, second = self.split(x)
-        rotated = self.concat((self.neg(second), first))
-        return self.add(self.mul_cos(x, cos), self.mul_sin(rotated, sin))
+        return x * cos + self.concat((-second, first)) * sin
 
     def construct(self, query, key, query_tables, key_tables):
         return self.rotate(query, *query_tables), self.rotate(key, *key_tables)

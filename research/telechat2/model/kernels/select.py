@@ -20,7 +20,7 @@ class ReferenceKernels:
     """Plain operators, which every target has.
 
     Every member but ``reads_every_block`` makes a cell. The cells have these inputs and outputs; reference.py
-    and moe_dispatch.py say more:
+    and moe_dispatch.py explain them:
 
     - ``rms_norm(eps)``: x ``[T, H]``, weight ``[H]`` to ``[T, H]``, in the dtype of x.
     - ``swiglu()``: gate and up ``[T, F]`` to ``[T, F]``.
