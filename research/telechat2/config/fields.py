@@ -10,6 +10,7 @@ from research.telechat2.common.problems import check_all
 from research.telechat2.config.kinds import check_bool, check_number, expected_number
 
 T = TypeVar("T")
+_FOUND: dict[type, "dict[str, Setting]"] = {}  # of settings_of, which searches call thousands of times
 _KINDS: dict[object, str] = {
     int: "whole", float: "real", bool: "bool", str: "text", dict: "section", list[Any]: "list",
     NoneType: "null", object: "any", list[int]: "wholes", list[float]: "reals", list[str]: "texts",
@@ -87,8 +88,9 @@ def only(default: T) -> T:
 
 def settings_of(section: type) -> dict[str, Setting]:
     """The settings of a section's dataclass, by name; fields of other dataclasses are none."""
-    hints = get_type_hints(section)
-    found = {}
+    if section in _FOUND:
+        return _FOUND[section]
+    hints, found = get_type_hints(section), {}
     for each in fields(section):
         if each.metadata:
             kind = _kind(hints[each.name])
@@ -96,6 +98,7 @@ def settings_of(section: type) -> dict[str, Setting]:
             found[each.name] = Setting(
                 each.name, f"{kind}|null" if nullable else kind, each.default, **each.metadata
             )
+    _FOUND[section] = found
     return found
 
 
