@@ -254,7 +254,7 @@ def test_a_tokenizer_of_answers_leaves_an_unfinished_character_out(small_vocab):
 # ---------------------------------------------------------------------- system text, blanks
 def test_an_empty_system_text_is_one_and_none_is_the_chat_formats(predictor, tmp_path, capsys):
     tokenizer = predictor.tokenizer
-    system, user, bot = map(tokenizer.special_id, ("<_system>", "<_user>", "<_bot>"))
+    system, user, bot = map(tokenizer.vocabulary.special_ids.get, ("<_system>", "<_user>", "<_bot>"))
     rest = [user, *tokenizer.encode_text("q"), bot]
     by_hand = {
         text: [system, *tokenizer.encode_text(f"{said}\n"), *rest]

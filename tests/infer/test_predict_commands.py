@@ -100,7 +100,7 @@ def test_mistakes_end_in_one_sentence(random, small_vocab, config_file, tmp_path
 
 def raw_prompt(text: str, tokenizer) -> tuple[str, list[int]]:
     """A prompt as the README writes it, and its ids."""
-    start, user, bot = map(tokenizer.special_id, ("<_start>", "<_user>", "<_bot>"))
+    start, user, bot = map(tokenizer.vocabulary.special_ids.get, ("<_start>", "<_user>", "<_bot>"))
     return f"<_start><_user>{text}<_bot>", [start, user, *tokenizer.encode_text(text), bot]
 
 

@@ -93,7 +93,7 @@ def test_run_mindformer_shares_a_model_too(random, predictor, small_vocab, tmp_p
     """From a download folder; the answer is written once."""
     folder = download_folder(random, small_vocab, tmp_path / "hf")
     tokenizer = predictor.tokenizer
-    start, user, bot = map(tokenizer.special_id, ("<_start>", "<_user>", "<_bot>"))
+    start, user, bot = map(tokenizer.vocabulary.special_ids.get, ("<_start>", "<_user>", "<_bot>"))
     prompt = [start, user, *tokenizer.encode_text(QUESTIONS[0]), bot]
     file = write_yaml(tmp_path / "p.yaml", {"max_decode_length": len(prompt) + NEW_TOKENS})
     words = ["--config", file, "--load_checkpoint", folder, "--run_mode", "predict", "--use_parallel", "True"]
