@@ -79,9 +79,11 @@ def without(value: object, keys: frozenset[str]) -> object:
 
 
 def sums_of(folder: Path, *patterns: str) -> dict[str, str]:
-    """The sum of each file below a folder that one of the patterns matches."""
+    """The sum of each file below a folder that one of the patterns matches; the path of the folder's parent
+    does not count."""
     files = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
-    return {str(path.relative_to(folder)): sha(path.read_bytes()) for path in files}
+    place = str(folder.parent).encode()
+    return {str(path.relative_to(folder)): sha(path.read_bytes().replace(place, b"")) for path in files}
 
 
 def records_of(path: Path) -> str:
@@ -109,7 +111,7 @@ class Recorder:
         )  # fmt: skip
         if done.returncode:
             raise ValueError(f"{script} {' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
-        return done.stdout + done.stderr
+        return done.stdout
 
     def note(self, part: str, values: dict[str, str]) -> None:
         """Keep sums under a heading."""
@@ -147,7 +149,7 @@ class Recorder:
             f"{telechat}/run_telechat_predict.py", *ask, "--checkpoint_path", work / "mindspore",
             "--max_new_tokens", "12", "生抽与老抽的区别？", "hello",
         )  # fmt: skip
-        answers = re.sub(r"\[\d+ tokens.*?\]", "", said)  # seconds
+        answers = re.sub(r"\[\d+ tokens.*?\]", "", said.replace(str(self.folder), ""))  # without seconds
         self.note(f"{kind} answers", {"text": sha(answers.encode())})
 
     def mindie(self) -> None:
