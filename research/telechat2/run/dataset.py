@@ -28,7 +28,6 @@ def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[
     ``seq_length``, not longer.
 
     Args:
-        config: the settings.
         which: "train" or "eval".
         weights: what is loaded, whose vocabulary is compared; None: random weights.
 

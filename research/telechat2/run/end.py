@@ -68,7 +68,6 @@ def print_end(config: dict, path: Path, overrides: dict) -> None:
     """Print where a training has left its checkpoint and its curve, and a command that goes on from there.
 
     Args:
-        config: the settings of the run.
         path: its YAML.
         overrides: what the command line changed of it.
     """

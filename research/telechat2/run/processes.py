@@ -34,9 +34,6 @@ def is_data_parallel(config: dict) -> bool:
 def check_cpu_plan(config: dict) -> None:
     """Refuse what several processes cannot do on CPUs, before each fails in its own way.
 
-    Args:
-        config: the raw YAML with overrides.
-
     Raises:
         UsageError: ``use_parallel`` on CPUs is other than data parallelism.
     """
@@ -49,9 +46,6 @@ def check_cpu_plan(config: dict) -> None:
 
 def check_processes(config: dict) -> None:
     """Refuse to train or evaluate with other processes than ``use_parallel`` says: MindSpore would wait.
-
-    Args:
-        config: the raw YAML with overrides.
 
     Raises:
         UsageError: ``use_parallel`` without a launcher, or several processes without ``use_parallel``.

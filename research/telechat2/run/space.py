@@ -15,7 +15,6 @@ def checkpoint_bytes(parameters: int, config: dict) -> int:
 
     Args:
         parameters: of the model.
-        config: the run's settings.
     """
     model = (config.get("model") or {}).get("model_config") or {}
     section = config.get("checkpoint")

@@ -103,7 +103,6 @@ def describe_training(config: dict, files: Mapping[Path, int | None]) -> Trainin
     """The record of a run that is about to start, at step 0.
 
     Args:
-        config: its settings.
         files: of ``train_dataset``, see ``check_dataset``; empty: a loader of which nothing is known.
     """
     runner = config.get("runner_config") or {}
