@@ -18,6 +18,7 @@ from mindformers.checkpoint.utils import compile_model
 from mindformers.dataset import CausalLanguageModelDataset
 from mindformers.tools.register.register import MindFormerRegister
 from mindformers.trainer import base_trainer
+from mindformers.trainer import trainer as trainer_file
 from mindformers.trainer.base_trainer import BaseTrainer
 from mindformers.trainer.causal_language_modeling import causal_language_modeling
 from mindspore import nn
@@ -56,6 +57,8 @@ def run_by(hooks: TrainerHooks) -> Iterator[None]:
         functions = functions | (_loaders(hooks.load) if hooks.load else {})
         functions |= {"check_runner_config": _runner_check(hooks.opened)} if hooks.opened else {}
         stack.enter_context(_exchanged(base_trainer, functions))
+        if hooks.load:  # it looks for safetensors in the path, and our reader reads others, too
+            stack.enter_context(_exchanged(trainer_file, {"get_checkpoint_path": lambda path: path}))
         if hooks.evaluation_data:
             create = {"create_dataset": _create_dataset(hooks.evaluation_data)}
             stack.enter_context(_exchanged(BaseTrainer, create))
