@@ -87,7 +87,7 @@ def load_exported(folder: Path):
 
 def section_of(folder: Path, kind: str = "predict") -> dict:
     """The model_config of a YAML that was written beside weights, completed by their config.json."""
-    from research.telechat2.checkpoint.llama.stated import said_of
+    from research.telechat2.checkpoint.release.stated import said_of
     from research.telechat2.config.release import settle_model
 
     section = yaml.safe_load((folder / f"{kind}.yaml").read_text())["model"]["model_config"]

@@ -10,8 +10,8 @@ from relatives_fixtures import llama_folder, load_exported, section_of
 from safetensors.numpy import load_file, save_file
 
 from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.llama.kinds import model_kind
-from research.telechat2.checkpoint.llama.rotary import read_scaling
+from research.telechat2.checkpoint.release.kinds import model_kind
+from research.telechat2.checkpoint.release.rotary import read_scaling
 
 
 def edited(folder, **changes):

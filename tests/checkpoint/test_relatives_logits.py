@@ -10,7 +10,7 @@ from oracle import load_llama, write_hf_folder
 from relatives_fixtures import llama_folder, load_exported, our_model, section_of, v1_folder
 
 from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.llama.description import describe_telechat, model_section
+from research.telechat2.checkpoint.release.description import describe_telechat, model_section
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.config.rope import base_of_release
 from research.telechat2.telechat_config import TelechatConfig

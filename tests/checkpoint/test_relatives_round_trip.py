@@ -9,7 +9,7 @@ from relatives_fixtures import llama_folder, load_exported, section_of, v1_folde
 from safetensors.numpy import load_file, save_file
 
 from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.llama.config import llama_config
+from research.telechat2.checkpoint.release.llama_config import llama_config
 from research.telechat2.config.yaml_files import read_config
 
 GQA = {"num_key_value_heads": 2}
@@ -195,7 +195,7 @@ def test_quantities_of_a_written_config_are_what_transformers_reads(tmp_path):
     from transformers import LlamaConfig
 
     llama_folder(tmp_path / "llama", **GQA, rms_norm_eps=3e-6, rope_theta=12345.5)
-    from research.telechat2.checkpoint.llama.config import describe_llama
+    from research.telechat2.checkpoint.release.llama_config import describe_llama
 
     given = json.loads((tmp_path / "llama" / "config.json").read_text())
     written = LlamaConfig(**llama_config(describe_llama(given), "float32")).to_dict()

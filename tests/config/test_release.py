@@ -6,7 +6,7 @@ import pytest
 from refusal import refused
 
 from research.telechat2.checkpoint.convert import convert_to_mindspore, convert_to_torch
-from research.telechat2.checkpoint.llama.stated import said_beside, said_of
+from research.telechat2.checkpoint.release.stated import said_beside, said_of
 from research.telechat2.config.release import Said, settle, settle_model
 from research.telechat2.config.yaml_files import read_config, shipped_configs
 from research.telechat2.run.save_checkpoint import record_config

@@ -13,9 +13,9 @@ from research.telechat2.checkpoint.job.job import Job, Options, Written, check_c
 from research.telechat2.checkpoint.job.output import deal
 from research.telechat2.checkpoint.job.run import run_job
 from research.telechat2.checkpoint.layouts.read import plan_mindspore, plan_torch
-from research.telechat2.checkpoint.llama.companion_files import notes_of, small_files, telechat_files
 from research.telechat2.checkpoint.llama.convert import export_llama, holds_llama, import_llama
 from research.telechat2.checkpoint.plan import make_plan
+from research.telechat2.checkpoint.release.companion_files import notes_of, small_files, telechat_files
 from research.telechat2.checkpoint.sizes import sizes_beside
 from research.telechat2.checkpoint.storage.dtypes import widen
 from research.telechat2.checkpoint.storage.recognise import refuse_mindspore, refuse_torch

@@ -19,8 +19,8 @@ from research.telechat2.checkpoint.layouts.tensor_parallel import (
     part_of_rank,
     part_rows,
 )
-from research.telechat2.checkpoint.llama.companion_files import YAMLS, companions, notes_of, small_files
 from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.release.companion_files import YAMLS, companions, notes_of, small_files
 from research.telechat2.checkpoint.sizes import TelechatSizes, sizes_beside
 from research.telechat2.checkpoint.storage.folders import rank_folders
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights

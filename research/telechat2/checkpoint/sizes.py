@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.config_values import Config, one_of
+from research.telechat2.checkpoint.release.values import Config, one_of
 from research.telechat2.common.errors import UsageError, naming
 from research.telechat2.common.files import read_json
 from research.telechat2.common.tables import listed

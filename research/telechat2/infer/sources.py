@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import said_of
+from research.telechat2.checkpoint.release.stated import said_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.preflight import Facts, preflight

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.written import trained_config
+from research.telechat2.checkpoint.release.written import trained_config
 from research.telechat2.checkpoint.sizes import CONFIG, config_beside
 from research.telechat2.checkpoint.storage.folders import latest_iteration
 from research.telechat2.common.errors import UsageError

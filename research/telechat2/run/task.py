@@ -11,7 +11,7 @@ its weights. All of that needs no MindSpore; run/trainer.py imports it.
 import os
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import said_of
+from research.telechat2.checkpoint.release.stated import said_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.compat.environment import prepare_environment
 from research.telechat2.config.evaluation import prepare_evaluation

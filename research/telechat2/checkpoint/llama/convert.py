@@ -9,7 +9,15 @@ from research.telechat2.checkpoint.job.job import Job, Options, Written
 from research.telechat2.checkpoint.job.output import deal
 from research.telechat2.checkpoint.job.run import run_job
 from research.telechat2.checkpoint.layouts.read import plan_mindspore
-from research.telechat2.checkpoint.llama.companion_files import (
+from research.telechat2.checkpoint.llama.weights import (
+    ATTENTION_ZEROS,
+    MLP_ZEROS,
+    from_llama,
+    to_llama,
+    with_needed_biases,
+)
+from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.release.companion_files import (
     GENERATION,
     MODEL,
     companions,
@@ -21,24 +29,21 @@ from research.telechat2.checkpoint.llama.companion_files import (
     vocabulary_notes,
     yaml_files,
 )
-from research.telechat2.checkpoint.llama.config import describe_llama, is_llama, llama_config, unread_keys
-from research.telechat2.checkpoint.llama.config_values import Config
-from research.telechat2.checkpoint.llama.description import (
+from research.telechat2.checkpoint.release.description import (
     Description,
     describe_fields,
     describe_telechat,
     lost_ids,
 )
-from research.telechat2.checkpoint.llama.kinds import is_mistral
-from research.telechat2.checkpoint.llama.stated import said_of
-from research.telechat2.checkpoint.llama.weights import (
-    ATTENTION_ZEROS,
-    MLP_ZEROS,
-    from_llama,
-    to_llama,
-    with_needed_biases,
+from research.telechat2.checkpoint.release.kinds import is_mistral
+from research.telechat2.checkpoint.release.llama_config import (
+    describe_llama,
+    is_llama,
+    llama_config,
+    unread_keys,
 )
-from research.telechat2.checkpoint.plan import Plan, make_plan
+from research.telechat2.checkpoint.release.stated import said_of
+from research.telechat2.checkpoint.release.values import Config
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.storage.folders import read_torch_source
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, Weights

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from research.telechat2.checkpoint.llama.description import Description
 from research.telechat2.checkpoint.plan import differences, refuse_differences
+from research.telechat2.checkpoint.release.description import Description
 from research.telechat2.checkpoint.storage.tensor import Shape, StoredTensor, Weights, zeros
 from research.telechat2.checkpoint.storage.views import cut, join
 from research.telechat2.checkpoint.table import expand

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from research.telechat2.checkpoint.llama.stated import said_of
+from research.telechat2.checkpoint.release.stated import said_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.preflight import Facts, preflight

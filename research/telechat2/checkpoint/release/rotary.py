@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from research.telechat2.checkpoint.llama.config_values import Config, number, one_of
+from research.telechat2.checkpoint.release.values import Config, number, one_of
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.rope import yarn_scale
 

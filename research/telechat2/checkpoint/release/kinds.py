@@ -1,6 +1,6 @@
 """Whose model a config.json describes: TeleChat's, a Llama's, which TeleChat's layers can be, or another."""
 
-from research.telechat2.checkpoint.llama.config_values import Config, whole_number
+from research.telechat2.checkpoint.release.values import Config, whole_number
 from research.telechat2.common.errors import UsageError
 
 MISTRAL_CLASSES = ("MistralForCausalLM",)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from research.telechat2.checkpoint.llama.config import is_llama
-from research.telechat2.checkpoint.llama.config_values import Config
-from research.telechat2.checkpoint.llama.description import LENGTHS
-from research.telechat2.checkpoint.llama.rotary import llama_scaling
+from research.telechat2.checkpoint.release.description import LENGTHS
+from research.telechat2.checkpoint.release.llama_config import is_llama
+from research.telechat2.checkpoint.release.rotary import llama_scaling
+from research.telechat2.checkpoint.release.values import Config
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.release import FAMILY_THETA
 from research.telechat2.config.rope import stretch_factor, yarn_settings

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from research.telechat2.checkpoint.llama.config_values import Config, flag, number, whole_number
-from research.telechat2.checkpoint.llama.description import Description, refuse_activation, token_ids
-from research.telechat2.checkpoint.llama.kinds import is_mistral, model_kind, window_of
-from research.telechat2.checkpoint.llama.rotary import llama_scaling, read_scaling
+from research.telechat2.checkpoint.release.description import Description, refuse_activation, token_ids
+from research.telechat2.checkpoint.release.kinds import is_mistral, model_kind, window_of
+from research.telechat2.checkpoint.release.rotary import llama_scaling, read_scaling
+from research.telechat2.checkpoint.release.values import Config, flag, number, whole_number
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.common.errors import UsageError
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import yaml
 
-from research.telechat2.checkpoint.llama.description import (
+from research.telechat2.checkpoint.plan import Plan
+from research.telechat2.checkpoint.release.description import (
     Description,
     describe_telechat,
     lost_ids,
     model_section,
     token_ids,
 )
-from research.telechat2.checkpoint.llama.fast_tokenizer import tokenizer_json
-from research.telechat2.checkpoint.plan import Plan
+from research.telechat2.checkpoint.release.fast_tokenizer import tokenizer_json
 from research.telechat2.checkpoint.sizes import CONFIG, TelechatSizes, config_beside
 from research.telechat2.checkpoint.table import Side
 from research.telechat2.common.errors import UsageError, naming

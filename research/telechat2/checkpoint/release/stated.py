@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.telechat2.checkpoint.llama.companion_files import GENERATION
-from research.telechat2.checkpoint.llama.config import describe_llama, is_llama
-from research.telechat2.checkpoint.llama.config_values import Config, number, one_of, whole_number
-from research.telechat2.checkpoint.llama.description import (
+from research.telechat2.checkpoint.release.companion_files import GENERATION
+from research.telechat2.checkpoint.release.description import (
     EPSILON,
     LENGTHS,
     id_list,
@@ -16,7 +14,9 @@ from research.telechat2.checkpoint.llama.description import (
     stated_base,
     token_ids,
 )
-from research.telechat2.checkpoint.llama.rotary import NONE
+from research.telechat2.checkpoint.release.llama_config import describe_llama, is_llama
+from research.telechat2.checkpoint.release.rotary import NONE
+from research.telechat2.checkpoint.release.values import Config, number, one_of, whole_number
 from research.telechat2.checkpoint.sizes import TelechatSizes, config_beside
 from research.telechat2.common.errors import naming
 from research.telechat2.common.files import read_json

@@ -7,8 +7,8 @@ model of. This reads it, in each spelling, into the terms of TelechatConfig.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from research.telechat2.checkpoint.llama.config_values import Config, number, one_of, whole_number
-from research.telechat2.checkpoint.llama.rotary import NONE, Extension, kind_of, rope_section
+from research.telechat2.checkpoint.release.rotary import NONE, Extension, kind_of, rope_section
+from research.telechat2.checkpoint.release.values import Config, number, one_of, whole_number
 from research.telechat2.checkpoint.sizes import TelechatSizes
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.model_settings import ModelSettings
