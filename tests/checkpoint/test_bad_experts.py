@@ -138,7 +138,7 @@ def test_dense_and_moe_layers_in_one_on_the_other_side(ms):
             stack = tensors.pop(STACK.format(3) + leaf)
             tensors[f"model.layers.3.feed_forward.{leaf}"] = stack[0]
 
-    refuses(ms, change, "(model.layers.3.feed_forward.w", ".feed_forward.ffn.w")
+    refuses(ms, change, "model.layers.3.feed_forward.w", ".feed_forward.ffn.w")
 
 
 def test_more_experts_than_tensors(hf):

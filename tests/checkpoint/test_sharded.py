@@ -370,7 +370,7 @@ def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(copy, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("research.telechat2.checkpoint.cluster.write_ranks.fsync", interrupt)
+    monkeypatch.setattr("research.telechat2.checkpoint.cluster.reshard.fsync", interrupt)
     for folder in (kept, copy / "deep/new"):
         with pytest.raises(KeyboardInterrupt):
             transform(copy / "checkpoint", folder, "x", copy / "strategy")

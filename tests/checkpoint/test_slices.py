@@ -15,7 +15,7 @@ from rank_arrays import bits_of, whole_model
 from refusal import refused
 from sharding import cut
 
-from research.telechat2.checkpoint.cluster.own_slices import own_slices
+from research.telechat2.checkpoint.cluster.strategies import own_slices
 from research.telechat2.checkpoint.storage.tensor import StoredTensor, blocks_of
 
 HERE = Path(__file__).resolve().parent

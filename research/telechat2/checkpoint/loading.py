@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from research.telechat2.checkpoint.cluster.own_slices import GroupPlace, own_slices
+from research.telechat2.checkpoint.cluster.strategies import GroupPlace, own_slices
 from research.telechat2.checkpoint.storage.tensor import StoredTensor
 from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
@@ -27,7 +27,8 @@ def load_tensors(model: Any, tensors: Mapping[str, StoredTensor], origin: str) -
             range of the parameter's dtype.
     """
     parameters = _weights_of(model)
-    _compare(parameters, tensors, origin)
+    _compare_names(parameters, tensors, origin)
+    _compare_shapes(parameters, tensors, origin)
     for name, tensor in tensors.items():
         parameters[name].set_data(_as_tensor(tensor, parameters[name].dtype))
     model.init_parameters_data()
@@ -43,15 +44,13 @@ def load_slices(
 ) -> None:
     """Fill what this rank stores of a compiled network; for the arguments see ``own_slices``.
 
-    Parameters of other stages of the pipeline, and those that are no weights, stay as they are.
-
-    Raises:
-        UsageError: as ``load_tensors``; every name is compared, also those of other stages.
+    Other stages' parameters and those that are no weights stay. UsageError as in ``load_tensors``; every name
+    is compared, also those of other stages.
     """
     parameters = _weights_of(network)
     _compare_names(parameters, whole, origin)
     slices = own_slices(whole, layouts, rank, place_in_group)
-    _compare({name: parameters[name] for name in slices}, slices, origin)
+    _compare_shapes(parameters, slices, origin)
     for name, tensor in slices.items():
         parameters[name].set_data(_as_tensor(tensor, parameters[name].dtype), slice_shape=True)
 
@@ -71,8 +70,7 @@ def _as_tensor(tensor: StoredTensor, dtype: object) -> Any:
     return Tensor(content.reshape(tensor.shape))
 
 
-def _compare(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTensor], origin: str) -> None:
-    _compare_names(parameters, tensors, origin)
+def _compare_shapes(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTensor], origin: str) -> None:
     different = [
         f"{name} is {list(tensor.shape)}, expected {list(parameters[name].shape)}"
         for name, tensor in tensors.items()
@@ -90,7 +88,6 @@ def _compare_names(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTe
 def _refuse(different: list[str], origin: str) -> None:
     if different:
         raise UsageError(
-            f"{origin} does not fit the model of the YAML, {len(different)} tensors differ: "
-            f"{listed(different)}. Use the YAML of this checkpoint's size and kind, dense or mixture of "
-            "experts."
+            f"{origin} does not fit the model of the YAML, {len(different)} tensors: {listed(different)}. "
+            "Use the YAML of its size and kind, dense or mixture of experts"
         )

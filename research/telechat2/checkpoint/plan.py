@@ -20,6 +20,7 @@ from research.telechat2.checkpoint.table import (
     ROUTER_BIASES,
     ROWS,
     Place,
+    Row,
     Side,
     Weight,
     canonical_name,
@@ -68,11 +69,8 @@ def make_plan(tensors: Iterable[StoredTensor], side: Side, sizes: TelechatSizes 
     """Match tensors spelled as on ``side`` with the table.
 
     ``sizes`` None takes the sizes from the tensors; ``origin`` is what error messages call the checkpoint.
-
-    Raises:
-        UsageError: tensors that are unknown, missing, twice there, misshapen or not floating point (the
-            first ten of each are listed), experts that do not make a stack, or a tied model whose
-            ``lm_head`` is not its embedding.
+    UsageError on tensors that are unknown, missing, twice there, misshapen or not floating point, experts
+    that do not make a stack, or a tied model whose ``lm_head`` is not its embedding.
     """
     found: dict[str, StoredTensor] = {}
     duplicate: list[str] = []
@@ -142,19 +140,18 @@ def refuse_differences(problems: Mapping[str, list[str]], what: str) -> None:
 
 def _missing_in_words(names: Iterable[str]) -> list[str]:
     """Names of missing tensors, with layer and expert for those of experts, all of an expert's in one."""
-    by_expert: dict[object, list[str]] = defaultdict(list)
+    leaves: dict[str, list[str]] = defaultdict(list)
     for name in names:
         place = locate(name, "torch")
-        by_expert[name if place is None or place.expert is None else (place.layer, place.expert)].append(name)
-    words = []
-    for key, tensors in by_expert.items():
-        if isinstance(key, tuple):
-            leaves = [name.partition(f".local_experts.{key[1]}.")[2] for name in tensors]
-            some = f"{' and '.join(leaves)} of " if len(leaves) < len(EXPERT_ROWS) else ""
-            words.append(f"{some}layer {key[0]}'s expert {key[1]}")
+        if place is None or place.expert is None:
+            leaves[name] = []
         else:
-            words += tensors
-    return words
+            leaf = name.partition(f".local_experts.{place.expert}.")[2]
+            leaves[f"layer {place.layer}'s expert {place.expert}"].append(leaf)
+    plain = (0, len(EXPERT_ROWS))
+    return [
+        what if len(some) in plain else f"{' and '.join(some)} of {what}" for what, some in leaves.items()
+    ]
 
 
 def _mixed_dtypes(weights: Iterable[Weight], found: Found) -> list[str]:
@@ -180,10 +177,8 @@ def _refuse_transposed(found: Found, places: Places) -> None:
         axis = stacked.index("hidden")  # 1 or 2
         if shape[3 - axis] == hidden != shape[axis]:
             raise UsageError(
-                f"{name} {list(shape)} is transposed, expected [{', '.join(stacked)}]: "
-                "this is the layout that convert_gmm.py writes for inference with grouped matmul. "
-                "Give the checkpoint that convert_gmm.py was given, or swap the last two axes of every "
-                "feed_forward.ffn.w1, w2 and w3 weight"
+                f"{name} {list(shape)} is transposed, as convert_gmm.py writes it; expected "
+                f"[{', '.join(stacked)}]. Give the checkpoint that convert_gmm.py was given"
             )
 
 
@@ -195,8 +190,8 @@ def _settle_sizes(
         return _shown_sizes(found, places, side)
     if sizes.num_layers > len(found):
         raise UsageError(
-            f"the config says {sizes.num_layers} layers, but {origin} holds only {len(found)} tensors; "
-            "the config or the weights belong to another model, or files are missing"
+            f"the config says {sizes.num_layers} layers, but {origin} holds only {len(found)} tensors; give "
+            "all files of the model, and its own config"
         )
     shown = _count_experts(found, places, side)
     if shown is None:  # another model, or the names of the other side
@@ -206,8 +201,7 @@ def _settle_sizes(
     if sizes.num_experts != shown:
         said, held = (f"{n} experts" if n else "a dense model" for n in (sizes.num_experts, shown))
         raise UsageError(
-            f"the config says {said}, but the weights in {origin} are those of {held}; the config or the "
-            "weights belong to another model"
+            f"the config says {said}, but the weights in {origin} are of {held}; give this model's config"
         )
     if sizes.tie_word_embeddings is None:
         return dataclasses.replace(sizes, tie_word_embeddings=getattr(LM_HEAD, side) not in found)
@@ -215,21 +209,13 @@ def _settle_sizes(
 
 
 def _shown_sizes(found: Found, places: Places, side: Side) -> TelechatSizes:
-    """Sizes by the first tensor of each row that is there.
-
-    Raises:
-        UsageError: a size shows in no tensor, so this is no TeleChat checkpoint; or as ``_count_experts``.
-    """
-    first: dict[str, str] = {}  # a row's MindSpore name -> the tensor of its first layer and expert
-    in_order = sorted(places, key=lambda name: (places[name].layer or 0, places[name].expert or 0))
-    for name in in_order:
-        first.setdefault(places[name].row.mindspore, name)
+    """Sizes by the first tensor of each row that is there; UsageError if one shows in no tensor."""
+    first: dict[Row, str] = {}  # a row -> the tensor of its first layer and expert
+    for name in sorted(places, key=lambda name: (places[name].layer or 0, places[name].expert or 0)):
+        first.setdefault(places[name].row, name)
     dims: dict[str, int] = {}
-    for row in ROWS:
-        symbols, shape = (
-            row.shape_on(side),
-            found[first[row.mindspore]].shape if row.mindspore in first else (),
-        )
+    for row in (row for row in ROWS if row in first):
+        symbols, shape = row.shape_on(side), found[first[row]].shape
         if len(shape) == len(symbols):
             for symbol, size in zip(symbols, shape, strict=True):
                 if size:
@@ -238,9 +224,9 @@ def _shown_sizes(found: Found, places: Places, side: Side) -> TelechatSizes:
     absent = [symbol for symbol in ("vocab", "hidden", "ffn", "key_value") if symbol not in dims]
     if absent or not layers:
         raise UsageError(
-            f"this is no TeleChat checkpoint: none of its {len(found)} tensors shows the size of "
-            f"{', '.join(absent) or 'a layer'}. Its first names are {sorted(found)[:5]}, expected names "
-            f"such as {getattr(ATTENTION_ROWS[2], side).format(i=0)}"
+            f"this is no TeleChat checkpoint: no tensor shows the size of {', '.join(absent) or 'a layer'}. "
+            f"Of its {len(found)} names the first are {sorted(found)[:5]}, expected names such as "
+            f"{getattr(ATTENTION_ROWS[2], side).format(i=0)}"
         )
     return TelechatSizes(
         # A layer number beyond the number of tensors is a broken name: do not build a table of that length.
@@ -258,17 +244,14 @@ def _count_experts(found: Found, places: Places, side: Side) -> int | None:
     """The number of experts of every layer, 0 in a dense model; None where nothing shows which it is.
 
     It is the leading axis of the routers and stacks (what most of them say), or else the number of different
-    expert numbers.
-
-    Raises:
-        UsageError: some layers are dense and some have experts, or there are more experts than tensors.
+    expert numbers. UsageError if only some layers have experts, or there are more experts than tensors.
     """
     dense = next((name for name in places if places[name].row in DENSE_ROWS), None)
     moe = [name for name in places if places[name].row in MOE_ROWS]
     if dense and moe:
         raise UsageError(
-            f"some of these tensors are of a dense model ({dense}) and some of a mixture of experts "
-            f"({moe[0]}); all layers of a TeleChat model are of one kind. Give the files of one checkpoint"
+            f"{dense} is of a dense model, {moe[0]} of a mixture of experts; expected layers of one kind. "
+            "Give the files of one checkpoint"
         )
     if not moe:
         return 0 if dense else None
@@ -280,8 +263,8 @@ def _count_experts(found: Found, places: Places, side: Side) -> int | None:
     count = mode(counts) if counts else len({places[name].expert for name in moe} - {None})
     if side == "torch" and count > len(found):  # do not build a table of that length
         raise UsageError(
-            f"the routers have rows for {count} experts, but there are only {len(found)} tensors; every "
-            "expert has four in each layer. Files are missing, or the checkpoint is broken"
+            f"the routers have rows for {count} experts, but there are only {len(found)} tensors; expected "
+            "four of each expert in each layer. Give all files of the checkpoint"
         )
     return count
 
@@ -308,9 +291,8 @@ def _to_torch(found: Found, weights: Sequence[Weight]) -> Weights:
 def _require_zero(tensor: StoredTensor) -> None:
     if not tensor.is_zero():
         raise UsageError(
-            f"{tensor.name} is not zero: this checkpoint's router adds a bias before it chooses experts, "
-            "which the TeleChat2 models do not have, and without it other experts would be chosen. Give a "
-            "checkpoint trained without balance_via_topk_bias"
+            f"{tensor.name} is not zero, but TeleChat2's routers have no bias; give a checkpoint trained "
+            "without balance_via_topk_bias"
         )
 
 
@@ -319,6 +301,6 @@ def _require_same(head: StoredTensor, embedding: StoredTensor | None, origin: st
         return  # reported as missing with the rest
     if head.kind != embedding.kind or head.checksum() != embedding.checksum():
         raise UsageError(
-            f"the config of {origin} says tie_word_embeddings, but lm_head.weight differs from the "
-            "embeddings: set tie_word_embeddings to false if it is a weight of its own"
+            f"the config of {origin} says tie_word_embeddings, but lm_head.weight is not the embeddings; set "
+            "it to false if lm_head is a weight of its own"
         )

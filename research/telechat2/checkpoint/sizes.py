@@ -1,7 +1,8 @@
 """The sizes that a checkpoint's shapes follow from: read from a config, or from the tensors themselves."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from research.telechat2.checkpoint.release.values import Config, one_of
@@ -51,11 +52,8 @@ class TelechatSizes:
     def from_hf_config(cls, config: Config) -> "TelechatSizes":
         """Sizes from the content of a config.json, TeleChat's key names or MindFormers'.
 
-        0 and 1 experts both mean a dense model, as 1 does in MindFormers.
-
-        Raises:
-            UsageError: a size is absent, is not a positive whole number, is given twice with two values, or
-                does not divide as it must.
+        0 and 1 experts both mean a dense model, as 1 does in MindFormers. UsageError if a size is absent, is
+        not a positive whole number, is given twice with two values, or does not divide as it must.
         """
         found: dict[str, int] = {}
         config = _with_moe_section(config)
@@ -67,9 +65,9 @@ class TelechatSizes:
                     raise UsageError(f"the config says {key} = {value!r}; expected a positive whole number")
                 found[size] = value
             elif size not in OPTIONAL:
+                there = listed(sorted(config))
                 raise UsageError(
-                    f"the config has no {' or '.join(keys)}, so it is not that of a TeleChat model; "
-                    f"it has {listed(sorted(config))}"
+                    f"the config has no {' or '.join(keys)}, as a TeleChat model's has; it has {there}"
                 )
         found.setdefault("n_kv_heads", found["num_heads"])  # multi-head attention: the key is often left out
         if found.get("num_experts") == 1:
@@ -77,18 +75,19 @@ class TelechatSizes:
         tied = config.get("tie_word_embeddings")
         if tied is not None and not isinstance(tied, bool):
             raise UsageError(f"the config says tie_word_embeddings = {tied!r}; expected true or false")
-        if found["hidden_size"] % found["num_heads"]:
-            raise UsageError(
-                f"the config says hidden_size = {found['hidden_size']} and {found['num_heads']} heads; "
-                "the heads must divide hidden_size"
-            )
-        if found["num_heads"] % found["n_kv_heads"]:
-            raise UsageError(
-                f"the config says {found['num_heads']} heads and {found['n_kv_heads']} key/value heads; "
-                "the second must divide the first"
-            )
+        for size, divisor in (("hidden_size", "num_heads"), ("num_heads", "n_kv_heads")):
+            if found[size] % found[divisor]:
+                raise UsageError(
+                    f"the config says {size} = {found[size]} and {divisor} = {found[divisor]}; the second "
+                    "must divide the first"
+                )
         head_dim = found["hidden_size"] // found["num_heads"]
         return cls(kv_size=found["n_kv_heads"] * head_dim, tie_word_embeddings=tied, **found)
+
+    def unlike(self, wanted: "TelechatSizes", sizes: Iterable[str]) -> list[str]:
+        """Which of ``sizes`` differ, in words; None is any value."""
+        found = ((size, getattr(self, size), getattr(wanted, size)) for size in sizes)
+        return [f"{size} {n} instead of {m}" for size, n, m in found if None not in (n, m) and n != m]
 
     @property
     def kv_heads(self) -> int:
@@ -124,17 +123,10 @@ class TelechatSizes:
 
 def sizes_of_model(config: ModelSettings) -> TelechatSizes:
     """The sizes of a TelechatConfig's model."""
-    return TelechatSizes(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        kv_size=config.n_kv_heads * config.head_dim,
-        num_heads=config.num_heads,
-        n_kv_heads=config.n_kv_heads,
-        tie_word_embeddings=config.tie_word_embeddings,
-        num_experts=config.moe.num_experts if config.moe else 0,
-    )
+    experts = config.moe.num_experts if config.moe else 0
+    same = {field.name for field in fields(TelechatSizes)} - {"kv_size", "num_experts"}
+    own = {name: getattr(config, name) for name in same}
+    return TelechatSizes(kv_size=config.n_kv_heads * config.head_dim, num_experts=experts, **own)
 
 
 def config_beside(path: Path) -> Path | None:
@@ -154,11 +146,7 @@ def config_beside(path: Path) -> Path | None:
 
 
 def sizes_beside(path: Path) -> TelechatSizes | None:
-    """Sizes from the config.json of a checkpoint, see config_beside; None if there is none.
-
-    Raises:
-        UsageError: it is not the config of such a model.
-    """
+    """Sizes from the config.json of a checkpoint, see config_beside; None if there is none."""
     file = config_beside(path)
     if file is None:
         return None

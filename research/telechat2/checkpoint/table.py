@@ -1,21 +1,23 @@
 """The one table of weights: which TeleChat (torch) tensors are which MindSpore parameter, and of what shapes.
 
-Converters, loaders and estimates work from these rows. ``{i}`` is the layer and ``{e}`` the expert. Shapes
-are written in the symbols of :meth:`TelechatSizes.dims`. ``key_value`` and ``wk_v`` hold the same rows in the
-same order, K then V per kv head, and MindSpore stacks the experts of a layer along a leading axis: a
-parameter's bytes are those of its torch tensors, one after the other, never reordered. Only what inference
-joins (``JOINED``) has its rows in another order.
+``{i}`` is the layer and ``{e}`` the expert; shapes are in the symbols of :meth:`TelechatSizes.dims`.
+``key_value`` and ``wk_v`` hold the same rows, K then V per kv head, and MindSpore stacks the experts of a
+layer along a leading axis: a parameter's bytes are those of its torch tensors, one after the other. Only what
+inference joins (``JOINED``) has its rows in another order.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Literal
 
 from research.telechat2.checkpoint.sizes import TelechatSizes
 
 Side = Literal["torch", "mindspore"]
+Rows = Literal[
+    "all", "keys", "values"
+]  # all of a parameter, or of each of its kv heads the keys or the values
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,13 @@ class Row:
         return self.stacked if side == "mindspore" and self.stacked else self.shape
 
 
-def _layer_row(
-    torch: str, mindspore: str, *shape: str, split: int | None = None, stacked: tuple[str, ...] = ()
-) -> Row:
-    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, stacked, split)
+def _layer_row(torch: str, mindspore: str, *shape: str, split: int | None = None) -> Row:
+    return Row(f"transformer.h.{{i}}.{torch}", f"model.layers.{{i}}.{mindspore}", shape, split=split)
 
 
-def _expert_row(
-    leaf: str, parameter: str, *shape: str, split: int | None = None, stacked: tuple[str, ...] = ()
-) -> Row:
-    stacked = stacked or ("experts", *shape)
-    torch, mindspore = f"mlp.local_experts.{{e}}.{leaf}", f"feed_forward.ffn.{parameter}"
-    return _layer_row(torch, mindspore, *shape, split=split, stacked=stacked)
+def _expert_row(leaf: str, parameter: str, *shape: str, split: int | None = None) -> Row:
+    row = _layer_row(f"mlp.local_experts.{{e}}.{leaf}", f"feed_forward.ffn.{parameter}", *shape, split=split)
+    return replace(row, stacked=("experts", *shape) if len(shape) > 1 else ("1", "experts", "1", *shape))
 
 
 EMBEDDING = Row(
@@ -76,7 +73,7 @@ MOE_ROWS = (
     _expert_row("gate_proj.weight", "w1.weight", "ffn", "hidden", split=1),
     _expert_row("up_proj.weight", "w3.weight", "ffn", "hidden", split=1),
     _expert_row("down_proj.weight", "w2.weight", "hidden", "ffn", split=2),
-    _expert_row("down_proj.bias", "w2.bias", "hidden", stacked=("1", "experts", "1", "hidden")),
+    _expert_row("down_proj.bias", "w2.bias", "hidden"),
 )
 EXPERT_ROWS = tuple(row for row in MOE_ROWS if "{e}" in row.torch)
 FINAL_NORM = Row("transformer.ln_f.weight", "model.norm_out.weight", ("hidden",))
@@ -88,29 +85,25 @@ ROWS = (EMBEDDING, *ATTENTION_ROWS, *DENSE_ROWS, *MOE_ROWS, FINAL_NORM, LM_HEAD)
 class Joined:
     """A parameter that inference has in place of several: its rows are those of the parts, one after another.
 
-    ``parts``: MindSpore names, each with the rows of it that are meant: all, or of each of its kv heads the
-    keys or the values. For tensor parallelism each rank's rows are arranged so by themselves.
+    ``parts``: MindSpore names with their rows. For tensor parallelism each rank's rows are arranged so.
     """
 
     mindspore: str
-    parts: tuple[tuple[str, Literal["all", "keys", "values"]], ...]
+    parts: tuple[tuple[str, Rows], ...]
 
 
-_ATTENTION, _FEED_FORWARD = "model.layers.{i}.attention", "model.layers.{i}.feed_forward"
+def _joined(name: str, *parts: tuple[str, Rows]) -> Joined:
+    path = "model.layers.{{i}}.{}.weight".format
+    return Joined(path(name), tuple((path(part), rows) for part, rows in parts))
+
+
 JOINED = (
-    Joined(
-        f"{_ATTENTION}.w_qkv.weight",
-        (
-            (f"{_ATTENTION}.wq.weight", "all"),
-            (f"{_ATTENTION}.wk_v.weight", "keys"),
-            (f"{_ATTENTION}.wk_v.weight", "values"),
-        ),
+    _joined(
+        "attention.w_qkv", ("attention.wq", "all"), ("attention.wk_v", "keys"), ("attention.wk_v", "values")
     ),
-    Joined(
-        f"{_FEED_FORWARD}.w_gate_hidden.weight",
-        ((f"{_FEED_FORWARD}.w1.weight", "all"), (f"{_FEED_FORWARD}.w3.weight", "all")),
-    ),
-)  # the second in dense models only: experts stay apart
+    # in dense models only: experts stay apart
+    _joined("feed_forward.w_gate_hidden", ("feed_forward.w1", "all"), ("feed_forward.w3", "all")),
+)
 
 # What a checkpoint may hold beside weights: left out of the other side, and counted under these words.
 _STATE_PER_WEIGHT = (

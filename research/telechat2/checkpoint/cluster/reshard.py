@@ -1,10 +1,10 @@
 """Sharded checkpoints of a cluster: merged, or re-sharded for another cluster.
 
-MindFormers' ``transform_ckpt.py`` does this too, byte for byte, where nothing is wrong. Where a rank's file
-is missing, cut off, or of another step, it writes what is left, and ends with "Transform succeed!". Here
-every slice is looked up before anything is written, and a few slices are in memory at a time.
+The result is that of MindFormers' ``transform_ckpt.py``, byte for byte, which does not notice that a rank's
+file is missing, cut off, or of another step. Here every slice is looked up before anything is written.
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -15,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from research.telechat2.checkpoint.cluster.strategies import Box, Cluster, Layout, read_strategies
-from research.telechat2.checkpoint.cluster.write_ranks import write_ranks
-from research.telechat2.checkpoint.job.output import require_folder
+from research.telechat2.checkpoint.job.copy import lay_out
+from research.telechat2.checkpoint.job.journal import staging
+from research.telechat2.checkpoint.job.output import require_folder, require_room
 from research.telechat2.checkpoint.layouts.tensor_parallel import require_same
 from research.telechat2.checkpoint.plan import make_plan
 from research.telechat2.checkpoint.storage.folders import read_mindspore_source
 from research.telechat2.checkpoint.storage.rank_folders import Shards, saved_shards
 from research.telechat2.checkpoint.storage.safetensors_format import BYTES
-from research.telechat2.checkpoint.storage.tensor import Blocks, StoredTensor, blocks_of
+from research.telechat2.checkpoint.storage.tensor import Blocks, StoredTensor, blocks_of, gathered
 from research.telechat2.checkpoint.table import ignored_as
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.files import fsync
 from research.telechat2.common.tables import listed
 from research.telechat2.text import prompt_format as prompt_formats
 
@@ -55,15 +58,15 @@ class Whole:
         return StoredTensor(self.name, self.dtype, shape, self.parts[0][1].file, partial(self._blocks, box))
 
     def _blocks(self, box: Box, start: int = 0, stop: int | None = None) -> Blocks:
-        gathered = np.empty([stop - start for start, stop in box], f"V{BYTES[self.dtype]}")
+        array = np.empty([stop - start for start, stop in box], f"V{BYTES[self.dtype]}")
         for place, tensor in self.parts:
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(place, box, strict=True)]
             if any(first >= last for first, last in common):
                 continue
             into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))
             within = [(a - c, b - c) for (a, b), (c, _) in zip(common, place, strict=True)]
-            gathered[into] = _read_rows(tensor, within)
-        return blocks_of(gathered.view(np.uint8).data, start, stop)
+            array[into] = _read_rows(tensor, within)
+        return blocks_of(array.view(np.uint8).data, start, stop)
 
 
 def _read_rows(tensor: StoredTensor, box: list[tuple[int, int]]) -> NDArray[np.void]:
@@ -73,10 +76,8 @@ def _read_rows(tensor: StoredTensor, box: list[tuple[int, int]]) -> NDArray[np.v
         return np.frombuffer(tensor.read(), f"V{width}").reshape(())
     (first, last), *others = box
     row = prod(tensor.shape[1:]) * width
-    content = bytearray()
-    for block in tensor.blocks(first * row, last * row):
-        content += block
-    rows = np.frombuffer(content, f"V{width}").reshape(last - first, *tensor.shape[1:])
+    content = np.frombuffer(gathered(tensor.blocks(first * row, last * row)), f"V{width}")
+    rows = content.reshape(last - first, *tensor.shape[1:])
     return rows[(slice(None), *(slice(*bounds) for bounds in others))]
 
 
@@ -87,9 +88,7 @@ def transform(
     src_ckpt_strategy: str | Path | None = None,
     dst_ckpt_strategy: str | Path | None = None,
 ) -> str:
-    """Write a checkpoint anew for another cluster, as ``rank_<r>/<prefix><r>.safetensors``.
-
-    Returns a report of what was read and written.
+    """Write a checkpoint anew for another cluster, as ``rank_<r>/<prefix><r>.safetensors``; returns a report.
 
     Args:
         src_ckpt_dir: with strategies, a folder of ``rank_*`` folders, of which the newest step is taken, or
@@ -107,8 +106,8 @@ def transform(
         raise UsageError(f"--prefix is {prefix!r}; expected the beginning of a file's name, without slashes")
     if not (src_ckpt_strategy or dst_ckpt_strategy):
         raise UsageError(
-            "neither --src_ckpt_strategy nor --dst_ckpt_strategy is given; the first merges what a cluster "
-            "saved, the second cuts a checkpoint for a cluster, both together do one after the other"
+            "neither --src_ckpt_strategy nor --dst_ckpt_strategy is given; expected the strategies of the "
+            "cluster that saved the checkpoint, of the one that is to load it, or both"
         )
     source, folder = Path(src_ckpt_dir), Path(dst_ckpt_dir)
     require_folder(folder, None, "rank_*")
@@ -117,27 +116,22 @@ def transform(
     if cluster is None:
         shards = [{tensor.name: tensor for tensor in read_mindspore_source(source)}]
     else:
-        reason = (
-            f"the strategies are of {cluster.device_num} devices (they must be those of the same run, of all "
-            "stages)"
-        )
+        reason = f"the strategies are of {cluster.device_num} devices, which must be all of the same run"
         shards = saved_shards(source, cluster.device_num, reason)
     left_out = {name for shard in shards for name in shard if name.startswith(ACCUMULATED)}
     sliced, copied = _wholes(shards, cluster, left_out)
     merged = [whole.cut(whole.box) for whole in (sliced | copied).values()]
     plan = make_plan(merged, "mindspore", None, str(source))  # wrong strategies do not give a model's shapes
     ranks = _cut(sliced, copied, target)
-    written = write_ranks(folder, prefix, ranks)
+    written = _write(folder, prefix, ranks)
     if (prompt_format := prompt_formats.find(source)) is not None:
         prompt_formats.write(folder, prompt_format)
-    return "\n".join(
-        [
-            f"read {source}, saved by {len(shards)} devices",
-            f"wrote {sum(map(len, ranks)):,} tensors, {written:,} bytes, {len(ranks)} files, to {folder}",
-            f"model: {plan.sizes.describe()}",
-            f"not in the strategies, the same on all ranks, copied: {listed(sorted(copied), 5) or 'nothing'}",
-            f"left out: {len(left_out)} accumulated gradients" if left_out else "left out: nothing",
-        ]
+    return (
+        f"read {source}, saved by {len(shards)} devices\n"
+        f"wrote {sum(map(len, ranks)):,} tensors, {written:,} bytes, {len(ranks)} files, to {folder}\n"
+        f"model: {plan.sizes.describe()}\n"
+        f"not in the strategies, the same on all ranks, copied: {listed(sorted(copied), 5) or 'nothing'}\n"
+        f"left out: {f'{len(left_out)} accumulated gradients' if left_out else 'nothing'}"
     )
 
 
@@ -169,22 +163,22 @@ def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
     held = {place: [rank for rank in ranks if name in shards[rank]] for place, ranks in holders.items()}
     if empty := [place for place in held if not held[place]]:
         raise UsageError(
-            f"{name} is not complete: none of the ranks {listed(holders[empty[0]])} holds its part "
-            f"{list(empty[0])} of {list(layout.parts)}. Copy their files again"
+            f"{name} lacks its part {list(empty[0])} of {list(layout.parts)}, of ranks "
+            f"{listed(holders[empty[0]])}; copy their files again"
         )
     kinds = Counter(shards[rank][name].kind for having in held.values() for rank in having)
     if len(kinds) > 1:
         usual, other = (kind for kind, _ in kinds.most_common(2))
         odd = next(rank for rank in ranks if name in shards[rank] and shards[rank][name].kind == other)
         raise UsageError(
-            f"{shards[odd][name].file} holds {name} as {_described(other)}, other ranks hold theirs as "
-            f"{_described(usual)}; expected slices of one shape. They are of different runs"
+            f"{shards[odd][name].file} holds {name} as {other[0]} {list(other[1])}, others as {usual[0]} "
+            f"{list(usual[1])}; give the files of one run"
         )
     dtype, local = next(iter(kinds))
     if len(local) != len(layout.parts):
         raise UsageError(
             f"{name} has {len(local)} axes, {list(local)}, but the strategies split {len(layout.parts)}; "
-            "they are of another model. Give those of the run that saved the checkpoint"
+            "give those of the run that saved the checkpoint"
         )
     shape = tuple(length * parts for length, parts in zip(local, layout.parts, strict=True))
     parts = tuple((layout.box(shape, place), shards[ranks[0]][name]) for place, ranks in held.items())
@@ -193,8 +187,7 @@ def _merged(name: str, shards: Shards, cluster: Cluster, stage: int) -> Whole:
 
 def _same_everywhere(name: str, shards: Shards) -> Whole:
     copies = [shard[name] for shard in shards if name in shard]
-    reason = "no strategy file has it, so the strategies are of another model, or some files of another step"
-    require_same(copies, reason)
+    require_same(copies, "no strategy has it: they are of another model, or files of another step")
     first = copies[0]
     return Whole(name, first.dtype, first.shape, ((_box_of(first.shape), first),))
 
@@ -206,8 +199,8 @@ def _require_all(expected: set[str], found: Mapping[str, Whole], lack: str) -> N
         absent = [name for name in absent if not _is_state(name)]
     if absent:
         raise UsageError(
-            f"{lack} {len(absent)} of the {len(expected)} tensors of the strategies: {listed(absent)}. "
-            "The strategies are of another model, or the checkpoint is not complete"
+            f"{lack} {len(absent)} of the {len(expected)} tensors of the strategies: {listed(absent)}. Give "
+            "the strategies of this model, and all files"
         )
 
 
@@ -223,8 +216,8 @@ def _cut(
         return [[whole.cut(whole.box) for whole in (*sliced.values(), *copied.values())]]
     if unknown := sorted(sliced.keys() - target.names):
         raise UsageError(
-            f"the strategies of the target do not know {len(unknown)} tensors of the checkpoint: "
-            f"{listed(unknown)}. They are of another model, or miss a stage"
+            f"the strategies of the target lack {len(unknown)} tensors of the checkpoint: {listed(unknown)}. "
+            "Give those of this model, of all stages"
         )
     _require_all(target.names, sliced, "the checkpoint lacks")
     ranks: list[list[StoredTensor]] = []
@@ -233,12 +226,11 @@ def _cut(
         stage = [list(copies) for _ in range(target.stage_size)]
         for name in [name for name in layouts if name in sliced]:
             whole, layout = sliced[name], layouts[name]
-            if len(whole.shape) != len(layout.parts) or any(
-                length % parts for length, parts in zip(whole.shape, layout.parts, strict=False)
-            ):
+            uneven = [n % parts for n, parts in zip(whole.shape, layout.parts, strict=False)]
+            if len(whole.shape) != len(layout.parts) or any(uneven):
                 raise UsageError(
-                    f"{name}, {list(whole.shape)}, cannot be cut into {list(layout.parts)} parts as the "
-                    "strategies of the target say; they are of another model"
+                    f"{name}, {list(whole.shape)}, cannot be cut into {list(layout.parts)} parts, as the "
+                    "strategies of the target say; give those of this model"
                 )
             for tensors, place in zip(stage, layout.places(), strict=True):
                 tensors.append(whole.cut(layout.box(whole.shape, place)))
@@ -256,5 +248,27 @@ def _box_of(shape: tuple[int, ...]) -> Box:
     return tuple((0, length) for length in shape)
 
 
-def _described(kind: tuple[str, tuple[int, ...]]) -> str:
-    return f"{kind[0]} {list(kind[1])}"
+def _write(folder: Path, prefix: str, ranks: list[list[StoredTensor]]) -> int:
+    """Write the files of all ranks or none, and return the tensors' bytes.
+
+    The files get their names when all are on the disk, that of rank 0 last.
+    """
+    outputs = []
+    for rank, tensors in enumerate(ranks):
+        weights = [(tensor, tensor.name) for tensor in tensors]
+        outputs.append(lay_out(f"rank_{rank}/{prefix}{rank}.safetensors", weights, None, {"format": "ms"}))
+    total = sum(output.size - len(output.head) for output in outputs)
+    with staging(folder, str(os.getpid()), {}, resume=False) as stage:
+        require_room(stage.path, total)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="transforming", disable=None) as progress:
+            for output in outputs:
+                file = stage.path / output.name
+                file.parent.mkdir()
+                with open(file, "xb") as stream:
+                    stream.write(output.head)
+                    for placed in output.tensors:
+                        for block in placed.tensor.blocks():
+                            progress.update(stream.write(block))
+                fsync(file)
+        stage.name_all([output.name for output in reversed(outputs)])
+    return total

@@ -1,10 +1,10 @@
-"""MindSpore's strategy files: which part of each parameter a rank of a cluster stores.
+"""Which part of each parameter a rank of a cluster stores: by MindSpore's strategy files, or as compiled.
 
 Training leaves one file per rank in ``output/strategy``, the dry run one per stage of the pipeline. Ranks of
 a stage have the same layouts, which tell by the rank's place in the device matrix what it stores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -12,8 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from research.telechat2.checkpoint.storage.tensor import StoredTensor
+from research.telechat2.checkpoint.storage.views import part_of
 from research.telechat2.common.errors import UsageError
 
+# Of a communication group: this rank's number in it, and its size.
+GroupPlace = Callable[[str], tuple[int, int]]
 Box = tuple[tuple[int, int], ...]  # of each axis, the first index and the one after the last
 
 
@@ -101,19 +105,15 @@ def read_strategies(path: str | Path) -> Cluster:
     """The cluster that a strategy file describes, or a folder of ``*.ckpt`` strategy files.
 
     A folder holds the files of all ranks, or of one rank of each stage; a file, those of a pipeline of one
-    stage or of several that MindSpore's ``merge_pipeline_strategys`` put together.
-
-    Raises:
-        UsageError: no strategy files, or files that do not describe one cluster together.
+    stage or of several that MindSpore's ``merge_pipeline_strategys`` put together. UsageError unless they
+    describe one cluster.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.ckpt"))
     if not files:
-        there = "is an empty folder, or one of other files" if path.is_dir() else "does not exist"
         raise UsageError(
-            f"{path} {there}; expected strategy files such as ckpt_strategy_rank_0.ckpt, as training writes "
-            "them into output/strategy, and telechat_plan.py --dry_run --output_dir NEW_DIR into "
-            "NEW_DIR/strategy"
+            f"{path} {'holds no *.ckpt' if path.is_dir() else 'does not exist'}; expected files such as "
+            "ckpt_strategy_rank_0.ckpt, of output/strategy or of telechat_plan.py --dry_run --output_dir DIR"
         )
     stages: dict[int, dict[str, Layout]] = {}
     read: dict[bytes, Path] = {}
@@ -125,20 +125,18 @@ def read_strategies(path: str | Path) -> Cluster:
         for stage, layouts in _parse(file, content).items():
             if stages.setdefault(stage, layouts) != layouts:
                 raise UsageError(
-                    f"{file} and another file beside it describe stage {stage} differently: they are of two "
-                    "runs. Give the strategies of the run that saved the checkpoint alone"
+                    f"{file} and another file beside it describe stage {stage} differently; give the "
+                    "strategies of one run alone"
                 )
     if sorted(stages) != list(range(len(stages))):
         raise UsageError(
-            f"{path} holds strategies of the pipeline stages {sorted(stages)}; those of stages before or "
-            "between them are missing. Give the files of all ranks, or of one rank of each stage"
+            f"{path} holds strategies of the pipeline stages {sorted(stages)}; expected all from 0 on. Give "
+            "the files of all ranks, or of one rank of each stage"
         )
     sizes = {prod(layout.device_matrix) for layouts in stages.values() for layout in layouts.values()}
     if len(sizes) != 1:
-        raise UsageError(
-            f"{path} holds layouts of {' and '.join(map(str, sorted(sizes)))} ranks; expected the same "
-            "number in all stages. Give the strategies of one run"
-        )
+        ranks = " and ".join(map(str, sorted(sizes)))
+        raise UsageError(f"{path} holds layouts of {ranks} ranks; give the strategies of one run alone")
     return Cluster(tuple(stages[number] for number in range(len(stages))), sizes.pop())
 
 
@@ -154,9 +152,7 @@ def _parse(file: Path, content: bytes) -> dict[int, dict[str, Layout]]:
     except DecodeError:
         complete = False
     if not complete:
-        raise UsageError(
-            f"{file} is not a MindSpore strategy file with layouts. Copy it again, or move it away"
-        )
+        raise UsageError(f"{file} is no MindSpore strategy file with layouts; copy it again, or move it away")
     own_stage = strategy.parallel_strategy_item[0].parallel_strategys.stage
     stages: dict[int, dict[str, Layout]] = {}
     for item in strategy.parallel_layout_item:
@@ -169,14 +165,50 @@ def _parse(file: Path, content: bytes) -> dict[int, dict[str, Layout]]:
 
 def _layout(file: Path, name: str, stored: Any) -> Layout:
     if any(entry.dim for entry in stored.param_split_shape) or stored.field:
-        raise UsageError(
-            f"{file} splits {name} unequally, which no TeleChat2 plan does, and cannot be transformed"
-        )
+        raise UsageError(f"{file} splits {name} unequally; only equal parts can be transformed")
     maps = [tuple(entry.dim) for entry in stored.tensor_map]
     # One map with an entry per axis, or, where an axis is split by several of the matrix, a map per axis.
     axes = maps if len(maps) > 1 else [(entry,) for entry in (maps[0] if maps else ())]
-    return Layout(
-        tuple(stored.dev_matrix[0].dim),
-        tuple(tuple(axis for axis in split if axis != -1) for split in axes),
-        stored.opt_weight_shard_size,
-    )
+    return Layout(tuple(stored.dev_matrix[0].dim), _splitting(axes), stored.opt_weight_shard_size)
+
+
+def _splitting(axes: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(axis for axis in split if axis != -1) for split in axes)
+
+
+def own_slices(
+    whole: Mapping[str, StoredTensor],
+    layouts: Mapping[str, Sequence[Any]],
+    rank: int,
+    place_in_group: GroupPlace,
+) -> dict[str, StoredTensor]:
+    """What ``rank`` stores of a whole model: views, of which only the own bytes are read later.
+
+    Args:
+        whole: all weights by name.
+        layouts: MindSpore's ``parameter_layout_dict`` of the compiled cell, with all parameters that the
+            rank's stage of the pipeline has: (device matrix, tensor map, …, optimizer group, whole shape).
+        rank: in the whole cluster.
+
+    Raises:
+        UsageError: a layout is of a parameter of another shape than the weight.
+    """
+    slices = {}
+    for name in (name for name in layouts if name in whole):
+        tensor = whole[name]
+        device_matrix, tensor_map, *_, group, full_shape = layouts[name][:7]
+        if full_shape and tuple(full_shape) != tensor.shape:
+            raise UsageError(
+                f"{name} is {list(tensor.shape)}, but the compiled model has it as {list(full_shape)}; use "
+                "the YAML of this checkpoint's size"
+            )
+        if tensor_map:
+            axes = (entry if isinstance(entry, tuple | list) else (entry,) for entry in tensor_map)
+            layout = Layout(tuple(device_matrix), _splitting(axes), optimizer_parts=0)
+            place = layout.places()[rank % prod(device_matrix)]  # a stage's ranks are neighbours
+            for axis, (index, count) in enumerate(zip(place, layout.parts, strict=True)):
+                tensor = part_of(tensor, axis, index, count)
+            if group:  # ranks that would store the same share it out along the first axis
+                tensor = part_of(tensor, 0, *place_in_group(group))
+        slices[name] = tensor
+    return slices

@@ -10,20 +10,14 @@ from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns, without the sign
-NOT_READ = (
-    "weights are read as float32, float16 and bfloat16. Of a quantized model, give the weights from before "
-    "quantization"
-)
+NOT_READ = "weights are read as float32, float16 and bfloat16; give those from before quantization"
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38}
 
 
 def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memoryview:
     """The elements of ``block``, stored as ``source``, as the bytes of ``target``; round to nearest even.
 
-    Infinities and NaN stay what they are.
-
-    Raises:
-        UsageError: a finite value of tensor ``name`` is beyond the range of ``target``.
+    Infinities and NaN stay. UsageError if a finite value of tensor ``name`` is too large for ``target``.
     """
     if source == target:
         return memoryview(block)
@@ -38,8 +32,8 @@ def cast(block: memoryview | bytes, source: str, target: str, name: str) -> memo
     infinite = (result.view(np.uint16) & 0x7FFF) == INFINITY[target]
     if infinite.any() and np.isfinite(values[infinite]).any():
         raise UsageError(
-            f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, which {target} cannot hold "
-            f"(its largest number is {LARGEST[target]:.6g}); keep the dtype, or choose another"
+            f"{name} holds {float(np.abs(values[np.isfinite(values)]).max())!r}, but the largest number of "
+            f"{target} is {LARGEST[target]:.6g}; keep the dtype, or choose another"
         )
     return result.data.cast("B")
 

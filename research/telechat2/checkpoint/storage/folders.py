@@ -33,26 +33,22 @@ def rank_folders(path: Path) -> dict[int, Path]:
 def read_torch_source(path: Path) -> list[StoredTensor]:
     """The tensors of an HF folder (or of one of its files).
 
-    A folder holds ``*.safetensors`` or ``pytorch_model*.bin``, with or without an index; where both are
-    present, the safetensors are read.
-
-    Raises:
-        UsageError: nothing there to read, or files that do not agree with their index or numbering.
+    A folder holds ``*.safetensors`` (read first) or ``pytorch_model*.bin``. UsageError where there is nothing
+    to read, or files do not agree with their index or numbering.
     """
     _require_exists(path)
     for file in [path] if path.is_file() else visible(path, "adapter_model.*"):
         if file.name.startswith("adapter_model."):
             raise UsageError(
-                f"{file} holds an adapter of PEFT, such as LoRA, and not the weights of a model; merge it "
-                "into them with merge_and_unload() of peft and save_pretrained(), and give that folder"
+                f"{file} is an adapter of PEFT, not a model; give the folder that peft's merge_and_unload() "
+                "and save_pretrained() make"
             )
     if path.is_file():
         return _read_files([path], (".safetensors", ".bin"))
     files = visible(path, "*.safetensors", "pytorch_model*.bin")
     if not files:
         raise UsageError(
-            f"{path} holds no *.safetensors and no pytorch_model*.bin; expected the folder of a "
-            f"Hugging Face checkpoint, found {_content_of(path)}"
+            f"{path} holds {_content_of(path)}; expected *.safetensors or pytorch_model*.bin of Hugging Face"
         )
     return _read_shards(path, files)
 
@@ -61,10 +57,7 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     """The tensors of a MindSpore checkpoint.
 
     ``path`` is a ``.safetensors`` or ``.ckpt`` file, a folder of them, or MindFormers' ``output/checkpoint``
-    (the iteration named in its tracker file, or its only ``rank_0``).
-
-    Raises:
-        UsageError: nothing there to read, or more than one checkpoint.
+    (the iteration named in its tracker file, or its only ``rank_0``). UsageError unless it holds just one.
     """
     _require_exists(path)
     if path.is_file():
@@ -73,8 +66,7 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     files = visible(folder, "*.safetensors", "*.ckpt")
     if not files:
         raise UsageError(
-            f"{folder} holds no *.safetensors and no *.ckpt; found {_content_of(folder)}. "
-            "Give a checkpoint file, or the folder that holds it"
+            f"{folder} holds {_content_of(folder)}; expected *.safetensors or *.ckpt, or such a file's path"
         )
     steps = [file for file in files if re.search(r"-[0-9]+_[0-9]+\.(safetensors|ckpt)$", file.name)]
     if len(files) > 1 and (steps or files[0].suffix == ".ckpt"):
@@ -82,8 +74,8 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
     ranks = [match for file in files if (match := re.search(r"-model-[0-9]{7}-([0-9]{7})\.", file.name))]
     if any(int(match[1]) > 1 for match in ranks):
         raise UsageError(
-            f"{folder} holds what {int(ranks[0][1])} devices saved: {_names(files)}. If each of them held "
-            "the whole model (data parallel), give one of the -model- files; if not, merge them first"
+            f"{folder} holds what {int(ranks[0][1])} devices saved: {_names(files)}. Give one of the -model- "
+            "files if each held the whole model (data parallel); if not, merge them first"
         )
     return _read_shards(folder, files)
 
@@ -91,8 +83,7 @@ def read_mindspore_source(path: Path) -> list[StoredTensor]:
 def latest_iteration(path: Path) -> Path:
     """The ``iteration_*`` folder that MindFormers' tracker in ``path`` names; ``path`` if it has no tracker.
 
-    Raises:
-        UsageError: the tracker names no folder that is there.
+    UsageError if that folder is absent.
     """
     tracker = path / TRACKER
     if not tracker.is_file():
@@ -100,9 +91,9 @@ def latest_iteration(path: Path) -> Path:
     number = tracker.read_text(encoding="utf-8", errors="replace").strip()
     folder = path / f"iteration_{number:0>8}"
     if not (number.isascii() and number.isdigit() and folder.is_dir()):
+        beside = f"no folder {folder.name[:40]} is beside it"
         raise UsageError(
-            f"{tracker} names iteration {number[:20]!r}, but has no folder {folder.name[:40]} beside it; "
-            "give the folder of an iteration"
+            f"{tracker} names iteration {number[:20]!r}, but {beside}; give an iteration's folder"
         )
     return folder
 
@@ -114,8 +105,8 @@ def _training_folder(path: Path) -> Path:
     ranks = list(rank_folders(path).values())
     if len(ranks) > 1:
         raise UsageError(
-            f"{path} holds {len(ranks)} folders rank_*: the checkpoint is sharded for {len(ranks)} "
-            "devices; merge it first with transform_ckpt.py in research/telechat2, and convert the result"
+            f"{path} holds {len(ranks)} folders rank_*, a sharded checkpoint; merge it first with "
+            "research/telechat2/transform_ckpt.py"
         )
     return ranks[0] if ranks else path
 
@@ -132,7 +123,7 @@ def _read_shards(folder: Path, files: Sequence[Path]) -> list[StoredTensor]:
     absent, extra = sorted(expected.keys() - here), sorted(here - expected.keys())
     if absent or extra:
         raise UsageError(
-            f"{index_file} and the files beside it do not agree."
+            f"{index_file} and the files beside it differ."
             + (f" {len(absent)} of its files are absent: {listed(absent)}. Download them." if absent else "")
             + (f" {len(extra)} files are not in it: {listed(extra)}. Move them elsewhere." if extra else "")
         )
@@ -140,16 +131,14 @@ def _read_shards(folder: Path, files: Sequence[Path]) -> list[StoredTensor]:
     held = defaultdict(set)
     for tensor in tensors:
         held[tensor.file.name].add(tensor.name)
-    lacking = [
-        f"{name} ({file})" for file in sorted(expected) for name in sorted(expected[file] - held[file])
-    ]
-    unlisted = [f"{name} ({file})" for file in sorted(held) for name in sorted(held[file] - expected[file])]
+    lacking, unlisted = (
+        [f"{name} ({file})" for file in sorted(some) for name in sorted(some[file] - others[file])]
+        for some, others in ((expected, held), (held, expected))
+    )
     if lacking or unlisted:
         raise UsageError(
-            f"{index_file} and the tensors in its files do not agree:"
-            + (f" {len(lacking)} tensors are not where it says: {listed(lacking)}." if lacking else "")
-            + (f" {len(unlisted)} tensors are not listed: {listed(unlisted)}." if unlisted else "")
-            + " Download the index and the files again, from one release"
+            f"{index_file} and its files do not agree. They lack: {listed(lacking) or 'nothing'}; it lacks: "
+            f"{listed(unlisted) or 'nothing'}. Download the index and the files again, from one release"
         )
     return tensors
 
@@ -163,14 +152,10 @@ def _read_index(file: Path) -> dict[str, set[str]]:
     tensors = defaultdict(set)
     for name, shard in pairs:
         if not isinstance(shard, str) or "/" in shard or "\\" in shard:
-            raise UsageError(
-                f"{file} says that {name} is in {shard!r}; expected the name of a file beside it"
-            )
+            raise UsageError(f"{file} says that {name} is in {shard!r}; expected a file beside it")
         tensors[shard].add(name)
     if not tensors:
-        raise UsageError(
-            f'{file} is not an index of weights; expected JSON such as {{"weight_map": {{name: file}}}}'
-        )
+        raise UsageError(f'{file} is no index of weights; expected JSON: {{"weight_map": {{name: file}}}}')
     return tensors
 
 
@@ -179,9 +164,10 @@ def _check_numbering(folder: Path, files: Sequence[Path]) -> None:
     numbers = [re.search(r"-([0-9]{5})-of-([0-9]{5})\.[a-z]+$", file.name) for file in files]
     totals = {int(match[2]) for match in numbers if match}
     if totals and (len(totals) > 1 or not all(numbers) or len(files) != min(totals)):
+        parts = " or ".join(map(str, sorted(totals)))
         raise UsageError(
-            f"{folder} holds {len(files)} files of a checkpoint in {' or '.join(map(str, sorted(totals)))} "
-            f"parts, and no index: {_names(files)}. Download what is missing, move away what does not belong"
+            f"{folder} holds {len(files)} files of a checkpoint in {parts} parts, no index: {_names(files)}. "
+            "Download what is missing, move away what does not belong"
         )
 
 
@@ -195,10 +181,8 @@ def _read_files(files: Sequence[Path], allowed: Collection[str]) -> list[StoredT
 def _require_exists(path: Path) -> None:
     if not path.exists():
         hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
-        raise UsageError(
-            f"{path} does not exist; expected a checkpoint file or folder"
-            + ("; names of models on a hub are not looked up, download the model first" if hub else "")
-        )
+        advice = "; names of models on a hub are not looked up, download the model first" if hub else ""
+        raise UsageError(f"{path} does not exist; expected a checkpoint file or folder{advice}")
 
 
 def _names(files: Sequence[Path]) -> str:

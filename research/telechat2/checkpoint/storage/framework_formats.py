@@ -1,8 +1,7 @@
-"""The two older formats, torch ``.bin`` and MindSpore ``.ckpt``, through their frameworks.
+"""The two older formats, torch ``.bin`` and MindSpore ``.ckpt``, read and written by their frameworks.
 
-Both are read by their framework and written from memory: converting to or from them needs up to twice as
-much memory as the model has bytes, besides what the framework itself needs (a ``.bin`` saved by a current
-torch is mapped instead of read). The frameworks are imported only here and only when such a file is met.
+That takes memory of up to twice the model's bytes (a ``.bin`` of a current torch is mapped instead of read).
+The frameworks are imported only when such a file is met.
 """
 
 import pickle
@@ -26,8 +25,7 @@ Whole = tuple[str, str, Shape, bytearray]  # name, dtype, shape and bytes of a t
 def read_bin(file: Path) -> list[StoredTensor]:
     """The tensors of a ``torch.save`` file of a dictionary of tensors (and no code: ``weights_only``).
 
-    Raises:
-        UsageError: torch is not installed, or the file is broken or holds something else.
+    UsageError if torch is not installed, or the file is broken or holds something else.
     """
     torch = _import_torch(file)
     try:
@@ -39,26 +37,22 @@ def read_bin(file: Path) -> list[StoredTensor]:
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         what = found[1] if found else _unread_pickle(file)
         if what is None:
-            raise UsageError(
-                f"{file} is not a complete torch file. Download or copy it again.{what_stands_here(file)}"
-            ) from None
+            raise _broken(file, "torch file", "a pickle that ends early") from None
         raise UsageError(
-            f"{file} holds Python objects ({what}) beside tensors; loading those "
-            "could run code that came with it, so nothing of it is loaded. Take the safetensors of this "
-            "model, or have its author save the state_dict() alone"
+            f"{file} holds Python objects ({what}), whose loading could run code; expected tensors. Take "
+            "the safetensors of this model, or have its author save the state_dict() alone"
         ) from None
     except Exception as error:  # a broken pickle can fail in any way
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UsageError(
-            f"{file} is not a complete torch file of tensors ({reason}). Download or copy it again."
-            + what_stands_here(file)
-        ) from None
+        raise _broken(file, "torch file", f"{type(error).__name__}: {error}") from None
     if not isinstance(content, dict) or not all(torch.is_tensor(tensor) for tensor in content.values()):
-        raise UsageError(
-            f"{file} does not hold a dictionary of tensors, which is what model weights are saved as; "
-            "save the model's state_dict() alone"
-        )
+        raise UsageError(f"{file} holds no dictionary of tensors; save the model's state_dict() alone")
     return [_from_torch(torch, name, tensor, file) for name, tensor in content.items()]
+
+
+def _broken(file: Path, what: str, reason: str) -> UsageError:
+    reason = reason.partition("\n")[0]
+    advice = f"Download or copy it again.{what_stands_here(file)}"
+    return UsageError(f"{file} is not a complete {what} ({reason}). {advice}")
 
 
 def _unread_pickle(file: Path) -> str | None:
@@ -87,22 +81,15 @@ def write_bin(file: Path, tensors: Iterable[Whole]) -> None:
 
 
 def read_ckpt(file: Path) -> list[StoredTensor]:
-    """The tensors of a MindSpore ``.ckpt`` file.
-
-    Raises:
-        UsageError: the file is broken or holds something else.
-    """
+    """The tensors of a MindSpore ``.ckpt`` file; UsageError if it is broken or holds something else."""
     import mindspore
 
     if not file.stat().st_size:
-        raise UsageError(f"{file} is empty. Download or copy it again")
+        raise _broken(file, "MindSpore checkpoint", "it is empty")
     try:
         content = mindspore.load_checkpoint(str(file))
     except Exception as error:  # so can a broken protobuf
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"{file} is not a complete MindSpore checkpoint ({reason}).{what_stands_here(file)}"
-        ) from None
+        raise _broken(file, "MindSpore checkpoint", str(error)) from None
     return [_from_mindspore(name, value, file) for name, value in content.items()]
 
 
@@ -130,8 +117,5 @@ def _import_torch(file: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise UsageError(
-            f"{file.name} is a torch file, and torch is not installed: pip install torch "
-            "(safetensors files need neither torch nor MindSpore)"
-        ) from None
+        raise UsageError(f"{file.name} is a torch file, but torch is absent: pip install torch") from None
     return torch

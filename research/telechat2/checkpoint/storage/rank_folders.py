@@ -19,10 +19,8 @@ _OF_ITERATION = re.compile(r"-(model|opt)-([0-9]{7})-([0-9]{7})\.safetensors$")
 def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
     """What each of ``device_num`` ranks saved: in ``rank_*`` folders, or in MindFormers' format 2.
 
-    ``reason`` tells in an error why there must be so many.
-
-    Raises:
-        UsageError: other ranks than these, a rank without a file of the newest step, or a broken file.
+    ``reason`` tells in an error why there must be so many. UsageError on other ranks than these, a rank
+    without a file of the newest step, or a broken file.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; expected the checkpoint folder that all ranks saved into")
@@ -30,15 +28,14 @@ def saved_shards(folder: Path, device_num: int, reason: str) -> Shards:
     files = _in_rank_folders(folder) or _of_iteration(folder)
     if not files:
         raise UsageError(
-            f"{folder} holds no rank_* folders and no *-model-0000000-*.safetensors; expected what "
+            f"{folder} holds neither rank_* folders nor *-model-0000000-*.safetensors; expected what "
             f"{device_num} devices saved, such as output/checkpoint"
         )
     absent = list(islice((f"rank_{rank}" for rank in range(device_num) if rank not in files), 10))
     if absent or len(files) != device_num:
         what = f"lacks {', '.join(absent)}" if absent else f"holds {len(files)} ranks"
         raise UsageError(
-            f"{folder} {what}; expected rank_0 to rank_{device_num - 1}, since {reason}. Copy the files of "
-            "all devices there"
+            f"{folder} {what}; expected rank_0 to rank_{device_num - 1}: {reason}. Copy all files there"
         )
     return [_read(files[rank]) for rank in range(device_num)]
 
@@ -52,8 +49,8 @@ def _in_rank_folders(folder: Path) -> dict[int, list[Path]]:
         if len(of_step) != 1:
             step = f"of epoch {newest[0]}, step {newest[1]}, the newest" if newest else "with weights"
             raise UsageError(
-                f"{folder / f'rank_{rank}'} holds {len(of_step)} files {step} that a rank has; expected one. "
-                "Copy what is missing, or, if not all ranks saved that step, move its files elsewhere"
+                f"{folder / f'rank_{rank}'} holds {len(of_step)} files {step}; expected one. Copy what is "
+                "missing, or, if not all ranks saved that step, move its files elsewhere"
             )
         found[rank] = of_step
     return found
@@ -79,10 +76,8 @@ def _of_iteration(folder: Path) -> dict[int, list[Path]]:
             if match[1] == "opt":
                 with_states.add(int(match[2]))
     if with_states and with_states != found.keys():
-        raise UsageError(
-            f"{folder} holds the optimizer's states (*-opt-*) of some ranks, but not of "
-            f"{listed(sorted(found.keys() - with_states))}; expected those of all or of none. Copy the others"
-        )
+        lacking = listed(sorted(found.keys() - with_states))
+        raise UsageError(f"{folder} lacks the optimizer's states (*-opt-*) of ranks {lacking}; copy them")
     return found
 
 

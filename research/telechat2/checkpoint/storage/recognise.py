@@ -56,9 +56,8 @@ def refuse_mindspore(path: Path) -> None:
     """UsageError if a path for torch weights holds a MindSpore checkpoint."""
     if (found := recognise(path)).side == "mindspore":
         raise UsageError(
-            f"{path} holds MindSpore weights already ({found.sign}), not torch weights. Commands of "
-            "prediction and training take them as they are; for another layout give them as "
-            "--pre_ckpt_path, and for torch weights use convert_reversed.py --mindspore_path"
+            f"{path} holds MindSpore weights already ({found.sign}); expected torch weights. For another "
+            "layout give it as --pre_ckpt_path; for torch weights use convert_reversed.py --mindspore_path"
         )
 
 
@@ -66,22 +65,17 @@ def refuse_torch(path: Path) -> None:
     """UsageError if a path for a MindSpore checkpoint holds torch weights."""
     if (found := recognise(path)).side == "torch":
         raise UsageError(
-            f"{path} holds torch weights already ({found.sign}), not a MindSpore checkpoint; to convert them "
-            "to one use convert_weight.py --torch_path"
+            f"{path} holds torch weights already ({found.sign}); expected a MindSpore checkpoint. Convert "
+            "them with convert_weight.py --torch_path"
         )
 
 
 def is_torch_source(path: Path) -> bool:
-    """Whether ``path`` is an HF folder of a TeleChat model, or one of its files.
-
-    Raises:
-        UsageError: it is the folder of a Llama, which needs YAMLs of its own.
-    """
+    """Whether ``path`` is an HF folder of a TeleChat model, or one of its files; UsageError if of a Llama."""
     found = recognise(path)
     if found.llama:
         raise UsageError(
-            f"{path} holds a Llama model of Hugging Face; convert it first with "
-            f"research/telechat2/convert_weight.py --torch_path {path} --mindspore_path NEW_DIR, which also "
-            "writes the YAMLs that run it"
+            f"{path} holds a Llama model, which needs YAMLs of its own; make them and its weights with "
+            f"research/telechat2/convert_weight.py --torch_path {path} --mindspore_path NEW_DIR"
         )
     return found.side == "torch"

@@ -1,7 +1,6 @@
 """The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps.
 
-Parsed and written here, rather than by the library, so that a tensor's bytes move from file to file in
-blocks, whatever the size of the checkpoint, and so that the error of a broken file says what is wrong.
+Not by the library: bytes move in blocks, whatever a checkpoint's size, and errors say what is broken.
 """
 
 import json
@@ -36,8 +35,7 @@ BYTES = {dtype: width for width, dtypes in _DTYPES_OF_WIDTH.items() for dtype in
 def read_safetensors(file: Path) -> list[StoredTensor]:
     """The tensors of a file, in the order of their bytes; only the header is read.
 
-    Raises:
-        UsageError: the file is not safetensors, or is cut off.
+    UsageError if it is not safetensors, or cut off.
     """
     with open(file, "rb") as stream:
         header = _read_header(file, stream)
@@ -51,38 +49,26 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
             raise UsageError(f"{file}: tensor {name} is stored as {code!r}, but {NOT_READ}.")
         nbytes = prod(shape) * BYTES[DTYPES[code]]
         if begin != end or next_begin - begin != nbytes:
-            raise _broken(
-                file,
-                f"the header places tensor {name}, {code} {list(shape)}, at bytes {begin} to {next_begin} of "
-                f"the data; expected {nbytes} bytes from byte {end}",
-            )
+            here = f"tensor {name}, {code} {list(shape)}, is at bytes {begin} to {next_begin} of the data"
+            raise _broken(file, f"{here}, expected {nbytes} bytes from byte {end}")
         end = next_begin
         extent = (file, data_start + begin, data_start + end)
         blocks = partial(_read_blocks, *extent)
         tensors.append(StoredTensor(name, DTYPES[code], shape, file, blocks, (extent,)))
     if data_start + end != size:
-        raise _broken(
-            file, f"its header describes a file of {data_start + end} bytes, the file has {size} bytes"
-        )
+        raise _broken(file, f"its header describes {data_start + end} bytes, the file has {size} bytes")
     return tensors
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What a file's header says beside its tensors, such as ``{"format": "ms"}``, if anything.
-
-    Raises:
-        UsageError: the file is not safetensors.
-    """
+    """What a file's header says beside its tensors, such as ``{"format": "ms"}``, if anything."""
     with open(file, "rb") as stream:
         metadata = _read_header(file, stream).get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> bytes:
-    """The head of a file of ``tensors`` (name -> dtype, shape) in this order.
-
-    ``metadata`` has a ``format``, pt or ms, and may say more.
-    """
+    """The head of a file of ``tensors`` (name -> dtype, shape) in order; ``metadata`` has a ``format``."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
     for name, (dtype, shape) in tensors.items():
@@ -99,9 +85,7 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
     size, start = os.fstat(stream.fileno()).st_size, stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-        raise _broken(
-            file, f"its first 8 bytes announce a header of {length} bytes, the file has {size} bytes"
-        )
+        raise _broken(file, f"it begins with a header's length of {length}, the file has {size} bytes")
     repeated: list[str] = []
 
     def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -157,7 +141,5 @@ def _read_blocks(file: Path, begin: int, end: int, start: int = 0, stop: int | N
 
 
 def _broken(file: Path, what: str) -> UsageError:
-    return UsageError(
-        f"{file} is not a complete safetensors file: {what}. Download or copy it again, and check its size."
-        + what_stands_here(file)
-    )
+    advice = f"Download or copy it again, and check its size.{what_stands_here(file)}"
+    return UsageError(f"{file} is not a complete safetensors file: {what}. {advice}")

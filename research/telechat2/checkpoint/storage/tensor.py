@@ -60,15 +60,12 @@ class StoredTensor:
 
     def read(self, dtype: str | None = None) -> bytearray:
         """All bytes at once, as stored or as another dtype of weights."""
-        content = bytearray()
-        for block in self.blocks() if dtype is None else self.blocks_as(dtype):
-            content += block
-        return content
+        return gathered(self.blocks_as(dtype or self.dtype))
 
     def checksum(self, dtype: str | None = None) -> str:
         """The xxh3_128 of the bytes, as stored or as another dtype of weights."""
         digest = xxhash.xxh3_128()
-        for block in self.blocks() if dtype is None else self.blocks_as(dtype):
+        for block in self.blocks_as(dtype or self.dtype):
             digest.update(block)
         return digest.hexdigest()
 
@@ -78,6 +75,14 @@ class StoredTensor:
 
 
 Weights = list[tuple[StoredTensor, str]]  # each with its name in the output
+
+
+def gathered(blocks: Blocks) -> bytearray:
+    """The bytes of all blocks."""
+    content = bytearray()
+    for block in blocks:
+        content += block
+    return content
 
 
 def clip(extents: Iterable[Extent], begin: int, end: int) -> Iterator[Extent]:

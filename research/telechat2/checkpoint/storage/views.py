@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from research.telechat2.checkpoint.storage.tensor import (
     BLOCK_BYTES,
@@ -20,6 +19,7 @@ from research.telechat2.checkpoint.storage.tensor import (
     StoredTensor,
     blocks_of,
     clip,
+    gathered,
 )
 from research.telechat2.common.dtypes import WIDTH
 
@@ -108,12 +108,12 @@ class _Arrangement:
         together = max(1, BLOCK_BYTES // max(sum(strides), row))
         for number in range(start // row, -(-stop // row), together):
             count = min(together, -(-stop // row) - number)
-            columns = [
-                _read_rows(tensor, number, count, stride)[:, begin:end]
-                for (tensor, begin, end), stride in zip(self.pieces, strides, strict=True)
-            ]
-            gathered = np.concatenate(columns, axis=1)
-            yield from blocks_of(gathered.data, max(0, start - number * row), stop - number * row)
+            columns = []
+            for (tensor, begin, end), stride in zip(self.pieces, strides, strict=True):
+                rows = gathered(tensor.blocks(number * stride, (number + count) * stride))
+                columns.append(np.frombuffer(rows, np.uint8).reshape(count, stride)[:, begin:end])
+            joined = np.concatenate(columns, axis=1)
+            yield from blocks_of(joined.data, max(0, start - number * row), stop - number * row)
 
 
 def _arrange(pieces: Sequence[Piece], outer: int, name: str, shape: Shape) -> StoredTensor:
@@ -162,10 +162,3 @@ def _merge(pieces: Sequence[Piece]) -> list[Piece]:
             begin = merged.pop()[1]
         merged.append((tensor, begin, end))
     return merged
-
-
-def _read_rows(tensor: StoredTensor, number: int, count: int, stride: int) -> NDArray[np.uint8]:
-    content = bytearray()
-    for block in tensor.blocks(number * stride, (number + count) * stride):
-        content += block
-    return np.frombuffer(content, np.uint8).reshape(count, stride)
