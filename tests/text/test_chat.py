@@ -252,3 +252,9 @@ def test_show_goes_on_behind_a_line_that_is_left_out(small_vocab, tmp_path, caps
     data.write_text(json.dumps(lines[0] | {"label": False}))
     with refused("line 1", "label False"):
         telechat_chat.main()
+
+
+def test_a_tool_call_in_text_parts_may_be_followed_by_an_answer():
+    calling = [{"type": "text", "text": "<tool_call>\n{}\n</tool_call>"}]
+    as_text = render([user("a"), bot(calling[0]["text"]), bot("b")])
+    assert render([user("a"), bot(calling), bot("b")]) == as_text

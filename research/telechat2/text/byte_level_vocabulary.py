@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 
 from research.telechat2.common.errors import UsageError
-from research.telechat2.text.vocabulary import SYSTEM, Vocabulary
+from research.telechat2.text.vocabulary import EACH_BYTE, SYSTEM, Vocabulary
 
 _UNKNOWN = "<_unk>"
 _RENAMED = {"<pad>": "<_pad>", "<unk>": _UNKNOWN}
@@ -24,7 +24,7 @@ class ByteLevelVocabulary(Vocabulary):
     def __init__(self, content: bytes):
         from tokenizers import Tokenizer
 
-        self.content = content
+        super().__init__(content)
         try:
             settings = json.loads(content)
             added = {entry["content"]: entry["id"] for entry in settings["added_tokens"]}
@@ -35,23 +35,18 @@ class ByteLevelVocabulary(Vocabulary):
             raise UsageError(f"it is not a tokenizer.json of BPE ({error})") from None
         names = {index: name for name, index in vocabulary.items()}
         self.size = max(names, default=-1) + 1
+        renamed = {old: new for old, new in _RENAMED.items() if new not in vocabulary}
         pieces = [names.get(index, f"<unused{index}>") for index in range(self.size)]
-        self.pieces = [
-            renamed if (renamed := _RENAMED.get(name)) and renamed not in vocabulary else name
-            for name in pieces
-        ]
+        self.pieces = [renamed.get(name, name) for name in pieces]
         if _UNKNOWN not in self.pieces:
             raise UsageError(f"it has neither <unk> nor {_UNKNOWN}, which every TeleChat vocabulary has")
         self.unknown_id = self.pieces.index(_UNKNOWN)
         unused = set(range(self.size)) - names.keys()
         self.control_ids = frozenset({*added.values(), *unused, self.unknown_id})
-        foreign = {c for i in names.keys() - self.control_ids for c in names[i]} - _BYTE_OF.keys()
-        if foreign:
+        texts = {index: name for index, name in names.items() if index not in self.control_ids}
+        if foreign := set("".join(texts.values())) - _BYTE_OF.keys():
             raise UsageError(f"it is not byte-level: its pieces hold {', '.join(sorted(foreign)[:5])}")
-        self.byte_ids = {
-            index: bytes(_BYTE_OF[character] for character in names[index])
-            for index in names.keys() - self.control_ids
-        }
+        self.byte_ids = {index: bytes(_BYTE_OF[c] for c in name) for index, name in texts.items()}
 
     def encode_utf8(self, text: bytes) -> list[int]:
         """The ids of text in UTF-8."""
@@ -59,14 +54,7 @@ class ByteLevelVocabulary(Vocabulary):
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """The text of ids among which is no control symbol."""
-        data, text = b"".join(self.byte_ids[index] for index in ids), ""
-        while data:
-            try:
-                return text + data.decode()
-            except UnicodeDecodeError as error:
-                text += data[: error.start].decode() + "\ufffd"
-                data = data[error.start + 1 :]
-        return text
+        return b"".join(self.byte_ids[index] for index in ids).decode(errors=EACH_BYTE)
 
 
 def _characters() -> dict[str, int]:

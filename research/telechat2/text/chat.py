@@ -2,8 +2,7 @@
 
 Training, prediction, serving and evaluation all call ``render``. A segment is either one special token or
 literal text: what a message contains is encoded as text, so ``<_end>`` typed by a user ends nothing. The
-loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere, unless
-another choice of TRAIN_ON or a message's ``weight`` changes that.
+loss mask is 1 on answers (tool calls included) and on the ``<_end>`` that closes them, 0 elsewhere.
 """
 
 import json
@@ -11,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from research.telechat2.common.errors import UsageError
+from research.telechat2.common.errors import UsageError, naming
 from research.telechat2.text import exact_json
 from research.telechat2.text import prompt_format as prompt_formats
 from research.telechat2.text.exact_json import JsonObject
@@ -73,7 +72,7 @@ def render(
     questions, the markers ``<_user>`` and ``<_bot>`` and the newline behind an answer, but not the results of
     tools, with tags in a user's content or from the role tool, nor the ``<_user>`` before them.
 
-    Raises UsageError naming the message at fault.
+    UsageError names the message at fault.
     """
     prompt_formats.check(prompt_format)
     if train_on not in TRAIN_ON:
@@ -82,11 +81,11 @@ def render(
     everything = train_on == "everything"
     answers = trained_answers(messages, train_on)
     pieces = _text_with_tags if tool_tags_in_content else _literal
-    if prompt_format != "chat":
-        segments = [Segment(START, special=True)] if prompt_format == "plain" else []
-        _refuse_in_plain(messages, tools, prompt_format)
-    else:
+    if prompt_format == "chat":
         segments = _system_turn(messages[0], tools, pieces)
+    else:
+        _refuse_in_plain(messages, tools, prompt_format)
+        segments = [Segment(START, special=True)] if prompt_format == "plain" else []
     previous = None
     for number, message in enumerate(messages, 1):
         role = message["role"]
@@ -124,13 +123,11 @@ def runs(segments: list[Segment], special_ids: Mapping[str, int]) -> list[tuple[
             continue
         if special and text not in TOOL_TAGS:
             raise UsageError(f"the vocabulary has no special token {text!r}; use a TeleChat2 tokenizer.model")
-        if before is None:
-            before = text
-            found.append((text, trained))
-        else:
-            before += text
+        if before is not None:
             # Where tool tags are text, a result shares its run with the question, and is never trained.
-            found[-1] = (before, found[-1][1] and trained)
+            text, trained = before + text, found.pop()[1] and trained
+        found.append((text, trained))
+        before = text
     return found
 
 
@@ -224,19 +221,14 @@ def _call_json(call: object, where: str) -> str:
             raise UsageError(f"{what} are not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise UsageError(f"{what} are {arguments!r}; expected an object")
-    return _dumps({"name": function["name"], "arguments": arguments}, what)
+    with naming(what):
+        return exact_json.dumps({"name": function["name"], "arguments": arguments})
 
 
 def _tool_json(tool: object, number: int) -> str:
     function = _function_of(tool, f"tool {number}", '"type": "function", "function": {"name": …, …}')
-    return _dumps(tool, f"tool {number} ({function['name']!r})")
-
-
-def _dumps(value: object, what: str) -> str:
-    try:
-        return exact_json.dumps(value)
-    except UsageError as error:
-        raise UsageError(f"{what}: {error}") from error
+    with naming(f"tool {number} ({function['name']!r})"):
+        return exact_json.dumps(tool)
 
 
 def _refuse_in_plain(messages: list[JsonObject], tools: list[JsonObject] | None, prompt_format: str) -> None:
@@ -244,6 +236,4 @@ def _refuse_in_plain(messages: list[JsonObject], tools: list[JsonObject] | None,
     has_tools = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
     if has_tools or has_system:
         used = "tools" if has_tools else "a system prompt"
-        raise UsageError(
-            f"the {prompt_format} prompt format has no place for {used}; use the prompt format 'chat'"
-        )
+        raise UsageError(f"the {prompt_format} prompt format has no place for {used}; use 'chat'")

@@ -1,7 +1,6 @@
 """JSON that is read without loss: digits stay as they were written, and a key stands once.
 
-Python's reader turns ``1e400`` into infinity and ``0.10`` into ``0.1``, and of a key that stands twice it
-keeps the last value: in the arguments of a tool call that is another call.
+Python's reader turns ``1e400`` into infinity, ``0.10`` into ``0.1``, and keeps the last value of a key.
 """
 
 import json
@@ -26,12 +25,7 @@ class Digits(float):
 
 
 def loads(text: str) -> object:
-    """Parse JSON; NaN and Infinity are read.
-
-    Raises:
-        json.JSONDecodeError: it is no JSON.
-        UsageError: an object has a key twice, or it is nested too deeply.
-    """
+    """Parse JSON, or raise JSONDecodeError; UsageError for a key that stands twice, and too deep nesting."""
     try:
         return _DECODER.decode(text)
     except RecursionError:
@@ -41,7 +35,7 @@ def loads(text: str) -> object:
 def dumps(value: object) -> str:
     """Write ``value`` on one line, as ``json.dumps`` does, with the digits that ``loads`` has read.
 
-    UsageError for NaN and Infinity, which JSON does not have, and for what is nested too deeply.
+    UsageError for NaN and Infinity, and for too deep nesting.
     """
     try:
         return _dumps(value)

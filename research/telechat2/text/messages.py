@@ -22,19 +22,11 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def without_byte_order_marks(text: str) -> str:
-    """A question or prompt without the byte order marks around it, which belong to the file it is from.
-
-    Raises:
-        UsageError: one stands inside, where nobody sees it and the answer is another.
-    """
-    if BYTE_ORDER_MARK not in text:
-        return text
+    """A question or prompt without the byte order marks around it; UsageError for one inside."""
     content = text.strip(BYTE_ORDER_MARK)
     if BYTE_ORDER_MARK in content:
-        raise UsageError(
-            f"a byte order mark (U+FEFF) stands at character {text.index(BYTE_ORDER_MARK, 1) + 1} of "
-            f"{short(text)}, as where files are joined without a line break: put one there, or remove it"
-        )
+        at = text.index(BYTE_ORDER_MARK, 1) + 1
+        raise UsageError(f"a byte order mark (U+FEFF) stands at character {at} of {short(text)}; remove it")
     return content
 
 
@@ -46,35 +38,29 @@ def is_blank(text: str) -> bool:
 def with_text_content(message: JsonObject, number: int) -> JsonObject:
     """A message whose content is a list of OpenAI's text parts, with their texts joined; others as they are.
 
-    Raises:
-        UsageError: a part is no text; the message, by its ``number`` from 1, and the part are named.
+    ``number``: of the message, from 1, for errors. UsageError if a part is no text.
     """
-    if not isinstance(message.get("content"), list):
+    parts = message.get("content")
+    if not isinstance(parts, list):
         return message
-    return {**message, "content": _text_of_parts(message["content"], number)}
-
-
-def _text_of_parts(parts: list[object], number: int) -> str:
     texts = []
     for i, part in enumerate(parts, 1):
         text = part.get("text") if isinstance(part, dict) and part.get("type") in TEXT_PARTS else None
         if not isinstance(text, str):
             found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
             raise UsageError(
-                f"message {number} has content {short(parts)}; expected a string, or parts "
-                f'{{"type": "text", "text": "…"}}, but part {i} is {found}: a text model reads no others'
+                f"message {number} has content {short(parts)}, whose part {i} is {found}; "
+                'expected a string, or parts {"type": "text", "text": "…"}'
             )
         texts.append(text)
-    return "".join(texts)
+    return {**message, "content": "".join(texts)}
 
 
 def checked_messages(messages: object, allow_empty: bool) -> list[JsonObject]:
     """Check a conversation, and return it with contents that are strings, not parts.
 
-    ``allow_empty``: nothing of it is trained, so its messages may be empty.
-
-    Raises:
-        UsageError: what cannot be rendered, or not be trained; the message is named.
+    ``allow_empty``: nothing of it is trained, so its messages may be empty. UsageError for a message that
+    cannot be rendered, or not be trained.
     """
     if not isinstance(messages, list) or not messages:
         raise UsageError(f"messages are {short(messages)}; expected a list of at least one message")
@@ -85,8 +71,8 @@ def checked_messages(messages: object, allow_empty: bool) -> list[JsonObject]:
         if not isinstance(message, dict):
             raise UsageError(f"message {number} is {short(message)}; expected a dict with role and content")
         where = f"message {number}"
+        message = with_text_content(message, number)
         if not _is_simple(message):
-            message = with_text_content(message, number)
             _check_message(message, where, allow_empty)
         role = message["role"]
         if role == "system" and number > 1:
@@ -95,12 +81,13 @@ def checked_messages(messages: object, allow_empty: bool) -> list[JsonObject]:
             open_calls = _calls_of(answer) if open_calls is None else open_calls
             _close_call(message, open_calls, where)
         elif role in ANSWERS:
-            answer, open_calls = message, None
-            if previous in ANSWERS and not allow_empty and not _answers_rightly(messages, number):
+            trained = not allow_empty and message.get("weight") != 0
+            if previous in ANSWERS and trained and not _calls_of(answer):
                 raise UsageError(
-                    f"{where} has role {role!r} as the one before it has: an answer to no question would be "
-                    f'trained; correct the role, join the two, or give this one "weight": 0'
+                    f"{where} has role {role!r}, and answers no question, as the one before it is an answer; "
+                    'correct the role, join the two, or give this one "weight": 0'
                 )
+            answer, open_calls = message, None
         previous = role
         found.append(message)
     if not any(message["role"] == "user" for message in found):
@@ -130,36 +117,24 @@ def out_of_turn(messages: list[JsonObject]) -> int:
     return count
 
 
-def _answers_rightly(messages: list[JsonObject], number: int) -> bool:
-    """Whether an answer may follow the answer before it: it is not trained, or that one called a tool."""
-    message, before = messages[number - 1], messages[number - 2]
-    return message.get("weight") == 0 or bool(_calls_of(before))
-
-
 def _calls_of(message: JsonObject) -> list[str | None]:
     calls = message.get("tool_calls")
     found = [call.get("id") if isinstance(call, dict) else None for call in calls] if calls else []
-    content = message.get("content")
-    # calls that the data bring as text
-    return found + [None] * (content.count("<tool_call>") if isinstance(content, str) else 0)
+    in_text = (message.get("content") or "").count("<tool_call>")
+    return found + [None] * in_text
 
 
 def _close_call(message: JsonObject, open_calls: list[str | None], where: str) -> None:
     if not open_calls:
-        raise UsageError(
-            f"{where} is a tool's result, but no assistant message with a tool call that waits for one "
-            f"stands before it"
-        )
+        raise UsageError(f"{where} is a tool's result; expected a tool call without result before it")
     answered = message.get("tool_call_id")
     if answered in open_calls:
         open_calls.remove(answered)
     elif answered is None or None in open_calls:
         open_calls.pop(0 if answered is None else open_calls.index(None))
     else:
-        raise UsageError(
-            f"{where} is the result of the tool call {short(answered)}, but those that wait for one are "
-            f"{', '.join(map(short, open_calls))}"
-        )
+        expected = ", ".join(map(short, open_calls))
+        raise UsageError(f"{where} has tool_call_id {short(answered)}; expected one of {expected}")
 
 
 def _is_simple(message: JsonObject) -> bool:

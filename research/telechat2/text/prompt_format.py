@@ -2,7 +2,7 @@
 
 ``chat`` is the chat template (``<_system>…\\n<_user>…<_bot>…<_end>\\n``), ``plain`` the README's
 (``<_start><_user>…<_bot>…<_end>``), ``v1`` that of TeleChat v1, which has no ``<_start>``. A model answers
-badly in another one, and its weights do not show which one it was trained in. A small file beside them does.
+badly in another one, and its weights do not show which one it was trained in.
 """
 
 import json
@@ -21,17 +21,13 @@ _FOLDER_OF_A_RUN = re.compile(r"checkpoint|iteration_\d+|rank_\d+")
 def check(prompt_format: str) -> str:
     """Return ``prompt_format``; UsageError when it is none of PROMPT_FORMATS."""
     if prompt_format not in PROMPT_FORMATS:
-        raise UsageError(
-            f"prompt format {prompt_format!r} is unknown; expected one of {', '.join(PROMPT_FORMATS)}"
-        )
+        known = ", ".join(PROMPT_FORMATS)
+        raise UsageError(f"prompt format {prompt_format!r} is unknown; expected one of {known}")
     return prompt_format
 
 
 def find(path: str | Path) -> str | None:
-    """Return the format recorded for a checkpoint file or directory, None when none is.
-
-    Looks where ``record_of`` does. UsageError when a record is not readable.
-    """
+    """Return the format in ``record_of`` a checkpoint, None without one; UsageError if it is not readable."""
     record = record_of(path)
     return None if record is None else _read(record)
 
@@ -56,36 +52,27 @@ def write(directory: str | Path, prompt_format: str) -> None:
     """Record ``prompt_format`` in ``directory``, atomically; UsageError when another one is there."""
     path = Path(directory) / FILE_NAME
     check(prompt_format)
-    if path.exists():
-        recorded = _read(path)
-        if recorded != prompt_format:
-            raise UsageError(
-                f"{path} records prompt format {recorded!r}, but {prompt_format!r} was to be recorded "
-                f"there: one folder holds checkpoints of one format; use another output folder, or delete "
-                f"the file if it is wrong"
-            )
-        return
-    write_json(path, {"prompt_format": prompt_format})
+    if not path.exists():
+        write_json(path, {"prompt_format": prompt_format})
+    elif (recorded := _read(path)) != prompt_format:
+        raise UsageError(
+            f"{path} records prompt format {recorded!r}, but the new weights have {prompt_format!r}; "
+            "use another output folder, or delete the file if it is wrong"
+        )
 
 
 def of_dataset(path: str | Path) -> str | None:
     """Return the format of a MindRecord file, or of all those under a directory; None without a manifest.
 
-    Raises UsageError when two files disagree or a manifest is not readable.
+    UsageError when two files disagree or a manifest is not readable.
     """
     path = Path(path)
-    manifests = (
-        sorted(path.rglob(f"*.mindrecord*{MANIFEST_SUFFIX}")) if path.is_dir() else [manifest_path(path)]
-    )
-    found: dict[str, Path] = {}
-    for manifest in manifests:
-        if manifest.is_file():
-            found.setdefault(_read(manifest), manifest)
+    is_folder = path.is_dir()
+    manifests = path.rglob(f"*.mindrecord*{MANIFEST_SUFFIX}") if is_folder else [manifest_path(path)]
+    found = {_read(manifest): manifest for manifest in sorted(manifests, reverse=True) if manifest.is_file()}
     if len(found) > 1:
         formats = " and ".join(f"{manifest} has {name!r}" for name, manifest in sorted(found.items()))
-        raise UsageError(
-            f"the data sets in {path} differ in prompt format: {formats}; train on one format at a time"
-        )
+        raise UsageError(f"the data in {path} differ in prompt format: {formats}; train on one at a time")
     return next(iter(found), None)
 
 

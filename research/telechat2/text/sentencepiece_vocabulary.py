@@ -25,7 +25,7 @@ class SentencePieceVocabulary(Vocabulary):
     file_name = "tokenizer.model"
 
     def __init__(self, content: bytes):
-        self.content = content
+        super().__init__(content)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.size = self.model.get_piece_size()
@@ -35,14 +35,10 @@ class SentencePieceVocabulary(Vocabulary):
             raise UsageError(f"{len(content):,} bytes are not a SentencePiece model ({error})") from None
         self.pieces = self.model.id_to_piece(list(range(self.size)))
         self.unknown_id = self.model.unk_id()
-        found = {token: self.model.piece_to_id(token) for token in (*MARKERS, *TOOL_TAGS)}
-        ordinary = {  # ids of markers and tool tags that are ordinary pieces
-            index: token
-            for token, index in found.items()
-            if index != self.unknown_id and not self.model.is_control(index)
-        }
-        controls = filter(self.model.is_control, range(self.size))
-        self.control_ids = frozenset(controls) | ordinary.keys() | {self.unknown_id}
+        controls = {*filter(self.model.is_control, range(self.size)), self.unknown_id}
+        found = {self.model.piece_to_id(token): token for token in (*MARKERS, *TOOL_TAGS)}
+        ordinary = {index: token for index, token in found.items() if index not in controls}
+        self.control_ids = frozenset(controls | ordinary.keys())
         self.release_format = "v1" if self.special_ids.get(USER) in ordinary else "chat"
         bytes_found = (self.model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = {i: bytes([byte]) for byte, i in enumerate(bytes_found) if self.model.is_byte(i)}
@@ -55,8 +51,7 @@ class SentencePieceVocabulary(Vocabulary):
     def encode_utf8(self, text: bytes) -> list[int]:
         """The ids of text in UTF-8. UsageError where the vocabulary has no bytes to write it with."""
         if not self._needs_care(text):
-            plain: list[int] = self.model.encode(text)
-            return plain
+            return list(self.model.encode(text))
         if self._first_byte is None:
             raise UsageError("the text holds U+2581 or a marker, and the vocabulary has no pieces for bytes")
         stand_ins = iter([stand_in for stand_in in _STAND_INS if stand_in not in text])

@@ -1,9 +1,10 @@
-"""A vocabulary: the ids of text and of markers, and the text and bytes of ids. Needs no MindSpore.
+"""A vocabulary: the ids of text and of markers, and the text and bytes of ids.
 
 Nothing is ever added to what the file holds, so every id is a row of the embedding. Text is encoded
-literally: no marker is read in it, and no id of a marker comes out. ``load_vocabulary`` reads every kind.
+literally: no marker is read in it, and no id of a marker comes out.
 """
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -22,6 +23,15 @@ MARKERS = (START, END, USER, BOT, SYSTEM, PAD)
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 # Text that a vocabulary changes which normalises it (NFKC, single blanks) or has few characters.
 _PROBE = "Ａ，ﬁ①  \u3000½e\u0301 \t龘\U0001f4a9 "
+EACH_BYTE = "telechat_each_byte"  # for str.decode: one replacement character for each invalid byte
+
+
+def _replace_one_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error(EACH_BYTE, _replace_one_byte)
 
 
 class Span(NamedTuple):
@@ -56,6 +66,9 @@ class Vocabulary(ABC):
     control_ids: frozenset[int]
     byte_ids: dict[int, bytes]
     release_format: str
+
+    def __init__(self, content: bytes):
+        self.content = content
 
     @abstractmethod
     def encode_utf8(self, text: bytes) -> list[int]:
@@ -95,10 +108,8 @@ class Vocabulary(ABC):
         """UsageError for a marker that the vocabulary lacks, other than ``optional`` ones."""
         for marker in markers:
             if marker not in self.special_ids and marker not in self.optional:
-                raise UsageError(
-                    f"it has no control symbol {marker!r}, only {', '.join(self.special_ids)}: it is no "
-                    f"TeleChat2 vocabulary, or the token is misspelt"
-                )
+                known = ", ".join(self.special_ids)
+                raise UsageError(f"it has no control symbol {marker!r}, only {known}; correct its name")
 
     # ---------------------------------------------------------------------- text -> ids
     def encode_text(self, text: str) -> list[int]:
@@ -110,9 +121,7 @@ class Vocabulary(ABC):
             found = f"half of a surrogate pair (U+{code:04X})"
             if 0xDC80 <= code <= 0xDCFF:  # what Python makes of such a byte of a command line or a terminal
                 found = f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8,"
-            raise UsageError(
-                f"the text is not valid Unicode: {found} at character {error.start}; repair the text"
-            ) from error
+            raise UsageError(f"the text holds {found} at character {error.start}; correct it") from error
 
     def encode_many(self, texts: list[bytes]) -> list[IdArray]:
         """The ids, int32, of each text in UTF-8."""
@@ -124,9 +133,7 @@ class Vocabulary(ABC):
         if ids and not (min(ids) >= 0 and max(ids) < self.size):
             wrong = next(i for i in ids if not 0 <= i < self.size)
             hint = "; -100 is an ignored label: leave those out" if wrong == -100 else ""
-            raise UsageError(
-                f"token id {wrong} is not in the vocabulary, whose ids are 0 to {self.size - 1}{hint}"
-            )
+            raise UsageError(f"token id {wrong} is not in the vocabulary: 0 to {self.size - 1}{hint}")
 
     def control_text(self, index: int, skip_special_tokens: bool) -> str:
         """The text of a control symbol, "" where it is skipped; tool tags are content and never are."""
@@ -152,8 +159,8 @@ class Vocabulary(ABC):
         """Which of the texts ``ids`` do not give back; none where the vocabulary changes no text."""
         if self._is_exact:
             return []
-        pairs = enumerate(zip(texts, ids, strict=True))
-        return [i for i, (text, found) in pairs if self.decode_text(found.tolist()).encode() != text]
+        back = (self.decode_text(found.tolist()).encode() for found in ids)
+        return [i for i, (text, found) in enumerate(zip(texts, back, strict=True)) if text != found]
 
     def spans(self, ids: Sequence[int], mask: Sequence[int]) -> list[Span]:
         """Ids as text: each special token, and each run of others that are trained or not alike."""
