@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def graph_mode_on_cpu(scratch_directory):
         import mindspore
 
         mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU", jit_config={"jit_level": "O0"})
+
+
+@pytest.fixture
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -172,12 +172,6 @@ def test_logs_that_cannot_be_written_are_an_error(fake_bin, tmp_path, free_port,
     assert (result.returncode, result.stdout) == (1, "") and str(given) in result.stderr
 
 
-@pytest.fixture
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
-
-
 RUN = "python run_mindformer.py --config a.yaml"
 
 
@@ -292,10 +286,11 @@ def test_ctrl_c_lets_a_training_save_and_ends_all_else(
     assert not any(temporary.iterdir())
 
 
-def test_the_readme_command_keeps_its_quotes_and_loses_its_bare_newline(fake_bin, tmp_path):
+def test_the_readme_command_keeps_its_quotes_and_loses_its_bare_newline(fake_bin, tmp_path, free_port):
     command = "python run.py --config a.yaml\n   --train_dataset /d/x.mindrecord"
     command += " \\\n --predict_data '<_start><_user>A B？<_bot>'"
-    lines = bash(LAUNCHER, command, "2", cwd=tmp_path, path=fake_bin).stdout.splitlines()
+    words = [command, "2", free_port, "logs", "True", "60"]
+    lines = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin).stdout.splitlines()
     expected = ["run.py", "--config", "a.yaml", "--train_dataset", "/d/x.mindrecord", "--predict_data"]
     assert lines[lines.index("run.py") :][:7] == [*expected, "<_start><_user>A B？<_bot>"]
 
@@ -306,10 +301,10 @@ def test_one_worker_runs_the_command_and_passes_its_status_on(fake_bin, tmp_path
     assert (result.returncode, result.stdout) == (7, f"job a b in {CHECKOUT}:/mine\n")
 
 
-def test_a_failed_job_fails_the_launcher_with_the_workers_words(fake_bin, tmp_path):
+def test_a_failed_job_fails_the_launcher_with_the_workers_words(fake_bin, tmp_path, free_port):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "worker_0.log").write_text("fine\nerror: there is no data set /x\n")
-    words = [COMMAND, "2", "8118", "logs", "True", "60"]
+    words = [COMMAND, "2", free_port, "logs", "True", "60"]
     result = bash(LAUNCHER, *words, cwd=tmp_path, path=fake_bin, MSRUN_STATUS="3")
     assert result.returncode == 3
     assert "error: there is no data set /x" in result.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,12 +60,6 @@ def reports(log: str) -> list[str]:
     return re.findall(r"{ step \d+, experts: .* }", log)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def trained_by_one(dataset, kind, folder) -> str:
     """The log of a process that has both records in a batch."""
     command = words(dataset, *CONFIGS[kind], "--batch_size", "2")
@@ -86,9 +79,9 @@ def launcher(dataset, kind, *arguments) -> list[str]:
 
 @pytest.mark.slow  # three processes that build and compile a model
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_two_processes_train_as_one(kind, dataset, tmp_path):
+def test_two_processes_train_as_one(kind, dataset, tmp_path, free_port):
     one = trained_by_one(dataset, kind, tmp_path)
-    command = launcher(dataset, kind, "2", free_port(), "logs", "True", "120")
+    command = launcher(dataset, kind, "2", free_port, "logs", "True", "120")
     subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
     expected, loads = numbers(one), reports(one)
     assert len(expected) == 4 and expected[0] != expected[3]
@@ -111,10 +104,10 @@ main()
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one(dataset, tmp_path):
+def test_two_nodes_train_as_one(dataset, tmp_path, free_port):
     """The README's form for several nodes: a launcher on each, alike but for the rank."""
     one = trained_by_one(dataset, "dense", tmp_path)
-    port, nodes = free_port(), []
+    nodes = []
     for node in ("0", "1"):
         folder = tmp_path / f"node_{node}"
         folder.mkdir()
@@ -123,7 +116,7 @@ def test_two_nodes_train_as_one(dataset, tmp_path):
             (folder / "msrun").write_text(ELSEWHERE)
             (folder / "msrun").chmod(0o755)
             environment["PATH"] = f"{folder}:{environment['PATH']}"
-        command = launcher(dataset, "dense", "2", "1", "127.0.0.1", port, node, "logs", "True", "300")
+        command = launcher(dataset, "dense", "2", "1", "127.0.0.1", free_port, node, "logs", "True", "300")
         nodes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL))
     try:
         assert [node.wait(600) for node in nodes] == [0, 0]

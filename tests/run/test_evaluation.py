@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from refusal import refused
 from small_model import SIZES, write_weights
-from test_data_parallel import CHECKOUT, free_port
 
 from research.telechat2.config.evaluation import check_evaluation_settings, prepare_evaluation
-from research.telechat2.config.yaml_files import SHIPPED, read_config
+from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED, read_config
 
 IGNORED = -100
 LENGTH = 12  # records hold one id more
@@ -173,7 +172,7 @@ def result(log: str) -> tuple[float, int]:
 
 
 @pytest.mark.slow  # four processes that build and compile a model
-def test_two_processes_evaluate_as_one(tmp_path):
+def test_two_processes_evaluate_as_one(tmp_path, free_port):
     write_weights(tmp_path)
     (tmp_path / "data").mkdir()
     write_records(tmp_path / "data" / "d.mindrecord", rows(5))
@@ -183,9 +182,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     plan = ["--use_parallel", "True", "--parallel.parallel_mode", "0", "--parallel.full_batch", "False"]
     command = " ".join(words(tmp_path, "--batch_size", "1", "--output_dir", "two", *plan))
     launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
-    subprocess.run(
-        [*launcher, "2", free_port(), "logs", "True", "120"], cwd=tmp_path, check=True, timeout=600
-    )
+    subprocess.run([*launcher, "2", free_port, "logs", "True", "120"], cwd=tmp_path, check=True, timeout=600)
     loss, tokens = result(one.stdout + one.stderr)
     assert tokens == 1 + 2 + 3 + 4 + 5 and loss == pytest.approx(math.log(600), rel=0.1)
     for rank in (0, 1):

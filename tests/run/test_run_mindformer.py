@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -309,17 +308,14 @@ def test_every_kind_of_checkpoint_finetunes_and_predicts(kind, weights, dataset,
 
 
 @pytest.mark.slow
-def test_two_workers_train_data_parallel_on_cpus(weights, dataset, tmp_path):
+def test_two_workers_train_data_parallel_on_cpus(weights, dataset, tmp_path, free_port):
     """From a Hugging Face folder, which each reads by itself: the losses of one with both batches."""
     words = finetune_words(dataset) + ["--load_checkpoint", str(weights.parent / "torch")]
     words += ["--use_parallel", "True", "--batch_size", "1", "--parallel.parallel_mode", "0"]
     words += ["--parallel.full_batch", "False", "--parallel_config.data_parallel", "2"]
     command = shlex.join(["python", str(CHECKOUT / "run_mindformer.py"), *words])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = ["bash", str(CHECKOUT / "scripts" / "msrun_launcher.sh"), command]
-    launcher += ["2", str(port), "logs", "True", "120"]
+    launcher += ["2", free_port, "logs", "True", "120"]
     result = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     found = losses(result)
     assert sorted(found) == [1, 2, 3, 4, 5, 6]
