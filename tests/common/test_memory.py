@@ -11,7 +11,7 @@ from research.telechat2.config.yaml_files import CHECKOUT, SHIPPED, read_config,
 from research.telechat2.data.engines import MOST_WORKERS
 from research.telechat2.data.job import LONGEST_RECORD, Options
 from research.telechat2.data.preparing import prepare
-from research.telechat2.run.memory import check_training_memory
+from research.telechat2.run.space import check_training_memory
 
 GB = 10**9
 

@@ -49,7 +49,7 @@ def test_data_without_manifest_is_compared_by_its_records(records, capsys):
     check_dataset(settings(records), "train")
     assert "1 of them without manifest), 2 records of 33 ids, all checked" in capsys.readouterr().out
     check_dataset(settings(records / "dataset.mindrecord", seq_length=64), "train")
-    assert "sequences of 32 tokens, fewer than the model's seq_length of 64" in capsys.readouterr().out
+    assert "sequences of 32 tokens, fewer than seq_length 64" in capsys.readouterr().out
     with refused(33, 31):
         check_dataset(settings(records, seq_length=31), "train")
     with refused(600, 599):

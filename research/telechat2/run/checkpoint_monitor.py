@@ -1,9 +1,7 @@
 """MindFormers 1.9's CheckpointMonitor, with a record beside each checkpoint, and an end that loses nothing.
 
-In a run it takes the place of MindFormers' class of the same name, so that every YAML gets it. It adds:
-``training.json``; a check of the free bytes before anything is written; after a failed save the folder as it
-was, with its earlier checkpoints and a tracker that names the last; and a stop at the end of a step after
-Ctrl-C.
+In a run it takes the place of MindFormers' class. It adds ``training.json``, a check of the free bytes before
+anything is written, the folder as it was after a failed save, and a stop at the end of a step after Ctrl-C.
 """
 
 import shutil
@@ -92,11 +90,7 @@ class CheckpointMonitor(LibraryCheckpointMonitor):
 
 @contextmanager
 def saving(folder: Path, needed: int) -> Iterator[None]:
-    """Around the save of an iteration: if it fails, its folder goes, and the tracker keeps its content.
-
-    Raises:
-        OSError: the disk has too few bytes; with the path and both numbers.
-    """
+    """Around the save of an iteration: if it fails, its folder goes, and the tracker keeps its content."""
     tracker = folder.parent / TRACKER
     named = tracker.read_text(encoding="utf-8") if tracker.is_file() else None
     kept = "no earlier one is there; make room, and start again"
@@ -126,10 +120,8 @@ def _restore(tracker: Path, named: str | None) -> None:
 def _naming_failure(folder: Path, needed: int, kept: str) -> Iterator[None]:
     """Refuse to save what cannot fit; a failure of the disk is an OSError with the path and the bytes."""
     if (free := free_bytes(folder)) < needed:
-        raise OSError(
-            f"the disk of {folder} is full: the checkpoint needs {gigabytes(needed)}, and {gigabytes(free)} "
-            f"are free; {kept}."
-        )
+        sizes = f"the checkpoint needs {gigabytes(needed)}, and {gigabytes(free)} are free"
+        raise OSError(f"the disk of {folder} is full: {sizes}; {kept}.")
     try:
         yield
     except Exception as error:

@@ -1,7 +1,6 @@
-"""Whether a data set can be read, and whether it is this model's: asked before the model is built.
+"""Whether a data set can be read, and whether it is this model's: checked before the model is built.
 
-MindSpore finds a missing index or a record that is too long minutes later, and a foreign vocabulary never: it
-reads ids beyond the embedding without a word.
+MindSpore finds a missing index or a record that is too long minutes later, and a foreign vocabulary never.
 """
 
 import os
@@ -23,9 +22,8 @@ from research.telechat2.text.prompt_format import manifest_path
 def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[Path, int | None]:
     """Refuse a data set that is missing, incomplete, or not this model's; print what is checked.
 
-    Each MindRecord file is compared by its manifest, which telechat_preprocess.py wrote, and by its records:
-    by all of them, or by evenly spaced ones where there are many. Records may be shorter than the model's
-    ``seq_length``, not longer.
+    Each MindRecord file is compared by its manifest and by its records, evenly spaced ones where there are
+    many. Records may be shorter than the model's ``seq_length``, not longer.
 
     Args:
         which: "train" or "eval".
@@ -33,9 +31,6 @@ def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[
 
     Returns:
         Each file and its records, in MindFormers' order; empty for a loader of another type.
-
-    Raises:
-        UsageError: with the file, what it holds, and what the model takes.
     """
     section = config.get(f"{which}_dataset") or {}
     loader = section.get("data_loader") or {}
@@ -55,14 +50,14 @@ def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[
     told = max((manifest.get("documents_per_record", 0) for manifest in manifests.values()), default=0)
     if rules.start_ids:
         documents = max(told, seen.documents)
-        limit = model.get("max_documents", ModelSettings.max_documents)
-        _compare_documents(first.parent, documents, limit)
+        if documents > (limit := model.get("max_documents", ModelSettings.max_documents)):
+            raise UsageError(
+                f"{first.parent} holds records of {documents} documents, but the model keeps {limit} apart; "
+                f"give --model.model_config.max_documents {documents}, or leave document_start_ids out."
+            )
     elif told > 1:
-        print(
-            f"{which} data: up to {told} conversations of a record see each other, as "
-            f"document_start_ids is []",
-            flush=True,
-        )
+        what = f"up to {told} conversations of a record see each other, as document_start_ids is []"
+        print(f"{which} data: {what}", flush=True)
     _check_shorter(config, seen.length, which)
     without = sum(not manifest for manifest in manifests.values())
     how = f", {without} of them without manifest" if without else ""
@@ -73,11 +68,8 @@ def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[
         flush=True,
     )
     if seen.untrained:
-        print(
-            f"{which} data: {seen.untrained:,} of {seen.records:,} records have no trained token, "
-            f"{seen.first_untrained} the first",
-            flush=True,
-        )
+        which_ones = f"{seen.untrained:,} of {seen.records:,} records, {seen.first_untrained} the first"
+        print(f"{which} data: no token is trained in {which_ones}", flush=True)
     for note in check_steps(config, records) if which == "train" else []:
         print(f"{which} data: {note}", flush=True)
     check_data_vocabulary(files, weights)
@@ -85,22 +77,17 @@ def check_dataset(config: dict, which: str, weights: str | None = None) -> dict[
 
 
 def _input_columns(section: dict, which: str) -> tuple[str, ...]:
-    """The columns that the model is given, in its order.
-
-    Raises:
-        UsageError: others than it takes.
-    """
+    """The columns that the model is given, in its order; UsageError for others than it takes."""
     columns = tuple(section.get("input_columns") or COLUMNS)
     if columns not in (COLUMNS, COLUMNS[:1]):
         raise UsageError(
-            f"{which}_dataset.input_columns is {list(columns)}, but the model takes {list(COLUMNS)} in this "
-            f"order (or input_ids alone, of which all but padding is trained); set it so."
+            f"{which}_dataset.input_columns is {list(columns)}; expected {list(COLUMNS)} in this order, or "
+            "input_ids alone, of which all but padding is trained."
         )
     if section.get("eod_reset"):
         raise UsageError(
-            f"{which}_dataset.eod_reset is {section['eod_reset']}, which gives the model position ids "
-            f"and masks in the labels' place; remove it, and set model.model_config.document_start_ids to "
-            f"keep packed documents apart."
+            f"{which}_dataset.eod_reset is {section['eod_reset']}, which adds inputs that the model does not "
+            "take; leave it out. model.model_config.document_start_ids keeps packed documents apart."
         )
     return columns
 
@@ -120,25 +107,28 @@ def _checked_manifest(file: Path, found: int | None, rules: Rules) -> dict:
     """A file's manifest, compared with the model and with the index; empty where there is none."""
     if not Path(f"{file}.db").is_file():
         raise UsageError(
-            f"{file} has no index {file.name}.db beside it, and cannot be read without: copy both files, "
-            f"or prepare the data again with telechat_preprocess.py."
+            f"{file} has no index {file.name}.db beside it; copy both files, or prepare the data again with "
+            "telechat_preprocess.py."
         )
     manifest = read_json(manifest_path(file)) or {}
-    _compare(file, manifest, rules)
+    length, vocab_size = manifest.get("max_length"), (manifest.get("tokenizer") or {}).get("vocab_size")
+    if None not in (length, rules.seq_length) and length > rules.seq_length:
+        raise UsageError(too_long(file, length, rules.seq_length))
+    if None not in (vocab_size, rules.vocab_size) and vocab_size > rules.vocab_size:
+        raise UsageError(too_many_tokens(file, vocab_size, rules.vocab_size))
     starts = manifest.get("document_start_ids")
     if rules.start_ids and starts is not None and sorted(starts) != list(rules.start_ids):
         raise UsageError(
-            f"{file} was prepared with documents that begin with the ids {sorted(starts)}, but the model's "
-            f"document_start_ids is {list(rules.start_ids)}, by which it would not keep them apart: set "
-            f"--model.model_config.document_start_ids {sorted(starts)}, or [] if all of a record may see "
-            "each other."
+            f"documents in {file} begin with the ids {sorted(starts)}, but the model's document_start_ids is "
+            f"{list(rules.start_ids)}; give --model.model_config.document_start_ids {sorted(starts)}, or [] "
+            "if all of a record may see each other."
         )
     parts = {part.get("name"): part.get("records") for part in manifest.get("files") or []}
     told = parts.get(file.name, manifest.get("records"))
     if None not in (told, found) and told != found:
         raise UsageError(
-            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says {told:,}: "
-            "they are not of one preparation. Copy all files of the data again, or delete the manifest."
+            f"{file} holds {found:,} records, but its manifest {manifest_path(file).name} says {told:,}; "
+            "copy all files of the data again, or delete the manifest."
         )
     return manifest
 
@@ -148,11 +138,8 @@ def _check_shorter(config: dict, length: int, which: str) -> None:
     seq_length = ((config.get("model") or {}).get("model_config") or {}).get("seq_length")
     if seq_length is None or length - 1 == seq_length:
         return
-    print(
-        f"{which} data: records of {length:,} ids give sequences of {length - 1:,} tokens, fewer than the "
-        f"model's seq_length of {seq_length:,} (which takes {seq_length + 1:,} ids)",
-        flush=True,
-    )
+    shorter = f"{length - 1:,} tokens, fewer than seq_length {seq_length:,} (of {seq_length + 1:,} ids)"
+    print(f"{which} data: records of {length:,} ids give sequences of {shorter}", flush=True)
     if not config.get("use_parallel"):
         return
     model = config["model"] | {"model_config": config["model"]["model_config"] | {"seq_length": length - 1}}
@@ -160,8 +147,8 @@ def _check_shorter(config: dict, length: int, which: str) -> None:
         check(config | {"model": model}, device_num() if is_data_parallel(config) else None)
     except UsageError as error:
         raise UsageError(
-            f"the records hold {length:,} ids, for sequences of {length - 1:,} tokens, which this plan "
-            f"cannot split: {error} (Or prepare the data with --max_length {seq_length}.)"
+            f"this plan cannot split records of {length:,} ids, sequences of {length - 1:,} tokens: {error} "
+            f"(Or prepare the data with --max_length {seq_length}.)"
         ) from error
 
 
@@ -169,8 +156,8 @@ def files_of_loader(loader: dict, which: str) -> list[Path]:
     """The MindRecord files that MindFormers reads for a data_loader; makes ``dataset_dir`` absolute."""
     if not (given := loader.get("dataset_dir") or loader.get("dataset_files")):
         raise UsageError(
-            f"no data: give --{which}_dataset_dir a .mindrecord file or a directory of them, as written by "
-            f"research/telechat2/telechat_preprocess.py."
+            f"no data: give --{which}_dataset_dir a .mindrecord file of telechat_preprocess.py, or a "
+            "directory of them."
         )
     if isinstance(given, (list, tuple)):
         files = [Path(name).expanduser() for name in given]
@@ -180,51 +167,30 @@ def files_of_loader(loader: dict, which: str) -> list[Path]:
             loader["dataset_dir"] = str(path)
         # the pattern by which MindFormers finds files below a directory
         inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        files = (
-            [path] if path.is_file() else sorted(f for f in inside if re.search(r"mindrecord\d*$", f.name))
-        )
+        files = sorted(f for f in inside if re.search(r"mindrecord\d*$", f.name))
         if path.is_dir() and not files:
             raise UsageError(f"{path} holds no .mindrecord file; give --{which}_dataset_dir one that does.")
         files = files or [path]
     for file in files:
         if file.parent.name.endswith(".partial"):
             raise UsageError(
-                f"{file.parent} is of a preparation that is under way or was stopped, and would be read too: "
-                f"end it (telechat_preprocess.py, --resume), or delete the folder."
+                f"{file.parent} is of a preparation that has not ended, and would be read too; end it "
+                "(telechat_preprocess.py, --resume), or delete the folder."
             )
         if not file.is_file():
             raise UsageError(f"there is no data set {file}; give --{which}_dataset_dir a path that exists.")
     return files
 
 
-def _compare(file: Path, manifest: dict, rules: Rules) -> None:
-    """The model with what the data was prepared for, of which the records may not use all."""
-    length, vocab_size = manifest.get("max_length"), (manifest.get("tokenizer") or {}).get("vocab_size")
-    if None not in (length, rules.seq_length) and length > rules.seq_length:
-        raise UsageError(too_long(file, length, rules.seq_length))
-    if None not in (vocab_size, rules.vocab_size) and vocab_size > rules.vocab_size:
-        raise UsageError(too_many_tokens(file, vocab_size, rules.vocab_size))
-
-
-def _compare_documents(file: Path, documents: int, limit: int) -> None:
-    if documents > limit:
-        raise UsageError(
-            f"{file} holds records of {documents} documents, but the model keeps {limit} apart: set "
-            f"--model.model_config.max_documents {documents}, or leave document_start_ids out."
-        )
-
-
 def fit_dataset_workers(config: dict) -> None:
-    """MindSpore refuses more data set threads than there are cores; take as many as there are, saying so."""
+    """Lower the data set's threads to the number of cores, above which MindSpore refuses them."""
     cores = os.cpu_count() or 1
     for which in ("train", "eval"):
         for section in (f"{which}_dataset", f"{which}_dataset_task"):
             dataset = config.get(section) or {}
             dataset = dataset.get("dataset_config", dataset)
-            if dataset.get("num_parallel_workers", 1) > cores:
+            if (workers := dataset.get("num_parallel_workers", 1)) > cores:
                 print(
-                    f"{section}: num_parallel_workers {dataset['num_parallel_workers']} is more than the "
-                    f"{cores} cores of this machine; using {cores}",
-                    flush=True,
+                    f"{section}: num_parallel_workers {workers}, but {cores} cores; using {cores}", flush=True
                 )
                 dataset["num_parallel_workers"] = cores

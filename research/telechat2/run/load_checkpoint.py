@@ -17,7 +17,7 @@ from research.telechat2.checkpoint.storage.recognise import is_torch_source
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.model import feed_forward_width
 from research.telechat2.config.sections import section_of
-from research.telechat2.run.processes import is_first_process
+from research.telechat2.run.processes import is_first_process, on_cpu
 from research.telechat2.run.resuming import COMMON, read_iteration, whole_iterations
 
 PARALLEL_MODEL = "ParallelTelechatForCausalLM"  # reads its rank's part of any checkpoint itself
@@ -29,11 +29,10 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     """Point ``config`` at what is to be loaded, in place, and print what that is.
 
     Sets ``load_checkpoint``, ``load_ckpt_format``, ``resume_training`` and, where the config has the section,
-    ``checkpoint.load_path`` and ``checkpoint.no_load_optim``. Nothing given: nothing changes, and the
-    output says that the weights are random.
+    ``checkpoint.load_path`` and ``checkpoint.no_load_optim``.
 
     Args:
-        config: the settings, template not needed.
+        config: the settings.
         training: a train or finetune run, the only ones that read the ``checkpoint:`` section.
 
     Returns:
@@ -46,14 +45,18 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     given = config.get("load_checkpoint") or (section or {}).get("load_path")
     resume = config.get("resume_training") or False
     if not given:
-        _no_checkpoint(resume)
+        if resume:
+            raise UsageError(
+                "resume_training is set, but there is nothing to resume from; give --load_checkpoint the "
+                "`checkpoint` folder of the run that is to be continued."
+            )
+        print("load_checkpoint: none given, the weights are random", flush=True)
         return None
     path, parallel = Path(given).expanduser().absolute(), bool(config.get("use_parallel"))
-    on_cpus = parallel and section_of(config, "context").get("device_target") == "CPU"
-    if on_cpus and resume:
+    on_cpus = parallel and on_cpu(config)
+    if on_cpus and resume:  # MindFormers 1.9 calls the operator Barrier, which has no CPU kernel
         raise UsageError(
-            "a parallel run on CPUs cannot be resumed: MindFormers 1.9 synchronises ranks with the operator "
-            "Barrier, which has no CPU kernel. Use one device (--use_parallel False), or leave out "
+            "a parallel run on CPUs cannot be resumed; use one device (--use_parallel False), or leave out "
             "--resume_training to start from the weights."
         )
     arch = section_of(config, "model.arch").get("type")
@@ -73,8 +76,8 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
         read_iteration(source)  # weights, optimizer and step: each is there and whole
     if kind == "iteration" and sliced and not sectioned:
         raise UsageError(
-            f"{source} holds the weights in {len(model_files(source))} files, one for each rank that saved; "
-            f"predicting and evaluating load one file. Merge them first {MERGING}."
+            f"{source} holds the weights in {len(model_files(source))} files; to predict or evaluate, merge "
+            f"them first {MERGING}."
         )
     if sliced:
         print("load_checkpoint: not compared with the model: it may hold slices of several ranks", flush=True)
@@ -88,21 +91,12 @@ def prepare_checkpoint(config: dict, *, training: bool) -> Path | None:
     return None
 
 
-def _no_checkpoint(resume: bool | str) -> None:
-    if resume:
-        raise UsageError(
-            "resume_training is set, but there is nothing to resume from: give --load_checkpoint the "
-            "`checkpoint` folder of the run that is to be continued."
-        )
-    print("load_checkpoint: none given, the weights are random", flush=True)
-
-
 def _load_ourselves(config: dict, path: Path, resume: bool | str) -> Path:
     """Compare weights with the model, and tell MindFormers only that there are some."""
     if resume:
         raise UsageError(
-            f"cannot resume from {path}: it holds weights, but no optimizer state and step. Leave out "
-            "--resume_training to start from these weights."
+            f"cannot resume from {path}, which holds weights, but no optimizer state and step; leave out "
+            "--resume_training to start from them."
         )
     _compare(config, path)
     _hand_over(config, path if path.is_dir() else path.parent, "safetensors", False)
@@ -118,11 +112,7 @@ def _hand_over(config: dict, loaded: Path, file_format: str, resume: bool | str)
 
 
 def _compare(config: dict, path: Path) -> None:
-    """Compare weights with the model before either is loaded; MindFormers leaves random what it lacks.
-
-    Raises:
-        UsageError: tensors that are missing, unknown or of another shape.
-    """
+    """UsageError for tensors that are missing, unknown or of another shape than the model's."""
     if reason := _no_sizes(config):
         print(f"load_checkpoint: not compared with the model: {reason}", flush=True)
         return
@@ -131,7 +121,6 @@ def _compare(config: dict, path: Path) -> None:
 
 
 def _sizes_in(config: dict) -> TelechatSizes:
-    """The sizes of the model that the settings describe."""
     model_config = {"tie_word_embeddings": False} | config["model"]["model_config"]
     model_config["expert_num"] = section_of(config, "moe_config").get("expert_num", 1)  # 1 is a dense model
     if not model_config.get("intermediate_size"):
@@ -150,7 +139,7 @@ def known_sizes(config: dict) -> TelechatSizes | None:
 
 def _no_sizes(config: dict) -> str | None:
     """Why the settings do not tell the model's sizes; None if they do."""
-    model_config = (config.get("model") or {}).get("model_config") or {}
+    model_config = section_of(config, "model.model_config")
     if model_config.get("type") != "TelechatConfig":
         return f"model_config is of type {model_config.get('type')}"
     needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
@@ -175,35 +164,25 @@ def _source(path: Path, parallel: bool) -> tuple[Path, str]:
 
 def _kind(path: Path) -> str:
     """What ``path`` is: ``file``, ``folder`` of files, ``iteration`` (of the section ``checkpoint:``) or
-    ``ranks`` (a folder of ``rank_*`` folders).
-
-    Raises:
-        UsageError: it does not exist, or is none of these.
-    """
+    ``ranks`` (a folder of ``rank_*`` folders)."""
     if path.is_file():
         if path.suffix in SUFFIXES:
             return "file"
         raise UsageError(f"{path} is no checkpoint: its name must end in .safetensors or .ckpt.")
     if not path.is_dir():
-        raise UsageError(
-            f"there is no checkpoint {path}; give --load_checkpoint a file or a directory that exists."
-        )
+        raise UsageError(f"there is no checkpoint {path}; give --load_checkpoint a path that exists.")
     if (path / TRACKER).is_file() or (path / COMMON).is_file():
         return "iteration"
     if any(path.glob("rank_*/")):
         return "ranks"
-    if len(found := _suffixes(path)) == 1:
+    if len(found := {file.suffix for file in path.iterdir()} & set(SUFFIXES)) == 1:
         return "folder"
     if found:
-        raise UsageError(
-            f"{path} holds both .safetensors and .ckpt files; give the one file that is to be loaded."
-        )
+        raise UsageError(f"{path} holds .safetensors and .ckpt files; give the file that is to be loaded.")
     if any(path.glob("iteration_*/")):
         whole = whole_iterations(path)
         instead = f"give the latest that is whole: --load_checkpoint {whole[0]}" if whole else "none is whole"
-        raise UsageError(
-            f"{path} holds iterations, but no {TRACKER}, which names the last that was saved; {instead}."
-        )
+        raise UsageError(f"{path} holds iterations, but no {TRACKER}, which names the last; {instead}.")
     inside = path / "checkpoint"
     hint = f" Did you mean {inside}?" if inside.is_dir() else ""
     raise UsageError(f"{path} holds no checkpoint: no .safetensors, no .ckpt, no rank_* folder.{hint}")
@@ -229,8 +208,8 @@ def _folder_and_name(file: Path) -> tuple[Path, str]:
     """The folder of the ``rank_*`` folders and the name in them, by which MindFormers resumes from a file."""
     if not file.parent.name.startswith("rank_"):
         raise UsageError(
-            f"cannot resume from {file}: MindFormers resumes from a file in a folder rank_0, beside "
-            "those of other ranks; make one and put the file there, or leave out --resume_training."
+            f"cannot resume from {file}, which is in no folder rank_0; put it into one, or leave out "
+            "--resume_training."
         )
     return file.parent.parent, file.name
 
@@ -241,25 +220,19 @@ def _check_resume(path: Path, kind: str, resume: bool | str, sectioned: bool, pa
         return
     if sectioned and isinstance(resume, str):
         raise UsageError(
-            f"resume_training is {resume!r}, but this config has the section `checkpoint:`, which resumes "
-            f"from the folder of --load_checkpoint: give --resume_training True, and the `checkpoint` folder "
-            f"or one of its iteration_* folders as --load_checkpoint."
+            f"resume_training is {resume!r}; expected True where the YAML has the section `checkpoint:`, "
+            "and as --load_checkpoint the `checkpoint` folder or one of its iteration_* folders."
         )
     if sectioned and kind != "iteration":
-        lacks = (
-            f"{COMMON}, which holds the step"
-            if path.name.startswith("iteration_")
-            else "optimizer state and step"
-        )
+        lacks = COMMON if path.name.startswith("iteration_") else "optimizer state and step"
         raise UsageError(
-            f"cannot resume from {path}: it holds weights, but no {lacks}. Resume from the "
-            f"`checkpoint` folder of a run that was trained with the section `checkpoint:`, or leave out "
-            f"--resume_training to start from these weights."
+            f"cannot resume from {path}, which holds weights, but no {lacks}; give the `checkpoint` "
+            "folder of a run with the section `checkpoint:`, or leave out --resume_training to start anew."
         )
     if not sectioned and not parallel and not _is_ckpt(path):
         raise UsageError(
-            f"cannot resume from {path} on one device: this config has no section `checkpoint:`, and "
-            f"without it MindFormers resumes .ckpt files only. Add the section `checkpoint:` to the YAML."
+            f"cannot resume from {path} on one device: without the section `checkpoint:` MindFormers resumes "
+            ".ckpt files only. Add the section to the YAML."
         )
 
 
@@ -268,8 +241,8 @@ def _check_only_rank(path: Path) -> None:
     ranks = sorted(folder.name for folder in path.glob("rank_*/"))
     if ranks != ["rank_0"]:
         raise UsageError(
-            f"{path} holds slices of {len(ranks)} ranks ({', '.join(ranks[:8])}): load them with "
-            f"--use_parallel True and --auto_trans_ckpt True, or merge them first {MERGING}."
+            f"{path} holds slices of {len(ranks)} ranks ({', '.join(ranks[:8])}); merge them first "
+            f"{MERGING}, or load them with --use_parallel True --auto_trans_ckpt True."
         )
 
 
@@ -280,14 +253,8 @@ def newest_file(folder: Path) -> Path:
         if path.suffix in SUFFIXES and (numbers := re.search(r"-(\d+)_(\d+)$", path.stem)):
             steps[int(numbers[1]), int(numbers[2])] = path
     if not steps:
-        raise UsageError(
-            f"{folder} holds no <prefix>-<epoch>_<step>.safetensors or .ckpt; give the file itself."
-        )
+        raise UsageError(f"{folder} holds no <prefix>-<epoch>_<step>.safetensors or .ckpt; give a file.")
     return steps[max(steps)]
-
-
-def _suffixes(folder: Path) -> set[str]:
-    return {path.suffix for path in folder.iterdir()} & set(SUFFIXES)
 
 
 def _is_ckpt(path: Path) -> bool:

@@ -1,8 +1,7 @@
 """The steps of a training as a file and as a picture: ``metrics.jsonl`` and ``loss_curve.png``.
 
-A line of the file is one step: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}``, appended when
-the step has ended; a number that is not finite is a text ("nan", "inf"), which JSON has no number for. A
-resumed run begins with the lines of the run it continues, up to the step it starts from.
+A line is one step: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}``; a number that is not finite
+is a text ("nan", "inf"). A resumed run begins with the lines of the run it continues.
 """
 
 import json
@@ -12,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
@@ -30,11 +30,7 @@ def find_metrics(checkpoint: str | Path) -> Path | None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a file, in their order; a last line that was cut when the run was killed is left out.
-
-    Raises:
-        UsageError: another line is none of a step.
-    """
+    """The steps of a file, in their order; a last line that was cut when the run was killed is left out."""
     lines = path.read_text(encoding="utf-8").splitlines()
     steps = []
     for number, line in enumerate(lines, 1):
@@ -43,19 +39,13 @@ def read_metrics(path: Path) -> list[dict]:
             steps.append(step | {"step": int(step["step"]), "loss": float(step["loss"])})
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise UsageError(
-                    f"{path}, line {number}: no step of a training ({line[:60]!r}); remove the line, or move "
-                    "the file away."
-                ) from error
+                found = f"{path}, line {number}: no step of a training ({line[:60]!r})"
+                raise UsageError(f"{found}; remove the line, or move the file away.") from error
     return steps
 
 
 class Metrics:
-    """The steps of a run, kept in its folder and drawn.
-
-    Attributes:
-        steps, losses: those of the runs before it too.
-    """
+    """The steps of a run and of those before it, kept in its folder and drawn."""
 
     def __init__(self, folder: str | Path, after: int = 0, history: str | Path | None = None):
         """Begin after step ``after``; ``history`` is the file of the run that is continued."""
@@ -122,18 +112,14 @@ class Metrics:
 
 def _free(path: Path) -> Path:
     """``metrics_1.jsonl``, or the first of that kind that does not exist."""
-    number = 1
-    while (found := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
-        number += 1
-    return found
+    paths = (path.with_stem(f"{path.stem}_{number}") for number in count(1))
+    return next(found for found in paths if not found.exists())
 
 
 def _writable(step: dict) -> dict:
     """The numbers as JSON has them; those that are not finite as text."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in step.items()
-    }
+    floats = {key: value for key, value in step.items() if isinstance(value, float)}
+    return step | {key: str(value) for key, value in floats.items() if not math.isfinite(value)}
 
 
 def draw_loss_curve(steps: list[int], losses: list[float], path: Path) -> None:

@@ -31,17 +31,10 @@ from research.telechat2.run.screen import launcher_shows, repeat_for_launcher
 class TelechatMonitor(Callback):
     """Shows the progress of a training, keeps its steps, draws the loss curve, and names wasted steps.
 
-    One process does so, one that has the loss: with pipeline stages, the last of the last stage. In
-    ``output_dir`` every step is a line of ``metrics.jsonl``, and ``loss_curve.png`` is drawn from time to
-    time and at the end. A resumed run goes on with those of the run it continues.
-
-    A step whose records hold no trained token has loss 0 exactly and gradients of 0; preprocessing refuses to
-    write such records, but data from elsewhere may hold them. (The auxiliary loss of a mixture of experts
-    hides them.)
-
-    For a mixture of experts the log says how evenly the tokens went to the experts of this process's stage
-    and how many choices were dropped, in one line for each that MFLossMonitor writes; TensorBoard has scalars
-    of each layer.
+    One process that has the loss does so. A step whose records hold no trained token has loss 0 exactly, but
+    for the auxiliary loss of a mixture of experts. For such a mixture the log says how evenly the tokens went
+    to the experts of this process's stage and how many choices were dropped, as often as MFLossMonitor
+    writes; TensorBoard has scalars of each layer.
 
     Args:
         history: the ``metrics.jsonl`` of the run that this one continues.
@@ -116,33 +109,25 @@ class TelechatMonitor(Callback):
             self.metrics.draw_now_and_then()
         if rate is not None and not np.isfinite(rate):
             raise UsageError(
-                f"the learning rate of step {step} is {rate}, and so are the weights from this step on; "
-                "change lr_schedule, and start again from the last checkpoint before."
+                f"the learning rate of step {step} is {rate}, and so are the weights; change lr_schedule and "
+                "start again from a checkpoint before it."
             )
 
     def check_end(self) -> None:
-        """Refuse to call a training done that has ended without a loss.
-
-        Raises:
-            UsageError: the last loss is not finite.
-        """
+        """UsageError if the last loss is not finite."""
         if self.not_finite and self.losses:
             raise UsageError(
                 f"the loss is not finite since step {self.not_finite_since} ({self.losses[-1]} at step "
-                f"{self.steps[-1]}): the last checkpoint is of no use. Lower the learning rate, or go on "
-                "from a checkpoint before that step."
+                f"{self.steps[-1]}); lower the learning rate, or go on from a checkpoint before that step."
             )
 
     def end(self, run_context):
-        """Draw the whole curve, and say how many steps were wasted."""
+        """Draw the whole curve, and print how many steps were wasted."""
         self.finish()
         if self.untrained_steps:
-            logger.warning(
-                "%d of %d steps trained nothing: every label of their records is ignored. "
-                "Prepare the data with telechat_preprocess.py, which refuses such records.",
-                self.untrained_steps,
-                len(self.steps),
-            )
+            remedy = "Prepare the data with telechat_preprocess.py, which refuses such records."
+            many = self.untrained_steps, len(self.steps)
+            logger.warning(f"%d of %d steps trained nothing: every label is ignored. {remedy}", *many)
         if self.overflows:
             logger.warning("%d of %d steps were left out: overflow.", self.overflows, len(self.steps))
 
@@ -173,10 +158,7 @@ def _print_begin(initial_step: int, total: int, monitor) -> None:
 
 
 def _number(outputs, place: int) -> float | None:
-    """One of the numbers of a training step: loss, overflow, loss scale, learning rate, gradient norm.
-
-    A step may return the loss alone, or a tuple that ends early: None for what it lacks.
-    """
+    """One of a training step's loss, overflow, loss scale, learning rate, gradient norm; None: absent."""
     several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     if place >= len(several) or several[place] is None:
         return None
@@ -185,11 +167,7 @@ def _number(outputs, place: int) -> float | None:
 
 
 def expert_loads(network: nn.Cell) -> dict[int, Parameter]:
-    """Layer -> ``expert_load`` [2, E] of every mixture of experts in the network; see TelechatMoE.
-
-    Of a pipeline, only the layers of this process's stage: it does not compute the others, whose loads stay
-    0.
-    """
+    """Layer -> ``expert_load`` [2, E] of TelechatMoE, of every layer that this process's stage computes."""
     pattern = re.compile(r"layers\.(\d+)\.feed_forward\.expert_load$")
     found = ((pattern.search(parameter.name), parameter) for parameter in network.get_parameters())
     loads = {int(match[1]): parameter for match, parameter in found if match}
@@ -202,10 +180,7 @@ def expert_loads(network: nn.Cell) -> dict[int, Parameter]:
 
 
 def report_expert_loads(loads: dict[int, Parameter], step: int) -> None:
-    """Log the busiest and the idlest expert and the choices dropped; give TensorBoard those of each layer.
-
-    Loads are relative to an even distribution: 1.0 is a fair share.
-    """
+    """Log the busiest and the idlest expert, 1.0 being a fair share, and the choices dropped."""
     layers = np.array(list(loads))
     sent, taken = np.stack([load.asnumpy() for load in loads.values()], axis=1)
     relative = sent * sent.shape[1]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.config.sections import section_of
 
 LAUNCHER = 'bash scripts/msrun_launcher.sh "python run_mindformer.py …" N'
 _DATA_PARALLEL = (0, "data_parallel", "DATA_PARALLEL")
@@ -31,45 +32,39 @@ def is_data_parallel(config: dict) -> bool:
     return bool(config.get("use_parallel")) and mode in _DATA_PARALLEL
 
 
-def check_cpu_plan(config: dict) -> None:
-    """Refuse what several processes cannot do on CPUs, before each fails in its own way.
+def on_cpu(config: dict) -> bool:
+    """Whether the settings ask for CPUs; Ascend is the default."""
+    return section_of(config, "context").get("device_target") == "CPU"
 
-    Raises:
-        UsageError: ``use_parallel`` on CPUs is other than data parallelism.
-    """
-    if config.get("use_parallel") and _target(config) == "CPU" and not is_data_parallel(config):
+
+def check_cpu_plan(config: dict) -> None:
+    """UsageError for a ``use_parallel`` on CPUs that is other than data parallelism."""
+    if config.get("use_parallel") and on_cpu(config) and not is_data_parallel(config):
         raise UsageError(
-            "use_parallel on CPUs is data parallelism only: MindSpore slices models for Ascend alone. Give "
-            "--parallel.parallel_mode 0 --parallel.full_batch False, or --use_parallel False."
+            "use_parallel on CPUs is data parallelism only; give --parallel.parallel_mode 0 "
+            "--parallel.full_batch False, or --use_parallel False."
         )
 
 
 def check_processes(config: dict) -> None:
-    """Refuse to train or evaluate with other processes than ``use_parallel`` says: MindSpore would wait.
-
-    Raises:
-        UsageError: ``use_parallel`` without a launcher, or several processes without ``use_parallel``.
-    """
+    """UsageError for ``use_parallel`` without a launcher, or several processes without ``use_parallel``."""
     several = int(os.environ.get("MS_WORKER_NUM", "1")) if "MS_ROLE" in os.environ else 1
     if several > 1 and not config.get("use_parallel"):
         raise UsageError(
-            f"use_parallel is False, so the run takes 1 device, not {several}: each process would do "
-            "the same. Give --use_parallel True, or start the command without the launcher."
+            f"use_parallel is False, which is for 1 process, not {several}; give --use_parallel True, "
+            "or start the command without the launcher."
         )
     if config.get("use_parallel") and not any(os.environ.get(name) for name in LAUNCHED_BY):
         raise UsageError(
-            f"use_parallel is True, but this is a single process: start several with {LAUNCHER}, "
+            f"use_parallel is True, but this is a single process; start several with {LAUNCHER}, "
             "or give --use_parallel False."
         )
 
 
 def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
-    """Refuse a process that has no NPU of its own, where the machine's NPUs can be counted.
-
-    Raises:
-        UsageError: more processes on this machine than NPUs, or a ``device_id`` beyond them.
-    """
-    if _target(config) != "Ascend" or os.environ.get("MS_SIMULATION_LEVEL"):
+    """UsageError for more processes than NPUs, or a ``device_id`` beyond them, where they can be counted."""
+    context = section_of(config, "context")
+    if context.get("device_target", "Ascend") != "Ascend" or os.environ.get("MS_SIMULATION_LEVEL"):
         return
     if visible := os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""):
         count, named = len(visible.split(",")), f"ASCEND_RT_VISIBLE_DEVICES={visible} leaves"
@@ -81,15 +76,7 @@ def check_npus(config: dict, devices: Path = Path("/dev")) -> None:
     launched = "MS_ROLE" in os.environ
     workers = int(os.environ.get("TELECHAT_LOCAL_WORKERS", "0")) if launched else 0
     if workers > count:
-        raise UsageError(
-            f"{workers} workers are started here, but {named} {count} NPUs; start at most {count}."
-        )
-    device = (config.get("context") or {}).get("device_id") or 0
+        raise UsageError(f"{workers} workers are started, but {named} {count} NPUs; start at most {count}.")
+    device = context.get("device_id") or 0
     if not launched and isinstance(device, int) and device >= count:
-        raise UsageError(
-            f"context.device_id is {device}, but {named} {count} NPUs, 0 to {count - 1}; give --device_id."
-        )
-
-
-def _target(config: dict) -> str:
-    return (config.get("context") or {}).get("device_target", "Ascend")
+        raise UsageError(f"context.device_id is {device}, but {named} {count} NPUs; give --device_id.")

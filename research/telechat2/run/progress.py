@@ -25,9 +25,7 @@ class Progress:
     def show(self, step: int, loss: float | None, rate: float | None, due: bool = True) -> None:
         """Show that ``step`` has ended.
 
-        Args:
-            loss: None where another process has it.
-            due: whether this is one of the steps that the YAML's ``per_print_times`` asks for.
+        ``loss``: None where another process has it. ``due``: by the YAML's ``per_print_times``.
         """
         now = self.clock()
         if self.start is None:

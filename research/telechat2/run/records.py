@@ -4,6 +4,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,12 @@ def count_records(file: Path) -> int | None:
 
 
 def sample(counts: list[int], length: int) -> list[list[int]]:
-    """The records to read of each file: all, or evenly spaced ones, the first and the last among them.
-
-    Args:
-        counts: records of each file.
-        length: ids of a record.
-    """
+    """The records to read of files with ``counts`` records of ``length`` ids: all, or evenly spaced ones."""
     total = sum(counts)
     most = min(total, MAX_RECORDS, max(MAX_IDS // max(length, 1), 1))
-    chosen = (
-        np.unique(np.linspace(0, max(total - 1, 0), most).round().astype(int)) if total else np.array([], int)
-    )
+    chosen = np.unique(np.linspace(0, max(total - 1, 0), most).round().astype(int))
     starts = np.cumsum([0, *counts])
-    found = [
-        (chosen[(chosen >= start) & (chosen < end)] - start).tolist()
-        for start, end in zip(starts, starts[1:], strict=False)
-    ]
+    found = [(chosen[(chosen >= a) & (chosen < b)] - a).tolist() for a, b in pairwise(starts)]
     opened = set(np.linspace(0, len(counts) - 1, min(len(counts), MAX_FILES)).round().astype(int).tolist())
     return [numbers if place in opened else [] for place, numbers in enumerate(found)]
 
@@ -56,9 +47,6 @@ def read_rows(files: Mapping[Path, int | None], columns: tuple[str, ...]) -> Ite
     Args:
         files: file -> its records, in MindFormers' order; None: not known.
         columns: to be read.
-
-    Raises:
-        UsageError: a file is not readable, or lacks a column.
     """
     file = next(iter(files))
     first = next(_read(file, columns, [0]), None)
@@ -80,12 +68,10 @@ def _read(file: Path, columns: tuple[str, ...], numbers: list[int]) -> Iterator[
                 f"{file} has the columns {', '.join(sorted(found))}, but none named {' and '.join(missing)}; "
                 f"prepare the data with telechat_preprocess.py{_without_labels(found)}."
             )
-        data = ds.MindDataset(
-            [str(file)], columns_list=list(columns), sampler=ds.SubsetSampler(numbers), num_parallel_workers=1
-        )
-        for number, row in zip(
-            numbers, data.create_tuple_iterator(num_epochs=1, output_numpy=True), strict=True
-        ):
+        which = {"columns_list": list(columns), "sampler": ds.SubsetSampler(numbers)}
+        data = ds.MindDataset([str(file)], num_parallel_workers=1, **which)
+        rows = data.create_tuple_iterator(num_epochs=1, output_numpy=True)
+        for number, row in zip(numbers, rows, strict=True):
             yield Row(str(file), number, row[0], row[1] if len(row) > 1 else None)
     except RuntimeError as error:
         raise UsageError(_unreadable(file)) from error
@@ -98,17 +84,12 @@ def _without_labels(found: list[str]) -> str:
 
 
 def _unreadable(file: Path) -> str:
-    return (
-        f"{file} is not readable as MindRecord, or empty: damaged, cut short, or something else. Copy it "
-        "again with its .db, or prepare the data again."
-    )
+    remedy = "copy it again with its .db, or prepare the data again."
+    return f"{file} is not readable as MindRecord, or empty; {remedy}"
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A hash of files' sizes and contents in their order, whatever their names and folders.
-
-    Of a file above 256 MiB 256 blocks of 1 MiB are read, its first and its last among them.
-    """
+    """A hash of files' sizes and contents in their order, whatever their names and folders."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -1,7 +1,7 @@
 """Whether a run can go on where another stopped: its files, its data, its position, its schedule.
 
-All of it is asked before MindSpore is imported. MindFormers 1.9 takes any data and any batch, rescales the
-step, and trains with fresh moments where the optimizer's file is missing.
+MindFormers 1.9 takes any data and any batch, rescales the step, and trains with fresh moments where the
+optimizer's file is missing.
 """
 
 import json
@@ -24,7 +24,7 @@ def check_resumption(saved: TrainingRecord | None, common: dict, now: TrainingRe
 
     Args:
         saved: what the checkpoint says of its run; None where nothing is recorded.
-        common: its ``common.json``: ``step_num``, ``epoch_num``, ``global_batch_size``; None for a file of
+        common: ``step_num``, ``epoch_num`` and ``global_batch_size`` of its ``common.json``; each None for
             the older format, which holds them as tensors.
         now: the run that is about to start.
 
@@ -32,23 +32,18 @@ def check_resumption(saved: TrainingRecord | None, common: dict, now: TrainingRe
         What the user should know: the position, and settings that change from here on.
 
     Raises:
-        UsageError: with all that differs: the records of the next steps would not be those of a run that was
-            never stopped, or the optimizer's states not be those that it reads.
+        UsageError: with all that differs and would give the next steps other records or other moments.
     """
     step = common["step_num"]
-    differing = _differing(saved, common, now)
-    if differing:
+    if differing := _differing(saved, common, now):
         listed = "\n".join(f"  {line}" for line in differing)
-        raise UsageError(
-            f"cannot resume{_after(step)}: the run would not go on as it stopped.\n"
-            f"{listed}\nGive these as they were. {_WITHOUT}"
-        )
+        raise UsageError(f"cannot resume{_after(step)}:\n{listed}\nGive these as they were. {_WITHOUT}")
     total = now.total_steps
     if None not in (step, total) and step >= total:
         raise UsageError(
             f"nothing is left to train: the checkpoint is of step {step}, and {now.epochs} epochs of "
-            f"{now.steps_per_epoch} steps are {total}. Raise --runner_config.epochs to train longer (the "
-            f"learning rate then follows the longer schedule). {_WITHOUT}"
+            f"{now.steps_per_epoch} steps are {total}. Raise --runner_config.epochs, which also makes the "
+            f"schedule of the learning rate longer. {_WITHOUT}"
         )
     return [*_position(step, now), *_changes(saved, now)]
 
@@ -63,10 +58,8 @@ def _differing(saved: TrainingRecord | None, common: dict, now: TrainingRecord) 
         return _differing_by_numbers(common, now)
     lines = []
     if None not in (saved.data, now.data) and saved.data != now.data:
-        lines.append(
-            f"data: {saved.records} records, hash {saved.data[:12]} -> {now.records} records, hash "
-            f"{now.data[:12]}"
-        )
+        before, after = (f"{run.records} records, hash {run.data[:12]}" for run in (saved, now))
+        lines.append(f"data: {before} -> {after}")
     elif None not in (saved.records, now.records) and saved.records != now.records:
         lines.append(f"records of an epoch (num_samples): {saved.records} -> {now.records}")
     for name, title in (
@@ -93,10 +86,8 @@ def _differing_by_numbers(common: dict, now: TrainingRecord) -> list[str]:
     sink = now.sink_size or 1
     per_epoch = now.steps_per_epoch
     if None not in (per_epoch, step, epoch) and epoch not in (-(-step // per_epoch), -(-step // sink), step):
-        lines.append(
-            f"steps of an epoch: step {step} was in epoch {epoch}; of {per_epoch} steps each it is in epoch "
-            f"{-(-step // per_epoch)}"
-        )
+        expected = f"of {per_epoch} steps each it is in epoch {-(-step // per_epoch)}"
+        lines.append(f"steps of an epoch: step {step} was in epoch {epoch}; {expected}")
     return lines + _within_a_sink(step, now)
 
 
@@ -110,30 +101,22 @@ def _position(step: int | None, now: TrainingRecord) -> list[str]:
     if None in (step, now.steps_per_epoch):
         return [f"resuming{_after(step)}; the position is compared when the data is open"]
     epoch, done = divmod(step, now.steps_per_epoch)
-    return [
-        f"resuming after step {step} of {now.total_steps}: at epoch {epoch + 1}, step {done + 1} of "
-        f"{now.steps_per_epoch}"
-    ]
+    place = f"at epoch {epoch + 1}, step {done + 1} of {now.steps_per_epoch}"
+    return [f"resuming after step {step} of {now.total_steps}: {place}"]
 
 
 def _changes(saved: TrainingRecord | None, now: TrainingRecord) -> list[str]:
     """Settings that may differ, and do: each with what it changes."""
     if saved is None:
         return [
-            f"the checkpoint has no {NAME} (an older version saved it), so these are not compared: the data, "
-            f"its order (seed {now.seed}, shuffle {now.shuffle}), the schedule, the optimizer's settings"
+            f"the checkpoint has no {NAME}, so these are not compared: the data, its order (seed {now.seed}, "
+            f"shuffle {now.shuffle}), the schedule, the optimizer's settings"
         ]
     notes = []
-    total_before, total = saved.total_steps, now.total_steps
-    if (
-        None not in (total_before, total)
-        and total_before != total
-        and now.lr_schedule.get("total_steps") in (None, -1)
-    ):
-        notes.append(
-            f"the run had {total_before} steps and has {total} now: from here on the learning rate follows "
-            f"the schedule of {total} steps, and the steps done followed the other"
-        )
+    before, total = saved.total_steps, now.total_steps
+    if None not in (before, total) and before != total and now.lr_schedule.get("total_steps") in (None, -1):
+        follows = "the learning rate follows the longer or shorter schedule from here on"
+        notes.append(f"the run had {before} steps and has {total} now: {follows}")
     if saved.devices != now.devices:
         notes.append(f"devices: {saved.devices} -> {now.devices}, with as many records in a step")
     notes += _changed_settings(saved, now)
@@ -157,10 +140,9 @@ def _changed_settings(saved: TrainingRecord, now: TrainingRecord) -> list[str]:
 
 
 def _plain(section: dict) -> dict:
-    """A section as JSON keeps it, without what has no meaning to it."""
-    return {
-        key: value for key, value in json.loads(json.dumps(section, default=str)).items() if value is not None
-    }
+    """A section as JSON keeps it, without keys that are None."""
+    kept = json.loads(json.dumps(section, default=str))
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def initial_epoch(step: int, steps_in_epoch: int, sink_size: int) -> int:
@@ -184,19 +166,15 @@ def _read_iteration(folder: Path) -> tuple[dict, TrainingRecord | None]:
     common = _read_common(folder)
     number = re.fullmatch(r"iteration_0*(\d+)", folder.name)
     if number and int(number[1]) != common["step_num"]:
-        raise UsageError(
-            f"its {COMMON} is of step {common['step_num']}; copy the files of one iteration together."
-        )
+        raise UsageError(f"its {COMMON} is of step {common['step_num']}; copy all files of one iteration.")
     weights = {name for name in _names_of(folder, "model") if not name.endswith(NO_WEIGHTS)}
     states = _names_of(folder, "opt")
     for prefix in _MOMENTS:
         moments = {name.removeprefix(prefix) for name in states if name.startswith(prefix)}
         missing = sorted(weights - moments)
         if moments and missing:
-            raise UsageError(
-                f"the optimizer's files hold no {prefix}{missing[0]} ({len(missing)} of {len(weights)} "
-                "parameters have none)."
-            )
+            number = f"{len(missing)} of {len(weights)} parameters have none"
+            raise UsageError(f"the optimizer's files hold no {prefix}{missing[0]} ({number}).")
     return common, read_record(folder)
 
 
@@ -215,14 +193,14 @@ def _names_of(folder: Path, kind: str) -> set[str]:
     pattern = re.compile(rf"(?:.*-)?{kind}-(\d{{7}})-(\d{{7}})\.safetensors")
     files = {path: match for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))}
     if not files:
-        hint = "" if kind == "model" else " (a run with checkpoint.no_save_optim: True saves none)"
+        hint = "" if kind == "model" else " (none is saved with checkpoint.no_save_optim: True)"
         raise UsageError(f"the file of the {what} is missing: *-{kind}-0000000-0000001.safetensors{hint}.")
     here = {int(match[1]) for match in files.values()}
     total = {int(match[2]) for match in files.values()}
     missing = sorted(set(range(max(total))) - here)
     if missing or len(total) > 1:
         raise UsageError(
-            f"{len(files)} files of the {what} are there, of {max(total)} that the processes saved: number "
+            f"{len(files)} files of the {what} are there, expected {max(total)}: number "
             f"{missing[0] if missing else sorted(total)} is missing or of another run."
         )
     return {tensor.name for path in files for tensor in read_safetensors(path)}
@@ -233,8 +211,8 @@ def _instead(folder: Path) -> str:
     for other in whole_iterations(folder.parent):
         if other.resolve() != folder.resolve():
             return (
-                f"{other.name} beside it is whole: delete {folder.name}, or give another --output_dir, and "
-                f"give --load_checkpoint {other}. Or leave out --resume_training to start from weights alone."
+                f"{other.name} beside it is whole: give --load_checkpoint {other}, and delete {folder.name} "
+                "or give another --output_dir. Or leave out --resume_training to start from weights alone."
             )
     return "Copy the missing file again, or leave out --resume_training to start from the weights alone."
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 
 from research.telechat2.checkpoint.release.written import trained_config
@@ -27,9 +28,7 @@ MONITOR_KEYS = {
 
 def monitors(config: dict) -> list[dict]:
     """The callbacks CheckpointMonitor of a YAML."""
-    return [
-        callback for callback in config.get("callbacks") or [] if callback.get("type") == "CheckpointMonitor"
-    ]
+    return [each for each in config.get("callbacks") or [] if each.get("type") == "CheckpointMonitor"]
 
 
 def settle_monitor(config: dict) -> None:
@@ -41,17 +40,15 @@ def settle_monitor(config: dict) -> None:
         UsageError: both state a setting, and differ.
     """
     section = config.get("checkpoint")
-    if not section:
-        return
-    for callback in monitors(config):
+    for callback in monitors(config) if section else []:
         for name, key in MONITOR_KEYS.items():
             given, value = callback.get(key), section.get(name)
             if given is None:
                 continue
             if value is not None and value != given:
                 raise UsageError(
-                    f"callbacks: CheckpointMonitor.{key} is {given!r} and checkpoint.{name} is {value!r}, "
-                    f"which is taken; give --checkpoint.{name} {given}, or leave {key} out of the callback."
+                    f"CheckpointMonitor.{key} is {given!r}, but checkpoint.{name} is "
+                    f"{value!r}; give --checkpoint.{name} {given}, or leave {key} out of the callback."
                 )
             section[name] = given
 
@@ -59,8 +56,8 @@ def settle_monitor(config: dict) -> None:
 def leave_section_in_data_parallel(config: dict) -> None:
     """Give the settings of the section ``checkpoint:`` to the CheckpointMonitor of a data parallel run.
 
-    The section's format describes slices by the strategies of a compiled plan; data parallelism has none, and
-    MindFormers 1.9 fails at the first save. Each rank then saves the whole model in its ``rank_*`` folder.
+    The section's format needs a compiled plan, which data parallelism has not: MindFormers 1.9 fails at the
+    first save. Each rank then saves the whole model in its ``rank_*`` folder.
     """
     section = config.get("checkpoint")
     if not section or not is_data_parallel(config):
@@ -75,14 +72,10 @@ def leave_section_in_data_parallel(config: dict) -> None:
 
 
 def refuse_overwriting(config: dict) -> None:
-    """Refuse to train into a folder that already holds the weights of another run.
+    """Refuse to train into a folder whose iterations or ``rank_*`` weights this run does not continue.
 
     Folders and files are named by step alone, so a second run would replace the first's; so would a run that
     continues from a step before the last.
-
-    Raises:
-        UsageError: the folder holds iterations or ``rank_*`` weights, and this run does not continue them
-            from the last.
     """
     folder = checkpoint_folder(config)
     if config.get("checkpoint"):
@@ -98,16 +91,15 @@ def _refuse_iterations(config: dict, folder: Path) -> None:
     source = Path(config["checkpoint"].get("load_path") or "").resolve()
     if not config.get("resume_training") or source.parent != folder.resolve():
         raise UsageError(
-            f"{folder} already holds {iterations[-1].name} of an earlier run: give another --output_dir, "
-            f"continue that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
+            f"{folder} holds {iterations[-1].name} of an earlier run; give another --output_dir, continue "
+            f"that run (--load_checkpoint {folder} --resume_training True), or delete the folder."
         )
     # A run that was killed while it saved leaves an iteration that the tracker does not name yet.
     latest = {iterations[-1].resolve(), latest_iteration(folder).resolve()}
     if source not in latest:
         raise UsageError(
-            f"continuing from {source.name} in its own folder would replace {iterations[-1].name}, which "
-            f"{folder} also holds: give another --output_dir, or continue from the last step "
-            f"(--load_checkpoint {folder} --resume_training True)."
+            f"a run from {source.name} would replace {iterations[-1].name} in {folder}; give another "
+            f"--output_dir, or continue the last one (--load_checkpoint {folder} --resume_training True)."
         )
 
 
@@ -117,8 +109,8 @@ def _refuse_ranks(config: dict, folder: Path) -> None:
     continued = config.get("resume_training") and Path(config.get("load_checkpoint") or "").resolve()
     if saved and not (continued and continued.is_relative_to(folder.resolve())):
         raise UsageError(
-            f"{folder} already holds {saved[-1].relative_to(folder)} of an earlier run: give another "
-            f"--output_dir, or delete the folder."
+            f"{folder} holds {saved[-1].relative_to(folder)} of an earlier run; give another --output_dir, "
+            "or delete the folder."
         )
 
 
@@ -134,10 +126,10 @@ def checkpoint_folder(config: dict) -> Path:
 
 
 def record_config(config: dict, weights: str | None, data: Iterable[Path] = ()) -> None:
-    """Write the config.json of what this run trains into its checkpoint folder, so that the numbers stay.
+    """Write the config.json of what this run trains into its checkpoint folder.
 
     Args:
-        config: the settings, ``model_config`` as settled with ``weights``; template not needed.
+        config: the settings, ``model_config`` as settled with ``weights``.
         weights: what the run begins with; None: random weights.
         data: the MindRecord files that it trains on.
     """
@@ -158,11 +150,8 @@ def record_prompt_format(config: dict) -> None:
     dataset = section_of(config, "train_dataset.data_loader").get("dataset_dir")
     prompt_format = prompt_formats.of_dataset(dataset) if isinstance(dataset, str) and dataset else None
     if prompt_format is None:
-        print(
-            "prompt format: not recorded, as the data has no manifest that tells it; name it to "
-            "run_telechat_predict.py with --prompt_format",
-            flush=True,
-        )
+        hint = "give run_telechat_predict.py --prompt_format"
+        print(f"prompt format: not recorded, as no manifest of the data names it; {hint}", flush=True)
         return
     folder = checkpoint_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,21 +160,13 @@ def record_prompt_format(config: dict) -> None:
 
 
 def answers_file(config: dict) -> Path:
-    """The file that a prediction writes its answers into: the YAML's ``save_file``, which must be new, or
-    the first free name of ``<output_dir>/text_generation_result.txt``, ``…_2.txt`` and so on.
-
-    Raises:
-        UsageError: ``save_file`` exists.
-    """
+    """The file for a prediction's answers: the YAML's ``save_file``, which must not exist, or the first free
+    name of ``<output_dir>/text_generation_result.txt``, ``…_2.txt`` and so on."""
     if given := config.get("save_file"):
         path = Path(given).expanduser().absolute()
         if path.exists():
             raise UsageError(f"save_file {path} exists and is not overwritten; give another name.")
         return path
-    stem = Path(config["output_dir"]) / "text_generation_result"
-    number = 1
-    while (
-        path := stem.with_name(f"{stem.name}_{number}.txt" if number > 1 else f"{stem.name}.txt")
-    ).exists():
-        number += 1
-    return path
+    stem = Path(config["output_dir"], "text_generation_result")
+    paths = (Path(f"{stem}{suffix}.txt") for suffix in chain([""], (f"_{number}" for number in count(2))))
+    return next(path for path in paths if not path.exists())

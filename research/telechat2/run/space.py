@@ -1,21 +1,41 @@
-"""Whether the checkpoints of a run fit on the disk."""
+"""Whether a training fits into a CPU's memory, and its checkpoints onto the disk."""
 
 import shutil
 from pathlib import Path
 
 from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.memory import check_host_memory
+from research.telechat2.config.settings import DEFAULTS, model_config
+from research.telechat2.config.sharing import memory_of_rank, rotary_bytes
 from research.telechat2.run.save_checkpoint import monitors
 
-_MOMENTS_BYTES = 8  # of a parameter: two of AdamW, float32
+_GRADIENT_BYTES, _MOMENTS_BYTES = 4, 8  # of a parameter: float32, two of AdamW
+
+
+def check_training_memory(config: dict, processes: int) -> None:
+    """Refuse a model whose weights, gradients and moments alone are more than this machine has.
+
+    Args:
+        config: the settings of a training on CPUs, with a TelechatConfig.
+        processes: copies of the model on this machine.
+    """
+    settings = model_config(config, DEFAULTS["parallel_config"])
+    settings.use_past = False
+    weights = memory_of_rank(settings, 1)[0]
+    parameters = weights / (2 if "16" in str(settings.param_init_type) else 4)
+    parts = {
+        "weights": weights,
+        "gradients": parameters * _GRADIENT_BYTES,
+        "moments": parameters * _MOMENTS_BYTES,
+        "rotary tables": rotary_bytes(settings),
+    }
+    needed = {name: processes * size for name, size in parts.items()}
+    check_host_memory(needed, "seq_length or the model's sizes")
 
 
 def checkpoint_bytes(parameters: int, config: dict) -> int:
-    """The bytes of a checkpoint of a whole model: weights, and the optimizer's moments where they are saved.
-
-    Args:
-        parameters: of the model.
-    """
+    """Bytes of a checkpoint of a whole model: weights, and the optimizer's moments where they are saved."""
     model = (config.get("model") or {}).get("model_config") or {}
     section = config.get("checkpoint")
     moments = section is None or not section.get("no_save_optim", True)
@@ -50,14 +70,13 @@ def check_space(folder: Path, each: int, count: int) -> str | None:
     free = free_bytes(folder)
     if free < each:
         raise UsageError(
-            f"{folder} cannot take a checkpoint: one needs about {gigabytes(each)}, and {gigabytes(free)} "
-            "are free on its disk. Make room, or give another --output_dir."
+            f"{folder} has {gigabytes(free)} free, but a checkpoint needs about {gigabytes(each)}. Make "
+            "room, or give another --output_dir."
         )
     if free < each * count:
         return (
             f"{folder} has {gigabytes(free)} free, and {count} checkpoints of about {gigabytes(each)} need "
-            f"{gigabytes(each * count)}: the disk will be full before the end. Make room, or keep fewer "
-            "(--checkpoint.save_max)."
+            f"{gigabytes(each * count)}. Make room, or keep fewer (--checkpoint.save_max)."
         )
     return None
 

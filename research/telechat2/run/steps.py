@@ -38,10 +38,7 @@ def steps_per_epoch(config: dict, records: int, batch: int, devices: int) -> int
 
 
 def check_steps(config: dict, records: int) -> list[str]:
-    """Whether the records of ``train_dataset`` fill a step, and what of them an epoch does not train.
-
-    Returns:
-        Sentences to print.
+    """What an epoch does not train of the records of ``train_dataset``, as sentences to print.
 
     Raises:
         UsageError: they do not fill a single step, or the last batch could not be split.
@@ -54,9 +51,9 @@ def check_steps(config: dict, records: int) -> list[str]:
     steps = steps_per_epoch(config, records, batch, devices)
     if steps == 0:
         raise UsageError(
-            f"the data has {counted(records)}, but a step takes {_described(config, batch)}: lower "
-            f"--batch_size{' or the factors of the plan' if config.get('use_parallel') else ''}, or give "
-            f"more data. (drop_remainder is True, so that a step is never smaller.)"
+            f"the data has {counted(records)}, but a step takes {_described(config, batch)}; lower "
+            f"--batch_size{' or the factors of the plan' if config.get('use_parallel') else ''}, "
+            "or give more data."
         )
     if steps is None:
         return []
@@ -65,10 +62,8 @@ def check_steps(config: dict, records: int) -> list[str]:
     rest = read % batch
     notes = []
     if read > records:
-        notes.append(
-            f"{counted(read - records)} of {records:,} twice in each epoch, as {shards} processes read "
-            "equally many"
-        )
+        twice = f"{counted(read - records)} of {records:,} twice in each epoch"
+        notes.append(f"{twice}, as {shards} processes read equally many")
     if rest and dataset.get("drop_remainder", True):
         which = "always the last ones" if loader.get("shuffle") is False else "others each time, by shuffle"
         notes.append(
@@ -77,9 +72,8 @@ def check_steps(config: dict, records: int) -> list[str]:
         )
     elif rest and config.get("use_parallel") and shards == 1:
         raise UsageError(
-            f"train_dataset.drop_remainder is False, and {counted(records)} in steps of "
-            f"{_described(config, batch)} leave a last one of {rest}, which the plan cannot split: set it to "
-            f"True."
+            f"the last step of {counted(records)} in steps of {_described(config, batch)} has {rest}, which "
+            "the plan cannot split; set train_dataset.drop_remainder to True."
         )
     elif rest:
         notes.append(f"the last step of each epoch takes {counted(rest)}, as drop_remainder is False")

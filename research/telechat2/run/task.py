@@ -1,11 +1,7 @@
 """The work behind run_mindformer.py and run_telechat.py: from a config and overrides to a finished task.
 
-MindFormers and MindSpore write relative to the working directory: logs, copies of registered modules, the
-answers of a prediction, the graph of a failed compilation. All of it is steered into the output directory,
-or into a temporary one, so that nothing else appears where a user works.
-
-``run`` reads from top to bottom: the settings and what is wrong with them, then the task with its data and
-its weights. All of that needs no MindSpore; run/trainer.py imports it.
+All checks come before MindSpore is imported, which run/trainer.py does. What MindFormers and MindSpore write
+relative to the working directory goes to the output directory, or to a temporary one.
 """
 
 import os
@@ -18,7 +14,6 @@ from research.telechat2.config.evaluation import prepare_evaluation
 from research.telechat2.config.optimization import with_float_fields
 from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.preflight import TRAINING, Checked, Facts, preflight
-from research.telechat2.config.sections import section_of
 from research.telechat2.config.sharing import processes_of_run
 from research.telechat2.config.yaml_files import (
     CHECKOUT,
@@ -31,11 +26,11 @@ from research.telechat2.data.same_vocabulary import check_answering_vocabulary
 from research.telechat2.run.dataset import check_dataset, fit_dataset_workers
 from research.telechat2.run.end import add_monitor, print_end, print_plan
 from research.telechat2.run.load_checkpoint import prepare_checkpoint
-from research.telechat2.run.memory import check_training_memory
 from research.telechat2.run.prediction import check_request, check_vocab_file, share_model
-from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes
+from research.telechat2.run.processes import check_cpu_plan, check_npus, check_processes, on_cpu
 from research.telechat2.run.save_checkpoint import leave_section_in_data_parallel, settle_monitor
 from research.telechat2.run.screen import shown_by_launcher
+from research.telechat2.run.space import check_training_memory
 from research.telechat2.run.trainer import Task, carry_out
 from research.telechat2.run.training import Training, leave_sinks_on_cpus, train
 
@@ -47,13 +42,11 @@ def run(
 ) -> list[str] | None:
     """Carry out the task that a config describes: train, finetune, evaluate or predict.
 
-    What MindFormers and MindSpore write goes to ``<output_dir>/log/run.log``; see run/screen.py.
-
     Args:
         config_name: the YAML; any spelling of ``resolve_config``.
         overrides: dotted key to value, e.g. ``{"runner_config.epochs": 2}``; they win over the YAML.
         register_path: the directory that ``auto_register`` names refer to; research/telechat2 by default.
-        verbose: show on the screen what the libraries write, too.
+        verbose: show on the screen, too, what the libraries write to ``<output_dir>/log/run.log``.
 
     Returns:
         The answers, for a prediction, which are also printed; None otherwise.
@@ -113,18 +106,14 @@ def _weights(config: dict) -> str | None:
     other = (config.get("checkpoint") or {}).get("load_path") or None
     if given and other and Path(given).expanduser().resolve() != Path(other).expanduser().resolve():
         raise UsageError(
-            f"load_checkpoint is {given} and checkpoint.load_path is {other}: which of them is loaded? Give "
-            "--load_checkpoint alone (--checkpoint.load_path null)."
+            f"load_checkpoint is {given}, but checkpoint.load_path is {other}; give --load_checkpoint alone "
+            "(--checkpoint.load_path null)."
         )
     return given or other
 
 
 def _move_output(config: dict, output_dir: str, old: str) -> None:
-    """Make ``output_dir`` absolute, and let TensorBoard's events follow it where they lay inside it.
-
-    Raises:
-        UsageError: the folder cannot be made.
-    """
+    """Make ``output_dir`` absolute, and let TensorBoard's events follow it where they lay inside it."""
     place = Path(output_dir)
     while not place.exists() and not place.is_symlink():
         place = place.parent
@@ -139,10 +128,9 @@ def _move_output(config: dict, output_dir: str, old: str) -> None:
 
 
 def _train(task: Task, checked: Checked) -> None:
-    """Check a training's processes and data, train, and print what to do next."""
     config = task.config
     check_cpu_plan(config)
-    if checked.plan and section_of(config, "context").get("device_target") == "CPU":
+    if checked.plan and on_cpu(config):
         check_training_memory(config, processes_of_run())
     check_processes(config)
     leave_sinks_on_cpus(config)
@@ -162,11 +150,6 @@ def _train(task: Task, checked: Checked) -> None:
 
     train(config, files, in_trainer, task.weights)
     print_end(config, task.path, task.overrides)
-    _check_end()
-
-
-def _check_end() -> None:
-    """Fail where a training has ended with a loss that is not finite."""
     from research.telechat2.run.monitor import TelechatMonitor
 
     if TelechatMonitor.latest:
@@ -179,10 +162,7 @@ def _evaluate(task: Task) -> None:
     check_processes(config)
     check_dataset(config, "eval", task.weights)
     prepare_evaluation(config, training=False)
-    fit_dataset_workers(config)
-    source = prepare_checkpoint(config, training=False)
-    print_plan(config)
-    carry_out(task, source)
+    _load_and_carry_out(task)
 
 
 def _predict(task: Task, checked: Checked) -> list[str]:
@@ -194,7 +174,11 @@ def _predict(task: Task, checked: Checked) -> list[str]:
     check_vocab_file(config)
     check_request(config)
     check_answering_vocabulary(config["processor"]["tokenizer"]["vocab_file"], task.weights)
-    fit_dataset_workers(config)
-    source = prepare_checkpoint(config, training=False)
-    print_plan(config)
+    return _load_and_carry_out(task)
+
+
+def _load_and_carry_out(task: Task) -> list[str] | None:
+    fit_dataset_workers(task.config)
+    source = prepare_checkpoint(task.config, training=False)
+    print_plan(task.config)
     return carry_out(task, source)

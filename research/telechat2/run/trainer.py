@@ -1,7 +1,4 @@
-"""A task in MindFormers' Trainer: its config, its context, and what this plugin does in its place.
-
-MindFormers is imported here, after everything that can be checked without it.
-"""
+"""A task in MindFormers' Trainer, which is imported here, after all that can be checked without it."""
 
 import os
 import sys
@@ -24,8 +21,7 @@ class Task:
     """What a command was asked for.
 
     Attributes:
-        path: the YAML.
-        overrides: dotted key to value, what the command line changed of it.
+        path, overrides: the YAML, and dotted key to value of what the command line changed of it.
         config: the settings that come of both.
         weights: what the user gives to load; None: nothing.
         verbose: show on the screen what the libraries write, too.
@@ -44,7 +40,7 @@ def carry_out(task: Task, source: Path | None, training: Training | None = None)
     Args:
         task: checked; MindFormers' defaults are filled into its config.
         source: what our own reader loads; None: MindFormers' loaders load.
-        training: of a training.
+        training: None of a prediction or an evaluation.
 
     Returns:
         The answers of a prediction.
@@ -52,8 +48,7 @@ def carry_out(task: Task, source: Path | None, training: Training | None = None)
     Raises:
         UsageError: MindFormers refuses the settings, or the data cannot be read.
     """
-    resuming = bool(task.config.get("resume_training"))
-    with own_lines(task.config["output_dir"], task.verbose, resuming):
+    with own_lines(task.config["output_dir"], task.verbose, bool(task.config.get("resume_training"))):
         from research.telechat2.compat.refusal import is_refusal
 
         try:
@@ -62,10 +57,7 @@ def carry_out(task: Task, source: Path | None, training: Training | None = None)
             if isinstance(error, UsageError) or not is_refusal(error):
                 raise
             kept = _save_traceback(Path(task.config["output_dir"]))
-            raise UsageError(
-                f"MindFormers does not accept {task.path} with these settings: {error} Correct what it names."
-                f"{kept}"
-            ) from error
+            raise UsageError(f"MindFormers refuses {task.path}: {error} Correct that.{kept}") from error
 
 
 def _run_trainer(task: Task, source: Path | None, training: Training | None) -> list[str] | None:
@@ -83,16 +75,15 @@ def _run_trainer(task: Task, source: Path | None, training: Training | None) -> 
 
     predicting = task.config["run_mode"].startswith("predict")
     if predicting:
-        task.config["save_file"] = _answers_file(task.config)
+        first = os.environ.get("RANK_ID", "0") == "0"  # the others have the same answers, which nobody reads
+        unread = Path(os.environ["OM_MODULES_CACHE"], "answers.txt")
+        task.config["save_file"] = str(answers_file(task.config) if first else unread)
     config = mindformers_config(task.config)
     if predicting:
         config.input_data = prepare_prompts(config)
         keep_top_k(config)
     if config.remote_save_url and not check_in_modelarts():
-        raise UsageError(
-            f"remote_save_url is {config.remote_save_url}, but results are uploaded on "
-            "ModelArts only; remove it from the command or the YAML."
-        )
+        raise UsageError(f"remote_save_url is {config.remote_save_url}, for ModelArts only; leave it out.")
     set_output_path(config.output_dir)
     with naming_target(config.context.device_target):
         build_context(config)
@@ -125,14 +116,10 @@ def _hooks(source: Path | None, training: Training | None):
 
 
 def _start_right(training: Training, config) -> None:
-    """Complete the record, and compare a run that resumes with it, before the model is built.
-
-    MindFormers counts whole epochs by the checkpoint's epoch, whatever the length of an epoch is now; here
-    they are counted by the steps.
-    """
+    """Complete the record, and compare a run that resumes with it, before the model is built."""
     runner = config.runner_config
     training.open(config.data_size, runner.global_batch_size, runner.initial_step, runner.get("step_scale"))
-    if runner.initial_step:  # in every process
+    if runner.initial_step:  # MindFormers counts by the checkpoint's epoch, however long epochs are now
         sink_size = runner.sink_size if runner.sink_mode else 0
         runner.initial_epoch = initial_epoch(runner.initial_step, config.data_size, sink_size)
 
@@ -140,15 +127,10 @@ def _start_right(training: Training, config) -> None:
 def load_network(source: Path, network, layouts: Mapping[str, tuple]) -> None:
     """Fill the network of a task from ``source``; every process reads what it stores, and no more.
 
-    A network that has ``load_weights``, as the parallel inference model, does that by itself.
-
     Args:
-        source: an HF folder of a TeleChat model, or what else ``whole_weights`` reads.
+        source: what ``whole_weights`` or the network's own ``load_weights`` reads.
         network: the model, perhaps wrapped; compiled, if ``layouts`` are not empty.
         layouts: MindSpore's, of the parameters that this process has slices of.
-
-    Raises:
-        UsageError: the checkpoint is broken, or its names or shapes are not the network's.
     """
     if hasattr(network, "load_weights"):
         network.load_weights(source)
@@ -191,15 +173,8 @@ def _predict(trainer, config, weights: str | None) -> list[str]:
     return [text for each in texts for text in ([each] if isinstance(each, str) else each)]
 
 
-def _answers_file(config: dict) -> str:
-    """Where the first process writes the answers; the others have the same, which nobody reads."""
-    if os.environ.get("RANK_ID", "0") == "0":
-        return str(answers_file(config))
-    return str(Path(os.environ["OM_MODULES_CACHE"]) / "answers.txt")
-
-
 def _save_traceback(output: Path) -> str:
-    """Keep the traceback of an error that is printed as one sentence, and say where; not on a full disk."""
+    """Keep the traceback of an error that is printed as one sentence; returns where, "" on a full disk."""
     path = output / "log" / f"traceback_{os.getpid()}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

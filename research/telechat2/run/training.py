@@ -17,7 +17,7 @@ from research.telechat2.config.optimization import check_schedule_length
 from research.telechat2.run.end import saved_checkpoint
 from research.telechat2.run.load_checkpoint import known_sizes, prepare_checkpoint
 from research.telechat2.run.lock import only_training_in
-from research.telechat2.run.processes import device_num, is_first_process
+from research.telechat2.run.processes import device_num, is_first_process, on_cpu
 from research.telechat2.run.resuming import check_resumption, read_iteration, whole_iterations
 from research.telechat2.run.save_checkpoint import (
     checkpoint_folder,
@@ -43,8 +43,8 @@ class Training:
     Attributes:
         record: to be saved beside its checkpoints.
         stop: whether it was asked to stop.
-        check: of a run that resumes: raises UsageError unless ``record``, complete, goes on where the
-            checkpoint stopped, which MindFormers takes for ``step`` and ``batch`` records of a step.
+        check: of a run that resumes: ``check(record, step, batch)`` raises UsageError unless the complete
+            ``record`` goes on at MindFormers' ``step``, with ``batch`` records of a step.
     """
 
     record: TrainingRecord
@@ -59,9 +59,6 @@ class Training:
             batch: records of a step.
             step: after which MindFormers goes on.
             factor: by which it has multiplied the steps done, for another batch.
-
-        Raises:
-            UsageError: the run would not go on where it stopped.
         """
         self.record = replace(self.record, steps_per_epoch=steps_per_epoch, global_batch_size=batch)
         if self.check:
@@ -87,7 +84,8 @@ def train(
         KeyboardInterrupt: after Ctrl-C, with what is saved and the command that resumes.
     """
     first = is_first_process()
-    with _locked(config) if first else nullcontext(), stopping(_is_alone(config)) as stop:
+    alone = not config.get("use_parallel") or ("MS_ROLE" not in os.environ and device_num() == 1)
+    with _locked(config) if first else nullcontext(), stopping(alone) as stop:
         try:
             source = prepare_checkpoint(config, training=True)
             refuse_overwriting(config)
@@ -101,25 +99,17 @@ def train(
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(farewell(config, stop, sys.argv)) from None
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise _full_disk(Path(config["output_dir"]), error) from error
+                output = Path(config["output_dir"])
+                raise OSError(
+                    f"the disk of {error.filename or output} is full, {gigabytes(free_bytes(output))} are "
+                    f"free: {error}. Make room, or give another --output_dir."
+                ) from error
             raise
         if stop.by_launcher:
             print(farewell(config, stop, sys.argv), flush=True)
             sys.exit(0)  # the launcher, which was interrupted, returns 130
         if stop.requested:
             raise KeyboardInterrupt(farewell(config, stop, sys.argv))
-
-
-def _full_disk(folder: Path, error: OSError) -> OSError:
-    return OSError(
-        f"the disk of {error.filename or folder} is full, {gigabytes(free_bytes(folder))} are free: {error}. "
-        "Make room, or give another --output_dir."
-    )
-
-
-def _is_alone(config: dict) -> bool:
-    """Whether the run is this process."""
-    return not config.get("use_parallel") or ("MS_ROLE" not in os.environ and device_num() == 1)
 
 
 @contextmanager
@@ -133,12 +123,9 @@ def _locked(config: dict) -> Iterator[None]:
 
 
 def leave_sinks_on_cpus(config: dict) -> None:
-    """Turn sink mode off where the target has none.
-
-    MindSpore then feeds step by step, but MindFormers has multiplied the epochs by the sinks in each.
-    """
+    """Turn sink mode off on CPUs: MindSpore feeds step by step there, but MindFormers counts by sinks."""
     runner = config.get("runner_config") or {}
-    if runner.get("sink_mode", True) and (config.get("context") or {}).get("device_target") == "CPU":
+    if runner.get("sink_mode", True) and on_cpu(config):
         print("runner_config.sink_mode: off, a CPU has no data sinks", flush=True)
         config["runner_config"] = runner | {"sink_mode": False}
 
@@ -167,25 +154,19 @@ def _check_sinks(record: TrainingRecord) -> None:
     steps, size = record.steps_per_epoch * record.epochs, record.sink_size
     if steps < size:
         raise UsageError(
-            f"runner_config.sink_size is {size}, and the run has {steps} steps ({record.epochs} epochs of "
-            f"{record.steps_per_epoch}): no sink is full, and nothing would be trained; lower sink_size."
+            f"runner_config.sink_size is {size}, but the run has {steps} steps ({record.epochs} epochs of "
+            f"{record.steps_per_epoch}), which fill no sink; lower sink_size."
         )
     if steps > record.total_steps:
-        print(
-            f"note: the last {steps - record.total_steps} of {steps} steps are not trained: they fill no "
-            f"sink of runner_config.sink_size {size}",
-            flush=True,
-        )
+        rest = steps - record.total_steps
+        print(f"note: the last {rest} of {steps} steps are not trained, in no sink of {size}", flush=True)
 
 
 def _check_position(config: dict, record: TrainingRecord) -> Callable[[TrainingRecord, int, int], None]:
     """Compare with the run that saved, now as far as that is known; returns the check for the open data."""
     for key in ("ignore_data_skip", "data_skip_steps"):
         if config.get(key):
-            raise UsageError(
-                f"{key} is {config[key]!r} in a run that resumes: the data would not go on where it "
-                f"stopped; leave {key} out, or leave out --resume_training."
-            )
+            raise UsageError(f"{key} is {config[key]!r} in a run that resumes; leave one of both out.")
     section = config.get("checkpoint")
     given = Path((section or {}).get("load_path") or config["load_checkpoint"])
     common = dict.fromkeys(("step_num", "epoch_num", "global_batch_size"))
@@ -204,7 +185,7 @@ def _check_position(config: dict, record: TrainingRecord) -> Callable[[TrainingR
 
 
 def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
-    """What an interrupted training says last: what is saved, and the command that resumes."""
+    """The last lines of an interrupted training: what is saved, and the command that resumes."""
     folder = checkpoint_folder(config)
     latest = stop.saved or next(iter(whole_iterations(folder)), None)
     if latest is None:
@@ -215,9 +196,9 @@ def farewell(config: dict, stop: StopRequest, argv: list[str]) -> str:
     if record and record.total_steps and record.step >= record.total_steps:
         return f"{text}\nall {record.total_steps} steps of the run are done"
     if config.get("use_parallel"):
-        on_cpus = (config.get("context") or {}).get("device_target") == "CPU"
-        resume = "" if on_cpus else " --resume_training True"
-        latest = (saved_checkpoint(config) or latest) if on_cpus else latest  # a file of the whole model
-        what = "start from its weights (on CPUs parallel runs cannot be resumed)" if on_cpus else "resume"
+        what, resume = "resume", " --resume_training True"
+        if on_cpu(config):
+            latest = saved_checkpoint(config) or latest  # a file of the whole model
+            what, resume = "start from its weights (on CPUs parallel runs cannot be resumed)", ""
         return f"{text}\n{what} by the same command with --load_checkpoint {shlex.quote(str(latest))}{resume}"
     return f"{text}\nresume with: {resuming_command(argv, latest)}"

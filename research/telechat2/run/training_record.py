@@ -13,12 +13,12 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write, read_json
 from research.telechat2.config.fields import defaults_of
 from research.telechat2.config.model_settings import ModelSettings
-from research.telechat2.run.processes import device_num
+from research.telechat2.config.sections import section_of
+from research.telechat2.run.processes import device_num, on_cpu
 from research.telechat2.run.records import fingerprint
 from research.telechat2.run.steps import global_batch_size, steps_per_epoch
 
 NAME = "training.json"
-_NAMES = ("type", "auto_register")
 # of model_config: of prediction, of a plan, or told by others and by the weights
 _NOT_TRAINED = (
     "batch_size", "use_past", "qkv_concat", "is_dynamic", "block_size", "num_blocks", "prefill_chunk",
@@ -82,19 +82,15 @@ class TrainingRecord:
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record beside a checkpoint; None where an earlier version of the plugin, or another program, saved.
-
-    Raises:
-        UsageError: the file is broken.
-    """
+    """The record beside a checkpoint; None where an earlier version or another program saved."""
     found = read_json(folder / NAME)
     if found is None:
         return None
     names = [field.name for field in fields(TrainingRecord) if field.name != "others"]
     if missing := [name for name in names if name not in found]:
         raise UsageError(
-            f"{folder / NAME} lacks {', '.join(missing)}; copy the checkpoint again, or delete this file: "
-            "the data is then not compared."
+            f"{folder / NAME} lacks {', '.join(missing)}; copy the checkpoint again, or delete this file, so "
+            "that the data is not compared."
         )
     return TrainingRecord(**{name: found[name] for name in names}, others=found.get("others"))
 
@@ -106,14 +102,12 @@ def describe_training(config: dict, files: Mapping[Path, int | None]) -> Trainin
         files: of ``train_dataset``, see ``check_dataset``; empty: a loader of which nothing is known.
     """
     runner = config.get("runner_config") or {}
-    dataset = config.get("train_dataset") or {}
-    loader = dataset.get("data_loader") or {}
+    loader = section_of(config, "train_dataset.data_loader")
     records = None
     if files and None not in files.values():
         records = sum(files.values())
         records = min(records, loader.get("num_samples") or records)
-    on_cpu = (config.get("context") or {}).get("device_target") == "CPU"
-    sinks = runner.get("sink_mode", True) and not on_cpu
+    sinks = runner.get("sink_mode", True) and not on_cpu(config)
     sink_size = (runner.get("sink_size") or 1) if sinks else 0
     devices = device_num() if config.get("use_parallel") else 1
     batch = global_batch_size(config, devices)
@@ -137,13 +131,11 @@ def describe_training(config: dict, files: Mapping[Path, int | None]) -> Trainin
 
 def _others(config: dict) -> dict:
     """Settings beside schedule and optimizer by which a step gives other numbers, with their defaults."""
-    model = (config.get("model") or {}).get("model_config") or {}
-    dataset, wrapper = config.get("train_dataset") or {}, config.get("runner_wrapper") or {}
-    moe = config.get("moe_config") or {}
-    found = {
-        f"model_config.{key}": model.get(key, default) for key, default in defaults_of(ModelSettings).items()
-    }
-    found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in _NOT_TRAINED}
-    found |= {f"runner_wrapper.{key}": value for key, value in wrapper.items() if key not in _NAMES}
-    found |= {f"moe_config.{key}": value for key, value in moe.items()}
-    return found | {"train_dataset.input_columns": dataset.get("input_columns")}
+    model = defaults_of(ModelSettings)
+    model |= {key: value for key, value in section_of(config, "model.model_config").items() if key in model}
+    wrapper = section_of(config, "runner_wrapper")
+    found = {f"model_config.{key}": value for key, value in model.items() if key not in _NOT_TRAINED}
+    named = wrapper.keys() - {"type", "auto_register"}
+    found |= {f"runner_wrapper.{key}": wrapper[key] for key in sorted(named)}
+    found |= {f"moe_config.{key}": value for key, value in section_of(config, "moe_config").items()}
+    return found | {"train_dataset.input_columns": section_of(config, "train_dataset").get("input_columns")}
