@@ -8,6 +8,7 @@ are the loss's numbers for each token, is left out.
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.plan.estimate.memory import stage_parameters
 from research.telechat2.plan.estimate.workload import Workload
 
@@ -58,12 +59,12 @@ def layer_communication(
         regathered: its all-gathers are repeated.
         first: it follows the embedding.
     """
-    found = []
-    if run.mp > 1:
-        found += _blocks(run, recomputed, regathered)
-    found += _context(run, recomputed and run.recomputes_communication)
+    options = run.model.parallel_config.recompute
+    repeats = recomputed and options.mp_comm_recompute
+    found = _blocks(run, repeats, regathered) if run.mp > 1 else []
+    found += _context(run, repeats)
     # Without sequence parallelism the input is kept in slices; MindSpore keeps an embedding's whole.
-    sliced = recomputed and run.mp > 1 and run.keeps_slices and not run.sequence_parallel
+    sliced = recomputed and run.mp > 1 and options.recompute_slice_activation and not run.sequence_parallel
     if sliced and (run.model.moe or not first):
         kept = run.tokens * run.model.hidden_size * run.residual_bytes
         found.append(_tensor(run, ALL_GATHER, RECOMPUTE, "kept inputs", kept))
@@ -72,11 +73,10 @@ def layer_communication(
     return found
 
 
-def _blocks(run: Workload, recomputed: bool, regathered: bool) -> list[Communication]:
+def _blocks(run: Workload, repeats: bool, regathered: bool) -> list[Communication]:
     """Of attention and, in a dense layer, of the feed-forward block, over the tensor-parallel group."""
     hidden = run.tokens * run.model.hidden_size * run.compute_bytes
     blocks = 1 if run.model.moe else 2
-    repeats = recomputed and run.recomputes_communication
     kinds = (ALL_GATHER, REDUCE_SCATTER) if run.sequence_parallel else (ALL_REDUCE,)
     found = [
         _tensor(run, kind, phase, "hidden states", hidden, blocks)
@@ -92,9 +92,8 @@ def _blocks(run: Workload, recomputed: bool, regathered: bool) -> list[Communica
 
 def _context(run: Workload, repeats: bool) -> list[Communication]:
     """Of attention where sequences are split: exchanges of heads for tokens and back, and gathered keys."""
-    query, key = (
-        run.tokens * size * run.compute_bytes // run.mp for size in (run.model.hidden_size, run.kv_size)
-    )
+    query = run.tokens * run.model.hidden_size * run.compute_bytes // run.mp
+    key = run.tokens * run.kv_size * run.compute_bytes // run.mp
     found = []
     for phase in (FORWARD, BACKWARD, RECOMPUTE) if repeats else (FORWARD, BACKWARD):
         if run.exchange > 1:  # queries and answers, keys and values
@@ -102,10 +101,8 @@ def _context(run: Workload, repeats: bool) -> list[Communication]:
                 found.append(Communication(ALL_TO_ALL, "context", phase, what, run.exchange, run.mp, size, 2))
         if run.gather > 1:
             kind, stride = REDUCE_SCATTER if phase == BACKWARD else ALL_GATHER, run.mp * run.exchange
-            size = key * run.gather
-            found.append(
-                Communication(kind, "context", phase, "keys and values", run.gather, stride, size, 2)
-            )
+            group = ("context", phase, "keys and values", run.gather, stride)
+            found.append(Communication(kind, *group, key * run.gather, 2))
     return found
 
 
@@ -143,7 +140,8 @@ def _vocabulary(run: Workload, embedding: bool) -> list[Communication]:
     kinds = (REDUCE_SCATTER, ALL_GATHER) if embedding else (ALL_GATHER, REDUCE_SCATTER)
     forward, backward = kinds if run.sequence_parallel else (ALL_REDUCE, ALL_REDUCE)
     what = "embeddings" if embedding else "hidden states"
-    size = run.tokens * run.model.hidden_size * (run.embedding_bytes if embedding else run.compute_bytes)
+    number = WIDTH[run.model.embedding_init_type] if embedding else run.compute_bytes
+    size = run.tokens * run.model.hidden_size * number
     return [_tensor(run, kind, way, what, size) for kind, way in ((forward, FORWARD), (backward, BACKWARD))]
 
 
@@ -179,10 +177,10 @@ def optimizer_communication(run: Workload, stage: int) -> list[Communication]:
         shards, stride = parameter.shards, run.stage_devices // parameter.replicas
         weights, gradients = ("weights", shards, stride), ("gradients", shards, stride)
         copies = ("gradients", parameter.replicas // shards, stride * shards)
-        size, gathered = parameter.slice_bytes, parameter.gathered_bytes
-        found.append(Communication(ALL_GATHER, "data", FORWARD, *weights, gathered))
-        if run.regathers_weights and "embedding" not in parameter.name:
-            found.append(Communication(ALL_GATHER, "data", RECOMPUTE, *weights, gathered))
+        size = parameter.slice_bytes
+        again = run.regathers_weights and "embedding" not in parameter.name
+        for phase in (FORWARD, RECOMPUTE) if again else (FORWARD,):
+            found.append(Communication(ALL_GATHER, "data", phase, *weights, parameter.gathered_bytes))
         if parameter.trained:
             found.append(Communication(REDUCE_SCATTER, "data", BACKWARD, *gradients, size))
             found.append(Communication(ALL_REDUCE, "data", BACKWARD, *copies, size // shards))
@@ -191,10 +189,8 @@ def optimizer_communication(run: Workload, stage: int) -> list[Communication]:
 
 def stage_communication(run: Workload, stage: int) -> list[Communication]:
     """All that a device of a stage sends in a step."""
-    found: list[Communication] = []
-    for chunk in range(run.chunks):
-        each = micro_batch_communication(run, chunk, stage)
-        found += [replace(item, count=item.count * run.micro_batches) for item in each]
+    each = [item for chunk in range(run.chunks) for item in micro_batch_communication(run, chunk, stage)]
+    found = [replace(item, count=item.count * run.micro_batches) for item in each]
     return merged(found + optimizer_communication(run, stage))
 
 

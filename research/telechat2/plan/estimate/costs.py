@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from research.telechat2.config.parallel import copies_of
 from research.telechat2.plan.estimate.communication import (
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -74,7 +75,9 @@ def _layer_operations(run: Workload) -> tuple[float, float, float]:
     hidden, rows, parts = run.model.hidden_size, run.tokens, run.mp
     projections = 2 * rows * hidden * (2 * hidden + 2 * run.kv_size) / run.mp
     # Of devices that gather keys, those with a sequence's last tokens have the most to see; others wait.
-    square = 1.0 if run.document_masks else 1 - 0.5 / run.gather
+    # Where documents have masks of their own and sequences are split, the whole square is computed.
+    split = run.gather * run.exchange > 1
+    square = 1.0 if run.model.document_start_ids and split else 1 - 0.5 / run.gather
     attention = 4 * run.tokens * run.model.seq_length * hidden * square / run.mp
     if run.model.moe:
         rows, parts = run.received_rows, run.width_parts
@@ -83,7 +86,6 @@ def _layer_operations(run: Workload) -> tuple[float, float, float]:
 
 
 def _pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
-    """Of the forward or backward pass of a chunk of a stage with one micro-batch."""
     products, attention, last_product = _layer_operations(run)
     layers, recomputed = run.layers[chunk][stage], run.recomputed[chunk][stage]
     if forward:
@@ -102,8 +104,9 @@ def _pass_cost(run: Workload, chunk: int, stage: int, forward: bool) -> Cost:
         flops += (2 if forward else 4) * logits * run.model.hidden_size
         # Forward: to float32, maxima, softmax, its logarithm; backward: the gradient and its cast.
         moved += logits * (run.compute_bytes + 5 * 4 if forward else run.compute_bytes + 3 * 4)
+    copies = copies_of(run.model)
     links = sum(
-        link_seconds(item) / (run.copies if item.group == "tensor" else 1)
+        link_seconds(item) / (copies if item.group == "tensor" else 1)
         for item in micro_batch_communication(run, chunk, stage)
         if (item.phase == FORWARD) == forward
     )
@@ -126,14 +129,12 @@ def _layer_bytes(run: Workload) -> float:
     moe = run.model.moe
     if moe is None:
         return total + gate * run.tokens * run.model.intermediate_size / run.mp
-    rows, received = run.expert_rows, run.received_rows
-    total += gate * received * run.model.intermediate_size / run.width_parts
-    total += received * run.model.hidden_size * 4 * number  # ordered by expert, and back
-    total += rows * run.model.hidden_size * 4 * number  # from tokens to the block
+    total += gate * run.received_rows * run.model.intermediate_size / run.width_parts
+    # From tokens to the block, then ordered by expert, and back.
+    total += (run.expert_rows + run.received_rows) * run.model.hidden_size * 4 * number
     tokens = run.tokens / run.token_parts
     total += tokens * moe.top_k * run.model.hidden_size * 3 * number  # from the block to tokens
-    pairs = moe.num_experts * (moe.num_experts - 1) / 2
-    return total + tokens * 4 * (2 * run.model.hidden_size + 4 * pairs + 8 * moe.top_k * moe.num_experts)
+    return total + tokens * 4 * (2 * run.model.hidden_size + 8 * moe.top_k * moe.num_experts)
 
 
 def _update_cost(run: Workload, stage: int) -> Cost:

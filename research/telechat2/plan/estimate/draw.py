@@ -10,7 +10,6 @@ from research.telechat2.plan.estimate.estimate import GB, Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
 # Forward blue, backward orange, a lighter shade for each further chunk of layers.
 SHADES = {
@@ -32,9 +31,8 @@ ROOM = 1.15  # of the axis above the highest bar and the limit, for their labels
 
 def draw(estimate: Estimate, path: Path) -> None:
     """Write a PNG of memory, with a line at its limit, and of the schedule."""
-    figure = figure_of(estimate)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure_of(estimate).savefig(temporary, format="png", dpi=120)
 
 
 def figure_of(estimate: Estimate) -> "Figure":
@@ -44,13 +42,13 @@ def figure_of(estimate: Estimate) -> "Figure":
     stages = len(estimate.memory)
     figure = Figure(figsize=(13, 4.5 + 0.35 * stages), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(4, 0.5 + 0.35 * stages))
-    _draw_memory(above, estimate, estimate.limit_gb)
+    _draw_memory(above, estimate)
     _draw_schedule(below, estimate)
     return figure
 
 
-def _draw_memory(axes: "Axes", estimate: Estimate, limit_gb: float | None) -> None:
-    stages = range(len(estimate.memory))
+def _draw_memory(axes: "Axes", estimate: Estimate) -> None:
+    stages, limit_gb = range(len(estimate.memory)), estimate.limit_gb
     floor = [0.0] * len(stages)
     for name in asdict(estimate.memory[0]):
         heights = [getattr(memory, name) / GB for memory in estimate.memory]
@@ -76,6 +74,8 @@ def _draw_memory(axes: "Axes", estimate: Estimate, limit_gb: float | None) -> No
 
 
 def _draw_schedule(axes: "Axes", estimate: Estimate) -> None:
+    from matplotlib.patches import Patch
+
     schedule = estimate.throughput.schedule
     for step in schedule.passes:
         shade = step.chunk % len(SHADES[True])
@@ -92,17 +92,13 @@ def _draw_schedule(axes: "Axes", estimate: Estimate) -> None:
     stages = list(range(len(estimate.memory)))
     axes.set(yticks=stages, xlim=(0, schedule.seconds), xlabel="seconds", ylabel="stage")
     axes.set_title(f"Micro-batches of one step: stages idle {schedule.bubble:.1%} of the time", pad=10)
-    handles = _legend(estimate.workload.chunks)
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _legend(chunks: int) -> list["Patch"]:
-    """A patch for each shade: forward and backward passes of each chunk of layers."""
-    from matplotlib.patches import Patch
-
-    names = [f", chunk {chunk}" if chunks > 1 else "" for chunk in range(min(chunks, len(SHADES[True])))]
-    return [
-        Patch(color=SHADES[forward][chunk], label=("forward" if forward else "backward") + name)
-        for forward in (True, False)
-        for chunk, name in enumerate(names)
+    chunks = estimate.workload.chunks
+    handles = [
+        Patch(
+            color=shade,
+            label=("forward" if forward else "backward") + (f", chunk {chunk}" if chunks > 1 else ""),
+        )
+        for forward, shades in SHADES.items()
+        for chunk, shade in enumerate(shades[:chunks])
     ]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,10 +1,7 @@
 """Estimate a run's memory, communication and speed, in seconds and without MindSpore's compiler.
 
-    estimated = estimate(settings)
-    print(estimated.table())
-
 Parameters, gradients and optimizer are exact, communication follows the compiled graph, activations and times
-are formulas; see memory.py, communication.py and costs.py.
+are formulas.
 """
 
 import re
@@ -38,7 +35,6 @@ class Efficiency:
     links: float
 
     def seconds(self, cost: Cost) -> float:
-        """What a cost takes."""
         return cost.flops / (PEAK * self.compute) + cost.moved / MEMORY + cost.links / self.links
 
 
@@ -51,12 +47,10 @@ class Throughput:
 
     Attributes:
         tokens_per_second: of one NPU.
-        step_seconds: of one step of the optimizer.
         pipeline_seconds, optimizer_seconds: its parts: passes, and what follows them once.
         bubble: share of the passes' time in which stages are idle.
         model_flops_per_token: matrix products and attention, forward and backward, recomputation apart.
         utilization: share of PEAK that these amount to (MFU).
-        schedule: of the passes.
     """
 
     tokens_per_second: float
@@ -70,19 +64,10 @@ class Throughput:
 
 
 def throughput(run: Workload, efficiency: Efficiency = FITTED, costs: StepCosts | None = None) -> Throughput:
-    """Predict a run's speed.
-
-    Args:
-        efficiency: other constants than the fitted ones.
-        costs: the run's, if they are known.
-
-    Raises:
-        UsageError: see schedule.
-    """
+    """Predict a run's speed; ``costs``: the run's, if they are known. UsageError: see schedule."""
     costs = costs or step_costs(run)
     forward, backward = (
-        [[efficiency.seconds(cost) for cost in row] for row in table]
-        for table in (costs.forward, costs.backward)
+        [list(map(efficiency.seconds, row)) for row in table] for table in (costs.forward, costs.backward)
     )
     passes = schedule(forward, backward, run.micro_batches)
     update = max(map(efficiency.seconds, costs.update))
@@ -110,14 +95,9 @@ def model_flops_per_token(run: Workload) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory, communication and speed of a run.
+    """Memory, communication and speed of a run: of a device of each stage, in a step.
 
-    Attributes:
-        workload: what was estimated.
-        memory: of a device of each stage.
-        communication: what a device of each stage sends in a step.
-        throughput: predicted speed.
-        limit_gb: GB that a run may take of an NPU, by ``context.max_device_memory``; None: not known.
+    ``limit_gb``: what a run may take of an NPU, by ``context.max_device_memory``; None: not known.
     """
 
     workload: Workload
@@ -151,7 +131,6 @@ class Estimate:
         }
 
     def table(self) -> str:
-        """This estimate for people."""
         speed = self.throughput
         lines = [
             f"speed         {speed.tokens_per_second:,.0f} tokens/s/NPU predicted: a step of "
@@ -200,9 +179,8 @@ def estimate(settings: Settings) -> Estimate:
     """
     if section_of(settings, "context").get("device_target") == "CPU":
         raise UsageError(
-            "context.device_target is CPU, but memory and speed are estimated for Ascend's NPUs. Set "
-            "context.device_target=Ascend and model.model_config.compute_dtype=bfloat16 to estimate this "
-            "model there."
+            "context.device_target is CPU, but estimates are for NPUs. "
+            "Set context.device_target=Ascend and model.model_config.compute_dtype=bfloat16."
         )
     limit = limit_gb_of(settings)
     return replace(estimate_workload(workload(settings)), limit_gb=limit)
@@ -221,11 +199,7 @@ def limit_gb_of(settings: Settings) -> float:
 
 
 def estimate_workload(run: Workload) -> Estimate:
-    """Of a workload.
-
-    Raises:
-        UsageError: see schedule.
-    """
+    """Of a workload; UsageError: see schedule."""
     speed = throughput(run)
     stages = range(run.pp)
     return Estimate(
@@ -237,8 +211,7 @@ def estimate_workload(run: Workload) -> Estimate:
 
 
 def _memory_rows(memory: tuple[StageMemory, ...]) -> list[list[str]]:
-    names = list(asdict(memory[0]))
-    rows = [["GB of NPU", *names, "total"]]
+    rows = [["GB of NPU", *asdict(memory[0]), "total"]]
     for number, stage in enumerate(memory):
         values = [*asdict(stage).values(), stage.total]
         rows.append([f"stage {number}", *(f"{value / GB:.2f}" for value in values)])

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from research.telechat2.checkpoint.table import EMBEDDING, FINAL_NORM, LM_HEAD, Row
+from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.config.moe import MoESettings
+from research.telechat2.config.parallel import copies_of
 from research.telechat2.config.pipeline import places
 from research.telechat2.plan.estimate.schedule import Schedule
 from research.telechat2.plan.estimate.workload import Workload
@@ -47,7 +49,6 @@ class StoredParameter:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the device stores."""
         return prod(self.local_shape) * self.number_bytes
 
     @property
@@ -57,7 +58,6 @@ class StoredParameter:
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of the slice when its shards are gathered."""
         return prod(self.slice_shape) * self.gather_bytes
 
     @property
@@ -67,7 +67,6 @@ class StoredParameter:
 
     @property
     def computed_bytes(self) -> int:
-        """Bytes of the slice as the device computes with it."""
         return prod(self.slice_shape) * self.compute_bytes
 
 
@@ -81,9 +80,8 @@ def stage_parameters(run: Workload, stage: int) -> list[StoredParameter]:
             if run.model.moe:
                 found.append(_expert_load(run, layer))
     if stage == run.pp - 1:
-        found += [
-            _stored(run, row) for row in (FINAL_NORM, LM_HEAD)[: 1 if run.model.tie_word_embeddings else 2]
-        ]
+        found.append(_stored(run, FINAL_NORM))
+        found += [] if run.model.tie_word_embeddings else [_stored(run, LM_HEAD)]
     return found
 
 
@@ -119,7 +117,7 @@ def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool 
         compute_bytes = gather_bytes = number_bytes
     elif row.mindspore.endswith("router.dense.weight"):
         compute_bytes = gather_bytes = 4  # computed in float32
-    elif recomputed and run.copies > 1:
+    elif recomputed and copies_of(run.model) > 1:
         gather_bytes = number_bytes  # MindSpore casts before it gathers, but not where copies are recomputed
     return StoredParameter(
         name=row.mindspore.format(i=layer),
@@ -136,8 +134,8 @@ def _stored(run: Workload, row: Row, layer: int | None = None, recomputed: bool 
 
 def _number_bytes(run: Workload, row: Row) -> int:
     if row is EMBEDDING:
-        return run.embedding_bytes
-    return run.norm_bytes if "norm" in row.mindspore else run.parameter_bytes
+        return WIDTH[run.model.embedding_init_type]
+    return WIDTH[run.model.layernorm_compute_type if "norm" in row.mindspore else run.model.param_init_type]
 
 
 def _parts(run: Workload, row: Row) -> list[int]:
@@ -211,7 +209,8 @@ def chunk_activations(run: Workload, chunk: int, stage: int) -> int:
 
 def layer_input(run: Workload) -> int:
     """Bytes of what a recomputed layer keeps."""
-    parts = run.mp if run.sequence_parallel or run.keeps_slices else 1
+    sliced = run.sequence_parallel or run.model.parallel_config.recompute.recompute_slice_activation
+    parts = run.mp if sliced else 1
     return run.tokens * run.model.hidden_size * run.residual_bytes // parts
 
 

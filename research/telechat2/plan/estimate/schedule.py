@@ -43,11 +43,7 @@ MOST_PASSES = 1_000_000  # forward, of all stages, chunks and micro-batches; som
 
 
 def schedule(forward: list[list[float]], backward: list[list[float]], micro_batches: int) -> Schedule:
-    """Run a step.
-
-    Args:
-        forward, backward: seconds of a pass, ``[chunk][stage]``.
-        micro_batches: of a step.
+    """Run a step of passes that take ``[chunk][stage]`` seconds.
 
     Raises:
         UsageError: virtual chunks, and the micro-batches are no multiple of the stages; or too many passes.
@@ -55,17 +51,18 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
     chunks, stages = len(forward), len(forward[0])
     if chunks * stages * micro_batches > MOST_PASSES:
         raise UsageError(
-            f"parallel_config.micro_batch_num is {micro_batches:,}; a schedule of {stages} stages and "
-            f"{chunks} chunks is estimated up to {MOST_PASSES // stages // chunks:,} micro-batches. Lower it."
+            f"parallel_config.micro_batch_num is {micro_batches:,}; with {stages} stages and {chunks} chunks "
+            f"at most {MOST_PASSES // stages // chunks:,} are estimated. Lower it."
         )
-    if chunks > 1 and micro_batches % stages:
+    multiple = -(-micro_batches // stages) * stages
+    if chunks > 1 and micro_batches != multiple:
         raise UsageError(
-            f"parallel_config.micro_batch_num is {micro_batches}, pipeline_stage {stages} and "
-            f"pp_interleave_num {chunks}; with virtual chunks the schedule is known for multiples of "
-            f"pipeline_stage. Set micro_batch_num to {-(-micro_batches // stages) * stages}, for one."
+            f"parallel_config.micro_batch_num is {micro_batches}; with pp_interleave_num {chunks} it must be "
+            f"a multiple of pipeline_stage {stages}. Set micro_batch_num to {multiple}."
         )
     orders = [_order(stage, stages, chunks, micro_batches) for stage in range(stages)]
-    ends: dict[tuple[bool, int, int, int], float] = {}
+    last = chunks * stages - 1  # chunk after chunk, the stages are a chain of places
+    ends: dict[tuple[bool, int, int], float] = {(True, -1, number): 0.0 for number in range(micro_batches)}
     free, taken = [0.0] * stages, [0] * stages
     passes: list[Pass] = []
     while len(passes) < 2 * chunks * stages * micro_batches:
@@ -73,13 +70,15 @@ def schedule(forward: list[list[float]], backward: list[list[float]], micro_batc
         for stage, order in enumerate(orders):
             while taken[stage] < len(order):
                 way, chunk, micro_batch = order[taken[stage]]
-                needed = _operand(way, chunk, stage, chunks, stages)
-                ready = ends.get((*needed, micro_batch)) if needed else 0.0
+                place = chunk * stages + stage
+                source = place - 1 if way else place + 1
+                needed = (way, source) if source <= last else (True, last)
+                ready = ends.get((*needed, micro_batch))
                 if ready is None:
                     break
                 start = max(free[stage], ready)
                 end = start + (forward if way else backward)[chunk][stage]
-                ends[way, chunk, stage, micro_batch] = free[stage] = end
+                ends[way, place, micro_batch] = free[stage] = end
                 taken[stage] += 1
                 passes.append(Pass(stage, way, chunk, micro_batch, start, end))
         assert len(passes) > before, "a stage waits for itself"
@@ -110,17 +109,6 @@ def _sequence(chunks: range, stages: int, micro_batches: int) -> list[tuple[int,
         for chunk in chunks
         for micro_batch in range(first, min(first + stages, micro_batches))
     ]
-
-
-def _operand(forward: bool, chunk: int, stage: int, chunks: int, stages: int) -> tuple[bool, int, int] | None:
-    """Direction, chunk and stage of the pass whose result a pass needs; None of the very first."""
-    if forward:
-        if stage:
-            return True, chunk, stage - 1
-        return (True, chunk - 1, stages - 1) if chunk else None
-    if stage < stages - 1:
-        return False, chunk, stage + 1
-    return (False, chunk + 1, 0) if chunk < chunks - 1 else (True, chunk, stage)
 
 
 def _in_flight(passes: list[Pass], chunks: int, stages: int) -> tuple[tuple[int, ...], ...]:

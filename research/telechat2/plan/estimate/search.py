@@ -7,6 +7,7 @@ as the config's own ``context_parallel`` says.
 
 import re
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +45,6 @@ class FoundPlan:
         return f"--set {' '.join(words)}" if words else ""
 
     def as_dict(self) -> dict[str, object]:
-        """This plan for JSON."""
         speed = self.estimate.throughput
         return {
             "changes": self.changes,
@@ -55,7 +55,6 @@ class FoundPlan:
         }
 
     def row(self) -> list[str]:
-        """This plan as a row of the table."""
         run, speed = self.estimate.workload, self.estimate.throughput
         layers = sum(map(sum, run.recomputed))
         recomputed = [f"{layers} of {run.model.num_layers} layers"] if layers else []
@@ -92,11 +91,9 @@ class SearchResult:
     batch: int
 
     def as_dict(self) -> dict[str, object]:
-        """This result for JSON."""
         return vars(self) | {"plans": [plan.as_dict() for plan in self.plans]}
 
     def table(self) -> str:
-        """This result for people."""
         counts = f"{self.tried} plans: {self.illegal} break a rule, {self.too_large} do not fit."
         if not self.plans:
             return " ".join([counts, *self._remedies()])
@@ -107,10 +104,8 @@ class SearchResult:
     def _remedies(self) -> list[str]:
         """What to change where no plan is found."""
         if self.least_bytes:
-            return [
-                f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, with all layers recomputed: "
-                "take more NPUs, or a smaller model or seq_length."
-            ]
+            smallest = f"The smallest takes {self.least_bytes / GB:.1f} GB of an NPU, all layers recomputed: "
+            return [smallest + "take more NPUs, or a smaller model or seq_length."]
         kept = f"All plans keep the global batch of {self.batch} sequences"
         if not self.broken:
             return [f"{kept}, which no split of these NPUs divides; change the batch or the number of NPUs."]
@@ -123,22 +118,14 @@ class SearchResult:
 
 
 def search(settings: Settings, device_num: int, memory_gb: float, count: int = 10) -> SearchResult:
-    """The fastest plans of a model.
+    """The ``count`` fastest plans of a model that take at most ``memory_gb`` GB (10^9 bytes) of each NPU.
 
-    Args:
-        settings: of ``read_settings``; a config of a cluster.
-        device_num: NPUs.
-        memory_gb: GB of 10^9 bytes of each that a plan may take, as ``context.max_device_memory`` says.
-        count: most plans to return.
-
-    Raises:
-        UsageError: the config is not of a cluster, or not legal itself.
+    ``settings`` are those of ``read_settings``; UsageError: they are not of a cluster, or not legal.
     """
     checked = check(settings)
     if checked.kind != "semi_auto":
         raise UsageError(
-            "plans are searched for a run on a cluster, but this config is of none; take one with "
-            "use_parallel: True and parallel.parallel_mode: 1."
+            "a search needs the config of a cluster, with use_parallel: True and parallel.parallel_mode: 1."
         )
     workload(settings)  # what is not estimated at all is refused here, not counted as a plan
     plan = with_defaults(settings, "parallel_config")
@@ -174,7 +161,6 @@ def search(settings: Settings, device_num: int, memory_gb: float, count: int = 1
 
 
 def _differences(changes: Changes, settings: Settings) -> Changes:
-    """What of the changes is not in the settings already."""
     missing = {"model.model_config.pp_interleave_num": 1, "model.model_config.offset": 0}
     found = {}
     for key, value in changes.items():
@@ -227,7 +213,6 @@ def _splits(model: ModelSettings, device_num: int) -> Iterator[tuple[int, int, i
 
 
 def _divisors(most: int, of: int) -> list[int]:
-    """Divisors of ``of`` that are at most ``most``."""
     return [number for number in range(1, min(most, of) + 1) if of % number == 0]
 
 
@@ -246,11 +231,7 @@ def _offset(layers: int, stages: int, chunks: int) -> list[int] | list[list[int]
 def _fitted(
     model: ModelSettings, settings: Settings, changes: Changes, limit: float
 ) -> tuple[Workload | int, Changes]:
-    """The plan with as few layers recomputed as fit; where not even all suffice, the bytes it takes then.
-
-    Raises:
-        UsageError: the plan is not legal.
-    """
+    """The plan with as few layers recomputed as fit; where not even all suffice, the bytes it takes then."""
     run = _workload(model, settings, changes)
     unit = [[1.0] * run.pp for _ in range(run.chunks)]
     in_flight = schedule(unit, unit, run.micro_batches)  # as many whatever passes take
@@ -275,11 +256,7 @@ def _fewest(run: Workload, stage: int, most: int, in_flight: Schedule, limit: fl
 
     if not fits(most):
         return 0 if fits(0) else None
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
+    return bisect_left(range(most), True, key=fits)
 
 
 def _bytes(run: Workload, numbers: list[int], stage: int, in_flight: Schedule) -> int:
@@ -289,8 +266,6 @@ def _bytes(run: Workload, numbers: list[int], stage: int, in_flight: Schedule) -
 
 
 def _workload(model: ModelSettings, settings: Settings, changes: Changes) -> Workload:
-    """Of the model with changes; its rules are checked."""
-
     def changed(prefix: str) -> Changes:
         return {key[len(prefix) :]: value for key, value in changes.items() if key.startswith(prefix)}
 

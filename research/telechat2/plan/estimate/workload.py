@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from research.telechat2.checkpoint.sizes import TelechatSizes
+from research.telechat2.checkpoint.sizes import sizes_of_model
 from research.telechat2.checkpoint.table import ATTENTION_ROWS, DENSE_ROWS, MOE_ROWS, Row
 from research.telechat2.common.dtypes import WIDTH
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.check import check
 from research.telechat2.config.model_settings import ModelSettings
-from research.telechat2.config.parallel import copies_of, exchange_of
+from research.telechat2.config.parallel import exchange_of
 from research.telechat2.config.pipeline import partition_of
 from research.telechat2.config.recompute import COMMUNICATION, SELECTED, read_recompute
 from research.telechat2.config.sections import Settings, section_of
@@ -25,40 +25,29 @@ class Workload:
     Tables are ``[chunk][stage]``, numbers of layers.
 
     Attributes:
-        model: its sizes and experts.
-        parameter_bytes, embedding_bytes, norm_bytes, compute_bytes, residual_bytes: of one number.
-        document_masks: attention computes its whole square, since documents have masks of their own.
+        compute_bytes, residual_bytes: of one number.
         dp, mp, pp, ep: data, tensor, pipeline and expert parallel.
         gather, exchange: factors of context parallel: devices that gather the keys and values of a sequence,
             and devices that exchange heads for tokens.
-        micro_batch_size: sequences that a device computes at once.
         micro_batches: steps whose gradients are accumulated before the optimizer's.
         chunks: runs of layers of each stage.
         vocab_parts: of embedding and output projection.
         shards_optimizer: parameters of ``shard_threshold`` bytes or more are sharded among
             ``optimizer_shards`` of the ranks that have the same slice, or all of them (-1).
         regathers_weights: weights are gathered a second time in the backward pass (level 3).
-        copies: of the tokens, whose communication and computation overlap; 1 for none.
         layers: of each chunk and stage. recomputed, selected, regathered: how many of them are recomputed as
             a whole, have the feed-forward block's product recomputed, and have their all-gathers repeated.
-        recomputes_communication: recomputed layers communicate again, instead of keeping the results.
-        keeps_slices: they keep their input sharded over the tensor-parallel ranks.
     """
 
     model: ModelSettings
-    parameter_bytes: int
-    embedding_bytes: int
-    norm_bytes: int
     compute_bytes: int
     residual_bytes: int
-    document_masks: bool
     dp: int
     mp: int
     pp: int
     ep: int
     gather: int
     exchange: int
-    micro_batch_size: int
     micro_batches: int
     chunks: int
     sequence_parallel: bool
@@ -67,25 +56,15 @@ class Workload:
     shard_threshold: int
     optimizer_shards: int
     regathers_weights: bool
-    copies: int
     layers: Table
     recomputed: Table
     selected: Table
     regathered: Table
-    recomputes_communication: bool
-    keeps_slices: bool
 
     @cached_property
     def dims(self) -> dict[str, int]:
         """The symbols in which the table of weights writes shapes."""
-        return TelechatSizes(
-            num_layers=self.model.num_layers,
-            hidden_size=self.model.hidden_size,
-            intermediate_size=self.model.intermediate_size,
-            vocab_size=self.model.vocab_size,
-            kv_size=self.kv_size,
-            num_experts=self.model.moe.num_experts if self.model.moe else 0,
-        ).dims()
+        return sizes_of_model(self.model).dims()
 
     @property
     def layer_rows(self) -> tuple[Row, ...]:
@@ -94,12 +73,10 @@ class Workload:
 
     @property
     def stage_devices(self) -> int:
-        """NPUs of a stage of the pipeline."""
         return self.dp * self.gather * self.exchange * self.mp
 
     @property
     def devices(self) -> int:
-        """NPUs of the cluster."""
         return self.stage_devices * self.pp
 
     def is_last(self, chunk: int, stage: int) -> bool:
@@ -114,7 +91,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens that the devices of a tensor-parallel group compute at once."""
-        return self.micro_batch_size * self.model.seq_length // (self.gather * self.exchange)
+        return self.model.batch_size * self.model.seq_length // (self.gather * self.exchange)
 
     @property
     def token_parts(self) -> int:
@@ -124,7 +101,7 @@ class Workload:
     @property
     def step_tokens(self) -> int:
         """Tokens of one step of the optimizer, on all devices."""
-        return self.micro_batch_size * self.model.seq_length * self.dp * self.micro_batches
+        return self.model.batch_size * self.model.seq_length * self.dp * self.micro_batches
 
     @property
     def experts_over_tp(self) -> bool:
@@ -133,7 +110,6 @@ class Workload:
 
     @property
     def expert_ranks(self) -> int:
-        """Devices of an expert-parallel group."""
         return self.ep * (self.mp if self.experts_over_tp else 1)
 
     @property
@@ -169,11 +145,7 @@ class Workload:
 
 
 def workload(settings: Settings) -> Workload:
-    """From the settings of ``read_settings``.
-
-    Raises:
-        UsageError: the plan is not legal, see check, or it asks for what is not estimated.
-    """
+    """From the settings of ``read_settings``; UsageError: not legal, or not estimated."""
     semi_auto = check(settings).kind == "semi_auto"
     plan = with_defaults(settings, "parallel_config") if semi_auto else DEFAULTS["parallel_config"]
     if plan["pipeline_stage"] > 1:
@@ -184,26 +156,20 @@ def workload(settings: Settings) -> Workload:
 def workload_of(model: ModelSettings, settings: Settings) -> Workload:
     """Of a model that obeys the rules, and what the settings say besides it."""
     plan, recompute = model.parallel_config, read_recompute(model)
-    pipeline, mp = plan.pipeline_stage > 1, plan.model_parallel
-    exchange = exchange_of(plan)
+    mp, exchange = plan.model_parallel, exchange_of(plan)
     accumulation = with_defaults(settings, "runner_config")["gradient_accumulation_steps"] or 1
     options = _optimizer_options(settings)
     return Workload(
         model=model,
-        parameter_bytes=WIDTH[model.param_init_type],
-        embedding_bytes=WIDTH[model.embedding_init_type],
-        norm_bytes=WIDTH[model.layernorm_compute_type],
         compute_bytes=WIDTH[model.compute_dtype],
         residual_bytes=WIDTH[model.res_dtype],
-        document_masks=bool(model.document_start_ids) and plan.context_parallel > 1,
         dp=plan.data_parallel,
         mp=mp,
         pp=plan.pipeline_stage,
         ep=plan.expert_parallel,
         gather=plan.context_parallel // exchange,
         exchange=exchange,
-        micro_batch_size=model.batch_size,
-        micro_batches=plan.micro_batch_num if pipeline else accumulation,
+        micro_batches=plan.micro_batch_num if plan.pipeline_stage > 1 else accumulation,
         chunks=model.pp_interleave_num,
         sequence_parallel=plan.use_seq_parallel and mp > 1,
         vocab_parts=1 if plan.vocab_emb_dp else mp,
@@ -211,25 +177,21 @@ def workload_of(model: ModelSettings, settings: Settings) -> Workload:
         shard_threshold=options.get("parallel_optimizer_threshold", 64) * 1024,
         optimizer_shards=options.get("optimizer_weight_shard_size", -1),
         regathers_weights=options.get("optimizer_level") == "level3",
-        copies=copies_of(model),
         layers=partition_of(model),
         recomputed=recompute.whole,
         selected=_built_in("select_recompute", recompute.selected, SELECTED),
         regathered=_built_in("select_comm_recompute", recompute.communication, COMMUNICATION),
-        recomputes_communication=plan.recompute.mp_comm_recompute,
-        keeps_slices=plan.recompute.recompute_slice_activation,
     )
 
 
 def _optimizer_options(settings: Settings) -> Settings:
-    """How the optimizer is sharded."""
     options = section_of(settings, "parallel.parallel_optimizer_config")
     level = options.get("optimizer_level", "level1")
-    if options.get("gradient_accumulation_shard") or level not in ("level1", "level3"):
+    sharded = options.get("gradient_accumulation_shard")
+    if sharded or level not in ("level1", "level3"):
         raise UsageError(
             f"parallel.parallel_optimizer_config has optimizer_level {level} and gradient_accumulation_shard "
-            f"{options.get('gradient_accumulation_shard')}; the estimate knows level1 and level3 without "
-            "sharded accumulation. Set one of them, or ask for --dry_run."
+            f"{sharded}; the estimate knows level1 and level3 without that. Set them, or use --dry_run."
         )
     return options
 
@@ -237,7 +199,7 @@ def _optimizer_options(settings: Settings) -> Settings:
 def _built_in(name: str, tables: dict[str, Table], pattern: str) -> Table:
     if list(tables) != [pattern]:
         raise UsageError(
-            f"recompute_config.{name} names operators of its own; the estimate knows the built-in choice. "
-            "Use True or numbers of layers, or ask for --dry_run."
+            f"recompute_config.{name} names operators, but the estimate knows True and numbers of layers. "
+            "Set one of these, or use --dry_run."
         )
     return tables[pattern]
