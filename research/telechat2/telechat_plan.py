@@ -27,7 +27,7 @@ def gigabytes(text: str) -> float:
     try:
         return float(text.strip().upper().removesuffix("GB"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory in GB; expected such as 58") from None
+        raise argparse.ArgumentTypeError(f"expected GB such as 58, got {text!r}") from None
 
 
 def main() -> None:

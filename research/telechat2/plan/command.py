@@ -1,8 +1,6 @@
 """The work behind telechat_plan.py."""
 
 import json
-import sys
-from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
@@ -10,9 +8,8 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.common.files import atomic_write
 from research.telechat2.config.overrides import apply_overrides
 from research.telechat2.config.preflight import Facts, preflight
-from research.telechat2.config.sections import Settings
 from research.telechat2.config.yaml_files import read_config, resolve_config
-from research.telechat2.plan.dry_run.report import CompiledStage, dry_run
+from research.telechat2.plan.dry_run.report import dry_run
 from research.telechat2.plan.estimate.draw import draw
 from research.telechat2.plan.estimate.estimate import estimate
 from research.telechat2.plan.estimate.search import search
@@ -38,20 +35,18 @@ def plan(
         config_name: the YAML; any spelling of ``resolve_config``.
         changes: dotted key to value; they win over the YAML.
         device_num: NPUs that there are; None: as many as the plan takes.
-        estimated: estimate memory, communication and speed too.
         search_gb: list the best plans for NPUs of this memory in GB (10^9 bytes), too.
-        picture: a new PNG of the estimate, memory per stage and the pipeline's schedule.
-        dry: compile the training step too.
+        picture, json_file: new files for a PNG of the estimate and for the result.
         rank, output_dir: see ``dry_run``.
-        json_file: a new file for the result.
 
     Raises:
         UsageError: the plan is illegal, ``json_file`` exists, or see ``dry_run``.
     """
-    _refuse_numbers({"--device_num": device_num, "--search": search_gb})
-    _refuse_files({"--json": json_file, "--plot": picture})
+    _check_options(
+        {"--device_num": device_num, "--search": search_gb}, {"--json": json_file, "--plot": picture}
+    )
     if not dry and (rank is not None or output_dir):
-        raise UsageError("--rank and --output_dir are for --dry_run; give that too, or leave them out.")
+        raise UsageError("--rank and --output_dir need --dry_run; give it too, or leave them out.")
     path = resolve_config(config_name, Path.cwd())
     settings = read_config(path)
     apply_overrides(settings, changes)
@@ -77,7 +72,7 @@ def plan(
         report["search"] = found.as_dict()
         texts.append(found.table())
     if dry:
-        stages = list(_compiled(settings, device_num, rank, output_dir))
+        stages = list(dry_run(settings, device_num, rank, output_dir))
         report["dry_run"] = [stage.as_dict() for stage in stages]
         texts += [stage.table() for stage in stages]
     if json_file:
@@ -89,21 +84,10 @@ def plan(
     return "\n\n".join(texts)
 
 
-def _compiled(
-    settings: Settings, device_num: int | None, rank: int | None, output_dir: Path | None
-) -> Iterator[CompiledStage]:
-    for stage in dry_run(settings, device_num, rank, output_dir):
-        print(f"compiled stage {stage.stage}", file=sys.stderr, flush=True)
-        yield stage
-
-
-def _refuse_numbers(numbers: dict[str, float | None]) -> None:
+def _check_options(numbers: dict[str, float | None], files: dict[str, Path | None]) -> None:
     for name, number in numbers.items():
         if number is not None and not 0 < number < inf:
             raise UsageError(f"{name} is {number}; it must be above 0.")
-
-
-def _refuse_files(files: dict[str, Path | None]) -> None:
     for name, file in files.items():
         if file and file.exists():
             raise UsageError(f"{file} exists and is not overwritten; give {name} another name.")
@@ -116,6 +100,6 @@ def _refuse_files(files: dict[str, Path | None]) -> None:
 def _refuse_of_prediction(path: Path, flags: list[str]) -> None:
     if flags:
         raise UsageError(
-            f"{path} is of a prediction, and {' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for "
-            "training; use the finetune YAML of this model, or leave that out. --estimate shows the memory."
+            f"{path} is of a prediction, which takes no {' and no '.join(flags)}. Use the model's finetune "
+            "YAML, or leave that out; --estimate shows the memory."
         )

@@ -20,11 +20,7 @@ class TensorType(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of one such tensor.
-
-        Raises:
-            UsageError: the shape is dynamic.
-        """
+        """Bytes of one such tensor; UsageError: the shape is dynamic."""
         if -1 in self.shape:
             raise UsageError(f"the bytes of a tensor of the dynamic shape {self.shape} are unknown.")
         return prod(self.shape) * _BYTES[self.dtype]
@@ -56,7 +52,6 @@ class ShardedParameter:
 
     @property
     def bytes(self) -> int:
-        """Bytes that this rank stores."""
         return TensorType(self.dtype, self.local_shape).bytes
 
 
@@ -84,22 +79,20 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One communication operator.
+    """One communication operator; what is not said here is as in Operator.
 
     Attributes:
         kind: its primitive: ``AllReduce``, ``AllGather``, ``Send``, ….
         group: MindSpore's name of the group.
         ranks: the ranks that take part, in the group's order; of Send and Receive, sender and receiver.
         input, output: the tensors that this rank gives and gets.
-        phase: as an Operator's.
         role: why it is there. ``operator``: an operator's strategy needs it (its sum over split products);
             ``redistribution``: two operators' layouts differ, as they are meant to where sequence parallelism
             gathers; ``gradient``: gradients are summed;
             ``weight``: the optimizer's sharding is undone; ``pipeline``: between stages; ``other``: written
             in the model or the optimizer itself.
-        scope: as an Operator's. In the backward pass, that of the forward node whose gradient it is.
+        scope: in the backward pass, that of the forward node whose gradient it is.
         parameter: the parameter whose gradient or value it carries, "" else.
-        micro_batch, count: as an Operator's.
     """
 
     kind: str
@@ -116,11 +109,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes that this rank sends per execution, by an algorithm that sends as little as is possible.
-
-        With n ranks: (n-1)/n of the whole tensor for AllGather, ReduceScatter and AlltoAll, twice that for
-        AllReduce; the tensor for Send, nothing for Receive.
-        """
+        """Bytes that this rank sends per execution, by an algorithm that sends as little as is possible."""
         n = len(self.ranks)
         if self.kind == "Receive":
             return 0

@@ -7,6 +7,7 @@ See simulate.py for how, and graph.py for the terms of a report.
 """
 
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -121,6 +122,7 @@ def dry_run(
     files = {rank: _strategy_file(output_dir, rank) for rank in ranks}
     for rank in ranks:
         report = _compile(settings, checked.device_num, rank, files[rank])
+        print(f"compiled stage {rank // each}", file=sys.stderr, flush=True)
         yield _summary(report, rank // each, files[rank])
 
 
