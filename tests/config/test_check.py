@@ -134,7 +134,7 @@ def test_processes_that_are_copies_take_any_number_of_devices():
         ),
         (
             {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "gpipe"}},
-            ("pipeline_scheduler", "gpipe", "MindSpore"),
+            ("pipeline_scheduler", "gpipe", "1f1b"),
         ),
         (
             {"parallel.pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "seqpipe"}},

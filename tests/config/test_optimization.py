@@ -138,3 +138,8 @@ def test_a_stable_rate_without_warm_up_is_refused(warmup, steps):
     check_schedule_length(settings, 20 * steps) if "warmup_ratio" in warmup else None
     cosine = schedule(**warmup)
     assert check_schedule_length(cosine, steps) == []
+
+
+def test_a_number_that_no_float_holds():
+    with refused("lr_schedule.learning_rate", "a number", 0):
+        check_optimization(schedule(learning_rate=10**400))

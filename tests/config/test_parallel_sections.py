@@ -23,11 +23,11 @@ PIPELINE = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}
 @pytest.mark.parametrize(
     ("section", "value", "sentence"),
     [
-        ("pipeline_config", {"pipeline_interleave": True}, ("pipeline_scheduler", "MindSpore")),
+        ("pipeline_config", {"pipeline_interleave": True}, ("pipeline_scheduler", "1f1b")),
         (
             "pipeline_config",
             {"pipeline_scheduler": "1f1b"},
-            ("pipeline_interleave", "MindSpore"),
+            ("pipeline_interleave", "True"),
         ),
         (
             "pipeline_config",

@@ -240,3 +240,12 @@ def test_a_base_and_an_alias_may_be_used_twice(tmp_path):
     (tmp_path / "b.yaml").write_text("base_config: c.yaml\n")
     (tmp_path / "a.yaml").write_text("base_config: [b.yaml, c.yaml]\nx: &x {k: 1}\ny: [*x, *x]\n")
     assert read_config(tmp_path / "a.yaml") == {"seed": 3, "x": {"k": 1}, "y": [{"k": 1}, {"k": 1}]}
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "9" * 5000])
+def test_a_value_that_python_cannot_hold_is_named(tmp_path, value):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"seed: {value}\n")
+    with refused(path):
+        read_config(path)
+    parse_value(value)

@@ -67,9 +67,9 @@ def remedy() -> str:
     if ready.is_file() and Path(sys.prefix).resolve() != ready.parents[1].resolve():
         return f"activate the environment of this checkout: source {shlex.quote(str(ready))}"
     return (
-        "activate the environment that has them, or make one: python3.11 -m venv .venv && "
-        f"source .venv/bin/activate && pip install -e {shlex.quote(str(CHECKOUT))} "
-        "(bash scripts/quickstart.sh does so, too)"
+        "activate the environment that has them, or make one: python3.11 -m venv .venv && source "
+        f".venv/bin/activate && pip install -e {shlex.quote(str(CHECKOUT))} (bash scripts/quickstart.sh does "
+        "so, too)"
     )
 
 

@@ -155,8 +155,8 @@ def _check_devices(
         _check_context(settings, config, device_num or devices)
     elif device_num not in (None, 1) and kind == "single":
         raise UsageError(
-            f"use_parallel is False, so the run takes 1 device, not {device_num}; set use_parallel to "
-            "True, or take 1."
+            f"use_parallel is False, so the run takes 1 device, not {device_num}; set use_parallel to True, "
+            "or take 1."
         )
 
 

@@ -29,8 +29,8 @@ _WARM_RESTARTS = table(
     "warmup_epochs:whole|null"
 )
 _ADAMW = (
-    "learning_rate:real|section betas:reals eps:real weight_decay:real|section use_fused:bool "
-    "amsgrad:bool maximize:bool swap:bool "
+    "learning_rate:real|section betas:reals eps:real weight_decay:real|section use_fused:bool amsgrad:bool "
+    "maximize:bool swap:bool "
 )
 _WRAPPER = (
     "use_clip_grad:bool max_grad_norm:real scale_sense:real|section local_norm:bool "
@@ -182,9 +182,8 @@ GROUPS: dict[str, dict[str, dict[str, str] | None]] = {
     "data_loader": {
         "MindDataset": table(
             "dataset_dir:text dataset_files:text|texts columns_list:texts|null "
-            "num_parallel_workers:count|null shuffle:bool|null num_shards:whole|null "
-            "shard_id:whole|null sampler:any padded_sample:any num_padded:whole|null "
-            "num_samples:count|null cache:any"
+            "num_parallel_workers:count|null shuffle:bool|null num_shards:whole|null shard_id:whole|null "
+            "sampler:any padded_sample:any num_padded:whole|null num_samples:count|null cache:any"
         ),
         "TFRecordDataset": table(
             "dataset_dir:text dataset_files:text|texts schema:any columns_list:texts|null "

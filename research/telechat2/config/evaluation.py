@@ -14,21 +14,14 @@ REPLACED_METRICS = ("PerplexityMetric",)
 
 
 def check_evaluation_settings(config: Settings, changed: Mapping[str, object]) -> list[str]:
-    """Refuse what an evaluation would pass over, and take out, in place, what it does not need.
-
-    Args:
-        config: the settings.
-        changed: what the command line gave of them.
-
-    Returns:
-        A note for each setting that has no effect.
+    """Take out of ``config`` what an evaluation does not need; a note for each such setting.
 
     Raises:
-        UsageError: records are counted for the training data, or a batch or a seed that cannot be.
+        UsageError: the command line, ``changed``, counts training records; a batch or a seed that cannot be.
     """
     if (samples := changed.get("train_dataset.data_loader.num_samples")) is not None:
         raise UsageError(
-            f"--num_samples {samples} is of the training data, which an evaluation does not read; give "
+            f"--num_samples {samples} counts training records, which an evaluation does not read; give "
             f"--eval_dataset.data_loader.num_samples {samples}."
         )
     check_run_numbers(config)
@@ -41,9 +34,7 @@ def check_evaluation_settings(config: Settings, changed: Mapping[str, object]) -
 def prepare_evaluation(config: Settings, *, training: bool) -> None:
     """Fit the settings of a run that evaluates, in place, and print what is changed.
 
-    Args:
-        config: the settings, template not needed.
-        training: whether it evaluates between steps of training (``do_eval``).
+    ``training``: whether it evaluates between steps of training (``do_eval``).
 
     Raises:
         UsageError: another metric than loss and perplexity, no weights, or a parallel plan that can train but
@@ -56,8 +47,7 @@ def prepare_evaluation(config: Settings, *, training: bool) -> None:
         return
     if not has_weights(config):
         raise UsageError(
-            "no weights to evaluate: give --load_checkpoint, a .safetensors or .ckpt file or a directory. "
-            "Random weights have the loss of guessing, the logarithm of vocab_size."
+            "no weights to evaluate; give --load_checkpoint, a .safetensors or .ckpt file or a directory."
         )
     _fit_compiler(config)
     config["recompute_config"] = {"recompute": False}  # there is no backward pass
@@ -67,9 +57,10 @@ def prepare_evaluation(config: Settings, *, training: bool) -> None:
 def has_weights(config: Settings) -> bool:
     """Whether a config names weights, in any of the places where MindFormers looks for them."""
     model = section_of(config, "model.model_config")
-    sources = (config, "load_checkpoint"), (config.get("checkpoint") or {}, "load_path")
-    others = (model, "checkpoint_name_or_path"), (config, "only_save_strategy")
-    return any(section.get(key) for section, key in (*sources, *others))
+    own = any(config.get(key) for key in ("load_checkpoint", "only_save_strategy"))
+    return bool(
+        own or section_of(config, "checkpoint").get("load_path") or model.get("checkpoint_name_or_path")
+    )
 
 
 def _fit_metric(config: Settings) -> None:
@@ -79,8 +70,8 @@ def _fit_metric(config: Settings) -> None:
     others = [name for name in names if name not in (None, METRIC, *REPLACED_METRICS)]
     if others:
         raise UsageError(
-            f"metric is {', '.join(others)}, but evaluation here is loss and perplexity: write metric: "
-            f"{{type: {METRIC}}}, or compare answers of run_telechat_predict.py by a program of your own."
+            f"metric is {', '.join(others)}, but evaluation gives loss and perplexity; write metric: {{type: "
+            f"{METRIC}}}, or compare answers of run_telechat_predict.py yourself."
         )
     if names != [METRIC]:
         print(f"metric: {METRIC} instead of {names[0] or 'none'}, loss and perplexity by token", flush=True)
@@ -95,8 +86,8 @@ def _check_experts(config: Settings) -> None:
     if kind_of(config) == "semi_auto" and moe.get("expert_num", 1) > 1 and mp > 1 and not whole:
         raise UsageError(
             f"evaluation drops no token, which takes whole experts on each device, but model_parallel {mp} "
-            f"splits their width. Set moe_config.ep_extend_tp: True with parallel_config.use_seq_parallel: "
-            f"True, or model_parallel: 1; without do_eval the plan can train as it is."
+            "splits their width. Set moe_config.ep_extend_tp: True with parallel_config.use_seq_parallel: "
+            "True, or model_parallel: 1; without do_eval the plan can train as it is."
         )
 
 
@@ -110,14 +101,12 @@ def _fit_stages(config: Settings, training: bool) -> None:
     if training:
         raise UsageError(
             f"do_eval is True and pp_interleave_num {chunks}: MindSpore 2.9 cannot evaluate with virtual "
-            f"chunks. Set do_eval: False and evaluate a checkpoint (--run_mode eval), or set "
-            f"pp_interleave_num: 1 and parallel.pipeline_config.pipeline_interleave: False."
+            "chunks. Set do_eval: False and evaluate a checkpoint (--run_mode eval), or set "
+            "pp_interleave_num: 1 and parallel.pipeline_config.pipeline_interleave: False."
         )
     num_layers = model["num_layers"]
-    counts = [
-        sum(column)
-        for column in zip(*partition(num_layers, stages, chunks, model.get("offset", 0)), strict=True)
-    ]
+    table = partition(num_layers, stages, chunks, model.get("offset", 0))
+    counts = [sum(column) for column in zip(*table, strict=True)]
     model |= {"pp_interleave_num": 1, "offset": [count - num_layers // stages for count in counts]}
     config["parallel"] = config["parallel"] | {
         "pipeline_config": {"pipeline_interleave": False, "pipeline_scheduler": "1f1b"}
@@ -130,16 +119,10 @@ def _fit_compiler(config: Settings) -> None:
     context = section_of(config, "context")
     if context.get("device_target", "Ascend") == "CPU":
         return
-    settings = dict(section_of(context, "jit_config"))
-    level = settings.get("jit_level") or context.get("jit_level") or "O0"
-    settings = {
-        "jit_level": level,
-        "infer_boost": settings.get("infer_boost") or context.get("infer_boost", "off"),
-    }
+    given = section_of(context, "jit_config")
+    level = given.get("jit_level") or context.get("jit_level") or "O0"
+    boost = given.get("infer_boost") or context.get("infer_boost", "off")
     if level == "O1":
-        print(
-            "context.jit_config.jit_level: O0 instead of O1, with which MindFormers does not evaluate",
-            flush=True,
-        )
-        settings["jit_level"] = "O0"
-    config["context"] = context | {"jit_config": settings}
+        print("context.jit_config.jit_level: O0 instead of O1, which cannot evaluate", flush=True)
+        level = "O0"
+    config["context"] = context | {"jit_config": {"jit_level": level, "infer_boost": boost}}

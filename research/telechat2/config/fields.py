@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -10,7 +11,6 @@ from research.telechat2.common.problems import check_all
 from research.telechat2.config.kinds import check_bool, check_number, expected_number
 
 T = TypeVar("T")
-_FOUND: dict[type, "dict[str, Setting]"] = {}  # of settings_of, which searches call thousands of times
 _KINDS: dict[object, str] = {
     int: "whole", float: "real", bool: "bool", str: "text", dict: "section", list[Any]: "list",
     NoneType: "null", object: "any", list[int]: "wholes", list[float]: "reals", list[str]: "texts",
@@ -43,8 +43,7 @@ class Setting:
         """Raise UsageError if ``value`` breaks the rule of a truth value, of bounds, or of choices."""
         name = f"{section}.{self.name}".lstrip(".")
         if self.choices and value not in self.choices:
-            allowed = ", ".join(map(str, self.choices))
-            text = f"{name} is {value!r}; this model has {allowed} only. Set it so, or leave it out."
+            text = f"{name} is {value!r}; it must be {self.rule()}. Set it so, or leave it out."
             raise UsageError(f"{text} {self.help}".rstrip())
         if self.kind == "bool":
             check_bool(name, value)
@@ -70,15 +69,9 @@ def setting(
     return field(default=default, metadata={"help": help, "unit": unit, "bounds": bounds, "choices": choices})
 
 
-def follows(
-    help: str,  # noqa: A002
-    *,
-    unit: str = "",
-    choices: tuple[object, ...] = (),
-    **bounds: float,
-) -> Any:
+def follows(help: str, **rule: Any) -> Any:  # noqa: A002
     """A field that follows from others where the YAML does not state it, or states null."""
-    return setting(None, help, unit=unit, choices=choices, **bounds)
+    return setting(None, help, **rule)
 
 
 def only(default: T) -> T:
@@ -86,10 +79,9 @@ def only(default: T) -> T:
     return setting(default, "", choices=(default,))
 
 
+@cache  # searches ask thousands of times
 def settings_of(section: type) -> dict[str, Setting]:
     """The settings of a section's dataclass, by name; fields of other dataclasses are none."""
-    if section in _FOUND:
-        return _FOUND[section]
     hints, found = get_type_hints(section), {}
     for each in fields(section):
         if each.metadata:
@@ -98,7 +90,6 @@ def settings_of(section: type) -> dict[str, Setting]:
             found[each.name] = Setting(
                 each.name, f"{kind}|null" if nullable else kind, each.default, **each.metadata
             )
-    _FOUND[section] = found
     return found
 
 
@@ -124,7 +115,7 @@ class Section:
     @classmethod
     def of(cls, other: object) -> Self:
         """The settings that ``other``, MindFormers' object of the section, has as attributes."""
-        names = settings_of(cls)
+        names = settings_of(cls)  # type: ignore[arg-type]  # of functools.cache
         return cls(**{name: getattr(other, name) for name in names if hasattr(other, name)})
 
 

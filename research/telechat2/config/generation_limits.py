@@ -48,7 +48,7 @@ class GenerationLimits:
         elif max_length > model.seq_length:
             raise UsageError(
                 f"max_length is {max_length}, but the YAML's seq_length is {model.seq_length}; lower it, or "
-                f"raise seq_length in the YAML."
+                "raise seq_length in the YAML."
             )
         num_blocks = model.num_blocks if model.use_past else 0
         return cls(max_length, source, max_new_tokens, model.block_size, num_blocks)

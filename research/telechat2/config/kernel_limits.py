@@ -21,8 +21,8 @@ def check_fused_attention(config: ModelSettings) -> None:
     head_dim = config.head_dim
     if head_dim % 16:
         raise UsageError(
-            f"head_dim is {head_dim}, but Ascend's FlashAttentionScore needs a multiple of 16; "
-            "change hidden_size or num_heads, or set model_config.use_flash_attention: False."
+            f"head_dim is {head_dim}, but Ascend's FlashAttentionScore needs a multiple of 16; change "
+            "hidden_size or num_heads, or set model_config.use_flash_attention: False."
         )
 
 
@@ -30,8 +30,8 @@ def check_paged_kernels(config: ModelSettings) -> None:
     """Raise UsageError for a config that Ascend's prediction kernels cannot run (CANN's operator lists)."""
     if not config.is_dynamic:
         raise UsageError(
-            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; "
-            "set model_config.is_dynamic: True."
+            "is_dynamic is False, but Ascend's kernels read prompts one after the other without padding; set "
+            "model_config.is_dynamic: True."
         )
     if not config.use_flash_attention:
         raise UsageError(
@@ -42,22 +42,22 @@ def check_paged_kernels(config: ModelSettings) -> None:
     if _name(config.compute_dtype) == "bfloat16" and _name(config.rotary_dtype) == "float32":
         raise UsageError(
             "rotary_dtype is float32 and compute_dtype bfloat16, but Ascend's ApplyRotaryPosEmb rotates "
-            "bfloat16 by bfloat16 tables only; "
-            "set model_config.rotary_dtype: bfloat16, or compute_dtype: float16."
+            "bfloat16 by bfloat16 tables only; set model_config.rotary_dtype: bfloat16, or compute_dtype: "
+            "float16."
         )
     head_dim = config.head_dim
     if config.block_size % 16 or head_dim > 256:
         raise UsageError(
-            f"block_size is {config.block_size} and head_dim {head_dim}; Ascend's PagedAttention "
-            "needs a block_size that is a multiple of 16 and a head_dim of at most 256."
+            f"block_size is {config.block_size} and head_dim {head_dim}; Ascend's PagedAttention needs a "
+            "block_size that is a multiple of 16 and a head_dim of at most 256."
         )
 
 
 def _check_attention_dtype(config: ModelSettings) -> None:
     if _name(config.compute_dtype) == "float32":
         raise UsageError(
-            "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; "
-            "set model_config.compute_dtype to one of them."
+            "compute_dtype is float32, but Ascend's attention kernels take float16 or bfloat16; set "
+            "model_config.compute_dtype to one of them."
         )
 
 
@@ -69,8 +69,8 @@ def check_cpu_dtypes(config: ModelSettings) -> None:
     ):  # fmt: skip
         if _name(getattr(config, name)) == "bfloat16":
             raise UsageError(
-                f"{name} is bfloat16, for which MindSpore has no operators on a CPU; "
-                f"set model_config.{name}: float32."
+                f"{name} is bfloat16, for which MindSpore has no operators on a CPU; set "
+                f"model_config.{name}: float32."
             )
 
 

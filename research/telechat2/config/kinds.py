@@ -5,7 +5,9 @@ number that it is. Quoted truth values and whole numbers stay errors: ``"False"`
 """
 
 import math
+import operator
 import re
+import sys
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -16,6 +18,10 @@ _SPELLED = {"gigabytes": _GIGABYTES, "prefix": re.compile(r"[^/]*"), "level": re
 _ITEMS = {"reals": "real", "wholes": "whole", "texts": "text", "sections": "section"}  # of a list
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _TYPES: dict[str, Any] = {"text": str, "list": (list, tuple), "section": dict, "null": type(None)}
+_BOUNDS: dict[str, tuple[str, Any]] = {
+    "least": ("at least", operator.ge), "most": ("at most", operator.le),
+    "above": ("above", operator.gt), "below": ("below", operator.lt),
+}  # fmt: skip
 EXPECTED = {
     "bool": "True or False, without quotes",
     "whole": "a whole number, in digits and without quotes",
@@ -36,12 +42,8 @@ EXPECTED = {
 
 
 def table(text: str) -> dict[str, str]:
-    """``"epochs:whole seed:whole|null"`` as a dictionary of key and kind; kinds are the keys of EXPECTED.
-
-    ``any`` takes every value.
-    """
-    key_and_kind = (word.split(":") for word in text.split())
-    return {key: kind for key, kind in key_and_kind}
+    """``"epochs:whole seed:any"`` as a dictionary of key and kind: of EXPECTED, or ``any``."""
+    return {key: kind for key, kind in (word.split(":") for word in text.split())}
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -51,7 +53,9 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return bool(abs(float(value) if not isinstance(value, Integral) else int(value)) <= sys.float_info.max)
 
 
 def check_bool(name: str, value: object) -> None:
@@ -60,29 +64,14 @@ def check_bool(name: str, value: object) -> None:
         raise UsageError(f"{name} is {value!r}; it must be {EXPECTED['bool']}.")
 
 
-def check_number(
-    name: str,
-    value: object,
-    *,
-    whole: bool = False,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> None:
-    """UsageError if the setting ``name`` is no finite number, not ``whole``, or out of its bounds."""
-    fits = is_whole(value) if whole else is_number(value)
-    if fits:
-        assert is_number(value)
-        fits = (
-            (least is None or value >= least)
-            and (most is None or value <= most)
-            and (above is None or value > above)
-            and (below is None or value < below)
-        )
-    if not fits:
-        expected = expected_number(whole=whole, least=least, most=most, above=above, below=below)
-        raise UsageError(f"{name} is {value!r}; it must be {expected}.")
+def check_number(name: str, value: object, *, whole: bool = False, **bounds: float) -> None:
+    """UsageError if the setting ``name`` is no finite number, not ``whole``, or out of its bounds.
+
+    ``bounds``: ``least``, ``most``, ``above``, ``below``.
+    """
+    is_one = is_whole(value) if whole else is_number(value)
+    if not is_one or not all(_BOUNDS[key][1](value, bound) for key, bound in bounds.items()):
+        raise UsageError(f"{name} is {value!r}; it must be {expected_number(whole=whole, **bounds)}.")
 
 
 def check_divisible(name: str, value: int, by: str, divisor: int, advice: str = "change one of them") -> None:
@@ -91,10 +80,9 @@ def check_divisible(name: str, value: int, by: str, divisor: int, advice: str = 
         raise UsageError(f"{name} {value} is not divisible by {by} {divisor}; {advice}.")
 
 
-def expected_number(*, whole: bool = False, **bounds: float | None) -> str:
+def expected_number(*, whole: bool = False, **bounds: float) -> str:
     """In words what check_number accepts."""
-    words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
-    listed = " and ".join(f"{words[key]} {bound}" for key, bound in bounds.items() if bound is not None)
+    listed = " and ".join(f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
     return f"{'a whole number' if whole else 'a number'}{', ' if listed else ''}{listed}"
 
 
@@ -135,9 +123,7 @@ def _is(kind: str, value: object) -> bool:
 
 def _number(value: object) -> float | None:
     """The number that a text is, None where it is none."""
-    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
-        return None
-    number = float(value)
+    number = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else math.inf
     return number if math.isfinite(number) else None
 
 

@@ -194,8 +194,8 @@ def _check_choices(config: ModelSettings) -> None:
 def _check_dropout(config: ModelSettings) -> None:
     if config.moe and config.hidden_dropout_prob:
         raise UsageError(
-            f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; "
-            "set it to 0.0."
+            f"hidden_dropout_prob is {config.hidden_dropout_prob}, but experts run without dropout; set it "
+            "to 0.0."
         )
 
 

@@ -1,8 +1,4 @@
-"""The rules of learning rate, optimizer and length of a training: one check for the plan command and the run.
-
-MindFormers 1.9 passes most of these over: a final rate above the first lets the rate climb, and of two
-lengths of the warm-up one is not read.
-"""
+"""The rules of learning rate, optimizer and length of a training; MindFormers 1.9 passes most over."""
 
 from collections.abc import Iterator
 
@@ -15,19 +11,11 @@ from research.telechat2.config.sections import Settings, section_of
 _PEAKS = ("learning_rate", "base_lr")
 _ENDS = ("lr_end", "lr_end1", "lr_end2", "eta_min")
 _TEMPLATE_RATE = 5e-5
-MOST_EPOCHS = 2**31 - 1  # an int32
 
 
 def check_optimization(settings: Settings) -> None:
-    """Check the numbers of ``lr_schedule``, ``optimizer``, ``runner_wrapper``, ``runner_config`` and
-    ``checkpoint``, and of the schedules of parameter groups.
-
-    Args:
-        settings: of a YAML with its overrides; sections may be absent.
-
-    Raises:
-        UsageError: with the setting, its value, and what it must be.
-    """
+    """UsageError for a number of schedules, optimizer, ``runner_wrapper``, ``runner_config`` or
+    ``checkpoint`` that cannot be; sections may be absent."""
     _check_stated_rate(settings)
     scaled = bool(settings.get("lr_scale"))
     checks: list[tuple[object, ...]] = []
@@ -44,23 +32,20 @@ def _check_runner(settings: Settings) -> None:
     if not isinstance(wrapper.get("scale_sense"), dict):
         _check("runner_wrapper", wrapper, "scale_sense", above=0)
     check_run_numbers(settings)
-    for key in ("save_interleaved_steps", "save_max"):
-        _check_count(settings, "checkpoint", key)
+    _check_counts(settings, "checkpoint", "save_interleaved_steps", "save_max")
 
 
 def check_run_numbers(settings: Settings) -> None:
-    """Check the numbers that evaluations have too: of ``runner_config``, records, and the seed.
-
-    Raises:
-        UsageError: with the setting, its value, and what it must be.
-    """
-    _check_count(settings, "runner_config", "epochs", MOST_EPOCHS)  # MindSpore counts no further
-    for key in ("batch_size", "gradient_accumulation_steps"):
-        _check_count(settings, "runner_config", key)
-    if section_of(settings, "runner_config").get("sink_size") != -1:  # all steps of an epoch
-        _check_count(settings, "runner_config", "sink_size")
+    """UsageError for a number that evaluations have too: of ``runner_config``, records, and the seed."""
+    runner = section_of(settings, "runner_config")
+    _check(
+        "runner_config", runner, "epochs", whole=True, least=1, most=2**31 - 1
+    )  # MindSpore counts in int32
+    _check_counts(settings, "runner_config", "batch_size", "gradient_accumulation_steps")
+    if runner.get("sink_size") != -1:  # all steps of an epoch
+        _check_counts(settings, "runner_config", "sink_size")
     for which in ("train_dataset", "eval_dataset"):
-        _check_count(settings, f"{which}.data_loader", "num_samples")
+        _check_counts(settings, f"{which}.data_loader", "num_samples")
     check_seed(settings.get("seed"))
 
 
@@ -71,14 +56,7 @@ def check_seed(seed: object, name: str = "seed") -> None:
 
 
 def check_schedule_length(settings: Settings, steps: int) -> list[str]:
-    """Compare the schedule with the length of the run, once that is known.
-
-    Args:
-        settings: of a YAML with its overrides, checked by ``check_optimization``.
-        steps: that the whole run has, from its first.
-
-    Returns:
-        Notes on what is legal and rarely meant.
+    """Notes on schedules that do not fit a whole run of ``steps``, once these are known.
 
     Raises:
         UsageError: the rate of the first step would be NaN.
@@ -105,15 +83,14 @@ def check_schedule_length(settings: Settings, steps: int) -> list[str]:
         if total != steps:
             what = "stays at its end after that" if total < steps else "does not reach its end"
             notes.append(
-                f"{name}.total_steps is {total}, and the run has {steps} steps: the learning rate {what}. "
-                "-1 takes the steps of the run."
+                f"{name}.total_steps is {total}, and the run has {steps} steps: the learning rate {what}. -1 "
+                "takes the steps of the run."
             )
     return notes
 
 
 def with_float_fields(optimizer: Settings) -> Settings:
-    """The optimizer's settings with the fields that MindFormers refuses as whole numbers, such as
-    ``weight_decay: 0``, as floats."""
+    """The optimizer with floats for ``weight_decay: 0`` and the like, which MindFormers refuses."""
     fields = {key: optimizer[key] for key in ("eps", "weight_decay") if is_whole(optimizer.get(key))}
     return optimizer | {key: float(value) for key, value in fields.items()}
 
@@ -152,15 +129,15 @@ def _check_stated_rate(settings: Settings) -> None:
         if _peak(schedule)[1] is None and not unknown:
             instead = "" if schedule else f" (MindFormers would take a cosine from {_TEMPLATE_RATE})"
             raise UsageError(
-                f"{name}.learning_rate is not stated{instead}; give --{name}.learning_rate {rate}. A "
-                "learning_rate of the section optimizer is not read."
+                f"{name}.learning_rate is not stated{instead}; give --{name}.learning_rate {rate}. That of "
+                "the optimizer is not read."
             )
     for name, schedule in schedules[:1]:
         key, peak = _peak(schedule)
         if given is not None and peak is not None and given != peak:
             raise UsageError(
-                f"optimizer.learning_rate is {given} and {name}.{key} is {peak}, which MindFormers takes "
-                f"instead; give --{name}.{key} {rate}, or leave optimizer.learning_rate out (null)."
+                f"optimizer.learning_rate is {given}, but {name}.{key} {peak} counts; give --{name}.{key} "
+                f"{rate}, or leave optimizer.learning_rate out (null)."
             )
 
 
@@ -180,10 +157,9 @@ def _check_rates(name: str, schedule: Settings, scaled: bool) -> None:
     for key in (*_ENDS, "warmup_lr_init"):
         value = schedule.get(key)
         if value is not None and value > peak:
-            course = "falls to the learning rate in the warm-up" if key == "warmup_lr_init" else "climbs"
             raise UsageError(
-                f"{name}.{key} is {value}, which is above {peak_name} {peak}, so the rate {course}; give "
-                f"--{name}.{key} {peak / 10:.4g} or another value up to {peak}, or raise {peak_name}."
+                f"{name}.{key} is {value}, above {peak_name} {peak}; give --{name}.{key} {peak / 10:.4g} or "
+                f"another value up to {peak}, or raise {peak_name}."
             )
 
 
@@ -195,25 +171,22 @@ def _check_lengths(name: str, schedule: Settings) -> None:
         _check(name, schedule, ratio, least=0, most=1)
         if length is not None and share is not None and (length or share):
             raise UsageError(
-                f"{name} has {steps} {length} and {ratio} {share}, and MindFormers reads the ratio alone; "
-                f"give one of the two: --{name}.{ratio} null to take the steps, --{name}.{steps} null to "
-                "take the ratio."
+                f"{name} has {steps} {length} and {ratio} {share}; give one of the two: --{name}.{ratio} "
+                f"null to take the steps, --{name}.{steps} null to take the ratio."
             )
     if epochs := schedule.get("warmup_epochs"):
         raise UsageError(
-            f"{name}.warmup_epochs is {epochs!r}, which MindFormers 1.9 reads and then replaces by "
-            "warmup_ratio; give warmup_steps or warmup_ratio."
+            f"{name}.warmup_epochs {epochs!r} is not followed; give warmup_steps or warmup_ratio instead."
         )
     total = schedule.get("total_steps")
     if total not in (None, -1) and not (is_number(total) and total == int(total) and total >= 1):
         raise UsageError(
-            f"{name}.total_steps is {total!r}; it must be -1, for all steps of the run, or at least 1."
+            f"{name}.total_steps is {total!r}; it must be -1, the steps of the run, or at least 1."
         )
 
 
 def _check_optimizer(optimizer: Settings) -> None:
-    betas = optimizer.get("betas")
-    if betas is not None:
+    if (betas := optimizer.get("betas")) is not None:
         if not (isinstance(betas, (list, tuple)) and len(betas) == 2):
             raise UsageError(f"optimizer.betas is {betas!r}; it must be two numbers, such as [0.9, 0.95].")
         for index, beta in enumerate(betas):
@@ -225,20 +198,12 @@ def _check_optimizer(optimizer: Settings) -> None:
         _check("optimizer", optimizer, key, least=0)
 
 
-def _check_count(settings: Settings, place: str, key: str, most: int | None = None) -> None:
-    _check(place, section_of(settings, place), key, whole=True, least=1, most=most)
+def _check_counts(settings: Settings, place: str, *keys: str) -> None:
+    for key in keys:
+        _check(place, section_of(settings, place), key, whole=True, least=1)
 
 
-def _check(
-    place: str,
-    section: Settings,
-    key: str,
-    *,
-    whole: bool = False,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-) -> None:
+def _check(place: str, section: Settings, key: str, *, whole: bool = False, **bounds: float) -> None:
     """check_number for a key of the section at ``place``; an absent one has its default."""
     if (value := section.get(key)) is not None:
-        check_number(f"{place}.{key}", value, whole=whole, least=least, most=most, above=above)
+        check_number(f"{place}.{key}", value, whole=whole, **bounds)

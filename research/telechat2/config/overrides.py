@@ -48,7 +48,10 @@ def load_yaml(text: str) -> object:
     Raises:
         yaml.YAMLError: it is none, or a section has a key twice.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def boolean(text: str) -> bool:
@@ -68,7 +71,7 @@ def parse_value(text: str) -> object:
 
     Unlike YAML 1.1, ``1e-4`` is a number, and ``12:30``, ``010`` and dates stay text.
     """
-    if re.fullmatch(r"[-+]?(0|[1-9]\d*)", text):
+    if re.fullmatch(r"[-+]?(0|[1-9]\d{,999})", text):  # Python makes no number of thousands of digits
         return int(text)
     if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", text) and not re.fullmatch(
         r"[-+]?0\d+", text

@@ -1,9 +1,11 @@
 """What a TelechatConfig's ``parallel_config`` may ask for: all that can be checked without a cluster."""
 
+import operator
+
 from research.telechat2.common.errors import UsageError
 from research.telechat2.common.problems import check_all
 from research.telechat2.config.fields import check_section
-from research.telechat2.config.kinds import check_divisible, check_number
+from research.telechat2.config.kinds import check_divisible
 from research.telechat2.config.model_settings import ModelSettings
 from research.telechat2.config.pipeline import partition_of
 from research.telechat2.config.plan_settings import ParallelSettings, RecomputeSettings, SwapSettings
@@ -12,11 +14,7 @@ from research.telechat2.config.recompute import SELECTED, read_recompute
 
 
 def check_plan(config: ModelSettings) -> None:
-    """Refuse a plan that cannot be, and what this model would have to ignore.
-
-    Raises:
-        UsageError: sizes that do not divide, an impossible pipeline, or an option without effect.
-    """
+    """UsageError for sizes that do not divide, an impossible pipeline, or an option without effect."""
     section = config.parallel_config
     check_all(
         (check_section, section, ParallelSettings),
@@ -49,20 +47,19 @@ def check_cluster(config: ModelSettings, devices: int, gradients_mean: bool) -> 
         raise UsageError(f"{factors} is {product}, but {devices} devices take part; make them equal.")
     if devices % 8 and devices not in (1, 2, 4):
         raise UsageError(
-            f"{devices} devices take part, but MindSpore shares a graph out to 1, 2, 4 or a multiple of 8 of "
-            "Ascend's devices; choose data_parallel, model_parallel and pipeline_stage so."
+            f"{devices} devices take part, but MindSpore's graphs take 1, 2, 4 or a multiple of 8; choose "
+            "data_parallel, model_parallel and pipeline_stage so."
         )
     exchange = exchange_of(section)
     gather = section.context_parallel // exchange
     check_groups(section.data_parallel, section.model_parallel, section.pipeline_stage, gather, exchange)
     if gradients_mean:
         raise UsageError(
-            "parallel.gradients_mean is True, which would divide the gradients of the global mean loss once "
-            "more by the number of devices; set it to False."
+            "parallel.gradients_mean is True, which divides gradients of a mean once more; set it to False."
         )
     if not config.use_flash_attention:
         raise UsageError(
-            "use_flash_attention is False, but only the fused attention is split over devices; set "
+            "use_flash_attention is False, but only fused attention is split over devices; set "
             "model_config.use_flash_attention: True, or use_parallel: False."
         )
 
@@ -86,17 +83,12 @@ def exchange_of(section: ParallelSettings) -> int:
 
 
 def check_exchange(config: ModelSettings, enable_alltoall: bool) -> None:
-    """Refuse to gather what is to be exchanged.
-
-    Raises:
-        UsageError: MindSpore's context forbids the exchange that the plan asks for.
-    """
+    """UsageError if MindSpore's context forbids the exchange that the plan asks for."""
     exchange = exchange_of(config.parallel_config)
     if exchange > 1 and not enable_alltoall:
         raise UsageError(
             f"parallel_config.context_parallel_algo {_algorithm(config.parallel_config)} has {exchange} "
-            "devices exchange heads for tokens, but parallel.enable_alltoall is False, with which MindSpore "
-            "would gather all of them; set it to True."
+            "devices exchange heads, but parallel.enable_alltoall is False; set it to True."
         )
 
 
@@ -112,22 +104,18 @@ def _check_context_parallel(config: ModelSettings, section: ParallelSettings) ->
     name = f"parallel_config.context_parallel {context}"
     if degree > 1 and algorithm != "hybrid_cp":
         raise UsageError(
-            f"parallel_config.ulysses_degree_in_cp is {degree}, but context_parallel_algo {algorithm} does "
-            "not read it; set context_parallel_algo: hybrid_cp, or remove it."
+            f"parallel_config.ulysses_degree_in_cp {degree} is not read by context_parallel_algo "
+            f"{algorithm}; set context_parallel_algo: hybrid_cp, or remove it."
         )
-    check_number("parallel_config.ulysses_degree_in_cp", degree, whole=True, least=1)
     check_divisible("parallel_config.context_parallel", context, "ulysses_degree_in_cp", degree)
     check_divisible("seq_length", config.seq_length, "parallel_config.context_parallel", context)
     if config.batch_size > 1:
         raise UsageError(
-            f"batch_size is {config.batch_size} and {name}; the tokens of one sequence are split, not of "
-            "several. Set batch_size to 1, and gradient_accumulation_steps or micro_batch_num higher."
+            f"batch_size is {config.batch_size}, but {name} splits one sequence; set batch_size to 1, and "
+            "gradient_accumulation_steps or micro_batch_num higher."
         )
     if config.moe:
-        raise UsageError(
-            f"{name}, but the model has experts, which take whole sequences only; set context_parallel to "
-            "1, and split heads by model_parallel."
-        )
+        raise UsageError(f"{name} splits sequences, but experts take whole ones; use model_parallel instead.")
     exchange = exchange_of(section)
     by = f"model_parallel {section.model_parallel} times {exchange} devices that exchange heads ="
     advice = "let fewer exchange by hybrid_cp and ulysses_degree_in_cp, or none by colossalai_cp"
@@ -138,9 +126,8 @@ def _check_context_parallel(config: ModelSettings, section: ParallelSettings) ->
 def _check_one_sequence(config: ModelSettings, section: ParallelSettings) -> None:
     if config.use_past and section.pipeline_stage * section.context_parallel > 1:
         raise UsageError(
-            f"use_past is True, and parallel_config asks for context_parallel {section.context_parallel} and "
-            f"pipeline_stage {section.pipeline_stage}; prediction with a cache shares a model out by "
-            "model_parallel only. Set them to 1."
+            f"use_past is True, context_parallel {section.context_parallel}, pipeline_stage "
+            f"{section.pipeline_stage}; prediction with a cache splits by model_parallel only. Set them to 1."
         )
 
 
@@ -167,18 +154,13 @@ def _tokens(config: ModelSettings) -> str:
 
 
 def check_whole(config: ModelSettings) -> None:
-    """Refuse to build a model on one device that its config shares out for prediction, or joins rows of.
-
-    Raises:
-        UsageError: ``model_parallel`` or ``qkv_concat`` ask for ParallelTelechatForCausalLM.
-    """
+    """UsageError if ``model_parallel`` or ``qkv_concat`` ask for ParallelTelechatForCausalLM."""
     mp = config.parallel_config.model_parallel
     if config.qkv_concat or (config.use_past and mp > 1):
         raise UsageError(
-            f"qkv_concat is {config.qkv_concat}, use_past {config.use_past} and "
-            f"parallel_config.model_parallel {mp}, but TelechatForCausalLM keeps its rows apart and predicts "
-            "with a cache on one device; set model.arch.type: ParallelTelechatForCausalLM, or qkv_concat: "
-            "False and model_parallel: 1."
+            f"TelechatForCausalLM has no qkv_concat {config.qkv_concat} with use_past {config.use_past} and "
+            f"parallel_config.model_parallel {mp}; set model.arch.type: ParallelTelechatForCausalLM, or "
+            "qkv_concat: False and model_parallel: 1."
         )
 
 
@@ -186,20 +168,19 @@ def _check_prediction(config: ModelSettings, section: ParallelSettings) -> None:
     """Refuse what prediction with a cache would have to ignore: tensor parallelism is all there is."""
     if section.expert_parallel > 1:
         raise UsageError(
-            f"use_past is True and parallel_config.expert_parallel {section.expert_parallel}; in prediction "
-            "the devices share every expert's width, by model_parallel. Set expert_parallel to 1."
+            f"use_past is True and parallel_config.expert_parallel {section.expert_parallel}; prediction "
+            "splits experts by model_parallel. Set expert_parallel to 1."
         )
     if section.model_parallel == 1:
         return
     if section.use_seq_parallel:
         raise UsageError(
-            "use_past is True and parallel_config.use_seq_parallel too, but a step of prediction is not "
-            "split by tokens; set use_seq_parallel: False."
+            "use_past and parallel_config.use_seq_parallel are True; set use_seq_parallel: False to predict."
         )
     if section.vocab_emb_dp:
         raise UsageError(
             f"use_past is True, parallel_config.model_parallel {section.model_parallel} and vocab_emb_dp "
-            "True (as if not set), but prediction shares the vocabulary out; set vocab_emb_dp: False."
+            "True (as if not set), but prediction splits the vocabulary; set vocab_emb_dp: False."
         )
 
 
@@ -208,22 +189,21 @@ def _check_experts(config: ModelSettings, section: ParallelSettings) -> None:
     if not config.moe:
         if ep > 1:
             raise UsageError(
-                f"parallel_config.expert_parallel is {ep}, but the model has no experts; set it to 1."
+                f"parallel_config.expert_parallel is {ep}, but there are no experts; set it to 1."
             )
         return
     check_divisible("parallel_config.data_parallel", dp, "expert_parallel", ep)
     extend = config.moe.ep_extend_tp and mp > 1
     if extend and not section.use_seq_parallel:
         raise UsageError(
-            f"moe_config.ep_extend_tp is True, model_parallel {mp} and use_seq_parallel False: tensor-"
-            "parallel ranks with the same tokens cannot send them to experts of their own. Set "
+            f"moe_config.ep_extend_tp is True, model_parallel {mp} and use_seq_parallel False; set "
             "use_seq_parallel: True, or ep_extend_tp: False."
         )
     if mp > 1 and not extend and config.moe.capacity_factor <= 0:
         raise UsageError(
-            f"moe_config.capacity_factor is {config.moe.capacity_factor} and model_parallel {mp} splits the "
-            "experts' width, but experts without capacity lie whole on their devices. Set ep_extend_tp: True "
-            "with use_seq_parallel: True, or model_parallel: 1, or a capacity_factor above 0."
+            f"moe_config.capacity_factor {config.moe.capacity_factor} needs whole experts, but "
+            f"model_parallel {mp} splits them. Set ep_extend_tp: True with use_seq_parallel: True, or "
+            "model_parallel: 1, or a capacity_factor above 0."
         )
     by = f"expert_parallel {ep} times model_parallel {mp} =" if extend else "expert_parallel"
     check_divisible("moe_config.expert_num", config.moe.num_experts, by, ep * mp if extend else ep)
@@ -241,19 +221,18 @@ def copies_of(config: ModelSettings) -> int:
 def _check_interleave(config: ModelSettings, section: ParallelSettings) -> None:
     if config.moe and config.fine_grain_interleave > 1:
         raise UsageError(
-            f"fine_grain_interleave is {config.fine_grain_interleave}, but layers with experts are not "
-            "computed in copies: their capacity and load are those of all tokens. Set it to 1."
+            f"fine_grain_interleave is {config.fine_grain_interleave}, but the layers have experts, which "
+            "count all tokens; set it to 1."
         )
     copies = copies_of(config)
     if copies > 1 and section.context_parallel > 1:
         raise UsageError(
-            f"fine_grain_interleave is {copies} and parallel_config.context_parallel "
-            f"{section.context_parallel}; only whole sequences are computed in copies. Set one of them to 1."
+            f"fine_grain_interleave {copies} needs whole sequences, which parallel_config.context_parallel "
+            f"{section.context_parallel} splits; set one of them to 1."
         )
     if copies > 2:
         raise UsageError(
-            f"fine_grain_interleave is {copies}, but MindSpore overlaps two copies at most; set it to 2, "
-            "or to 1 for plain layers."
+            f"fine_grain_interleave is {copies}; MindSpore overlaps two copies at most. Set 2 or 1."
         )
     if copies > 1:
         devices = section.model_parallel if section.use_seq_parallel else 1
@@ -266,42 +245,32 @@ def _check_pipeline(config: ModelSettings, section: ParallelSettings) -> None:
     stages, chunks = section.pipeline_stage, config.pp_interleave_num
     if chunks > 1 and stages == 1:
         raise UsageError(
-            f"pp_interleave_num is {chunks}, but parallel_config.pipeline_stage is 1; virtual chunks need a "
-            "pipeline. Set pp_interleave_num to 1."
+            f"pp_interleave_num is {chunks} and parallel_config.pipeline_stage 1; set pp_interleave_num to 1."
         )
     partition_of(config)
     if stages == 1:
         return
     if chunks > 1 and config.disable_lazy_inline:
         raise UsageError(
-            f"disable_lazy_inline is True, but pp_interleave_num {chunks} needs a model that is compiled "
-            "once for all micro-batches; remove it."
+            f"disable_lazy_inline is True, but pp_interleave_num {chunks} needs lazy inlining; remove it."
         )
     if section.micro_batch_num < stages:
         raise UsageError(
-            f"parallel_config.micro_batch_num is {section.micro_batch_num}, less than pipeline_stage {stages}"
-            "; a pipeline needs at least as many micro-batches as stages."
+            f"parallel_config.micro_batch_num is {section.micro_batch_num}, below pipeline_stage {stages}; "
+            "raise it."
         )
     if config.tie_word_embeddings:
         raise UsageError(
-            f"tie_word_embeddings is True, and parallel_config.pipeline_stage {stages}: the embedding is on "
-            "the first stage and the output projection on the last, so they cannot be one tensor. Set "
-            "pipeline_stage to 1, or tie_word_embeddings to False."
+            f"tie_word_embeddings is True, but parallel_config.pipeline_stage {stages} puts embedding and "
+            "output projection on two stages; set pipeline_stage to 1, or tie_word_embeddings to False."
         )
 
 
 def _check_recompute(config: ModelSettings, recompute: RecomputeSettings) -> None:
     tables = read_recompute(config)
-    if config.moe and (selected := tables.selected.get(SELECTED)) and _reaches_beyond(selected, tables.whole):
+    selected, whole = sum(tables.selected.get(SELECTED, []), []), sum(tables.whole, [])
+    if config.moe and any(map(operator.gt, selected, whole)):  # layers that are recomputed in part only
         raise UsageError(
-            f"recompute_config.select_recompute is {recompute.select_recompute}, which chooses operators of "
-            "the dense feed-forward block, but the layers have experts. Set it to False, and choose whole "
-            "layers by recompute."
+            f"recompute_config.select_recompute {recompute.select_recompute} chooses operators of dense "
+            "layers, but the layers have experts; set it to False, and choose whole layers by recompute."
         )
-
-
-def _reaches_beyond(selected: list[list[int]], whole: list[list[int]]) -> bool:
-    """Whether there are layers that are recomputed in part only."""
-    return any(
-        n > m for row, other in zip(selected, whole, strict=True) for n, m in zip(row, other, strict=True)
-    )

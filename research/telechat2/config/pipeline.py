@@ -4,7 +4,8 @@ A stage holds one run of consecutive layers, or with virtual chunks (``pp_interl
 activations pass through all stages once for each chunk. Tables here are ``[chunk][stage]``.
 """
 
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.kinds import is_whole
@@ -37,16 +38,16 @@ def partition(num_layers: int, stages: int, chunks: int, offset: Offset) -> list
     total = sum(map(sum, offsets))
     if total != remainder:
         raise UsageError(
-            f"model_config.offset is {offset}, which adds {total} layers, but {num_layers} layers on "
-            f"{stages} stages of {chunks} chunks are {base} each and {remainder} more; offset must add up to "
-            f"{remainder}: {_example(remainder, stages, chunks)} for one."
+            f"model_config.offset is {offset}, which adds {total} layers; {num_layers} layers on {stages} "
+            f"stages of {chunks} chunks are {base} each and {remainder} more, such as "
+            f"{_example(remainder, stages, chunks)}."
         )
     counts = [[base + value for value in row] for row in offsets]
     flat = sum(counts, [])
     if any(count < 0 for count in flat) or any(count < 1 for count in flat[1:-1]):
         raise UsageError(
-            f"model_config.offset is {offset}, which gives the stages {_written(counts)} of the {num_layers} "
-            "layers; all but the first and the last need at least one."
+            f"model_config.offset {offset} gives the stages {_written(counts)} of {num_layers} layers; all "
+            "but the first and the last need at least one."
         )
     return counts
 
@@ -68,47 +69,41 @@ def partition_of(config: ModelSettings) -> list[list[int]]:
 
 
 def check_schedule(chunks: int, scheduler: str, interleaved: bool) -> None:
-    """Refuse what ``parallel.pipeline_config`` says and this model cannot do.
-
-    Raises:
-        UsageError: another schedule, or chunks and interleaving that do not fit.
-    """
-    if scheduler not in ("1f1b", "gpipe"):
+    """UsageError for a schedule of ``parallel.pipeline_config`` that this model or its chunks cannot have."""
+    name = "parallel.pipeline_config"
+    if scheduler not in ("1f1b", "gpipe") or (scheduler == "gpipe" and chunks == 1):
         raise UsageError(
-            f"parallel.pipeline_config.pipeline_scheduler is {scheduler}, but this model has 1f1b, and gpipe "
-            "for chunks; set it to 1f1b."
+            f"{name}.pipeline_scheduler is {scheduler} and model_config.pp_interleave_num {chunks}; set the "
+            "scheduler to 1f1b (gpipe is for chunks only)."
         )
     if (chunks > 1) != interleaved:
         raise UsageError(
-            f"model_config.pp_interleave_num is {chunks}, but parallel.pipeline_config.pipeline_interleave "
-            f"is {interleaved}; it must be {chunks > 1}."
-        )
-    if scheduler == "gpipe" and chunks == 1:
-        raise UsageError(
-            "parallel.pipeline_config.pipeline_scheduler is gpipe, which MindSpore has for chunks only, and "
-            "model_config.pp_interleave_num is 1; set the scheduler to 1f1b."
+            f"model_config.pp_interleave_num is {chunks} and {name}.pipeline_interleave {interleaved}; set "
+            f"the latter to {chunks > 1}."
         )
 
 
 def _table(offset: Offset, stages: int, chunks: int) -> list[list[int]]:
     if is_whole(offset):
         return [[offset] * stages] * chunks
-    if _is_row(offset, stages):
-        return [list(offset)] * chunks
-    if (
-        isinstance(offset, list | tuple)
-        and len(offset) == chunks
-        and all(_is_row(row, stages) for row in offset)
-    ):
-        return [list(row) for row in offset]
+    if rows := rows_of(offset, stages, chunks, is_whole):
+        return rows if len(rows) == chunks else rows * chunks
     raise UsageError(
         f"model_config.offset is {offset!r}; it must be a whole number, a list of {stages} (pipeline_stage), "
         f"or {chunks} (pp_interleave_num) lists of {stages}."
     )
 
 
-def _is_row(value: object, stages: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list | tuple) and len(value) == stages and all(map(is_whole, value))
+def rows_of(value: Any, stages: int, chunks: int, fits: Callable[[object], bool]) -> list[list[Any]] | None:
+    """A list with an item for each stage as one row, ``chunks`` such lists as rows; None for all else."""
+
+    def is_row(row: object) -> bool:
+        return isinstance(row, list | tuple) and len(row) == stages and all(map(fits, row))
+
+    if is_row(value):
+        return [list(value)]
+    is_table = isinstance(value, list | tuple) and len(value) == chunks and all(map(is_row, value))
+    return [list(row) for row in value] if is_table else None
 
 
 def _example(remainder: int, stages: int, chunks: int) -> str:

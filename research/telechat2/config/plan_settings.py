@@ -63,7 +63,7 @@ class ParallelSettings(Section):
         "Keys and values are gathered, heads exchanged for tokens, or both.",
         choices=("colossalai_cp", "ulysses_cp", "hybrid_cp"),
     )
-    ulysses_degree_in_cp: int = setting(1, "With hybrid_cp: devices that exchange heads for tokens.")
+    ulysses_degree_in_cp: int = setting(1, "With hybrid_cp: devices that exchange heads.", least=1)
     mem_coeff: float = setting(0.1, "Of MindSpore's automatic search, which is not used.")
     recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
     swap: SwapSettings = field(default_factory=SwapSettings)

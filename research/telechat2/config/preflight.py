@@ -136,8 +136,8 @@ def _check_task(settings: Settings) -> None:
     needed += ["train_dataset", "optimizer", "runner_wrapper"] if mode in TRAINING else []
     if missing := [section for section in needed if not settings.get(section)]:
         raise UsageError(
-            f"the section {', '.join(missing)} is missing, which run_mode {mode} needs; "
-            f"use the {'finetune' if mode in TRAINING else 'predict'} YAML of this model."
+            f"the section {', '.join(missing)} is missing, which run_mode {mode} needs; use the "
+            f"{'finetune' if mode in TRAINING else 'predict'} YAML of this model."
         )
     if mode.startswith("predict") and not settings.get("input_data"):
         raise UsageError(

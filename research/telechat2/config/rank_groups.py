@@ -9,26 +9,21 @@ one half (0-3 or 4-7), two of a half, or two or four in pairs that are four apar
 from collections.abc import Iterator
 
 from research.telechat2.common.errors import UsageError
+from research.telechat2.common.tables import listed
 
 _NODE = 8
 
 
 def check_groups(dp: int, mp: int, stages: int, gather: int = 1, exchange: int = 1) -> None:
-    """Refuse a plan whose groups MindSpore would refuse to make.
+    """UsageError for a plan whose groups MindSpore would refuse to make, with the group and its ranks.
 
-    Args:
-        dp, mp, stages: data, tensor and pipeline parallel.
-        gather, exchange: factors of context parallel: see exchange_of.
-
-    Raises:
-        UsageError: names the group and its ranks.
+    ``gather``, ``exchange``: the factors of context parallel, see exchange_of.
     """
     for name, ranks in _groups(dp, mp, stages, gather, exchange):
         if not _is_possible(ranks):
             raise UsageError(
-                f"{name} would communicate between the ranks {_listed(ranks)}, but MindSpore makes no such "
-                f"group on nodes of {_NODE} NPUs: its ranks must have the same places on every node, one, "
-                "two, four or eight of them. Choose powers of two, or other devices for each stage."
+                f"{name} would communicate between the ranks {listed(ranks, 8)}, a group that MindSpore does "
+                f"not make on nodes of {_NODE} NPUs; choose powers of two, or other devices for each stage."
             )
 
 
@@ -49,16 +44,11 @@ def _groups(dp: int, mp: int, stages: int, gather: int, exchange: int) -> Iterat
             (f"data_parallel {dp} times context_parallel {cp}", dp * cp, mp),
         ]
     for name, size, apart in kinds:
-        for first in _firsts(stages * each, size, apart):
-            yield name, range(first, first + size * apart, apart)
+        for block in range(0, stages * each, size * apart):
+            for first in range(block, block + apart):
+                yield name, range(first, first + size * apart, apart)
     for first in range(each):  # MindSpore sends and receives in one group of all stages
         yield f"pipeline_stage {stages} of {each} devices each", range(first, stages * each, each)
-
-
-def _firsts(devices: int, size: int, apart: int) -> Iterator[int]:
-    """The first rank of every group of ``size`` ranks that are ``apart``."""
-    for block in range(0, devices, size * apart):
-        yield from range(block, block + apart)
 
 
 def _factors(dp: int, cp: int, mp: int) -> str:
@@ -71,18 +61,8 @@ def _is_possible(ranks: range) -> bool:
     for rank in ranks:
         places.setdefault(rank // _NODE, []).append(rank % _NODE)
     first, *others = places.values()
-    return all(other == first for other in others) and _is_possible_on_a_node(first)
-
-
-def _is_possible_on_a_node(places: list[int]) -> bool:
-    if len(places) in (1, 8):
-        return True
     half = _NODE // 2
-    in_one_half = len({place // half for place in places}) == 1
-    opposite = {place + half if place < half else place - half for place in places} == set(places)
-    return len(places) in (2, 4) and (in_one_half or opposite)
-
-
-def _listed(ranks: range) -> str:
-    shown = [str(rank) for rank in ranks[:8]]
-    return ", ".join(shown) + (f", … {ranks[-1]}" if len(ranks) > 8 else "")
+    in_one_half = len({place // half for place in first}) == 1
+    opposite = {(place + half) % _NODE for place in first} == set(first)
+    fits = len(first) in (1, 8) or (len(first) in (2, 4) and (in_one_half or opposite))
+    return fits and all(other == first for other in others)

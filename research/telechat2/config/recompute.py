@@ -1,16 +1,14 @@
-"""Which activations are computed again in the backward pass instead of being kept.
+"""Which activations are computed again in the backward pass instead of being kept: ``recompute_config``.
 
-``recompute_config`` is MindFormers' section. Its three choices, ``recompute`` (whole layers),
-``select_recompute`` (operators of layers) and ``select_comm_recompute`` (communication after operators), each
-say for how many layers they hold: all or none (True, False), the first n of each stage (a list), or the first
-n of each stage and chunk (a list of lists).
+Its three choices, ``recompute`` (whole layers), ``select_recompute`` (operators of layers) and
+``select_comm_recompute`` (communication after operators), each say for how many layers they hold.
 """
 
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from research.telechat2.common.errors import UsageError
 from research.telechat2.config.model_settings import ModelSettings
-from research.telechat2.config.pipeline import partition_of
+from research.telechat2.config.pipeline import partition_of, rows_of
 
 # What is large and cheap: the product of the feed-forward block, and what the gate's activation kept for it.
 SELECTED = r"feed_forward\.swiglu\..*"
@@ -33,28 +31,23 @@ def first_layers(name: str, setting: object, counts: list[list[int]]) -> list[li
     chunks, stages = len(counts), len(counts[0])
     if isinstance(setting, bool):
         return [[count * setting for count in row] for row in counts]
-    if _is_row(setting, stages):
-        dealt = [
-            _deal(name, number, [row[stage] for row in counts], stage) for stage, number in enumerate(setting)
-        ]
-        return [list(row) for row in zip(*dealt, strict=True)]
-    if (
-        isinstance(setting, list | tuple)
-        and len(setting) == chunks
-        and all(_is_row(row, stages) for row in setting)
-    ):
+    rows = rows_of(setting, stages, chunks, lambda number: isinstance(number, int))
+    if rows is None:
+        raise UsageError(
+            f"recompute_config.{name} is {setting!r}; it must be True, False, a list of {stages} numbers of "
+            f"layers (one for each stage), or {chunks} such lists (one for each chunk)."
+        )
+    if len(rows) == chunks:
         return [
-            [_deal(name, row[stage], [have[stage]], stage)[0] for stage in range(stages)]
-            for row, have in zip(setting, counts, strict=True)
+            [
+                _deal(name, number, [count], stage)[0]
+                for stage, (number, count) in enumerate(zip(*both, strict=True))
+            ]
+            for both in zip(rows, counts, strict=True)
         ]
-    raise UsageError(
-        f"recompute_config.{name} is {setting!r}; it must be True, False, a list of {stages} numbers of "
-        f"layers (one for each stage), or {chunks} such lists (one for each chunk)."
-    )
-
-
-def _is_row(value: object, stages: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list | tuple) and len(value) == stages and all(isinstance(n, int) for n in value)
+    columns = enumerate(zip(rows[0], zip(*counts, strict=True), strict=True))
+    dealt = [_deal(name, number, list(have), stage) for stage, (number, have) in columns]
+    return [list(row) for row in zip(*dealt, strict=True)]
 
 
 def _deal(name: str, number: int, have: list[int], stage: int) -> list[int]:
@@ -82,11 +75,7 @@ class Recompute(NamedTuple):
 
 
 def read_recompute(config: ModelSettings) -> Recompute:
-    """What a TelechatConfig asks for.
-
-    Raises:
-        UsageError: see first_layers.
-    """
+    """What a TelechatConfig asks for; UsageError as in first_layers."""
     section, counts = config.parallel_config.recompute, partition_of(config)
     return Recompute(
         first_layers("recompute", section.recompute, counts),

@@ -122,8 +122,8 @@ def _check_dynamic(config: ModelSettings) -> None:
     stretched = dynamic or config.training_seqlen > config.base_seqlen
     if stretched and config.hidden_size // config.num_heads < 4:
         raise UsageError(
-            f"head_dim is {config.hidden_size // config.num_heads}; DYNAMIC_NTK needs at least 4 "
-            "(its base grows by a power of head_dim / (head_dim - 2))."
+            f"head_dim is {config.hidden_size // config.num_heads}; DYNAMIC_NTK needs at least 4 (its base "
+            "grows by a power of head_dim / (head_dim - 2))."
         )
     if dynamic and config.use_past and not config.is_dynamic:
         raise UsageError(

@@ -94,8 +94,8 @@ def check_memory(config: ModelSettings, ranks: int, limit: str) -> None:
     if weights + cache > allowed:
         raise UsageError(
             f"each process needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for its "
-            f"part of a cache of {config.num_blocks * config.block_size} tokens, and more to compute, "
-            f"but context.max_device_memory is {limit}. Share the model by more than {ranks} "
+            f"part of a cache of {config.num_blocks * config.block_size} tokens, and more to compute, but "
+            f"context.max_device_memory is {limit}. Share the model by more than {ranks} "
             f"{'process' if ranks == 1 else 'processes'} (use_parallel, model_parallel), or lower num_blocks."
         )
 

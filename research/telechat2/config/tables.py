@@ -47,9 +47,9 @@ _DATASET = table(
     "data_loader:section input_columns:texts output_columns:texts|null construct_args_key:texts|null "
     "num_parallel_workers:count python_multiprocessing:bool drop_remainder:bool numa_enable:bool "
     "prefetch_size:count batch_size:whole repeat:count seed:whole profile:bool auto_tune:bool "
-    "filepath_prefix:text autotune_per_step:whole eod_reset:bool eod_token_id:whole|null "
-    "dynamic_batch:bool divisor:whole remainder:whole token_monitor:bool token_monitor_config:section "
-    "shuffle:bool|text max_length:whole mock_config:section"
+    "filepath_prefix:text autotune_per_step:whole eod_reset:bool eod_token_id:whole|null dynamic_batch:bool "
+    "divisor:whole remainder:whole token_monitor:bool token_monitor_config:section shuffle:bool|text "
+    "max_length:whole mock_config:section"
 )
 # Sections by their path. Sections whose keys are those of the class that ``type`` names: classes.py.
 SECTIONS = {
@@ -82,9 +82,9 @@ SECTIONS = {
     "context": table(
         "mode:whole device_target:text device_id:whole max_device_memory:gigabytes "
         "mempool_block_size:gigabytes memory_optimize_level:text save_graphs:bool|whole "
-        "save_graphs_path:text max_call_depth:count "
-        "ascend_config:section dataset_broadcast_opt_level:whole jit_config:section jit_level:level "
-        "infer_boost:text affinity_cpu_list:section|null affinity_config:section|text|null"
+        "save_graphs_path:text max_call_depth:count ascend_config:section dataset_broadcast_opt_level:whole "
+        "jit_config:section jit_level:level infer_boost:text affinity_cpu_list:section|null "
+        "affinity_config:section|text|null"
     ),
     "context.jit_config": table("jit_level:level infer_boost:text"),
     "context.ascend_config": table(

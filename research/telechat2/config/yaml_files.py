@@ -90,8 +90,8 @@ def resolve_folder(name: str, cwd: Path, checkout: Path = CHECKOUT) -> Path:
         if (base / name).is_dir():
             return (base / name).resolve()
     raise UsageError(
-        f"--register_path {name} is no directory, neither below {cwd} nor below {checkout}; "
-        f"leave it out to use {SHIPPED} of this checkout."
+        f"--register_path {name} is no directory, neither below {cwd} nor below {checkout}; leave it out to "
+        f"use {SHIPPED} of this checkout."
     )
 
 
