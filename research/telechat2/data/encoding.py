@@ -17,7 +17,7 @@ from research.telechat2.common.errors import UsageError
 from research.telechat2.data import formats
 from research.telechat2.data.conversions import Conversation, Text
 from research.telechat2.data.formats import UnusableLine
-from research.telechat2.data.job import Options
+from research.telechat2.data.job import Options, ignored_fields
 from research.telechat2.data.sources import Batch
 from research.telechat2.text import chat
 from research.telechat2.text.exact_json import JsonObject
@@ -145,7 +145,7 @@ def encode_batch(batch: Batch, vocabulary: Vocabulary, options: Options) -> Enco
     counts = new_counts()
     counts["totals"]["lines"] = len(batch.lines)
     problems = _Problems(batch, options, counts["skipped"])
-    table, ignored, items = _Table(vocabulary), options.ignored(), []
+    table, ignored, items = _Table(vocabulary), ignored_fields(options.ignore_fields), []
     copies = _copies(batch, options.seed)
     for line, (content, times) in enumerate(zip(batch.lines, copies, strict=True), batch.first_line):
         try:

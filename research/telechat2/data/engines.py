@@ -12,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 from research.telechat2.common.cli import interrupt_afterwards, quiet_libraries
@@ -34,16 +33,12 @@ def check(engine: str, workers: int | None) -> None:
     if engine not in ENGINES:
         raise UsageError(f"engine is {engine!r}; expected {' or '.join(ENGINES)}")
     if engine == "ray" and find_spec("ray") is None:
-        raise UsageError(
-            "--engine ray needs Ray, which is not installed; install it with: pip install -e '.[ray]'"
-        )
+        raise UsageError("--engine ray needs Ray; install it with: pip install -e '.[ray]'")
     if workers is not None and workers < 1:
         raise UsageError(f"workers are {workers}; expected at least 1")
     if engine == "processes" and workers and workers > MOST_WORKERS:
-        raise UsageError(
-            f"workers are {workers:,}, each a process of this machine, which has {os.cpu_count()} cores; "
-            f"expected at most {MOST_WORKERS}"
-        )
+        cores = f"processes of a machine with {os.cpu_count()} cores"
+        raise UsageError(f"workers are {workers:,} {cores}; expected at most {MOST_WORKERS}")
 
 
 def encode_all(
@@ -103,10 +98,8 @@ def _with_processes(
             batches, workers, lambda batch: pool.submit(_work, batch), lambda future: future.result()
         )
     except BrokenProcessPool as error:
-        raise OSError(
-            "a worker process died, perhaps because memory ran out; continue with --resume, "
-            "and with fewer --workers"
-        ) from error
+        remedy = "if memory ran out, continue with --resume and fewer --workers"
+        raise OSError(f"a worker process died; {remedy}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -130,16 +123,22 @@ def _in_order(
 def _with_ray(
     batches: Iterable[Batch], vocabulary: Vocabulary, options: Options, workers: int | None
 ) -> Generator[Encoded, None, None]:
-    ray = _ray()
+    quiet_libraries()
+    with interrupt_afterwards("MindSpore and Ray are loaded"):
+        import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
+        import ray
+
+    if not ray.is_initialized():  # the cluster that RAY_ADDRESS names, or a local one
+        package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines
+        environment = {"py_modules": [str(package)], "excludes": ["__pycache__"]}
+        ray.init(log_to_driver=False, configure_logging=False, runtime_env=environment)
     workers = workers or int(ray.cluster_resources().get("CPU", 1))
     content = ray.put(vocabulary.content)
     work = ray.remote(num_cpus=1)(_work_in_ray)
     try:
         yield from _in_order(batches, workers, lambda batch: work.remote(batch, content, options), ray.get)
     except ray.exceptions.RayError as error:
-        raise OSError(
-            f"the Ray cluster could not do its work: {error}; correct that, and continue with --resume"
-        ) from error
+        raise OSError(f"the Ray cluster failed: {error}; correct that, continue with --resume") from error
 
 
 def _work_in_ray(batch: Batch, content: bytes, options: Options) -> Encoded:
@@ -149,21 +148,3 @@ def _work_in_ray(batch: Batch, content: bytes, options: Options) -> Encoded:
 @lru_cache(maxsize=1)
 def _vocabulary(content: bytes) -> Vocabulary:
     return SentencePieceVocabulary(content)
-
-
-def _ray() -> ModuleType:
-    """Ray, joined to the cluster that RAY_ADDRESS names, or to a local one."""
-    quiet_libraries()
-    with interrupt_afterwards("MindSpore and Ray are loaded"):
-        import mindspore.mindrecord  # noqa: F401  # after Ray it cannot be imported: their protobufs disagree
-        import ray
-
-    module: ModuleType = ray
-    if not ray.is_initialized():
-        package = Path(__file__).resolve().parents[2]  # research/, sent along to the other machines
-        ray.init(
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env={"py_modules": [str(package)], "excludes": ["__pycache__"]},
-        )
-    return module

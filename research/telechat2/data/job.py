@@ -35,21 +35,15 @@ class Options(NamedTuple):
         """Tokens of a record, which the model reads but the last and predicts but the first."""
         return self.max_length + 1
 
-    def ignored(self) -> frozenset[str]:
-        """The fields that count as absent."""
-        return ignored_fields(self.ignore_fields)
-
     def check(self) -> None:
-        """UsageError for a value that is none of those allowed."""
+        """UsageError for a value that is not allowed."""
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} is {value}; expected at least {least}")
         if self.max_length > LONGEST_RECORD:
-            raise UsageError(
-                f"max_length is {self.max_length:,}, but a record of MindRecord holds at most "
-                f"{LONGEST_RECORD:,} tokens; give the model's seq_length, such as 8192"
-            )
+            most = f"a record holds at most {LONGEST_RECORD:,} tokens"
+            raise UsageError(f"max_length is {self.max_length:,}, but {most}; give the model's seq_length")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
@@ -61,12 +55,9 @@ def ignored_fields(names: str | None) -> frozenset[str]:
 
 
 def vocabulary_of_data(vocab_file: str | Path) -> Vocabulary:
-    """The vocabulary that data are prepared with. UsageError when it is no SentencePiece one of TeleChat2."""
+    """The vocabulary that data are prepared with. UsageError unless it is TeleChat2's SentencePiece model."""
     if Path(vocab_file).suffix == ".json":
-        raise UsageError(
-            f"vocab_file {vocab_file} is no SentencePiece model, and data are prepared with one alone; give "
-            f"the tokenizer.model of the release"
-        )
+        raise UsageError(f"{vocab_file} is no SentencePiece model; give the tokenizer.model of the release")
     return load_vocabulary(vocab_file)
 
 

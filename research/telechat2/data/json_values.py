@@ -22,8 +22,8 @@ _scan = json.JSONDecoder(parse_int=float).raw_decode  # int refuses more than 43
 def is_one_value(path: Path, head: bytes) -> bool:
     """Whether a file whose text begins with ``head`` is read by ``items`` rather than by lines.
 
-    So is one that begins with an array of objects, and a ``.json`` that begins with any array or an object,
-    but where the first line is a whole value, and others follow.
+    It begins with an array of objects, a ``.json`` with any array or object;
+    its first line is no whole value, or the only one.
     """
     text = head.decode("utf-8", "replace").lstrip(" \t\r\n\ufeff")
     is_json = ".json" in (suffix.lower() for suffix in path.suffixes)
@@ -40,23 +40,17 @@ def is_one_value(path: Path, head: bytes) -> bool:
 def items(path: Path, file: BinaryIO, longest: int) -> Iterator[bytes]:
     """Yield the items of the arrays in a file, and the objects that stand in none.
 
-    Raises:
-        UsageError: an item that is not JSON, one of more than ``longest`` characters, a file that is cut
-            short or not UTF-8; file and item are named.
+    UsageError for an item of more than ``longest`` characters, and a file that is not JSON or not UTF-8.
     """
     text = _Text(path, io.TextIOWrapper(file, "utf-8", newline=""))
     number, in_array = 0, False
     while (character := text.peek()) or in_array:
         if not character:
-            raise UsageError(
-                f"{path} ends within its array, after item {number}; it was cut short: fetch it again"
-            )
+            raise UsageError(f"{path} ends within its array, after item {number}; fetch it again")
         if character == "[" and not in_array:
-            in_array = True
-            text.skip()
-            if text.peek() == "]":
-                text.skip()
-                in_array = False
+            text.at += 1
+            in_array = text.peek() != "]"
+            text.at += not in_array
             continue
         number += 1
         yield text.value(number, longest).encode("utf-8", "surrogatepass")
@@ -64,10 +58,8 @@ def items(path: Path, file: BinaryIO, longest: int) -> Iterator[bytes]:
             continue
         behind = text.peek()
         if behind not in ("", ",", "]"):
-            raise UsageError(
-                f"{path}: {behind!r} stands behind item {number}; expected a comma, or ] at the end"
-            )
-        text.skip()
+            raise UsageError(f"{path}: {behind!r} follows item {number}; expected a comma, or ] at the end")
+        text.at += 1
         in_array = behind != "]"
 
 
@@ -100,20 +92,16 @@ class _Text:
                 if end < len(self.text) or self.text[end - 1] in ']}"':
                     break  # a number may go on
                 problem = ""
-            except json.JSONDecodeError as error:
-                problem = error.msg
-            except RecursionError as error:
-                problem = str(error)
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem = getattr(error, "msg", str(error))
             left = len(self.text) - self.at
             if left > longest:
                 raise UsageError(f"{self.path}, item {number} is not JSON, or longer than {longest >> 20} MB")
             if not self._more(max(_CHUNK, left)):
                 if not problem:
                     break
-                raise UsageError(
-                    f"{self.path}, item {number}: not JSON ({problem}); the file begins as one JSON array or "
-                    f"object, so all of it must be JSON"
-                )
+                expected = "the file begins as a JSON array or object, so all of it must be JSON"
+                raise UsageError(f"{self.path}, item {number}: not JSON ({problem}); {expected}")
         found, self.at = self.text[self.at : end], end
         return found
 

@@ -6,7 +6,7 @@ from typing import Any
 from research.telechat2.common.errors import UsageError
 from research.telechat2.data import formats, writing
 from research.telechat2.data.encoding import TOO_LONG, Problem
-from research.telechat2.data.job import Job, Part
+from research.telechat2.data.job import Job, Part, ignored_fields
 from research.telechat2.data.same_vocabulary import sha256
 from research.telechat2.data.sources import FileState, Source
 from research.telechat2.data.spool import Totals
@@ -18,15 +18,11 @@ _NAMED_LINES = 10  # so many bad lines are listed in an error
 
 def describe_job(job: Job) -> dict[str, object]:
     """What must be the same for an interrupted run to be continued."""
-    stats = [(source, source.path.stat()) for source in job.found]
-    return {
-        "options": job.options._asdict(),
-        "tokenizer": sha256(job.vocab_file),
-        "inputs": [
-            [str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, source.weight]
-            for source, stat in stats
-        ],
-    }
+    inputs: list[list[object]] = []
+    for source in job.found:
+        stat = source.path.stat()
+        inputs.append([str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, source.weight])
+    return {"options": job.options._asdict(), "tokenizer": sha256(job.vocab_file), "inputs": inputs}
 
 
 def with_parts(name: str, manifest: Manifest) -> dict[str, Manifest]:
@@ -53,10 +49,7 @@ def output_of(manifest: Manifest, target: Path) -> Path:
 
 
 def check_totals(totals: Totals, found: list[Source], complete: bool) -> None:
-    """UsageError when lines are refused: at the end, or as soon as there are more than are named at once.
-
-    And when all has been read and there is nothing to write.
-    """
+    """UsageError for refused lines, at the end or when too many to name, and at the end without tokens."""
     fatal = [problem for problem in totals.problems if problem.fatal]
     skipped = totals.counts["skipped"]
     count = sum(skipped[reason] for reason in {problem.reason for problem in fatal})
@@ -100,7 +93,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
     capacity = job.options.capacity
     records = sum(part.records for part in parts)
     rendered, unused = counts["prompt_formats"], counts["unused_fields"]
-    stored = sum(part.tokens for part in parts)
+    stored, digest = sum(part.tokens for part in parts), sha256(job.vocab_file)
     return {
         # texts begin with <_start>, as the plain format does
         "prompt_format": max(sorted(rendered), key=rendered.__getitem__) if rendered else "plain",
@@ -110,11 +103,7 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
         "document_start_ids": job.vocabulary.start_ids,
         "documents_per_record": max(part.documents for part in parts),  # at most
         "inputs": [state._asdict() for state in files],
-        "tokenizer": {
-            "path": str(job.vocab_file),
-            "sha256": sha256(job.vocab_file),
-            "vocab_size": job.vocabulary.size,
-        },
+        "tokenizer": {"path": str(job.vocab_file), "sha256": digest, "vocab_size": job.vocabulary.size},
         "files": [{"name": part.name, "records": part.records} for part in parts],
         "counts": {
             "lines": numbers["lines"],
@@ -128,7 +117,9 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
             "truncated": numbers["truncated"],
             "out_of_turn": numbers["out_of_turn"],
             "changed_text": numbers["changed_text"],
-            "unused_fields": {name: unused[name] for name in sorted({*unused, *job.options.ignored()})},
+            "unused_fields": {
+                name: unused[name] for name in sorted({*unused, *ignored_fields(job.options.ignore_fields)})
+            },
             "with_special_text": numbers["with_special_text"],
             "records": records,
             "tokens": numbers["tokens"],
@@ -143,8 +134,8 @@ def manifest(job: Job, totals: Totals, files: list[FileState], parts: list[Part]
 def _examples(totals: Totals) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for problem in _in_order(totals.problems):
-        sentence = (
-            f": {problem.sentence}" if problem.sentence and not problem.reason.startswith(TOO_LONG) else ""
+        told = problem.sentence and not problem.reason.startswith(TOO_LONG)
+        found.setdefault(problem.reason, []).append(
+            _where(problem) + (f": {problem.sentence}" if told else "")
         )
-        found.setdefault(problem.reason, []).append(_where(problem) + sentence)
     return found

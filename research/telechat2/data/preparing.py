@@ -48,12 +48,11 @@ def prepare(
 ) -> dict[str, Any]:
     """Turn conversations and texts into records of ``max_length + 1`` tokens; return the manifest.
 
-    ``workers``: processes that encode, None for as many as there are cores (of the cluster, with the engine
-    "ray"). ``report``: the language of a page of statistics and samples (en, zh), "" for none.
-    ``resume``: continue a run that was stopped, or begin when there is none.
+    ``workers``: None for as many as there are cores, of the cluster with "ray". ``resume``: continue a run
+    that was stopped, or begin when there is none. ``report``: language of a report page, "" for none.
 
-    Raises UsageError for options and inputs that cannot be used, lines that are refused, an empty data set,
-    an output that exists, and a run that was stopped when ``resume`` is not set or its options differ.
+    UsageError for wrong options or inputs, refused lines, an empty data set, an output that exists, and a
+    stopped run when ``resume`` is not set or its options differ.
     """
     options.check()
     engines.check(engine, workers)
@@ -96,16 +95,12 @@ def _enter(job: Job, resume: bool) -> list[Path]:
         write_json(job_file, described)
         return created
     if not resume:
-        raise UsageError(
-            f"{job.folder} exists: another run is writing there, or one was interrupted; in that case "
-            f"continue it with --resume, or delete it and repeat"
-        )
+        remedy = "continue it with --resume, or delete the folder"
+        raise UsageError(f"{job.folder} exists: a run writes there or was interrupted; {remedy}")
     before = json.loads(job_file.read_text(encoding="utf-8")) if job_file.is_file() else described
     if different := [key for key in described if before.get(key) != described[key]]:
-        raise UsageError(
-            f"{job.folder} is of a run with another {' and '.join(different)}: it cannot be continued; "
-            f"repeat the command of that run, or delete the folder"
-        )
+        found = f"{job.folder} is of a run with another {' and another '.join(different)}"
+        raise UsageError(f"{found}; repeat the command of that run, or delete the folder")
     if not job_file.is_file():
         write_json(job_file, described)
     return []
@@ -191,10 +186,8 @@ def _write_parts(job: Job, store: Spool, totals: Totals) -> list[Part]:
 def _part(path: Path, records: Iterator[list[TokenArray]], job: Job, bar: "tqdm[Any]") -> Part:
     finished = path.with_name(f"{path.name}.done")
     if finished.is_file():
-        part = Part(*json.loads(finished.read_text(encoding="utf-8")))
         bar.update(sum(1 for _ in records))
-        return part
-    writing.discard(path)
+        return Part(*json.loads(finished.read_text(encoding="utf-8")))
     sizes: list[int] = []
     documents: list[int] = []
 

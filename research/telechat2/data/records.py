@@ -57,11 +57,7 @@ class Seen:
 
 
 def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
-    """Look through records.
-
-    Raises:
-        UsageError: a record breaks a rule, or none of them has a trained token; names file and record.
-    """
+    """Look through records. UsageError where one breaks a rule, or none has a trained token."""
     seen = Seen()
     for row in rows:
         where = f"{row.file}, record {row.number}"
@@ -76,11 +72,8 @@ def check_records(rows: Iterable[Row], rules: Rules) -> Seen:
             seen.untrained += 1
             seen.first_untrained = seen.first_untrained or where
     if seen.records and seen.untrained == seen.records:
-        raise UsageError(
-            f"none of the {seen.records:,} records read has a trained token ({seen.first_untrained} is the "
-            f"first): every label is {rules.ignored}, ignore_token_id. Label what is to be trained by "
-            f"its id; {_PREPARE}."
-        )
+        found = f"no label of the {seen.records:,} records read is trained (first: {seen.first_untrained})"
+        raise UsageError(f"{found}: all are {rules.ignored}, ignore_token_id; {_PREPARE}.")
     return seen
 
 
@@ -89,15 +82,11 @@ def _check_form(where: str, row: Row) -> None:
         if values is None:
             continue
         if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise UsageError(
-                f"{where}: {name} is {values.dtype} of shape {list(values.shape)}, expected whole numbers in "
-                f"one row, such as int32 [seq_length + 1]; {_PREPARE}."
-            )
+            found = f"{where}: {name} is {values.dtype} of shape {list(values.shape)}"
+            raise UsageError(f"{found}, expected one row of integers, int32 [seq_length + 1]; {_PREPARE}.")
     if row.labels is not None and len(row.labels) != len(row.input_ids):
-        raise UsageError(
-            f"{where}: {len(row.input_ids)} input_ids, but {len(row.labels)} labels; each id needs one. "
-            f"{_PREPARE[0].upper()}{_PREPARE[1:]}."
-        )
+        found = f"{len(row.input_ids)} input_ids, but {len(row.labels)} labels"
+        raise UsageError(f"{where}: {found}; each id needs one: {_PREPARE}.")
 
 
 def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -> None:
@@ -106,21 +95,15 @@ def _check_length(row: Row, where: str, length: int, seen: Seen, rules: Rules) -
     if length < 2:
         raise UsageError(f"{where}: {length} ids, but a record needs two, one to read and one to predict.")
     if rules.one_length and seen.records and length != seen.length:
-        raise UsageError(
-            f"{where}: {length} ids, but the records before it have {seen.length}: all of a data set must be "
-            f"equally long. Fill the shorter ones with the pad id and the label {rules.ignored}, or "
-            f"{_PREPARE}."
-        )
+        remedy = f"fill the shorter ones with the pad id and the label {rules.ignored}, or {_PREPARE}"
+        raise UsageError(f"{where}: {length} ids, but the records before it have {seen.length}; {remedy}.")
 
 
 def _check_ids(where: str, ids: _Ids, vocab_size: int | None) -> None:
     if ids.min() < 0:
         position = int(ids.argmin())
-        raise UsageError(
-            f"{where}: id {ids[position]} at position {position} is no token; ids begin at 0. Only "
-            f"labels may "
-            f"be negative: fill input_ids with the pad id."
-        )
+        found = f"{where}: id {ids[position]} at position {position} is no token"
+        raise UsageError(f"{found}; only labels may be negative: fill input_ids with the pad id.")
     if vocab_size is not None and ids.max() >= vocab_size:
         position = int(ids.argmax())
         found = f"{where}: id {ids[position]} at position {position}"
@@ -128,20 +111,15 @@ def _check_ids(where: str, ids: _Ids, vocab_size: int | None) -> None:
 
 
 def too_long(file: object, tokens: int, seq_length: int) -> str:
-    """The sentence about records of more tokens than the model takes."""
-    return (
-        f"{file} holds records of {tokens + 1} ids, for sequences of {tokens} tokens, but the model's "
-        f"seq_length is {seq_length}: prepare the data with --max_length {seq_length}, or set "
-        f"--model.model_config.seq_length {tokens}."
-    )
+    """The message about records of more tokens than the model takes."""
+    remedy = f"prepare with --max_length {seq_length}, or set --model.model_config.seq_length {tokens}"
+    return f"{file} holds records of {tokens + 1} ids, but the model's seq_length is {seq_length}: {remedy}."
 
 
 def too_many_tokens(what: str, needed: int, vocab_size: int) -> str:
-    """The sentence about data of a larger vocabulary than the model has."""
-    return (
-        f"{what} needs a vocabulary of {needed} tokens, but the model's vocab_size is {vocab_size}: prepare "
-        f"the data with this model's tokenizer.model, or use the YAML of the model whose tokenizer it was."
-    )
+    """The message about data of a larger vocabulary than the model has."""
+    remedy = "prepare the data with this model's tokenizer.model, or use the YAML of the data's model"
+    return f"{what} needs a vocabulary of {needed} tokens, but vocab_size is {vocab_size}: {remedy}."
 
 
 def _trained(where: str, row: Row, rules: Rules) -> int:
@@ -157,10 +135,11 @@ def _trained(where: str, row: Row, rules: Rules) -> int:
     other = np.flatnonzero(~trained | (ids != rules.pad))
     padding = len(ids) - 1 - int(other[-1])  # the first token is not trained, so there is one
     if padding >= _LEAST_PADDING:
+        remedy = (
+            f"label them {rules.ignored}, or, if this id is text, correct --model.model_config.pad_token_id"
+        )
         raise UsageError(
-            f"{where}: the last {padding} ids are {rules.pad}, the pad id, and labelled as trained: "
-            f"the model would learn padding. Label them {rules.ignored} (ignore_token_id), or, if "
-            f"{rules.pad} is text, set --model.model_config.pad_token_id to the id that fills records."
+            f"{where}: the last {padding} ids are {rules.pad}, the pad id, but trained: {remedy}."
         )
     return int(trained.sum())
 
@@ -174,19 +153,12 @@ def _wrong_labels(
         ("previous", (labels[1:] == ids[:-1])[trained[1:]]),
     ):
         if len(fits) and fits.all():
-            return (
-                f"labels are input_ids moved by one (each is the {moved} id), but the model moves them "
-                f"itself and would learn the wrong token. Give labels[i] = input_ids[i] where i is trained, "
-                f"else {ignored}, with seq_length + 1 ids in a record."
-            )
+            expected = f"give labels[i] = input_ids[i] where i is trained, else {ignored}"
+            return f"each label is the {moved} id, but the model itself moves labels by one: {expected}."
     position = int(wrong[0])
-    found = (
-        f"label {labels[position]} at position {position}, where input_ids has {ids[position]}: a label is "
-        f"the id itself where it is trained, else {ignored} (ignore_token_id)."
-    )
+    found = f"label {labels[position]} at position {position}, where input_ids has {ids[position]}"
+    found += f": a label is the id itself where it is trained, else {ignored} (ignore_token_id)."
     mark, *others = np.unique(labels[wrong])
     if not others and len(wrong) > 1:
-        return (
-            f"{found} If {mark} marks what is not trained, set --model.model_config.ignore_token_id {mark}."
-        )
+        return f"{found} If {mark} means not trained, set --model.model_config.ignore_token_id {mark}."
     return f"{found} In this record {len(wrong):,} differ. Correct them, or {_PREPARE}."

@@ -24,64 +24,49 @@ def check_data_vocabulary(files: Iterable[Path], weights: str | Path | None) -> 
     """Compare the vocabulary that MindRecord files were made with, and that of the weights.
 
     Files without a manifest, and weights without a tokenizer or a record of it, are not compared.
-
-    Raises:
-        UsageError: two vocabularies; the files are named.
+    UsageError for two vocabularies.
     """
     made = [(file, tokenizer) for file in files if (tokenizer := _tokenizer_of(file)).get("sha256")]
     for file, tokenizer in made[1:]:
         first_file, first = made[0]
         if not _same(tokenizer, first["sha256"], _existing(first)):
-            raise UsageError(
-                f"{first_file} and {file} were made with two vocabularies ({first.get('path')} and "
-                f"{tokenizer.get('path')}), whose ids mean different text: prepare all data with one "
-                "tokenizer.model."
-            )
+            both = f"{first.get('path')} and {tokenizer.get('path')}"
+            remedy = "prepare all data with one tokenizer.model"
+            raise UsageError(f"{first_file} and {file} have two vocabularies ({both}): {remedy}.")
     if not made or weights is None:
         return
     file, tokenizer = made[0]
     digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
     if digest and not _same(tokenizer, digest, beside):
-        raise UsageError(
-            f"{file} was made with {tokenizer.get('path')} ({_short(tokenizer['sha256'])}), but the weights "
-            f"{weights} belong to another vocabulary ({_short(digest)}, {where}): its ids mean other "
-            "text. Prepare the data again with the tokenizer.model of these weights, or load the weights "
-            "that belong to the data."
-        )
+        found = f"{file} was made with {tokenizer.get('path')} ({_short(tokenizer['sha256'])})"
+        expected = f"the weights {weights} belong to another vocabulary ({_short(digest)}, {where})"
+        remedy = "prepare the data again with their tokenizer.model, or load the weights of the data"
+        raise UsageError(f"{found}, but {expected}: {remedy}.")
 
 
 def check_answering_vocabulary(vocab_file: str | Path, weights: str | Path | None) -> None:
-    """Compare the vocabulary of a prediction with that of the weights, where it is known.
-
-    Raises:
-        UsageError: they are two.
-    """
+    """Compare a prediction's vocabulary with that of the weights, if known. UsageError when they differ."""
     if weights is None or Path(vocab_file).suffix != ".model":
         return
     digest, beside, where = vocabulary_of_weights(Path(weights).expanduser())
     own = {"sha256": sha256(vocab_file), "path": str(vocab_file)}
     if digest and not _same(own, digest, beside):
-        raise UsageError(
-            f"{vocab_file} ({_short(own['sha256'])}) is not the vocabulary of the weights {weights} "
-            f"({_short(digest)}, {where}); give the tokenizer.model that they were trained with."
-        )
+        found = f"{vocab_file} ({_short(own['sha256'])}) is not the vocabulary of the weights {weights}"
+        raise UsageError(f"{found} ({_short(digest)}, {where}); give their tokenizer.model.")
 
 
 def check_pieces(vocab_file: str | Path | None, settings: Mapping[str, Any]) -> None:
     """Compare a SentencePiece vocabulary of another kind, such as a Llama's, with ``model_config``.
 
-    Raises:
-        UsageError: more pieces than the embedding has rows, or an ordinary piece begins or ends answers.
+    UsageError for more pieces than the embedding has rows, or ordinary pieces as bos_token_id, eos_token_id.
     """
     vocabulary = _load(Path(vocab_file)) if vocab_file and Path(vocab_file).is_file() else None
     if vocabulary is None:
         return
     size, rows, model = vocabulary.size, settings["vocab_size"], vocabulary.model
     if size > rows:
-        raise UsageError(
-            f"{vocab_file} has {size} pieces, but the model's vocab_size is {rows}; this is another model's "
-            "vocabulary."
-        )
+        remedy = "give this model's vocabulary"
+        raise UsageError(f"{vocab_file} has {size} pieces, but the model's vocab_size is {rows}; {remedy}.")
     for name, own in (("bos_token_id", model.bos_id()), ("eos_token_id", model.eos_id())):
         given = settings[name] if isinstance(settings[name], list) else [settings[name]]
         for index in given:
@@ -90,11 +75,9 @@ def check_pieces(vocab_file: str | Path | None, settings: Mapping[str, Any]) -> 
             piece = vocabulary.pieces[index]
             marked = index in vocabulary.control_ids or re.fullmatch(r"[<\[].*[>\]]", piece)
             if not marked or index in vocabulary.byte_ids:
-                raise UsageError(
-                    f"{name} of the model is {index}, but in {vocab_file} that is the text {piece!r}; its "
-                    f"own is {own}. Correct {name} in the YAML and in config.json, or give the vocabulary of "
-                    "this model."
-                )
+                found = f"{name} is {index}, in {vocab_file} the text {piece!r}; its own is {own}"
+                remedy = f"correct {name} in the YAML and config.json, or give this model's vocabulary"
+                raise UsageError(f"{found}; {remedy}.")
 
 
 def data_vocabulary(files: Iterable[Path]) -> str | None:

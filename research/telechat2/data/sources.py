@@ -70,12 +70,9 @@ class FileState(NamedTuple):
 
 
 def input_files(path: str | Path) -> list[Path]:
-    """Return the files of a path: itself, those of a folder, or those that a pattern fits; sorted.
+    """Return the files of a path, sorted: itself, those that a pattern matches, or a folder's ``DATA_FILE``s.
 
-    Of a folder the data files (``DATA_FILE``) are taken; what else is there is named on standard error.
-    Folders in a folder are not entered; a pattern with ``**`` does that.
-
-    UsageError if there is none.
+    Other files of the folder are named on stderr; its folders are not entered. UsageError without a file.
     """
     path = Path(path)
     if path.is_file():
@@ -85,7 +82,7 @@ def input_files(path: str | Path) -> list[Path]:
     if glob.has_magic(str(path)):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not files:
-            raise UsageError(f"no file fits the pattern {path}; put it in quotes, and check it with ls")
+            raise UsageError(f"no file matches the pattern {path}; put it in quotes, and check it with ls")
         return files
     if path.exists():
         raise UsageError(f"{path} is a pipe or device, which is read once only; write its content to a file")
@@ -98,25 +95,19 @@ def _files_in(folder: Path) -> list[Path]:
     files = [file for file in there if DATA_FILE.search(file.name) and not _is_single_object(file)]
     others = [file.name for file in there if file not in files]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    kinds = ".jsonl, .ndjson, .json, also packed: .gz, .zst"
     if not files:
-        raise UsageError(
-            f"{folder} holds no .jsonl file (nor .ndjson or .json, packed as .gz or .zst or not) itself"
-            f"{', only ' + listed if others else ''}; give a jsonl file, a directory of such, "
-            f"or, for directories in it, a pattern in quotes: '{folder}/**/*.jsonl'"
-        )
+        found = f"{folder} holds no data file ({kinds}){', only ' + listed if others else ''}"
+        raise UsageError(f"{found}; for directories in it give a pattern in quotes: '{folder}/**/*.jsonl'")
     if others:
-        print(
-            f"{folder}: not read: {listed} (no data: .jsonl, .ndjson, .json and those packed are)",
-            file=sys.stderr,
-        )
+        print(f"{folder}: not read: {listed} (data files are {kinds})", file=sys.stderr)
     return files
 
 
 def find(paths: Sequence[str | Path]) -> list[Source]:
     """Return all files of ``paths``; a ``.json`` of one object is a mixture: paths and their weights.
 
-    UsageError when a path leads to nothing, a file is there twice, a mixture is not readable, or zstandard
-    is needed and not installed.
+    UsageError for a missing or repeated file, a wrong mixture, and when zstandard is needed but missing.
     """
     sources = []
     for path in map(Path, paths):
@@ -127,10 +118,8 @@ def find(paths: Sequence[str | Path]) -> list[Source]:
     seen: set[Path] = set()
     for source in sources:
         if (real := source.path.resolve()) in seen:
-            raise UsageError(
-                f"{source.path} is given twice; to take its lines more than once, "
-                f'give a mixture file: {{"{source.path}": 2}}'
-            )
+            mixture = f'{{"{source.path}": 2}}'
+            raise UsageError(f"{source.path} is given twice; to repeat its lines give a mixture: {mixture}")
         seen.add(real)
         if source.path.suffix.lower() == ".zst":
             _need_zstandard(source.path)
@@ -138,8 +127,7 @@ def find(paths: Sequence[str | Path]) -> list[Source]:
 
 
 _JSON_FILES = (
-    "a .json file is a mixture (an object of paths and weights), an array of conversations, or has one on "
-    "each line"
+    'a .json file is a mixture ({"path": weight, …}), an array of conversations, or one on each line'
 )
 
 
@@ -165,8 +153,7 @@ def _mixture(path: Path) -> list[Source]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no mixture: not JSON ({error}); {_JSON_FILES}") from error
     if not isinstance(content, tuple) or not content:
-        found = "no mixture" if content is not None else "empty"
-        raise UsageError(f'{path} is {found}; expected {{"path": weight, …}}; {_JSON_FILES}')
+        raise UsageError(f"{path} is {'no mixture' if content is not None else 'empty'}; {_JSON_FILES}")
     for name, times in Counter(name for name, _ in content).items():
         if times > 1:
             raise UsageError(f"{path} gives {name} {times} weights; expected one: write their sum")
@@ -177,9 +164,7 @@ def _mixture(path: Path) -> list[Source]:
             files = input_files(path.parent / name)
         except UsageError as error:
             slashes = "; write / for \\" if "\\" in name else ""
-            raise UsageError(
-                f"{path}: {error} (paths in a mixture start from its own folder{slashes})"
-            ) from error
+            raise UsageError(f"{path}: {error} (its paths start from its own folder{slashes})") from error
         if inner := next((file for file in files if _is_single_object(file)), None):
             raise UsageError(f"{path} names {inner}, which is no data but an object; mixtures do not nest")
         sources += [Source(file, float(weight)) for file in files]
@@ -188,15 +173,13 @@ def _mixture(path: Path) -> list[Source]:
 
 def _check_weight(path: Path, name: str, weight: object) -> None:
     if isinstance(weight, (list, tuple)):  # an object is a tuple of pairs here
+        kind = "a list" if isinstance(weight, list) else "an object"
         raise UsageError(
-            f"{path} is no mixture: {name} is {'a list' if isinstance(weight, list) else 'an object'}, "
-            f"and no weight; of an object around the data give the array alone, one conversation for "
-            f"each item; {_JSON_FILES}"
+            f"{path} is no mixture: {name} is {kind}; of data give the array alone; {_JSON_FILES}"
         )
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-        raise UsageError(
-            f"{path} gives {name} the weight {short(weight)}; expected a number in (0, 1000]; {_JSON_FILES}"
-        )
+        found = f"{path} gives {name} the weight {short(weight)}"
+        raise UsageError(f"{found}; expected a number in (0, 1000]; {_JSON_FILES}")
 
 
 def read_batches(
@@ -204,8 +187,7 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of all files from number ``skip`` on; where a file ends, add its state to ``read``.
 
-    ``advance`` is called with the number of bytes that have been read, as they lie on the disk. UsageError
-    when a packed file is broken or cut short, or a line is no line.
+    ``advance`` gets the number of bytes read from the disk. UsageError for a broken file or too long a line.
     """
     number = 0
     for index, source in enumerate(sources):
@@ -228,32 +210,28 @@ def read_file(path: str | Path, is_data: bool) -> Iterator[tuple[str, int, bytes
     ``is_data``: False for a text, whose lines are lines whatever it begins with. UsageError as in
     ``read_batches``.
     """
-    number = 0
     with open(path, "rb", buffering=0) as raw:
-        for unit, lines in _grouped(Path(path), raw, is_data):
-            for line in lines:
-                number += 1
-                yield unit, number, line
+        found = ((unit, line) for unit, lines in _grouped(Path(path), raw, is_data) for line in lines)
+        for number, (unit, line) in enumerate(found, 1):
+            yield unit, number, line
 
 
 def _open_packed(path: Path, raw: io.RawIOBase) -> io.BufferedReader:
-    """Return the text's bytes of a file that may be packed, by its suffix."""
+    """A reader of the unpacked bytes."""
     file: io.BufferedReader = io.BufferedReader(raw, BATCH_BYTES)
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file), BATCH_BYTES)
-    if suffix != ".zst":
-        return file
-    _need_zstandard(path)
-    return io.BufferedReader(_Zstandard(file), BATCH_BYTES)
+    if suffix == ".zst":
+        _need_zstandard(path)
+        return io.BufferedReader(_Zstandard(file), BATCH_BYTES)
+    return file
 
 
 def _need_zstandard(path: Path) -> None:
     if find_spec("zstandard") is None:
-        raise UsageError(
-            f"{path} needs zstandard, which is not installed; install it with: pip install zstandard, or "
-            f"unpack the file with: unzstd {path}"
-        )
+        remedy = f"install it with: pip install zstandard, or unpack the file with: unzstd {path}"
+        raise UsageError(f"{path} needs zstandard, which is not installed; {remedy}")
 
 
 def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tuple[str, list[bytes]]]:
@@ -266,8 +244,7 @@ def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tu
             unit, found = "item", json_values.items(path, file, LINE_BYTES)
         else:
             found = _lines(path, file)
-        for line in found:
-            number += 1
+        for number, line in enumerate(found, 1):  # noqa: B007 (an error names it)
             lines.append(line)
             size += len(line)
             if size >= BATCH_BYTES:
@@ -275,22 +252,16 @@ def _grouped(path: Path, raw: io.RawIOBase, is_data: bool = True) -> Iterator[tu
                 size, lines = 0, []
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(
-            f"{path} is broken after {unit} {number} ({error}); it was cut short or damaged: fetch or pack "
-            f"it again"
+            f"{path} is broken after {unit} {number} ({error}); fetch or pack it again"
         ) from error
     if lines:
         yield unit, lines
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    number = 0
-    while line := file.readline(LINE_BYTES + 1):
-        number += 1
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
         if len(line) > LINE_BYTES:
-            raise UsageError(
-                f"{path}, line {number} is longer than {LINE_BYTES >> 20} MB; "
-                f"jsonl has one conversation or text on a line: split it"
-            )
+            raise UsageError(f"{path}, line {number} is longer than {LINE_BYTES >> 20} MB; split it")
         yield line
 
 

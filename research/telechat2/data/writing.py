@@ -34,9 +34,8 @@ _BATCH = 128  # records handed to the writer at once
 
 def output_file(output_path: str | Path) -> Path:
     """Return the file ``--output_path`` stands for: itself if so named, else dataset.mindrecord in it."""
-    text = str(output_path)
-    path = Path(text)
-    is_file = path.suffix == ".mindrecord" and not text.endswith(os.sep) and not path.is_dir()
+    path = Path(output_path)
+    is_file = path.suffix == ".mindrecord" and not str(output_path).endswith(os.sep) and not path.is_dir()
     return path if is_file else path / "dataset.mindrecord"
 
 
@@ -59,16 +58,13 @@ def check_absent(path: Path) -> None:
     """UsageError when the result or part of it exists, or a file is in the way."""
     file = next((folder for folder in path.parents if folder.is_file()), None)
     if file:
-        raise UsageError(
-            f"cannot write {path}: {file} is a file, not a directory; choose another --output_path"
-        )
+        raise UsageError(f"cannot write {path}: {file} is a file; choose another --output_path")
     numbered = sorted(path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}"))
     manifest = prompt_format.manifest_path(path)
     for existing in (path, index_of(path), manifest, report_file(path), *numbered):
         if existing.exists():
-            raise UsageError(
-                f"{existing} exists and is not overwritten; delete it or choose another --output_path"
-            )
+            found = f"{existing} exists and is not overwritten"
+            raise UsageError(f"{found}; delete it or choose another --output_path")
 
 
 @contextmanager
@@ -85,9 +81,8 @@ def locked(folder: Path) -> Iterator[None]:
 def fill_record(pieces: Iterable[TokenArray], length: int, pad_token_id: int) -> Record:
     """Join pieces of tokens (uint32, see encoding) into one record, padded on the right.
 
-    Returns int32 arrays of ``length``: input_ids, and labels with IGNORED_LABEL wherever a token is not
-    trained, and at the first, which has no position to predict it from; labels[i] belongs to input_ids[i]
-    (the model shifts).
+    Returns int32 arrays of ``length``: input_ids, and labels, which the model moves by one: labels[i] is
+    input_ids[i] where it is trained, else IGNORED_LABEL, and so at the first, which nothing predicts.
     """
     tokens = np.full(length, pad_token_id, np.uint32)
     end = 0
@@ -107,7 +102,12 @@ def count_documents(input_ids: npt.NDArray[np.integer[Any]], start_ids: Sequence
 
 
 def write_records(path: Path, records: Iterable[Record], advance: Callable[[int], object]) -> None:
-    """Write records to ``path`` and its index, and have them on the disk. OSError when that fails."""
+    """Write records to ``path`` and its index, in place of what a stopped run left there, and fsync them.
+
+    OSError when that fails.
+    """
+    for file in (path, index_of(path)):
+        file.unlink(missing_ok=True)
     with interrupt_afterwards("MindSpore is loaded"):
         from mindspore.mindrecord import FileWriter
         from mindspore.mindrecord.common.exceptions import MindRecordException
@@ -122,25 +122,14 @@ def write_records(path: Path, records: Iterable[Record], advance: Callable[[int]
             advance(len(batch))
         writer.commit()
     except (MindRecordException, RuntimeError) as error:
-        raise OSError(
-            f"MindSpore could not write {path}, perhaps because the disk is full: {error}; "
-            f"correct that, and continue with --resume"
-        ) from error
+        remedy = "free space if the disk is full, and continue with --resume"
+        raise OSError(f"MindSpore could not write {path}: {error}; {remedy}") from error
     for file in (path, index_of(path)):
         fsync(file)
 
 
-def discard(path: Path) -> None:
-    """Delete a MindRecord file that was not finished, and its index."""
-    for file in (path, index_of(path)):
-        file.unlink(missing_ok=True)
-
-
 def publish(folder: Path, target: Path) -> None:
-    """Move what ``folder`` lists in its ``moves.json`` to its place, the manifest last; delete the folder.
-
-    Whatever was moved before an interruption is left where it is.
-    """
+    """Move what ``moves.json`` lists to its place, if not moved before; delete ``folder``."""
     for name in json.loads((folder / "moves.json").read_text(encoding="utf-8")):
         if (folder / name).exists():
             os.rename(folder / name, target.parent / name)
