@@ -256,8 +256,8 @@ def _check_pipeline(config: ModelSettings, section: ParallelSettings) -> None:
         )
     if section.micro_batch_num < stages:
         raise UsageError(
-            f"parallel_config.micro_batch_num is {section.micro_batch_num}, below pipeline_stage {stages}; "
-            "raise it."
+            f"parallel_config.micro_batch_num is {section.micro_batch_num}, less than pipeline_stage "
+            f"{stages}; raise it."
         )
     if config.tie_word_embeddings:
         raise UsageError(
