@@ -28,55 +28,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one"
-    )
-    parser.add_argument("--output_path", type=Path, required=True, help="the folder to make")
-    parser.add_argument(
-        "--checkpoint_path",
-        type=Path,
-        help="weights of any layout, torch or MindSpore; by default the YAML's load_checkpoint",
-    )
-    parser.add_argument(
-        "--vocab_file_path",
-        type=Path,
-        help="tokenizer.model or the folder with it; by default the YAML's vocab_file",
-    )
-    parser.add_argument(
-        "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
-    )
-    parser.add_argument("--world_size", type=int, help="number of NPUs; by default the YAML's")
-    parser.add_argument("--npu_mem_size", type=int, default=8, help="GB of each NPU for the cache; default 8")
-    parser.add_argument(
-        "--self_test",
-        type=boolean,
-        help="load the folder through ModelRunner and ask it; by default if the YAML's device_target is CPU",
-    )
-    arguments = parser.parse_args()
+    add = parser.add_argument
+    add("--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one")
+    add("--output_path", type=Path, required=True, help="the folder to make")
+    add("--checkpoint_path", type=Path, help="weights of any layout; by default the YAML's load_checkpoint")
+    text = "tokenizer.model or the folder with it; by default the YAML's, or that beside the weights"
+    add("--vocab_file_path", type=Path, help=text)
+    add("--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint")
+    add("--world_size", type=int, help="number of NPUs; by default the YAML's")
+    add("--npu_mem_size", type=int, default=8, help="GB of each NPU for the cache; default 8")
+    text = "load the folder through ModelRunner and ask it; by default if the YAML's device_target is CPU"
+    add("--self_test", type=boolean, help=text)
+    arguments = vars(parser.parse_args())
     for name in ("world_size", "npu_mem_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
-    yaml_file = resolve_config(arguments.yaml_file, Path.cwd())
+        if arguments[name] is not None and arguments[name] < 1:
+            raise UsageError(f"--{name} is {arguments[name]}; it must be at least 1.")
+    yaml_file = resolve_config(arguments["yaml_file"], Path.cwd())
     print(f"config: {yaml_file}", file=sys.stderr)
     quiet_libraries()
     from research.telechat2.serve.mindie.folder import build, read_folder_sources
 
-    sources = read_folder_sources(
-        yaml_file,
-        arguments.checkpoint_path,
-        arguments.vocab_file_path,
-        arguments.prompt_format,
-        arguments.world_size,
-    )
-    print(
-        build(
-            sources,
-            arguments.output_path,
-            npu_mem_size=arguments.npu_mem_size,
-            self_test=arguments.self_test,
-        ),
-        end="",
-    )
+    names = ("checkpoint_path", "vocab_file_path", "prompt_format", "world_size")
+    sources = read_folder_sources(yaml_file, *map(arguments.get, names))
+    settings = {name: arguments[name] for name in ("npu_mem_size", "self_test")}
+    print(build(sources, arguments["output_path"], **settings), end="")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def random(tmp_path_factory):
         (
             ParallelTelechatForCausalLM,
             {"parallel_config": {"model_parallel": 2, "vocab_emb_dp": False}},
-            ("model_parallel is 2", "1 process", "scripts/msrun_launcher.sh"),
+            ("model_parallel is 2", 1, "scripts/msrun_launcher.sh"),
         ),
         (
             TelechatForCausalLM,

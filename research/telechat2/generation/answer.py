@@ -14,8 +14,8 @@ class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
 class Answer:
     """An answer: ``text`` without special tokens, ``ids`` with them, and how long its batch took.
 
-    ``cut`` names what ended the answer before the model did, a limit of length or STOPPED; "" if it ended.
-    A character of which tokens are missing then is not in ``text``.
+    ``cut``: what ended the answer before the model did, a limit of length or STOPPED; "" if nothing. ``text``
+    then ends before a character that is not complete.
     """
 
     text: str
@@ -26,17 +26,21 @@ class Answer:
 
     def __str__(self) -> str:
         """A line of figures for a person."""
-        later = self.seconds - self.seconds_to_first_token
-        speed = f", {(len(self.ids) - 1) / later:.1f} tokens/s" if later > 0 and len(self.ids) > 1 else ""
+        first = self.seconds_to_first_token
         cut = f", cut off there by {self.cut}" if self.cut else ""
-        return f"[{len(self.ids)} tokens{cut}, the first after {self.seconds_to_first_token:.2f} s{speed}]"
+        later = speed(len(self.ids) - 1, self.seconds - first)
+        return f"[{len(self.ids)} tokens{cut}, the first after {first:.2f} s{later}]"
+
+
+def speed(tokens: int, seconds: float) -> str:
+    """Tokens per second, to print after other figures; "" without tokens."""
+    return f", {tokens / seconds:.1f} tokens/s" if tokens > 0 and seconds > 0 else ""
 
 
 class Clock:
     """A streamer of ``generate`` that notes when tokens arrive: first the prompts are put, then each step.
 
-    Of a single prompt it passes each token on, and ends the answer by Stopped after one where ``stop()``
-    is true.
+    Each token of a single prompt goes to ``on_token``; Stopped is raised once ``stop()`` is true.
     """
 
     def __init__(self, on_token=None, stop=None):

@@ -16,42 +16,28 @@ class Rows(list):
 
 
 def pad_rows(rows: Sequence[Sequence[int]], preferred: Sequence[int | None] = ()) -> tuple[np.ndarray, int]:
-    """Rows on the right filled up to the longest.
+    """Rows, of at least one id each, filled up on the right: ``[B, longest]`` int32, and the padding id.
 
-    Args:
-        rows: ids, at least one in each row.
-        preferred: ids to pad with, the best first; those that cannot be are passed over.
-
-    Returns:
-        The array ``[B, longest]`` int32, and the id that it is padded with, which no row ends with.
+    ``preferred``: ids to pad with, the best first; what is no id or ends a row is passed over.
     """
     last = {row[-1] for row in rows}
-    padding = next(id for id in (*preferred, *range(len(last) + 1)) if _is_id(id) and id not in last)
+    ids = (id for id in (*preferred, *range(len(last) + 1)) if isinstance(id, int) and id >= 0)
+    padding = next(id for id in ids if id not in last)
     longest = max(map(len, rows))
     filled = [[*row, *[padding] * (longest - len(row))] for row in rows]
     return np.array(filled, np.int32), padding
 
 
 def check_ids(rows: np.ndarray, lengths: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids that are no row of the embedding: MindSpore fails at them, and at every later step too.
+    """UsageError for ids ``[B, longest]`` outside the embedding, at which MindSpore fails now and later.
 
-    Args:
-        rows: ``[B, longest]`` ids; beyond ``lengths`` they are padding, which may be anything.
-        lengths: ``[B]``.
-        vocab_size: rows of the embedding.
-
-    Raises:
-        UsageError: names the row, the position and the id.
+    What lies beyond ``lengths`` ``[B]`` is padding, which may be anything.
     """
     inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
     wrong = np.argwhere(inside & ((rows < 0) | (rows >= vocab_size)))
     if len(wrong):
         row, position = wrong[0]
         raise UsageError(
-            f"prompt {row + 1} of {len(rows)} has the id {rows[row, position]} at position {position}, but "
-            f"the model's vocab_size is {vocab_size}; encode it with the tokenizer of this model."
+            f"prompt {row + 1} of {len(rows)}: id {rows[row, position]} at position {position} is outside "
+            f"the model's vocab_size {vocab_size}; encode it with the tokenizer of this model."
         )
-
-
-def _is_id(value) -> bool:
-    return isinstance(value, int) and value >= 0

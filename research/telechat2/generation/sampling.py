@@ -26,9 +26,6 @@ class Sampling:
     probabilities reach it, counted after ``top_k``. ``repetition_penalty``: divides positive and multiplies
     negative logits of tokens that prompt or answer already hold. ``min_length``, ``min_new_tokens``: tokens
     of a row, of its answer, before which none of ``end_tokens`` may come.
-
-    Raises:
-        UsageError: see check_sampling.
     """
 
     do_sample: bool = False
@@ -59,22 +56,14 @@ class Sampling:
 
 
 def check_finite(logits: np.ndarray, step: int, position: int, row: int = 0, rows: int = 1) -> None:
-    """Refuse logits ``[V]`` with NaN or infinite values: no token is the likeliest of them.
-
-    Raises:
-        UsageError: names the token of the answer (``step``, from 1), its position in the sequence, and the
-            row where there are several.
-    """
+    """UsageError for logits ``[V]`` with NaN or infinite values; ``step``: the answer's token, from 1."""
     if np.isfinite(logits.min()) and np.isfinite(logits.max()):  # NaN passes through both
         return
-    broken = ~np.isfinite(logits)
     where = f" of row {row + 1} of {rows}" if rows > 1 else ""
-    nans = int(np.isnan(logits).sum())
     raise UsageError(
-        f"the model's logits are not finite: for token {step} of the answer{where} (position {position}), "
-        f"{nans} of {len(logits)} are NaN and {int(broken.sum()) - nans} infinite. The weights hold NaN or "
-        f"infinite values, or compute_dtype is too narrow for them (float16 ends at 65504): check the "
-        f"checkpoint, or set compute_dtype and res_dtype to bfloat16 or float32."
+        f"logits are not finite: for token {step} of the answer{where} (position {position}), "
+        f"{np.isnan(logits).sum()} of {len(logits)} are NaN and {np.isinf(logits).sum()} infinite. Check the "
+        f"weights for such values, or set compute_dtype and res_dtype to bfloat16 or float32."
     )
 
 
@@ -88,19 +77,13 @@ def next_token(
 ) -> tuple[int, np.ndarray]:
     """The next token of one row, and the scores that it was chosen by, ``[V]``; a drawn one's are at most 0.
 
-    Args:
-        logits: ``[V]`` of the row's last token.
-        tokens: ids of prompt and answer so far.
-        prompt_length: how many of ``tokens`` are the prompt.
-        sampling: the settings.
-        random: draws the token; not asked where ``do_sample`` is False.
-        more: changes scores ``[V]`` between the penalties and temperature.
+    ``logits``: ``[V]`` of the row's last token. ``tokens``: ids of prompt and answer so far. ``random`` is
+    used where ``do_sample`` is True. ``more`` changes scores ``[V]`` between the penalties and temperature.
     """
     if sampling.is_argmax and more is None:
         return int(np.argmax(logits)), logits
-    scores = penalized(logits.astype(np.float64), tokens, sampling.repetition_penalty)
-    too_short = len(tokens) - prompt_length < sampling.min_new_tokens or len(tokens) < sampling.min_length
-    if too_short:
+    scores = _penalized(logits.astype(np.float64), tokens, sampling.repetition_penalty)
+    if len(tokens) - prompt_length < sampling.min_new_tokens or len(tokens) < sampling.min_length:
         scores[list(sampling.end_tokens)] = -np.inf
     if more is not None:
         scores = more(scores)
@@ -112,7 +95,7 @@ def next_token(
     return draw(scores, random), scores
 
 
-def penalized(scores: np.ndarray, tokens: np.ndarray, penalty: float) -> np.ndarray:
+def _penalized(scores: np.ndarray, tokens: np.ndarray, penalty: float) -> np.ndarray:
     """``scores`` ``[V]`` where those of ``tokens`` are divided by ``penalty``, or multiplied if negative."""
     if penalty == 1.0:
         return scores
@@ -133,7 +116,7 @@ def top_k(scores: np.ndarray, count: int) -> np.ndarray:
 def top_p(scores: np.ndarray, share: float) -> np.ndarray:
     """``scores`` ``[V]`` with -inf for all but the fewest likeliest tokens that have ``share`` together.
 
-    The token that reaches the share stays. Of tokens equally likely the lower ids do.
+    Of tokens equally likely the lower ids stay.
     """
     if share >= 1.0:
         return scores
@@ -163,10 +146,8 @@ def draw(scores: np.ndarray, random: np.random.Generator) -> int:
 def row_generators(rows: int, seed: int | None) -> list[np.random.Generator]:
     """Random numbers for each row of a batch, begun at ``seed``, or where NumPy's global ones are.
 
-    The global ones advance by one number a row: rows asked in batches of any size draw the same.
+    The global ones, which mindspore.set_seed sets in every process, advance by one number a row: rows asked
+    in batches of any size draw the same.
     """
-    if seed is None:
-        seeds = np.random.randint(2**31, size=rows)  # as mindspore.set_seed has set them, in every process
-    else:
-        seeds = np.random.default_rng(seed).integers(2**31, size=rows)
-    return [np.random.default_rng(int(number)) for number in seeds]
+    integers = np.random.randint if seed is None else np.random.default_rng(seed).integers
+    return [np.random.default_rng(int(number)) for number in integers(2**31, size=rows)]

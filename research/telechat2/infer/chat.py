@@ -1,6 +1,5 @@
 """Questions on a command line, in a file, or in a conversation; infer/loading.py answers them."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import nullcontext
@@ -11,10 +10,10 @@ from research.telechat2.config.sampling import DRAWN_ONLY, NEUTRAL
 from research.telechat2.data import formats, sources
 from research.telechat2.data.conversions import Conversation
 from research.telechat2.data.formats import naming, parse_question
-from research.telechat2.generation.answer import STOPPED, Answer
+from research.telechat2.generation.answer import STOPPED, Answer, speed
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.sources import numbered
-from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal
+from research.telechat2.infer.terminal import COMMANDS, HELP, Spinner, Terminal, note
 from research.telechat2.text.chat import DEFAULT_SYSTEM
 from research.telechat2.text.messages import (
     BYTE_ORDER_MARK,
@@ -25,12 +24,9 @@ from research.telechat2.text.messages import (
 
 
 def question(text: str, system: str | None = None) -> Conversation:
-    """A conversation of one question, after a system message if there is one, which may be empty.
-
-    UsageError for a byte order mark inside; those around are taken off.
-    """
-    content = without_byte_order_marks(text)
-    return Conversation([*_system(system), {"role": "user", "content": content}], None, "chat")
+    """A conversation of one question, after a system message if there is one, which may be empty."""
+    message = {"role": "user", "content": without_byte_order_marks(text)}
+    return Conversation([*_system(system), message], None, "chat")
 
 
 def _system(system: str | None) -> list[dict]:
@@ -42,26 +38,25 @@ def read_questions(
 ) -> list[Conversation]:
     """Conversations that wait for an answer: a question on each line of a text, or data as for training.
 
-    Data are what ``telechat_preprocess.py`` reads: ``.jsonl``, ``.ndjson`` and ``.json``, packed or not, or a
-    directory of them; and a file of another name whose first line is a conversation in JSON. The last answer
-    of a conversation is cut off, and need not be there; fields of a test set that give it, and metadata, are
-    left out, and counted on standard error. ``system`` is put before those without one. ``ignored``: fields
-    that count as absent.
+    Data are what ``telechat_preprocess.py`` reads, a directory of it, or a file whose first line is a
+    conversation in JSON. The last answer of a conversation is cut off, and need not be there; fields that
+    give it, and metadata, are left out and counted on standard error. ``system`` is put before those without
+    one. ``ignored``: fields that count as absent.
 
     Raises:
         UsageError: no question at all, or a line that is no conversation (file and line are named).
     """
     is_data = _is_data(Path(path))
     if not is_data and (is_data := formats.holds_data(path)):
-        print(f"{path}: read as data, since its first line is a conversation in JSON", file=sys.stderr)
-    if not is_data:
-        questions = list(_read_text(path, system))
-    else:
+        note(f"{path}: read as data, since its first line is a conversation in JSON")
+    if is_data:
         files = [source.path for source in sources.find([path])]
         questions = [asked for file in files for asked in _read_data(file, system, ignored)]
-        if left_out := Counter(name for asked in questions for name in asked.unused):
-            listed = ", ".join(f"{count} {name}" for name, count in left_out.items())
-            print(f"{path}: fields that are not used: {listed}", file=sys.stderr)
+    else:
+        questions = list(_read_text(path, system))
+    if left_out := Counter(name for asked in questions for name in asked.unused):
+        listed = ", ".join(f"{count} {name}" for name, count in left_out.items())
+        note(f"{path}: fields that are not used: {listed}")
     if not questions:
         raise UsageError(f"{path} holds no question.")
     return questions
@@ -91,18 +86,11 @@ def _read_data(file: Path, system: str | None, ignored: Set[str]) -> Iterator[Co
 def read_prompts(
     path: str | Path, system: str | None = None, ignored: Set[str] = frozenset()
 ) -> list[Conversation]:
-    """What ``--input_txt`` names: a text file is one question, data are as for ``read_questions``.
-
-    Raises:
-        UsageError: an empty file, one that is not UTF-8, or a line that is no conversation.
-    """
+    """What ``--input_txt`` names: a text file is one question, data are as for ``read_questions``."""
     if _is_data(Path(path)):
         return read_questions(path, system, ignored)
-    # as Windows ends lines: a carriage return would be part of the question
-    lines = [
-        line.removesuffix("\n").removesuffix("\r") for _, line in formats.read_lines(path, is_data=False)
-    ]
-    text = "\n".join(lines).strip()
+    lines = (line.removesuffix("\n") for _, line in formats.read_lines(path, is_data=False))
+    text = "\n".join(line.removesuffix("\r") for line in lines).strip()  # "\r\n" is how Windows ends lines
     if is_blank(text):
         raise UsageError(f"{path} holds no question.")
     return [question(text, system)]
@@ -111,8 +99,7 @@ def read_prompts(
 def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: int) -> None:
     """Answer conversations in batches, and print each with its question.
 
-    Raises:
-        UsageError: one cannot be asked (its number is given); nothing is answered then.
+    If one cannot be asked, a UsageError gives its number, and nothing is answered.
     """
     prompts = []
     for number, asked in enumerate(questions, 1):
@@ -127,20 +114,13 @@ def answer_all(predictor: Predictor, questions: list[Conversation], batch_size: 
         for asked, answer in zip(questions[batch], answers, strict=True):
             print(f"{asked.messages[-1]['content']}\n{answer.text}\n", flush=True)
             if answer.cut or len(answers) == 1:
-                print(answer, file=sys.stderr)
+                note(answer)
         if len(answers) > 1:
-            print(_figures(answers), file=sys.stderr)
-
-
-def _figures(answers: list[Answer]) -> str:
-    """A line of figures of a batch for a person; its rows share their steps."""
-    tokens, first = sum(len(answer.ids) for answer in answers), answers[0].seconds_to_first_token
-    later = answers[0].seconds - first
-    speed = f", {(tokens - len(answers)) / later:.1f} tokens/s" if later > 0 and tokens > len(answers) else ""
-    return (
-        f"[{len(answers)} answers, {tokens} tokens, {answers[0].seconds:.2f} s, the first tokens after "
-        f"{first:.2f} s{speed}]"
-    )
+            tokens = sum(len(answer.ids) for answer in answers)
+            seconds, first = answers[0].seconds, answers[0].seconds_to_first_token  # of all rows
+            figures = f"{len(answers)} answers, {tokens} tokens, {seconds:.2f} s"
+            later = speed(tokens - len(answers), seconds - first)
+            note(f"[{figures}, the first tokens after {first:.2f} s{later}]")
 
 
 def name_settings_without_effect(predictor: Predictor) -> None:
@@ -148,11 +128,7 @@ def name_settings_without_effect(predictor: Predictor) -> None:
     given = predictor.generation
     idle = [f"--{name} {given[name]}" for name in DRAWN_ONLY if given.get(name) not in (None, NEUTRAL[name])]
     if idle and not given.get("do_sample", predictor.model.config.do_sample):
-        print(
-            f"{', '.join(idle)}: without effect, as do_sample is False, which takes the likeliest token; "
-            "--do_sample True draws.",
-            file=sys.stderr,
-        )
+        note(f"{', '.join(idle)}: without effect, as do_sample is False; --do_sample True draws tokens.")
 
 
 def name_system_texts(predictor: Predictor, conversations: list[Conversation], given: str | None) -> None:
@@ -164,20 +140,13 @@ def name_system_texts(predictor: Predictor, conversations: list[Conversation], g
         return  # the others have none
     firsts = [with_text_content(asked.messages[0], 1) for asked in conversations]
     texts = [first["content"] if first["role"] == "system" else None for first in firsts]
-    sources = (
-        (
-            None,
-            DEFAULT_SYSTEM,
-            'the chat format\'s own; --system gives another, and --system "" an empty one',
-        ),
-        (given, given, "as --system says"),
-    )
-    for text, shown, source in sources if given is not None else sources[:1]:
-        if count := texts.count(text):
+    own = 'the chat format\'s own; --system gives another, and --system "" an empty one'
+    for text, shown, source in ((None, DEFAULT_SYSTEM, own), (given, given, "as --system says")):
+        if shown is not None and (count := texts.count(text)):
             share = "" if count == len(texts) else f" of {count} of {len(texts)} questions"
-            print(f"system text{share}: {shown or '(empty)'} ({source})", file=sys.stderr)
+            note(f"system text{share}: {shown or '(empty)'} ({source})")
     if given is not None and given not in texts:
-        print("--system is not used: every conversation has a system text of its own", file=sys.stderr)
+        note("--system is not used: every conversation has a system text of its own")
 
 
 def chat(
@@ -188,10 +157,6 @@ def chat(
     A line that cannot be asked (it is too long, or no valid Unicode) is named on standard error and leaves
     the conversation as it was. ``terminal``: whose Ctrl-C stops an answer; what was shown of it stays in the
     conversation. Returns the number of lines that were not asked.
-
-    Raises:
-        UsageError: the prompt format has no place for ``system``, or the model fails.
-        KeyboardInterrupt: Ctrl-C without ``terminal``, or twice.
     """
     start = _system(system)
     begin = Conversation([*start, {"role": "user", "content": "?"}], None, "chat")
@@ -206,7 +171,7 @@ def chat(
         if command == "/new":
             messages = list(start)
         elif command == "/help":
-            print(HELP, file=sys.stderr)
+            note(HELP)
         if command or is_blank(text):
             continue
         with terminal.answering() if terminal else nullcontext() as stop:
@@ -214,22 +179,22 @@ def chat(
                 text = without_byte_order_marks(text)
                 asked = _that_fit(predictor, [*messages, {"role": "user", "content": text}], keep=len(start))
             except UsageError as error:
-                print(f"(not asked: {error})", file=sys.stderr)
+                note(f"(not asked: {error})")
                 refused += 1
                 continue
             answer = _streamed(predictor, asked, stop, label)
         print(flush=True)
-        print(answer, file=sys.stderr)
+        note(answer)
         if answer.text or answer.cut != STOPPED:
             messages = [*asked, {"role": "assistant", "content": answer.text}]
         else:
-            print("(stopped before its first character: the question is taken back)", file=sys.stderr)
+            note("(stopped before its first character: the question is taken back)")
         label = ""
     return refused
 
 
 def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None, label: str) -> Answer:
-    """Ask, and print the answer as it grows; ``stop``: see ask; ``label``: what takes long, where it does."""
+    """Ask, and print the answer as it grows; ``label``: what takes long, "" if nothing does."""
     spinner, pieces = Spinner(), 0
 
     def show(text: str) -> None:
@@ -248,10 +213,7 @@ def _streamed(predictor: Predictor, messages: list[dict], stop: Callable | None,
 
 
 def _that_fit(predictor: Predictor, messages: list[dict], keep: int) -> list[dict]:
-    """``messages`` without as many of the oldest questions and answers as leave room for an answer.
-
-    UsageError if even the last question alone leaves none.
-    """
+    """``messages`` without the oldest questions and answers that leave no room for another answer."""
     for forgotten in range(0, len(messages) - keep, 2):
         kept = messages[:keep] + messages[keep + forgotten :]
         prompt = predictor.prompt_ids(Conversation(kept, None, predictor.prompt_format))
@@ -259,8 +221,5 @@ def _that_fit(predictor: Predictor, messages: list[dict], keep: int) -> list[dic
             break
     predictor.check([prompt])
     if forgotten:
-        print(
-            f"(the conversation grew too long: its oldest {forgotten} messages are forgotten)",
-            file=sys.stderr,
-        )
+        note(f"(the conversation grew too long: its oldest {forgotten} messages are forgotten)")
     return kept

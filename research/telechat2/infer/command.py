@@ -34,65 +34,36 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", nargs="*", help="each is answered by itself")
-    parser.add_argument(
-        "--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one"
+    add = parser.add_argument
+    add("question", nargs="*", help="each is answered by itself")
+    add("--yaml_file", required=True, help="predict YAML; a path, or the name of a shipped one")
+    add("--vocab_file_path", help="tokenizer.model; by default the YAML's, or that beside the weights")
+    add("--checkpoint_path", help="weights of any layout; by default the YAML's load_checkpoint")
+    add("--joined_for", type=int, metavar="N", help=JOINED_FOR)
+    text = "a text file that is one question, or data as for --question_file"
+    add("--input_txt", action="append", default=[], help=text)
+    text = (
+        "a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, .json, "
+        "packed or not, directories): the last answer is cut off, and need not be there"
     )
-    parser.add_argument(
-        "--vocab_file_path",
-        help="tokenizer.model; by default the YAML's vocab_file, or that beside the weights",
-    )
-    parser.add_argument(
-        "--checkpoint_path", help="weights of any layout; by default the YAML's load_checkpoint"
-    )
-    parser.add_argument("--joined_for", type=int, metavar="N", help=JOINED_FOR)
-    parser.add_argument(
-        "--input_txt",
-        action="append",
-        default=[],
-        help="a text file that is one question, or data as for --question_file",
-    )
-    parser.add_argument(
-        "--question_file",
-        action="append",
-        default=[],
-        help="a text file with a question on each line, or data as for telechat_preprocess.py (.jsonl, "
-        ".json, packed or not, directories): the last answer is cut off, and need not be there",
-    )
-    parser.add_argument("--ignore_fields", metavar="A,B", help="fields of such data to leave out")
-    parser.add_argument(
-        "--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint"
-    )
-    parser.add_argument(
-        "--system",
-        help='system text of conversations without one (chat format); "" is empty. '
-        "Without it they are asked with the chat format's own, which is printed",
-    )
-    parser.add_argument(
-        "--use_parallel",
-        type=boolean,
-        help="share the model with the other processes of msrun_launcher.sh; by default the YAML's",
-    )
+    add("--question_file", action="append", default=[], help=text)
+    add("--ignore_fields", metavar="A,B", help="fields of such data to leave out")
+    add("--prompt_format", choices=PROMPT_FORMATS, help="default: as recorded with the checkpoint")
+    text = 'system text (chat format) of conversations without one, "" for none; by default the format\'s own'
+    add("--system", help=text)
+    text = "share the model with the other processes of msrun_launcher.sh; by default the YAML's"
+    add("--use_parallel", type=boolean, help=text)
     for name in ("--auto_trans_ckpt", "--src_strategy_path_or_dir"):  # of older instructions
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--use_past", type=boolean, default=None, help="predict with a cache; by default the YAML's"
-    )
-    parser.add_argument("--device_id", type=int, help="by default the YAML's")
-    parser.add_argument("--batch_size", type=int, default=1, help="questions of a file answered at once")
-    parser.add_argument("--max_new_tokens", type=int, help="tokens of an answer")
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        help="tokens of prompt and answer together; by default the YAML's max_decode_length, or with "
-        "--max_new_tokens its seq_length",
-    )
-    for name, how in (
-        ("do_sample", boolean), ("temperature", float), ("top_k", int), ("top_p", float),
-        ("repetition_penalty", float),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=how, help="by default the YAML's")
-    parser.add_argument("--seed", type=int, help="of sampling; by default the YAML's")
+        add(name, help=argparse.SUPPRESS)
+    add("--use_past", type=boolean, help="predict with a cache; by default the YAML's")
+    add("--device_id", type=int, help="by default the YAML's")
+    add("--batch_size", type=int, default=1, help="questions of a file answered at once")
+    add("--max_new_tokens", type=int, help="tokens of an answer")
+    text = "tokens of prompt and answer; by default max_decode_length, or seq_length with --max_new_tokens"
+    add("--max_length", type=int, help=text)
+    for name, how in zip(SAMPLING, (boolean, float, int, float, float), strict=True):
+        add(f"--{name}", type=how, help="by default the YAML's")
+    add("--seed", type=int, help="of sampling; by default the YAML's")
     return parser.parse_args()
 
 
@@ -109,10 +80,9 @@ def main() -> None:
     from research.telechat2.infer.loading import load_predictor
 
     questions = [asking.question(text, args.system) for text in args.question]
-    for file in args.input_txt:
-        questions += asking.read_prompts(file, args.system, ignored_fields(args.ignore_fields))
-    for file in args.question_file:
-        questions += asking.read_questions(file, args.system, ignored_fields(args.ignore_fields))
+    for files, read in ((args.input_txt, asking.read_prompts), (args.question_file, asking.read_questions)):
+        for file in files:
+            questions += read(file, args.system, ignored_fields(args.ignore_fields))
     predictor = load_predictor(
         yaml_file,
         args.vocab_file_path,
@@ -143,8 +113,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     if args.src_strategy_path_or_dir:
         raise UsageError(
-            f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: weights of any layout are read as "
-            "they are, but slices of training are not; merge those with research/telechat2/transform_ckpt.py."
+            f"--src_strategy_path_or_dir {args.src_strategy_path_or_dir}: no weights are sliced here; merge "
+            "slices of training with research/telechat2/transform_ckpt.py."
         )
     if args.device_id is not None and "MS_ROLE" in os.environ:
         raise UsageError(f"--device_id {args.device_id}: each process of msrun_launcher.sh has its own.")
@@ -155,14 +125,12 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("input_txt", "question_file"):
         for given in getattr(args, name):
             if not Path(given).expanduser().exists():
-                raise UsageError(
-                    f"--{name} {given} does not exist; a question itself is given without --{name}."
-                )
+                raise UsageError(f"--{name} {given} does not exist; give a question itself without --{name}.")
     for text in args.question:
         if exists(text) and Path(text).is_file():
             print(
-                f"note: {text} is asked as it stands, as a text; --question_file {text} asks the lines of "
-                "the file, --input_txt asks it as one question.",
+                f"note: {text} is asked as a text; --question_file {text} asks the lines of the file, "
+                "--input_txt asks it as one question.",
                 file=sys.stderr,
             )
     check_sampling(vars(args))
@@ -170,21 +138,16 @@ def _check(args: argparse.Namespace) -> None:
 
 def _converse(predictor, args: argparse.Namespace) -> None:
     """Talk to a person at a terminal."""
-    from research.telechat2.infer import chat as asking
-    from research.telechat2.infer.terminal import Terminal, history_file
+    from research.telechat2.infer.chat import chat
+    from research.telechat2.infer.terminal import Terminal, history_file, note
 
-    terminal = Terminal(history_file())
-    print(_banner(args.yaml_file, predictor), file=sys.stderr)
-    alone = processes_of_run() == 1  # msrun ends its processes at Ctrl-C
-    asking.chat(predictor, args.system, predictor.group.lines(terminal.lines()), terminal if alone else None)
-
-
-def _banner(yaml_file: str, predictor) -> str:
-    config = predictor.model.config
+    terminal, config = Terminal(history_file()), predictor.model.config
     draws = predictor.generation.get("do_sample", config.do_sample)
-    return (
-        f"TeleChat2: {yaml_file} ({config.num_layers} layers, width {config.hidden_size}) with the weights "
-        f"{predictor.checkpoint}, prompt format {predictor.prompt_format}, "
+    note(
+        f"TeleChat2: {args.yaml_file} ({config.num_layers} layers, width {config.hidden_size}) with the "
+        f"weights {predictor.checkpoint}, prompt format {predictor.prompt_format}, "
         f"{'drawing tokens' if draws else 'taking the likeliest tokens'}.\n"
-        f"Type a question. /help lists the commands; Ctrl-C stops an answer; /exit leaves."
+        "Type a question. /help lists the commands; Ctrl-C stops an answer; /exit leaves."
     )
+    alone = processes_of_run() == 1  # msrun ends its processes at Ctrl-C
+    chat(predictor, args.system, predictor.group.lines(terminal.lines()), terminal if alone else None)

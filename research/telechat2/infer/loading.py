@@ -32,31 +32,28 @@ def load_predictor(
     generation: dict | None = None,
     seed: int | None = None,
 ) -> Predictor:
-    """Build the model of a predict YAML and load its weights, all of them or none.
+    """Build the model of a predict YAML, which gives the defaults, and load its weights, all or none.
 
     Args:
-        yaml_file: a predict YAML. It gives the defaults of the next two.
+        yaml_file: see infer.sources.read_sources, as the next two.
         vocab_file: tokenizer.model; if the YAML names none either, that beside the weights.
         checkpoint: an HF folder, a converted checkpoint, or the `checkpoint` folder of a training run.
         prompt_format: "chat", "plain" or "v1"; by default the one recorded with the checkpoint, else that of
             the release whose vocabulary it is.
-            Which it is and why is printed on standard error.
         max_length: most tokens of prompt and answer together, at most ``seq_length``; by default that if
             ``generation`` has ``max_new_tokens``, else the YAML's ``max_decode_length``.
-        device_id: which NPU; by default the YAML's.
+        device_id: which NPU.
         batch_size: most prompts at once.
         use_past: predict with a cache.
-        use_parallel: share the model with the other processes that scripts/msrun_launcher.sh has started;
-            by default the YAML's.
-        generation: arguments of ``generate``, of GENERATION; None, or not there: as the YAML's model_config
-            says.
-        seed: of sampling; by default the YAML's.
+        use_parallel: share the model with the other processes that scripts/msrun_launcher.sh has started.
+        generation: arguments of ``generate``, of GENERATION.
+        seed: of sampling.
 
     Raises:
-        UsageError: a file is missing or does not fit the others; names and shapes are given. Or a setting
-            of sampling is none.
+        UsageError: a file is missing or does not fit the others, or an argument is none.
     """
-    check_generation(generation or {})
+    generation = generation or {}
+    _check_generation(generation)
     check_seed(seed)
     if prompt_format is not None:
         prompt_formats.check(prompt_format)
@@ -75,10 +72,14 @@ def load_predictor(
 
     model_config = TelechatConfig(**settings)
     tokenizer, prompt_format = open_tokenizer(sources, model_config, prompt_format)
-    given = {name: value for name, value in (generation or {}).items() if value is not None}
+    given = {name: value for name, value in generation.items() if value is not None}
     limits = GenerationLimits.of(model_config, max_length, given.pop("max_new_tokens", None))
     if processes_of_run() > 1:
-        _meet(model_config, sources.checkpoint)
+        from research.telechat2.compat.library import join_processes
+
+        # what is wrong is found first: the others would wait for a process that ends
+        check_weights(sources.checkpoint, model_config, model_config.parallel_config.model_parallel)
+        join_processes()
     parallel = plan is not None or section_of(config, "model.arch").get("type") == PARALLEL_MODEL
     model = _build_model(model_config, parallel)
     load_weights(model, sources.checkpoint)
@@ -91,22 +92,13 @@ def load_predictor(
     return Predictor(model, tokenizer, prompt_format, limits, given, group, str(sources.checkpoint))
 
 
-def check_generation(given: dict) -> None:
-    """UsageError if an argument of ``generate`` is misspelt, or none."""
+def _check_generation(given: dict) -> None:
     for name in given:
         if name not in GENERATION:
             raise UsageError(f"{name} is no setting of an answer. {did_you_mean(name, list(GENERATION))}")
     check_sampling(given)
     if (tokens := given.get("max_new_tokens")) is not None and tokens < 1:
         raise UsageError(f"max_new_tokens is {tokens}; it must be at least 1.")
-
-
-def _meet(config, checkpoint: str | Path) -> None:
-    """Meet the other processes when nothing more can be found wrong: they would wait for one that ends."""
-    from research.telechat2.compat.library import join_processes
-
-    check_weights(checkpoint, config, config.parallel_config.model_parallel)
-    join_processes()
 
 
 def _build_model(config, parallel: bool):
@@ -145,11 +137,7 @@ def _set_context(context: dict, device_id: int | None) -> None:
 def load_weights(model, checkpoint: str | Path) -> None:
     """Load every weight of ``model`` from a checkpoint of any layout, one in memory at a time.
 
-    It may be an HF folder of a TeleChat model. Names and shapes are compared before the first is loaded. A
-    process that shares the model reads its part alone.
-
-    Raises:
-        UsageError: the checkpoint is broken, or its names or shapes are not the model's.
+    Names and shapes are compared before the first is loaded. A process that shares the model reads its part.
     """
     if hasattr(model, "load_weights"):
         model.load_weights(checkpoint)

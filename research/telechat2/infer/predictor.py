@@ -11,13 +11,13 @@ from research.telechat2.generation.padding import Rows
 from research.telechat2.infer.process_group import Group
 from research.telechat2.text.chat import encode, render
 from research.telechat2.text.messages import check_question
+from research.telechat2.text.stream_decoder import StreamDecoder
 
 
 @dataclass
 class Predictor:
     """A model with its tokenizer and the prompt format it was tuned with.
 
-    ``limits``: lengths of prompt and answer.
     ``generation``: further arguments of ``generate``; the model's config has the rest.
     ``group``: the processes that share the model; each calls the same methods with the same arguments.
     ``checkpoint``: where the weights come from, for messages.
@@ -57,18 +57,8 @@ class Predictor:
         limits.check_cache(lengths)
 
     def _room_of_all(self, lengths: Iterable[int]) -> int:
-        """The one limit that ``generate`` has for all rows: the largest.
-
-        What a longer prompt may not use of it takes blocks all the same, and is taken off the answer.
-        """
+        """The one limit that ``generate`` has for all rows; what is too much for a row is taken off later."""
         return max(map(self.limits.room, lengths))
-
-    def _cut(self, ids: list[int], answer: list[int]) -> str:
-        """The setting that ended ``answer``, or "" if the model did."""
-        if answer[-1] == self.model.config.eos_token_id:
-            return ""
-        reached = len(ids) + len(answer) == self.limits.max_length
-        return self.limits.source if reached else "--max_new_tokens"
 
     def generate(
         self,
@@ -84,25 +74,26 @@ class Predictor:
         self.check(prompts)
         single = len(prompts) == 1
         clock = Clock(on_token if single else None, stop if single else None)
-        padding = self.tokenizer.pad_token_id
-        lengths = [len(ids) for ids in prompts]
-        settings = self.generation | {"max_new_tokens": self._room_of_all(lengths), "pad_token_id": padding}
+        ends = [self.limits.end(len(ids)) for ids in prompts]
+        settings = self.generation | {"pad_token_id": self.tokenizer.pad_token_id}
+        settings["max_new_tokens"] = self._room_of_all(map(len, prompts))
         if not self.model.config.extend_by_prompt:
-            settings["longest"] = [self.limits.end(length) for length in lengths]
+            settings["longest"] = ends
         try:
             outputs = self.model.generate(Rows(prompts), streamer=clock, **settings)
         except Stopped:
             return [self._answer(clock.tokens, STOPPED, clock)]
         answers = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            ids = output[len(prompt) : self.limits.end(len(prompt))].tolist()
-            answers.append(self._answer(ids, self._cut(prompt, ids), clock))
+        for prompt, output, end in zip(prompts, outputs, ends, strict=True):
+            ids, cut = output[len(prompt) : end].tolist(), ""
+            if ids[-1] != self.model.config.eos_token_id:
+                reached = len(prompt) + len(ids) == self.limits.max_length
+                cut = self.limits.source if reached else "--max_new_tokens"
+            answers.append(self._answer(ids, cut, clock))
         return answers
 
-    def _answer(self, ids: list[int], cut: str, clock: "Clock") -> Answer:
+    def _answer(self, ids: list[int], cut: str, clock: Clock) -> Answer:
         """The answer of ``ids``, which ends before a character of which tokens are missing."""
-        from research.telechat2.text.stream_decoder import StreamDecoder
-
         decoder = StreamDecoder(self.tokenizer.vocabulary)
         text = "".join(map(decoder.put, ids)) + ("" if cut else decoder.end())
         return Answer(text, ids, cut, clock.total(), clock.first())
@@ -113,12 +104,7 @@ class Predictor:
         on_text: Callable[[str], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> Answer:
-        """Answer a conversation; ``on_text(str)`` gets the answer as it grows, in whole characters.
-
-        ``stop()`` as in ``generate``.
-        """
-        from research.telechat2.text.stream_decoder import StreamDecoder
-
+        """Answer a conversation; ``on_text(str)`` gets the answer as it grows, in whole characters."""
         decoder = StreamDecoder(self.tokenizer.vocabulary)
         on_token = None if on_text is None else lambda index: on_text(decoder.put(index))
         prompt = self.prompt_ids(Conversation(messages, None, self.prompt_format))

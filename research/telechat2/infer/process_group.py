@@ -15,15 +15,12 @@ import numpy as np
 
 
 class Group:
-    """The processes of one prediction; the first reads and writes for all.
+    """The processes of one prediction; the ``first`` reads and writes for all; all know its ``seed``.
 
-    Attributes:
-        first: whether this process is that one.
-        seed: a number that all know, drawn anew for every run.
+    ``ranks``: a Ranks whose communication is set up; None: there are no others.
     """
 
     def __init__(self, ranks=None):
-        """Meet the others of ``ranks`` (Ranks), whose communication is set up; None: there are none."""
         self.first, self.seed = ranks is None or ranks.rank == 0, secrets.randbits(31)
         self._files = []
         if ranks is None or ranks.size == 1:
@@ -38,10 +35,7 @@ class Group:
                 self._files = [_connect(host, port, str(password))]
 
     def lines(self, lines: Iterable[str]) -> Iterator[str]:
-        """The lines that the first process reads, in every process, each when it is there.
-
-        ``lines`` is asked in the first process alone. In the others it ends when the first one ends.
-        """
+        """The lines that the first process reads, in every process; ``lines`` is used in the first alone."""
         if not self.first:
             yield from map(json.loads, self._files[0])
             return

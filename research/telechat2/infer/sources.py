@@ -53,29 +53,23 @@ def read_sources(
             weights.
         processes: that predict with the model now; None: it is served by others.
         changes: of the YAML, dotted key to value.
-
-    Raises:
-        UsageError: a file is missing or does not fit the others.
     """
     config = read_config(Path(yaml_file))
     if not section_of(config, "model.model_config"):
         raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     apply_overrides(config, changes or {})
     weights = checkpoint or config.get("load_checkpoint")
-    facts = Facts(
-        source=str(yaml_file),
-        task="predict" if processes else None,
-        devices=processes,
-        weights=bool(weights),
-        said=said_of(config, weights),
-    )
+    task, said = "predict" if processes else None, said_of(config, weights)
+    facts = Facts(str(yaml_file), task=task, devices=processes, weights=bool(weights), said=said)
     checked = preflight(config, facts)
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
     checkpoint = _existing(checkpoint, config, "load_checkpoint", "--checkpoint_path", yaml_file)
     section = section_of(config, "processor.tokenizer")
-    if not (vocab_file or section.get("vocab_file")):
-        vocab_file = _vocab_file_beside(checkpoint)
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.model"
+    if not (vocab_file or section.get("vocab_file")) and beside.is_file():
+        print(f"vocabulary: {beside}", file=sys.stderr)
+        vocab_file = beside
     vocab_file = _existing(vocab_file, section, "vocab_file", "--vocab_file_path", yaml_file)
     if vocab_file.is_dir():
         vocab_file /= "tokenizer.model"
@@ -112,21 +106,8 @@ def _existing(given, section: dict, key: str, flag: str, yaml_file) -> Path:
     return path
 
 
-def _vocab_file_beside(checkpoint: Path) -> Path | None:
-    """The tokenizer.model of a folder of weights, as Hugging Face's have one."""
-    found = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.model"
-    if not found.is_file():
-        return None
-    print(f"vocabulary: {found}", file=sys.stderr)
-    return found
-
-
 def open_tokenizer(sources: Sources, model_config, prompt_format: str | None):
-    """The tokenizer, and the prompt format. Where settings and format come from is printed to standard error.
-
-    Raises:
-        UsageError: the vocabulary is not the model's.
-    """
+    """The tokenizer, and the prompt format; where settings and format come from goes to standard error."""
     from research.telechat2.telechat_tokenizer import TelechatTokenizer
 
     tokenizer = TelechatTokenizer(str(sources.vocab_file))
@@ -163,16 +144,15 @@ def choose_prompt_format(given: str | None, checkpoint, tokenizer) -> tuple[str,
 
 def check_vocabulary(tokenizer, vocab_file, settings: dict) -> None:
     """UsageError if a vocabulary and the ``model_config`` settings of a model do not go together."""
-    if tokenizer.vocab_size > settings["vocab_size"]:
+    tokens, rows = tokenizer.vocab_size, settings["vocab_size"]
+    if tokens > rows:
         raise UsageError(
-            f"{vocab_file} has {tokenizer.vocab_size} tokens, but the YAML's vocab_size is "
-            f"{settings['vocab_size']}; this is another model's vocabulary."
+            f"{vocab_file} has {tokens} tokens, but the YAML's vocab_size is {rows}; give this model's."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found, expected = getattr(tokenizer, name), settings[name]
         if found != expected and (name, expected) != ("pad_token_id", -1):
             raise UsageError(
                 f"the model's {name} is {expected}, but in {vocab_file} it is {found}; correct it in the "
-                "YAML's model_config or the config.json beside the weights, whichever states it, or use the "
-                "vocabulary of this model."
+                "YAML's model_config or the config.json beside the weights, or use this model's vocabulary."
             )

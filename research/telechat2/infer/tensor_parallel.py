@@ -20,12 +20,9 @@ from research.telechat2.telechat_layer import TelechatEmbedding, TelechatLinear
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a model.
+    """The ``size`` processes (n) that share a model; this one holds the ``rank``-th of n equal parts, from 0.
 
-    Attributes:
-        size: how many, n.
-        rank: which of them this process is, 0 to n - 1; it holds the rank-th of n equal parts.
-        group: MindSpore's name of their communication group.
+    ``group``: MindSpore's name of their communication group.
     """
 
     size: int
@@ -34,19 +31,13 @@ class Ranks:
 
 
 def ranks_of(config) -> Ranks:
-    """The ranks of ``parallel_config.model_parallel``, which are all processes of this run.
-
-    Raises:
-        UsageError: another number of processes runs.
-    """
+    """The ranks of ``parallel_config.model_parallel``; UsageError if another number of processes runs."""
     size = config.parallel_config.model_parallel
     processes, rank, group = process_group()
     if processes != size:
         raise UsageError(
-            f"parallel_config.model_parallel is {size}, but this run has {processes} "
-            f"{'process' if processes == 1 else 'processes'}; prediction has one process for each part of "
-            f"the model. Start {size} by scripts/msrun_launcher.sh with use_parallel True, or set "
-            f"parallel_config.model_parallel: {processes}."
+            f"parallel_config.model_parallel is {size}, but the processes of this run are {processes}; start "
+            f"{size} by scripts/msrun_launcher.sh with use_parallel True, or set it to {processes}."
         )
     return Ranks(size, rank, group)
 
@@ -54,8 +45,8 @@ def ranks_of(config) -> Ranks:
 def exchange_cells(model, config, ranks: Ranks) -> None:
     """Make a whole TelechatForCausalLM with a cache the part of one rank; parameters keep their names.
 
-    New parameters have no values yet that anything depends on: load the weights afterwards. Build the model
-    under ``no_init_parameters``, or it first takes the memory of the whole.
+    Load the weights afterwards. Build the model under ``no_init_parameters``, or it first takes the memory of
+    the whole.
     """
     if config.qkv_concat:
         join_products(model, config)
@@ -64,7 +55,11 @@ def exchange_cells(model, config, ranks: Ranks) -> None:
         decoder.tok_embeddings = SharedEmbedding(config, ranks)
         decoder.paged_inputs = model.kernels.paged_inputs(config, ranks.size)
         for layer in decoder.layers:
-            _share_attention(layer.attention, model.kernels, config, ranks)
+            attention = layer.attention
+            attention.num_heads //= ranks.size
+            attention.n_kv_heads //= ranks.size
+            attention.paged_attention = model.kernels.paged_attention(config, ranks.size)
+            _share_linears(attention, "wo", config, ranks)
             if layer.has_experts:
                 _share_experts(layer.feed_forward, config, ranks)
             else:
@@ -76,13 +71,6 @@ def exchange_cells(model, config, ranks: Ranks) -> None:
         model.lm_head.matmul = Gathered(model.lm_head.matmul, ranks)
     for name, parameter in model.parameters_and_names():
         parameter.name = name
-
-
-def _share_attention(attention, kernels, config, ranks: Ranks) -> None:
-    attention.num_heads //= ranks.size
-    attention.n_kv_heads //= ranks.size
-    attention.paged_attention = kernels.paged_attention(config, ranks.size)
-    _share_linears(attention, "wo", config, ranks)
 
 
 def _share_linears(block, last: str, config, ranks: Ranks) -> None:
@@ -112,10 +100,7 @@ def _cut(cell, axis: int, config, ranks: Ranks, name: str = "weight") -> None:
 
 
 class Summed(nn.Cell):
-    """An operator whose results ``[T, H]`` are the ranks' summands; their sum ``[T, H]`` on every rank.
-
-    Of a linear that is before the bias, which every rank has whole.
-    """
+    """An operator (of a linear: before the bias) whose results ``[T, H]`` are summed over the ranks."""
 
     def __init__(self, operator, ranks: Ranks):
         super().__init__()
@@ -147,8 +132,7 @@ class Gathered(nn.Cell):
 class SharedEmbedding(TelechatEmbedding):
     """TelechatEmbedding of ``[V / n, H]``: each rank looks up its own ids, and an all-reduce adds them up.
 
-    Token ids ``[...]`` to ``[..., H]``, the same on every rank: all summands but one are zero, so the sum is
-    exact.
+    Token ids ``[...]`` to ``[..., H]``: all summands but one are zero, so the sum is exact.
     """
 
     def __init__(self, config, ranks: Ranks):

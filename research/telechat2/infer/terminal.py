@@ -40,15 +40,10 @@ _MOST_HISTORY = 1000
 
 
 class Terminal:
-    """Standard input of a person.
-
-    Attributes:
-        stopped: whether Ctrl-C was pressed since the last line.
-    """
+    """Standard input of a person; ``history``: the file that keeps questions for the next time."""
 
     def __init__(self, history: Path | None = None):
-        """``history``: the file that keeps questions for the next time; None: none does."""
-        self.stopped = False
+        self.stopped = False  # whether Ctrl-C was pressed since the last line
         self._history = history
         on_screen = os.isatty(1) or os.isatty(2)  # as input() asks before it uses readline
         self._readline = _load_readline() if on_screen else None
@@ -58,8 +53,7 @@ class Terminal:
     def lines(self) -> Iterator[str]:
         """Questions, and the commands /new, /help and /exit; the end of input, and /exit, end them.
 
-        Raises:
-            KeyboardInterrupt: Ctrl-C twice, without a line between.
+        KeyboardInterrupt is raised for Ctrl-C twice, without a line between.
         """
         while True:
             try:
@@ -72,13 +66,13 @@ class Terminal:
                 if self.stopped or interrupted():
                     raise
                 self.stopped = True
-                _note("(Ctrl-C once more leaves, and so does /exit)", before="\n")
+                note("\n(Ctrl-C once more leaves, and so does /exit)")
                 continue
             self.stopped = False
-            word = unicodedata.normalize("NFKC", text).strip().lower()
-            command = COMMANDS.get(word)
-            if command is None and _LIKE_A_COMMAND.fullmatch(unicodedata.normalize("NFKC", text).lower()):
-                _note(f"({word} is no command; /help lists them. To ask it, type a blank before it.)")
+            word = unicodedata.normalize("NFKC", text).lower()
+            command = COMMANDS.get(word.strip())
+            if command is None and _LIKE_A_COMMAND.fullmatch(word):
+                note(f"({word} is no command; /help lists them. To ask it, type a blank before it.)")
                 continue
             if command is None and not is_blank(text):
                 self._remember(text)
@@ -88,12 +82,7 @@ class Terminal:
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
-        """While a question is answered: yields whether Ctrl-C was pressed; a second one leaves.
-
-        Raises:
-            KeyboardInterrupt: the second Ctrl-C.
-        """
-
+        """While a question is answered: yields whether Ctrl-C was pressed; a second one interrupts."""
         with tolerating(1) as pressed:
             try:
                 with _typing_kept() if self._readline else nullcontext():
@@ -102,7 +91,6 @@ class Terminal:
                 self.stopped = pressed() > 0
 
     def _question(self) -> str:
-        """One line, or several that belong together."""
         text = self._line("> ")
         if text.lstrip().startswith(_BLOCK):
             lines = [text.lstrip()[len(_BLOCK) :]]
@@ -118,7 +106,7 @@ class Terminal:
         try:
             return self._line("... ")
         except EOFError:
-            _note("(not asked: its last line is missing)", before="\n")
+            note("\n(not asked: its last line is missing)")
             raise
 
     def _line(self, prompt: str) -> str:
@@ -127,13 +115,12 @@ class Terminal:
                 text = input(prompt)
             if self._readline or len(text.encode("utf-8", "surrogateescape")) < _MOST_OF_A_LINE:
                 return text
-            _note(
+            note(
                 f"(not asked: a terminal without readline holds {_MOST_OF_A_LINE:,} bytes of a line, and "
                 "what was beyond is lost; ask it with --input_txt FILE)"
             )
 
     def _remember(self, text: str) -> None:
-        """Put a question into the history file; a file that cannot be written is left alone."""
         if self._readline is None or self._history is None:
             return
         try:
@@ -146,10 +133,10 @@ class Terminal:
 
 
 def history_file() -> Path | None:
-    """Where questions are kept for the next time: the user's state folder; None where there is none."""
+    """Where questions are kept for the next time: the user's state folder; None without a home."""
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError:  # no home
+    except RuntimeError:
         return None
     return Path(state) / "telechat2" / "history.jsonl"
 
@@ -205,7 +192,6 @@ class Spinner:
             self._thread.start()
 
     def stop(self) -> None:
-        """End, and leave no trace."""
         if self._thread is not None:
             self._end.set()
             self._thread.join()
@@ -226,10 +212,7 @@ class Spinner:
 
 @contextmanager
 def _prompt_on_the_screen() -> Iterator[None]:
-    """Let ``input`` use readline where answers go to a file or a pipe, and notes to the screen.
-
-    It does so only if standard output is a terminal; so while a line is typed, standard error is.
-    """
+    """Make standard error standard output where that alone is a terminal: ``input`` then uses readline."""
     sys.stdout.flush()
     if os.isatty(1) or not os.isatty(2):
         yield
@@ -262,5 +245,6 @@ def _typing_kept() -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def _note(text: str, before: str = "") -> None:
-    print(f"{before}{text}", file=sys.stderr, flush=True)
+def note(text: object) -> None:
+    """Tell a person something that is no answer."""
+    print(text, file=sys.stderr, flush=True)

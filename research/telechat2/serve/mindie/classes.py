@@ -17,19 +17,15 @@ from research.telechat2.telechat_tokenizer import TelechatTokenizer
 from research.telechat2.text.chat import conversation_text, encode, render
 from research.telechat2.text.prompt_format import check
 
-# What a client may say of a conversation; MindIE passes everything on that a client sent.
-_CHAT_SETTINGS = ("tools", "add_generation_prompt")
+_CHAT_SETTINGS = ("tools", "add_generation_prompt")  # what is read of all that a client sends
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)
 class MindIETelechatConfig(TelechatConfig):
     """TelechatConfig with what ModelRunner adds to it.
 
-    Args:
-        npu_mem_size: GB of the cache on the NPU; ModelRunner has counted ``num_blocks`` from it.
-        checkpoint_path: the YAML's ``load_checkpoint``.
-        num_blocks: as in TelechatConfig; a whole number of any type.
-        settings: as in TelechatConfig.
+    ``npu_mem_size``: GB of the cache on the NPU, from which ModelRunner has counted ``num_blocks``, a whole
+    number of any type. ``checkpoint_path``: the YAML's ``load_checkpoint``.
     """
 
     def __init__(self, npu_mem_size=None, checkpoint_path=None, num_blocks=512, **settings):
@@ -57,10 +53,14 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
 
         With DYNAMIC_NTK a request has the factor of its prompt, in whole blocks, or with ``extend_by_prompt``
         as it is: MindIE does not say how long the answer may become, and cuts the block tables of a prefill
-        to the longest prompt of the batch, so that the blocks it reserved would make a row's answer depend on
-        its neighbours. It is chosen here, before ``prefill_chunk`` makes pieces of the prompts.
+        to the longest prompt of the batch, on which no other row may depend. It is chosen here, before
+        ``prefill_chunk`` makes pieces of the prompts.
         """
-        _refuse_speculation(kwargs)
+        if kwargs.get("spec_mask") is not None:
+            raise UsageError(
+                "MindIE asks for speculative decoding, which TeleChat2 does not do; remove plugin_params "
+                "from its conf/config.json."
+            )
         lengths = np.asarray(valid_length_each_example)
         if prefill:
             input_ids = prompt_rows(np.reshape(input_ids, (-1, np.shape(input_ids)[-1])), lengths)
@@ -82,18 +82,13 @@ class MindIETelechatForCausalLM(ParallelTelechatForCausalLM):
 
 
 def prompt_rows(input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Prompts ``[1, T]`` one after the other as padded rows ``[B, max(lengths)]``; rows stay as they are.
-
-    Raises:
-        UsageError: there are not as many tokens as ``lengths`` say.
-    """
+    """Prompts ``[1, T]`` one after the other as padded rows ``[B, max(lengths)]``; rows stay as they are."""
     if input_ids.shape[0] == len(lengths) and input_ids.shape[1] >= lengths.max():
         return input_ids
     if input_ids.size != lengths.sum():
         raise UsageError(
-            f"a prefill brings {input_ids.size} tokens of prompts that have {lengths.sum()}: MindIE left out "
-            "some, as its prefix cache and split prefill do. Remove plugin_params from its conf/config.json "
-            "and set templateType to Standard."
+            f"a prefill has {input_ids.size} tokens of prompts of {lengths.sum()}; remove plugin_params "
+            "(prefix cache, split prefill) from MindIE's conf/config.json, and set templateType to Standard."
         )
     rows = np.zeros((len(lengths), lengths.max()), input_ids.dtype)
     rows[np.arange(lengths.max()) < lengths[:, None]] = input_ids.reshape(-1)
@@ -107,24 +102,13 @@ def newest_rows(input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.broadcast_to(input_ids.reshape(-1, 1), (len(lengths), lengths.max()))
 
 
-def _refuse_speculation(inputs: dict) -> None:
-    if inputs.get("spec_mask") is not None:
-        raise UsageError(
-            "MindIE asks for speculative decoding, which this model does not do; remove plugin_params from "
-            "its conf/config.json."
-        )
-
-
 @MindFormerRegister.register(MindFormerModuleType.TOKENIZER)
 class MindIETelechatTokenizer(TelechatTokenizer):
     """TelechatTokenizer that renders conversations in the format the model was tuned with.
 
-    Args:
-        vocab_file: tokenizer.model.
-        prompt_format: "chat", "plain" or "v1"; by default that of the vocabulary's release.
-        chat_template: must be set for MindIE; conversations are rendered by our own renderer, for which
-            markers in a message are text.
-        settings: as in TelechatTokenizer; what MindFormers asks of tokenizers of other kinds is dropped.
+    ``prompt_format``: "chat", "plain" or "v1"; by default that of the vocabulary's release.
+    ``chat_template``: must be set for MindIE; conversations are rendered by our own renderer, for which
+    markers in a message are text. What MindFormers asks of tokenizers of other kinds is dropped.
     """
 
     FILE_LIST = ["tokenizer_config.json"]

@@ -33,36 +33,26 @@ def needed_files(module: Path) -> set[Path]:
             continue
         found.add(path)
         to_read += [folder / "__init__.py" for folder in path.parents if folder.is_relative_to(_IMPORT_ROOT)]
-        for name in _imported(path):
-            base = _IMPORT_ROOT.joinpath(*name.split("."))
-            to_read += [base.with_suffix(".py"), base / "__init__.py"]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            for name in names:
+                if name.startswith(".".join(_PACKAGE.parts)):
+                    base = _IMPORT_ROOT.joinpath(*name.split("."))
+                    to_read += [base.with_suffix(".py"), base / "__init__.py"]
     return found
-
-
-def _imported(path: Path) -> list[str]:
-    """Dotted names of this package that may be modules, from all import statements of a file."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith(".".join(_PACKAGE.parts))]
 
 
 def check_code(folder: Path) -> None:
     """Refuse a folder that holds other code than this process runs: it imports one version.
 
     MindFormers asks for the classes of a folder only where it knows none of their names yet.
-
-    Raises:
-        UsageError: with both places.
     """
     for file in (folder / _PACKAGE).rglob("*.py"):
         running = _IMPORT_ROOT / file.relative_to(folder)
         if not running.is_file() or not filecmp.cmp(file, running, shallow=False):
             raise UsageError(
-                f"{folder} holds another version of the code than this process already runs from "
-                f"{_IMPORT_ROOT / _PACKAGE}: they differ in {file.relative_to(folder)}. Serve each version "
-                f"in a process of its own, or build both folders by the same version."
+                f"{folder}: {file.relative_to(folder)} is not as in {_IMPORT_ROOT / _PACKAGE}, which this "
+                "process runs; serve each version in its own process, or build both folders by the same one."
             )

@@ -16,15 +16,17 @@ def finish_folder(folder: Path) -> str:
     """Write ``config.json`` beside the one YAML of a folder, and make that YAML one that ModelRunner reads.
 
     The YAML gets the contents of its ``base_config``, which a copy of it alone no longer finds, and names
-    ``telechat_mindie.py``, which is written too and takes everything from the installed plugin.
-
-    Returns:
-        What was done, and what is left to do.
-
-    Raises:
-        UsageError: there is no YAML or several, it is not one of a prediction, or config.json exists.
+    ``telechat_mindie.py``, which is written too and takes everything from the installed plugin. Returns what
+    was done, and what is left to do.
     """
-    yaml_file = _only_yaml(folder)
+    found = sorted(folder.glob("*.yaml"))
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found) or "none"
+        raise UsageError(
+            f"{folder} must hold one .yaml file, since MindIE takes any; there is {listed}. Copy a predict "
+            "YAML into it, or remove the others."
+        )
+    yaml_file = found[0]
     for name in ("config.json", f"{settings.ENTRY}.py"):
         if (folder / name).exists():
             raise UsageError(f"{folder / name} exists; remove it to have it written anew.")
@@ -36,12 +38,11 @@ def finish_folder(folder: Path) -> str:
     vocab_file = section_of(config, "processor.tokenizer").get("vocab_file") or ""
     world_size = world_size_of(config, yaml_file)
     served = settings.served_yaml(config, checkpoint, vocab_file, world_size)
+    model_config = model_config_of(config, yaml_file, world_size)
     contents = {
         f"{settings.ENTRY}.py": Path(__file__).with_name(f"{settings.ENTRY}.py").read_text(encoding="utf-8"),
         yaml_file.name: settings.yaml_text(served),
-        "config.json": settings.json_text(
-            settings.config_json(model_config_of(config, yaml_file, world_size), served)
-        ),
+        "config.json": settings.json_text(settings.config_json(model_config, served)),
     }
     for name, content in contents.items():
         with atomic_write(folder / name) as temporary:
@@ -55,14 +56,3 @@ def finish_folder(folder: Path) -> str:
         + "".join(f"{note}\n" for note in notes)
         + "MindIE requires chmod 750 for the folder and 640 for its files.\n"
     )
-
-
-def _only_yaml(folder: Path) -> Path:
-    found = sorted(folder.glob("*.yaml"))
-    if len(found) != 1:
-        listed = ", ".join(path.name for path in found) or "none"
-        raise UsageError(
-            f"{folder} must hold exactly one .yaml file, the model's, since MindIE takes any; there is "
-            f"{listed}. Copy a predict YAML into it, or remove the others."
-        )
-    return found[0]

@@ -19,6 +19,7 @@ CONFIG, MODEL, TOKENIZER = CLASSES = [
 ]
 MINDIE_FOLDER = "/usr/local/Ascend/mindie/latest/mindie-service"
 QUESTION = "生抽与老抽的区别？"
+# of service_config, for DYNAMIC_NTK
 _SWAPPING = """\
 maxPreemptCount must be 0: a request that MindIE swaps to the host comes back in other blocks, and with
 DYNAMIC_NTK its rotary factor is known by its first block.
@@ -27,21 +28,15 @@ DYNAMIC_NTK its rotary factor is known by its first block.
 
 
 def check_predict_yaml(config: dict, yaml_file: Path) -> None:
-    """Refuse a YAML that describes no prediction with a cache.
-
-    Raises:
-        UsageError: with the file and the key.
-    """
+    """UsageError for a YAML that describes no prediction with a cache."""
     model_config = section_of(config, "model.model_config")
     if not model_config:
         raise UsageError(f"{yaml_file} has no section model.model_config; use a predict YAML.")
     if model_config.get("type", "TelechatConfig") not in ("TelechatConfig", CONFIG):
-        raise UsageError(
-            f"{yaml_file}: model.model_config.type is {model_config['type']}, expected TelechatConfig; use a "
-            "predict YAML of a TeleChat2 model."
-        )
+        found = model_config["type"]
+        raise UsageError(f"{yaml_file}: model.model_config.type is {found}; use one with TelechatConfig.")
     if config.get("use_legacy") is False:
-        raise UsageError(f"{yaml_file}: use_legacy is False, but TeleChat2 here needs True; set it so.")
+        raise UsageError(f"{yaml_file}: use_legacy is False; set it to True.")
     for key in ("use_past", "is_dynamic"):
         if model_config.get(key, key == "is_dynamic") is not True:
             raise UsageError(
@@ -53,29 +48,23 @@ def check_predict_yaml(config: dict, yaml_file: Path) -> None:
 
 
 def served_yaml(config: dict, checkpoint: str, vocab_file: str, world_size: int) -> dict:
-    """A predict YAML as MindFormers' ModelRunner reads it: our classes by ``auto_map``, paths, one level.
+    """A predict YAML, with its bases, as MindFormers' ModelRunner reads it: our classes by ``auto_map``.
 
-    Args:
-        config: the YAML with its chain of bases resolved.
-        checkpoint, vocab_file: absolute paths, or "" where they are not known yet.
-        world_size: number of NPUs.
+    ``checkpoint``, ``vocab_file``: absolute paths, or "" where they are not known yet.
     """
     served = json.loads(json.dumps(config))
     model, tokenizer = served["model"], served.setdefault("processor", {}).setdefault("tokenizer", {})
-    for part in (model["model_config"], model.setdefault("arch", {}), tokenizer):
+    classes = ((model["model_config"], CONFIG), (model.setdefault("arch", {}), MODEL), (tokenizer, TOKENIZER))
+    for part, kind in classes:
         part.pop("auto_register", None)
-    model["model_config"]["type"] = CONFIG
+        part["type"] = kind
     model["model_config"]["auto_map"] = {
         "AutoConfig": f"{ENTRY}.{CONFIG}",
         "AutoModel": f"{ENTRY}.{MODEL}",
         "AutoTokenizer": [f"{ENTRY}.{TOKENIZER}", None],
     }
-    model["arch"]["type"] = MODEL
-    tokenizer["type"] = TOKENIZER
     tokenizer["vocab_file"] = vocab_file
-    served["run_mode"] = "predict"
-    served["load_checkpoint"] = checkpoint
-    served["auto_trans_ckpt"] = False
+    served |= {"run_mode": "predict", "load_checkpoint": checkpoint, "auto_trans_ckpt": False}
     served["use_parallel"] = world_size > 1
     if world_size > 1:
         served.setdefault("parallel", {})["parallel_mode"] = "STAND_ALONE"
@@ -100,21 +89,11 @@ def json_text(content: dict) -> str:
 
 
 def config_json(model_config, served: dict) -> dict:
-    """What MindIE and other tools read of the model, every effective setting, the mixture of experts too.
-
-    Args:
-        model_config: TelechatConfig of the YAML.
-        served: the YAML.
-    """
-    content = {
-        name: value
-        for name, value in model_config.to_dict().items()
-        if name not in ("parallel_config", "moe_config") and value is not None
-    }
-    moe = section_of(served, "moe_config")
-    if moe:
-        content["moe_config"] = moe
-    return content | {
+    """What MindIE and other tools read of the model: every effective setting, and the YAML's moe_config."""
+    content = model_config.to_dict() | {"parallel_config": None}
+    content.pop("moe_config", None)
+    content["moe_config"] = section_of(served, "moe_config") or None
+    return {name: value for name, value in content.items() if value is not None} | {
         "architectures": [MODEL],
         "model_type": model_config.model_type,
         "torch_dtype": content["compute_dtype"],  # MindIE reads this name, model_type and vocab_size
@@ -141,7 +120,6 @@ def generation_config(model_config) -> dict:
 def service_config(model_config, folder: Path, *, world_size: int, npu_mem_size: int) -> dict:
     """The values for MindIE's own conf/config.json, where they stand in it."""
     length = model_config.seq_length
-    # A request swapped out and in again lies in other blocks, and its rotary factor is kept by the first.
     swapping = {"maxPreemptCount": 0} if model_config.extend_method == "DYNAMIC_NTK" else {}
     return {
         "ServerConfig": {"httpsEnabled": False},
