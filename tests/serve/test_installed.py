@@ -110,7 +110,7 @@ def test_mistakes_of_the_recipe_end_in_one_sentence(recipe, installed, tmp_path)
         (
             two,
             installed,
-            "exactly one .yaml file.* there is predict_telechat_3b.yaml, predict_telechat_7b.yaml",
+            "there is predict_telechat_3b.yaml, predict_telechat_7b.yaml",
         ),
         (lost, installed, "lost.yaml.* base_config ../mine/base.yaml"),
         (two, elsewhere, "the plugin is not installed here; run `pip install .`"),
