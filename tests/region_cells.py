@@ -102,7 +102,13 @@ class TrainedAndPredicted(nn.Cell):
 def build_dropless(tokens: int, num_experts: int, hidden: int, width: int, top_k: int):
     """TrainedAndPredicted on one device, which needs no region, and its inputs."""
     ms.set_auto_parallel_context(full_batch=False, parallel_mode="stand_alone")
-    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_heads": 1, "compute_dtype": "bfloat16"}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_heads": 1,
+        "compute_dtype": "bfloat16",
+        "rotary_dtype": "bfloat16",
+    }
     moe_config = {"expert_num": num_experts, "num_experts_chosen": top_k, "capacity_factor": 0.0}
     cells = [
         choose_kernels(config).dropless_experts(config)
