@@ -118,8 +118,8 @@ def test_mindformers_key_names_mean_the_same():
         ({"n_layer": 0}, ["n_layer = 0"]),
         ({"hidden_size": "64"}, ["hidden_size = '64'"]),
         ({"vocab_size": True}, ["vocab_size = True"]),
-        ({"n_head": 7}, ["hidden_size = 64", "7 heads"]),
-        ({"num_key_value_heads": 3}, ["8 heads", "3 key/value heads"]),
+        ({"n_head": 7}, ["hidden_size = 64", "num_heads = 7"]),
+        ({"num_key_value_heads": 3}, ["num_heads = 8", "n_kv_heads = 3"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'"]),
     ],
 )

@@ -50,7 +50,7 @@ def edit_config(folder, **changes):
         ({"rope_parameters": {}, "rope_scaling": [1]}, ["rope_scaling = [1]"]),
         ({"pad_token_id": ["</s>"]}, ["pad_token_id = ['</s>']"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bfloat16"]),
-        ({"num_attention_heads": 7}, ["hidden_size", 7]),
+        ({"num_attention_heads": 7}, ["hidden_size", "num_heads = 7"]),
         ({"num_key_value_heads": 3}, ["num_heads = 4", "n_kv_heads = 3"]),
         ({"num_attention_heads": ...}, ["num_attention_heads"]),
         ({"rms_norm_eps": math.inf}, ["rms_norm_eps = inf"]),
