@@ -11,9 +11,9 @@ from rope_oracle import with_dynamic_ntk
 
 from research.telechat2.config.generation_limits import GenerationLimits
 from research.telechat2.generation.answer import Clock, Stopped
+from research.telechat2.infer import predictor as predictor_module
 from research.telechat2.infer.predictor import Predictor
 from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
-from research.telechat2.text import stream_decoder
 
 TRAINED, SEQ_LENGTH, BLOCK_SIZE, VOCAB = 32, 128, 4, 256
 NTK = {"extend_method": "DYNAMIC_NTK", "max_position_embedding": TRAINED, "seq_length": SEQ_LENGTH}
@@ -79,7 +79,7 @@ def test_max_length_limits_prompt_and_answer_together(random, model):
 def test_the_commands_limit_each_row_by_itself(random, model, monkeypatch):
     """They give a batch the max_new_tokens of its shortest prompt, which is not the other rows' limit."""
     silent = SimpleNamespace(put=lambda index: "", end=lambda: "")  # random ids spell nothing
-    monkeypatch.setattr(stream_decoder, "StreamDecoder", lambda vocabulary: silent)
+    monkeypatch.setattr(predictor_module, "StreamDecoder", lambda vocabulary: silent)
     predictor = Predictor(
         model, SimpleNamespace(pad_token_id=PAD, vocabulary=None), "plain", GenerationLimits(64)
     )
