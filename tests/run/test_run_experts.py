@@ -113,5 +113,6 @@ def test_dense_weights_are_refused_at_once(records, tmp_path):
     told = finetune(tmp_path, records, "--load_checkpoint", write_weights(tmp_path / "dense"))
     assert told.returncode == 1
     last = told.stderr.splitlines()[-1]
-    assert last.startswith("error: the config says 4 experts, but the weights in ")
-    assert "are those of a dense model" in last
+    assert last.startswith("error: ")
+    assert "4 experts" in last
+    assert str(tmp_path / "dense") in last
